@@ -1,0 +1,1 @@
+"""One module per engine: its wire format as a table of fields."""

@@ -1,0 +1,1 @@
+"""KV offload: GPU memory, pinned host memory, file system."""

@@ -1,0 +1,1 @@
+"""Command line, launcher, brokers, simulated fleet, operations."""

@@ -1,0 +1,1 @@
+"""Faust processors that materialise the block index."""

@@ -1,0 +1,1 @@
+"""Generated code of the lookup service (block_index.proto)."""
