@@ -1,0 +1,128 @@
+"""Block keys: the engine-independent name of a block of KV cache.
+
+The only place where kvatlas hashes tokens. A key chains from a root over fixed runs of tokens::
+
+    root  = XXH3-128( msgpack [KEY_VERSION, model, lora or nil, cache salt or nil] )
+    key_i = XXH3-128( key_(i-1) | tokens of block i as little-endian u32 | extra keys of block i )
+
+Keys are 16 bytes, the big-endian digest. Extra keys are the canonical msgpack of a sorted list; a block
+without extra keys adds no bytes. XXH3 is not a cryptographic hash: a key is a routing hint and must never
+grant access to data.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import msgspec
+import xxhash
+
+KEY_VERSION: Final = 1
+KEY_BYTES: Final = 16
+TOKEN_BYTES: Final = 4
+
+_digest = xxhash.xxh3_128_digest
+_encode = msgspec.msgpack.Encoder(order="deterministic").encode
+
+#: One extra key of one block: ``("mm", item hash, offset of the item's first token relative to the block)`` or
+#: ``("raw", the engine's value)`` for what has no type of ours.
+ExtraKey = tuple[str, object] | tuple[str, object, int]
+
+
+def root_key(model: str, lora: str | None = None, cache_salt: str | None = None) -> bytes:
+    """Return the key that the first block of a prompt chains from (16 bytes)."""
+    return _digest(_encode((KEY_VERSION, model, lora or None, cache_salt or None)))
+
+
+def pack_tokens(token_ids: Sequence[int]) -> bytes:
+    """Pack token ids as little-endian u32.
+
+    Raises:
+        OverflowError: a token id is negative or above 2**32 - 1.
+        TypeError: a token id is not an integer.
+    """
+    packed = array("I", token_ids)
+    if packed.itemsize != TOKEN_BYTES or _BIG_ENDIAN:  # pragma: no branch - one byte order per machine
+        return b"".join(token.to_bytes(TOKEN_BYTES, "little") for token in token_ids)
+    return packed.tobytes()
+
+
+_BIG_ENDIAN: Final = array("H", [1]).tobytes() != b"\x01\x00"
+
+
+def encode_extra(extra: Sequence[ExtraKey]) -> bytes:
+    """Return the canonical bytes of a block's extra keys; empty for none.
+
+    The order in which an engine lists them carries no meaning, so they are sorted by their encoding.
+    """
+    if not extra:
+        return b""
+    return b"".join([b"\x00", *sorted(_encode(item) for item in extra)])
+
+
+def chain(parent: bytes, packed_block: bytes, extra: bytes = b"") -> bytes:
+    """Return the key of one block after ``parent``.
+
+    Args:
+        parent: 16 bytes: the previous block's key, or the root.
+        packed_block: the block's tokens from :func:`pack_tokens`.
+        extra: the block's extra keys from :func:`encode_extra`.
+    """
+    return _digest(parent + packed_block + extra)
+
+
+def block_keys(
+    parent: bytes,
+    packed: bytes,
+    block_size_tokens: int,
+    extra: Mapping[int, bytes] | None = None,
+) -> list[bytes]:
+    """Return the keys of all full blocks in ``packed`` (little-endian u32); a trailing partial block has none.
+
+    Args:
+        parent: the key to chain from (a root, or the last key of what came before).
+        packed: token ids from :func:`pack_tokens`.
+        block_size_tokens: tokens in one block.
+        extra: block number -> bytes from :func:`encode_extra`, for the blocks that have any.
+    """
+    step = block_size_tokens * TOKEN_BYTES
+    digest = _digest
+    keys: list[bytes] = []
+    append = keys.append
+    key = parent
+    if not extra:
+        for start in range(0, len(packed) - step + 1, step):
+            key = digest(key + packed[start : start + step])
+            append(key)
+        return keys
+    for number, start in enumerate(range(0, len(packed) - step + 1, step)):
+        key = digest(key + packed[start : start + step] + extra.get(number, b""))
+        append(key)
+    return keys
+
+
+def partition_of(key: bytes, partitions: int) -> int:
+    """Return the ``kv-blocks`` partition that owns a block key."""
+    return int.from_bytes(key[:4], "big") % partitions
+
+
+def multimodal_extra(items: Sequence[tuple[str, int, int]], block_size_tokens: int, blocks: int) -> dict[int, bytes]:
+    """Return the extra keys of the blocks that multimodal placeholders touch.
+
+    Args:
+        items: ``(item hash, offset, length)`` per item, in tokens of the prompt.
+        block_size_tokens: tokens in one block.
+        blocks: number of full blocks in the prompt.
+
+    Returns:
+        Block number -> canonical bytes, for :func:`block_keys`.
+    """
+    per_block: dict[int, list[ExtraKey]] = {}
+    for identifier, offset, length in items:
+        first, last = offset // block_size_tokens, (offset + length - 1) // block_size_tokens
+        for number in range(max(first, 0), min(last, blocks - 1) + 1):
+            relative = offset - number * block_size_tokens
+            per_block.setdefault(number, []).append(("mm", identifier, relative))
+    return {number: encode_extra(extra) for number, extra in per_block.items()}

@@ -1,0 +1,46 @@
+"""Errors of the bridge and of the formats every part shares.
+
+::
+
+    KvatlasError                 retriable = False
+    ├── SettingsError            a setting is unknown, missing or has a bad value
+    ├── WireError                bytes from an engine or from Kafka are not what they claim to be
+    │   ├── LimitError           larger, longer or deeper than the limits allow
+    │   └── VersionError         a record of ours with a schema version that is not known here
+    ├── EngineError              an engine's socket does not do what its protocol says
+    └── LogError                 Kafka refused or did not answer (retriable)
+"""
+
+from __future__ import annotations
+
+
+class KvatlasError(Exception):
+    """Base of every error that kvatlas raises on purpose."""
+
+    retriable = False
+
+
+class SettingsError(KvatlasError):
+    """A setting is unknown, missing or has a bad value; the text names where it came from."""
+
+
+class WireError(KvatlasError):
+    """Bytes are not what they claim to be; the text says which field and why."""
+
+
+class LimitError(WireError):
+    """A message is larger, longer or deeper than the limits allow."""
+
+
+class VersionError(WireError):
+    """A record carries a schema version that this build does not know."""
+
+
+class EngineError(KvatlasError):
+    """An engine's socket does not do what its protocol says."""
+
+
+class LogError(KvatlasError):
+    """Kafka refused a request or did not answer in time."""
+
+    retriable = True

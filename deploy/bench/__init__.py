@@ -1,0 +1,1 @@
+"""One module per benchmark: add_arguments(parser), run(args) yielding result objects."""

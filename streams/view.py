@@ -1,0 +1,48 @@
+"""What the pure parts see of a table: one partition, as bytes.
+
+The resolve and index functions read and write through a :class:`View` and know nothing of RocksDB, changelogs or
+caches. A view gathers its writes; whoever made it applies them in one batch, or drops them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+
+class View(Protocol):
+    """One partition of a table during one flush. A read sees the writes of the same flush."""
+
+    def get(self, key: bytes) -> bytes | None:
+        """Return the value under ``key``, None when there is none."""
+
+    def put(self, key: bytes, value: bytes) -> None:
+        """Write a value; visible at once to reads of this view."""
+
+    def delete(self, key: bytes) -> None:
+        """Remove a key; no effect when it is not there."""
+
+    def prefetch(self, keys: Iterable[bytes]) -> None:
+        """Tell which keys will be read, so that they can be fetched in one go; a hint only."""
+
+
+class DictView:
+    """A view over a plain dict: the library's store and the tests' model."""
+
+    def __init__(self, values: dict[bytes, bytes] | None = None) -> None:
+        self.values: dict[bytes, bytes] = {} if values is None else values
+
+    def get(self, key: bytes) -> bytes | None:
+        """Return the value under ``key``, None when there is none."""
+        return self.values.get(key)
+
+    def put(self, key: bytes, value: bytes) -> None:
+        """Write a value."""
+        self.values[key] = value
+
+    def delete(self, key: bytes) -> None:
+        """Remove a key; no effect when it is not there."""
+        self.values.pop(key, None)
+
+    def prefetch(self, keys: Iterable[bytes]) -> None:
+        """Do nothing: a dict has nothing to fetch."""
