@@ -11,6 +11,7 @@ from enum import IntEnum
 from typing import Final
 
 import msgspec
+
 from kvatlas.bridge.block_key import ExtraKey
 
 

@@ -14,6 +14,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 import xxhash
+
 from kvatlas.bridge.errors import VersionError, WireError
 
 SCHEMA_VERSION: Final = 1

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple, TypeVar, get_args, get_origin
 
 import msgspec
-from kvatlas.bridge.errors import SettingsError
 from msgspec import Meta
+
+from kvatlas.bridge.errors import SettingsError
 
 ENV_PREFIX: Final = "KVATLAS_"
 ENV_FILE: Final = "KVATLAS_CONFIG"

@@ -29,6 +29,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
+
 from kvatlas.bridge.block_key import KEY_BYTES
 from kvatlas.bridge.errors import VersionError, WireError
 

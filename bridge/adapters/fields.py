@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import msgspec
+
 from kvatlas.bridge.block_key import ExtraKey, pack_tokens
 from kvatlas.bridge.errors import LimitError, WireError
 from kvatlas.bridge.events import (
