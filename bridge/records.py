@@ -75,6 +75,8 @@ H_CONTENT_TYPE: Final = "content_type"  # see below
 H_INCARNATION: Final = "incarnation"  # decimal text, high half of the epoch
 H_ENGINE: Final = "engine"  # adapter name
 H_MODEL: Final = "model"  # model name
+H_STORE: Final = "store"  # shared store that the pod mounts; absent for the deployment's default
+H_ANNOUNCEMENTS: Final = "announcements"  # copies | presence; absent for the deployment's default
 H_REASON: Final = "reason"  # DLQ: why
 H_ORIGIN: Final = "origin"  # DLQ: topic/partition/offset it came from, or the endpoint
 

@@ -20,6 +20,10 @@ A ``kv-blocks`` record is one msgpack array of packed columns, so that it decode
 
 The epoch and sequences of a run are the pod's when it was flushed. The index drops a run that does not go past the
 (incarnation, sequence) it has already applied for that pod, so a repeated or late record changes nothing.
+
+A run too long for one record goes on in the next record of the same partition; there its first sequence is its last
+plus one. Such a piece is applied unless the pod has moved past its last sequence meanwhile; applying it twice ends in
+the same state, as updates set and never count.
 """
 
 from __future__ import annotations
