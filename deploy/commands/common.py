@@ -1,0 +1,141 @@
+"""What the subcommands share: settings from their sources, and a clean stop on signals."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib
+import importlib.util
+import os
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final, cast
+
+import msgspec
+
+from kvatlas.bridge import settings
+from kvatlas.bridge.errors import SettingsError
+from kvatlas.bridge.settings import ENV_FILE, ENV_PREFIX
+
+#: Section -> module and class of its settings; a class is imported only when its section is used.
+SECTIONS: Final = {
+    "kafka": ("kvatlas.bridge.settings", "KafkaSettings"),
+    "log": ("kvatlas.bridge.settings", "LogSettings"),
+    "bridge": ("kvatlas.bridge.options", "BridgeSettings"),
+    "worker": ("kvatlas.streams.options", "WorkerSettings"),
+    "scorer": ("kvatlas.scorer.options", "ScorerSettings"),
+    "connector": ("kvatlas.connector.options", "ConnectorSettings"),
+    "sim": ("kvatlas.deploy.sim.options", "SimSettings"),
+}
+
+#: Sections whose flags always carry a prefix, since their field names say too little alone.
+_PREFIXES: Final = {"log": "log_"}
+
+#: Environment names that are no settings of a section.
+_OTHER_NAMES: Final = frozenset({ENV_FILE, "KVATLAS_CACHE_DIR"})
+
+
+def section_class(name: str) -> type[msgspec.Struct]:
+    """Return the settings class of a section."""
+    module, attribute = SECTIONS[name]
+    return cast("type[msgspec.Struct]", getattr(importlib.import_module(module), attribute))
+
+
+def installed_sections() -> list[str]:
+    """Return the sections whose package is installed, in order."""
+    return [name for name, (module, _) in SECTIONS.items() if importlib.util.find_spec(module)]
+
+
+def add_sections(parser: argparse.ArgumentParser, *names: str, prefixed: bool = False) -> None:
+    """Add ``--config`` and the flags of the sections.
+
+    Args:
+        parser: a subcommand's parser.
+        names: sections, as in :data:`SECTIONS`.
+        prefixed: put the section's name before its flags (``--bridge-...``), for commands that run several services;
+            ``kafka`` and ``log`` keep their names.
+    """
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help=f"TOML file with one section per service [{ENV_FILE}]"
+    )
+    prefixes = {}
+    for name in names:
+        prefix = _PREFIXES.get(name, f"{name}_" if prefixed and name != "kafka" else "")
+        prefixes[name] = prefix
+        settings.add_flags(parser, name, section_class(name), prefix)
+    parser.set_defaults(sections=names)
+
+
+def load_sections(
+    args: argparse.Namespace,
+    environ: Mapping[str, str] | None = None,
+    defaults: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Build the sections that :func:`add_sections` named.
+
+    Args:
+        args: the parsed command line.
+        environ: the environment; None for the process's own.
+        defaults: section -> settings that this command prefers over the section's defaults; every source wins over
+            them.
+
+    Raises:
+        SettingsError: a key is unknown or a value is bad; the text names the source and the key.
+    """
+    environ = os.environ if environ is None else environ
+    document = read_document(args.config, environ)
+    _check_environ(environ)
+    merged = {
+        name: {**dict((defaults or {}).get(name, {})), **document.get(name, {})}
+        for name in {*document, *(defaults or {})}
+    }
+    return {
+        name: settings.load(
+            name, section_class(name), flags=settings.flags_of(args, name), environ=environ, document=merged
+        )
+        for name in args.sections
+    }
+
+
+def read_document(config: Path | None, environ: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Read the settings file that the flag or the environment names; nothing without one.
+
+    Raises:
+        SettingsError: it cannot be read, is not TOML or has an unknown section.
+    """
+    path = config or (Path(environ[ENV_FILE]) if environ.get(ENV_FILE) else None)
+    return settings.read_file(path, tuple(SECTIONS)) if path else {}
+
+
+def _check_environ(environ: Mapping[str, str]) -> None:
+    known = tuple(f"{ENV_PREFIX}{name}_".upper() for name in SECTIONS)
+    for name in environ:
+        if name.startswith(ENV_PREFIX) and name not in _OTHER_NAMES and not name.startswith(known):
+            sections = ", ".join(sorted(SECTIONS))
+            raise SettingsError(
+                f"environment variable {name} is no setting of kvatlas; sections are {sections}"
+            )
+
+
+def on_signals(stop: Callable[[], object]) -> None:
+    """Call ``stop`` on SIGTERM and on Ctrl-C (main thread, outside an event loop)."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: stop())
+
+
+def stop_event() -> threading.Event:
+    """Return an event that SIGTERM and Ctrl-C set."""
+    event = threading.Event()
+    on_signals(event.set)
+    return event
+
+
+def async_stop_event() -> asyncio.Event:
+    """Return an event that SIGTERM and Ctrl-C set; call it inside the running loop."""
+    event = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, event.set)
+    return event
