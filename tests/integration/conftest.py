@@ -84,7 +84,7 @@ CreateTopic = Callable[..., Awaitable[str]]
 
 @pytest.fixture
 def create_topic(kafka_admin: AIOKafkaAdminClient, topic_prefix: str) -> CreateTopic:
-    """Create a topic: `await create_topic("events", partitions=3, config={...})` returns its full name."""
+    """What makes topics: call it with a short name, partitions and configuration; it returns the full name."""
 
     async def create(name: str = "topic", partitions: int = 4, config: Mapping[str, str] | None = None) -> str:
         full = topic_prefix + name
