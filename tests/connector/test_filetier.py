@@ -1,0 +1,483 @@
+"""The file tier: round trips, segments, capacity, restart, and every fault of the table."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from kvatlas.connector import layout
+from kvatlas.connector.catalog import Budget
+from kvatlas.connector.errors import LayoutError
+from kvatlas.connector.outcome import Outcome
+from kvatlas.connector.segments import Block
+from tests.connector.conftest import (
+    EIO,
+    ENOSPC,
+    EROFS,
+    FINGERPRINT,
+    Fleet,
+    block,
+    fail,
+    key,
+    payload,
+    target,
+)
+
+WAIT = 20
+
+
+def store(tier, numbers, **kwargs):
+    return tier.store([block(number, **kwargs) for number in numbers]).result(WAIT)
+
+
+def load(tier, number, size=8192):
+    wanted, memory = target(number, size)
+    return tier.load([wanted]).result(WAIT)[wanted.key], bytes(memory)
+
+
+def file_of(tier, number) -> Path:
+    return tier.directory / layout.block_path(key(number))
+
+
+@pytest.mark.parametrize("size", [1, 4095, 4096, 8192, 100_000])
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("per_file", [1, 3])
+def test_what_was_stored_comes_back(fleet: Fleet, size: int, direct: bool, per_file: int) -> None:
+    """Blocks of any size come back byte for byte, one or several per file, direct or buffered."""
+    tier = fleet.tier(direct=direct, blocks_per_file=per_file)
+    assert {r.outcome for r in store(tier, range(5), size=size).values()} == {Outcome.STORED}
+    for number in range(5):
+        result, data = load(tier, number, size)
+        assert result.outcome is Outcome.LOADED
+        assert data == payload(number, size)
+    assert fleet.announced() == {key(number) for number in range(5)}
+
+
+def test_a_block_may_lie_in_several_buffers(fleet: Fleet) -> None:
+    """Parts are written and filled in order, without being joined by the caller."""
+    tier = fleet.tier()
+    data = payload(1, 10_000)
+    parts = [memoryview(data[:3]), memoryview(data[3:5000]), memoryview(data[5000:])]
+    assert tier.store([Block(key(1), parts)]).result(WAIT)[key(1)].ok
+    out = [bytearray(7000), bytearray(3000)]
+    assert tier.load([Block(key(1), [memoryview(part) for part in out])]).result(WAIT)[key(1)].ok
+    assert b"".join(out) == data
+
+
+def test_storing_again_says_that_it_exists(fleet: Fleet) -> None:
+    """A second store of a block writes nothing and says so."""
+    tier = fleet.tier()
+    store(tier, [1])
+    before = file_of(tier, 1).stat().st_ino
+    assert store(tier, [1])[key(1)].outcome is Outcome.EXISTS
+    assert file_of(tier, 1).stat().st_ino == before
+
+
+def test_an_unknown_block_is_a_miss(fleet: Fleet) -> None:
+    """Loading what was never stored is a miss and leaves the destination alone."""
+    tier = fleet.tier()
+    result, data = load(tier, 9)
+    assert result.outcome is Outcome.MISS
+    assert data == b"\xaa" * 8192
+
+
+def test_asking_for_another_size_is_a_miss_and_keeps_the_file(fleet: Fleet) -> None:
+    """A block asked for in the wrong size is not filled, and stays for those who ask rightly."""
+    tier = fleet.tier()
+    store(tier, [1])
+    assert load(tier, 1, 4096)[0].outcome is Outcome.MISS
+    assert load(tier, 1, 12_288)[0].outcome is Outcome.MISS
+    assert load(tier, 1)[1] == payload(1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"tensor_parallel": 2}, {"rank": "1"}, {"hash_seed": "7"}, {"dtype": "fp8"}, {"engine_version": "2"}],
+)
+def test_another_set_up_never_sees_the_files(fleet: Fleet, change: dict) -> None:
+    """Any difference in the fingerprint is another directory: nothing is reused."""
+    store(fleet.tier(), [1])
+    other = fleet.tier(fingerprint=type(FINGERPRINT)(**{**FINGERPRINT.__dict__, **change}))
+    assert load(other, 1)[0].outcome is Outcome.MISS
+    assert other.lookup([key(1)]) == {key(1): False}
+
+
+def test_a_manifest_that_says_something_else_refuses_to_open(fleet: Fleet) -> None:
+    """A directory whose manifest names another set-up is not used, and the error names the field."""
+    tier = fleet.tier()
+    manifest = tier.directory / layout.MANIFEST_NAME
+    manifest.write_text(manifest.read_text().replace("bfloat16", "float8"))
+    with pytest.raises(LayoutError, match="dtype"):
+        fleet.tier()
+
+
+def test_a_restart_finds_everything(fleet: Fleet) -> None:
+    """A second tier on the same root knows sizes and blocks, and loads them."""
+    store(fleet.tier(blocks_per_file=4), range(8))
+    again = fleet.tier(blocks_per_file=4)
+    assert again.known() == {key(number) for number in range(8)}
+    assert again.used_bytes == 2 * (4096 + 4 * 8192)
+    assert load(again, 5)[1] == payload(5)
+
+
+# -- the fault table -----------------------------------------------------------------------------------------
+
+
+def test_no_space_is_a_reported_failure(fleet: Fleet) -> None:
+    """ENOSPC: the store fails, nothing is announced, nothing is left behind, and the next store works."""
+    tier = fleet.tier()
+    fleet.fs.faults["pwritev"] = fail(ENOSPC)
+    result = store(tier, [1])[key(1)]
+    assert result.outcome is Outcome.FAILED
+    assert "ENOSPC" in result.detail
+    fleet.fs.faults.clear()
+    assert fleet.announced() == set()
+    assert not list((tier.directory / layout.STAGING).iterdir())
+    assert tier.lookup([key(1)]) == {key(1): False}
+    assert store(tier, [1])[key(1)].outcome is Outcome.STORED
+
+
+def test_a_disk_that_takes_only_part_is_no_success(fleet: Fleet) -> None:
+    """A short write is carried on; one that makes no progress is a failure."""
+    tier = fleet.tier(direct=False)
+    real = os.pwritev
+    fleet.fs.faults["pwritev"] = lambda fd, buffers, offset: real(fd, [buffers[0][:1000]], offset)
+    assert store(tier, [1])[key(1)].outcome is Outcome.STORED
+    fleet.fs.faults["pwritev"] = lambda *_: 0
+    assert store(tier, [2])[key(2)].outcome is Outcome.FAILED
+    fleet.fs.faults.clear()
+    assert load(tier, 1)[1] == payload(1)
+    assert fleet.announced() == {key(1)}
+
+
+@pytest.mark.parametrize("call", ["open", "pwritev", "fsync", "replace"])
+def test_an_io_error_while_storing_is_a_reported_failure(fleet: Fleet, call: str) -> None:
+    """EIO at any step of a store: reported, not announced, not findable."""
+    tier = fleet.tier(fsync=True)
+    fleet.fs.faults[call] = fail(EIO)
+    result = store(tier, [1])[key(1)]
+    assert result.outcome is Outcome.FAILED
+    assert "EIO" in result.detail
+    fleet.fs.faults.clear()
+    assert fleet.announced() == set()
+    assert load(tier, 1)[0].outcome is Outcome.MISS
+
+
+def test_an_io_error_while_loading_fails_and_is_not_promised_again_at_once(fleet: Fleet) -> None:
+    """EIO on a read: the load fails, lookups say no for a while, then the block is tried again."""
+    tier = fleet.tier()
+    store(tier, [1])
+    fleet.fs.faults["preadv"] = fail(EIO)
+    assert load(tier, 1)[0].outcome is Outcome.FAILED
+    fleet.fs.faults.clear()
+    assert tier.lookup([key(1)]) == {key(1): False}
+    fleet.monotonic += 31
+    assert tier.lookup([key(1)]) == {key(1): True}
+    assert load(tier, 1)[1] == payload(1)
+
+
+def test_a_short_read_is_asked_again(fleet: Fleet) -> None:
+    """A read that stops early goes on where it stopped and still verifies."""
+    tier = fleet.tier(direct=False)
+    store(tier, [1])
+    real = os.preadv
+    fleet.fs.faults["preadv"] = lambda fd, buffers, offset: real(fd, [buffers[0][:700]], offset)
+    result, data = load(tier, 1)
+    assert result.outcome is Outcome.LOADED
+    assert data == payload(1)
+
+
+def test_a_read_that_ends_early_is_a_miss(fleet: Fleet) -> None:
+    """A file that gives fewer bytes than it should have is never taken for data."""
+    tier = fleet.tier()
+    store(tier, [1])
+    fleet.fs.faults["preadv"] = lambda *_: 0
+    assert load(tier, 1)[0].outcome is Outcome.MISS
+    assert fleet.announced() == set()
+
+
+@pytest.mark.parametrize("at", [0, 9, 30, 70, 140, 4096, 9000])
+@pytest.mark.parametrize("per_file", [1, 2])
+def test_a_flipped_bit_is_a_miss(fleet: Fleet, at: int, per_file: int) -> None:
+    """One flipped bit in header or payload: a miss, quarantined, counted and announced as removed."""
+    tier = fleet.tier(blocks_per_file=per_file)
+    store(tier, [1])
+    path = file_of(tier, 1)
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+    result, _ = load(tier, 1)
+    assert result.outcome is Outcome.MISS
+    assert not path.exists()
+    assert len(list((tier.directory / layout.QUARANTINE).iterdir())) == 1
+    assert tier.metrics.counts["corrupt"] == 1
+    assert fleet.announced() == set()
+    assert store(tier, [1])[key(1)].outcome is Outcome.STORED
+    assert load(tier, 1)[1] == payload(1)
+
+
+@pytest.mark.parametrize("length", [0, 100, 4096, 12_287])
+def test_a_truncated_file_is_a_miss(fleet: Fleet, length: int) -> None:
+    """A file cut off anywhere is neither found nor loaded."""
+    tier = fleet.tier()
+    store(tier, [1, 2])
+    for number in (1, 2):
+        os.truncate(file_of(tier, number), length)
+    assert load(tier, 1)[0].outcome is Outcome.MISS
+    assert tier.lookup([key(2)]) == {key(2): False}
+    assert fleet.announced() == set()
+
+
+def test_a_foreign_file_is_a_miss(fleet: Fleet) -> None:
+    """Another block's file, and another set-up's, under a block's name are not that block."""
+    tier = fleet.tier()
+    store(tier, [1, 2])
+    file_of(tier, 1).write_bytes(file_of(tier, 2).read_bytes())
+    other = fleet.tier(fingerprint=type(FINGERPRINT)(**{**FINGERPRINT.__dict__, "model": "x"}))
+    store(other, [3])
+    path = file_of(tier, 3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(file_of(other, 3).read_bytes())
+    assert load(tier, 1)[0].outcome is Outcome.MISS
+    assert load(tier, 3)[0].outcome is Outcome.MISS
+    assert load(tier, 2)[1] == payload(2)
+
+
+def test_a_file_deleted_between_lookup_and_load_is_a_miss(fleet: Fleet) -> None:
+    """A block that vanished after a lookup is a miss and is announced as removed."""
+    tier = fleet.tier()
+    store(tier, [1])
+    assert tier.lookup([key(1)]) == {key(1): True}
+    file_of(tier, 1).unlink()
+    assert load(tier, 1)[0].outcome is Outcome.MISS
+    assert fleet.announced() == set()
+
+
+def test_a_read_only_root_serves_and_refuses(fleet: Fleet) -> None:
+    """On a read-only root loads work, stores fail with a reason, and damage is reported without moving it."""
+    store(fleet.tier(), [1, 2])
+    fleet.changes.clear()
+    for call in ("mkdir", "replace", "unlink", "link"):
+        fleet.fs.faults[call] = fail(EROFS)
+    tier = fleet.tier()
+    assert tier.read_only
+    assert load(tier, 1)[1] == payload(1)
+    assert store(tier, [5])[key(5)].outcome is Outcome.FAILED
+    assert store(tier, [1])[key(1)].outcome is Outcome.EXISTS
+    data = bytearray(file_of(tier, 2).read_bytes())
+    data[9000] ^= 1
+    file_of(tier, 2).write_bytes(data)
+    assert load(tier, 2)[0].outcome is Outcome.MISS
+    assert tier.lookup([key(2)]) == {key(2): False}
+    assert fleet.announced() == set()
+
+
+def test_two_writers_of_one_block_leave_one_whole_block(fleet: Fleet) -> None:
+    """Engines that store and load the same blocks at once never see anything but whole blocks."""
+    tiers = [fleet.tier(blocks_per_file=2), fleet.tier(blocks_per_file=2)]
+    stop = threading.Event()
+    seen: list[object] = []
+
+    def write(tier, first):
+        while not stop.is_set():
+            tier.store([block(first), block(first + 1)]).result(WAIT)
+            tier.evict([key(first)])
+
+    def read(tier):
+        while not stop.is_set():
+            for number in (1, 2, 3):
+                result, data = load(tier, number)
+                if result.ok and data != payload(number):
+                    seen.append(number)
+                if "usable" in result.detail:
+                    seen.append(result)
+
+    threads = [
+        threading.Thread(target=write, args=(tiers[0], 1)),
+        threading.Thread(target=write, args=(tiers[1], 2)),
+        threading.Thread(target=read, args=(tiers[0],)),
+        threading.Thread(target=read, args=(tiers[1],)),
+    ]
+    for thread in threads:
+        thread.start()
+    time.sleep(1.0)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert seen == []
+
+
+def test_the_clock_may_jump_back(fleet: Fleet) -> None:
+    """After the clock went back a year, what was used last is still evicted last."""
+    tier = fleet.tier(budget=Budget(max_bytes=6 * 12_288, high_watermark=1.0, low_watermark=0.9))
+    store(tier, range(5))
+    fleet.now_ns -= 365 * 86_400 * 1_000_000_000
+    load(tier, 0)
+    store(tier, [10, 11])
+    tier.drain(WAIT)
+    assert tier.lookup([key(0), key(1)]) == {key(0): True, key(1): False}
+    assert fleet.announced() == tier.known()
+
+
+def test_closing_answers_every_future(fleet: Fleet) -> None:
+    """Transfers that have not begun when the tier closes end as cancelled, later ones too."""
+    tier = fleet.tier(threads=1)
+    gate = threading.Event()
+    real = os.preadv
+
+    def slow(fd, buffers, offset):
+        gate.wait(WAIT)
+        return real(fd, buffers, offset)
+
+    store(tier, [1])
+    fleet.fs.faults["preadv"] = slow
+    futures = [tier.load([target(1)[0]]) for _ in range(4)]
+    closing = threading.Thread(target=tier.close)
+    closing.start()
+    time.sleep(0.05)
+    gate.set()
+    closing.join(WAIT)
+    outcomes = [future.result(WAIT)[key(1)].outcome for future in futures]
+    assert set(outcomes) <= {Outcome.LOADED, Outcome.CANCELLED}
+    assert Outcome.CANCELLED in outcomes
+    assert tier.store([block(2)]).result(WAIT)[key(2)].outcome is Outcome.CANCELLED
+
+
+def test_stores_are_shed_when_too_many_wait_and_loads_are_not(fleet: Fleet) -> None:
+    """Under pressure stores are dropped with an outcome while loads still get in."""
+    tier = fleet.tier(threads=1, queued_write_bytes=3 * 8192)
+    gate = threading.Event()
+    store(tier, [100])
+    fleet.fs.faults["pwritev"] = lambda *_: gate.wait(WAIT) and None
+    futures = [tier.store([block(number)]) for number in range(10)]
+    reading = tier.load([target(100)[0]])
+    gate.set()
+    outcomes = [future.result(WAIT)[key(number)].outcome for number, future in enumerate(futures)]
+    assert outcomes.count(Outcome.SHED) >= 5
+    assert outcomes.count(Outcome.STORED) >= 3
+    assert reading.result(WAIT)[key(100)].ok
+    assert fleet.announced() == {
+        key(100),
+        *(key(number) for number, outcome in enumerate(outcomes) if outcome is Outcome.STORED),
+    }
+
+
+# -- capacity ------------------------------------------------------------------------------------------------
+
+
+def test_the_budget_holds_and_the_oldest_go_first(fleet: Fleet) -> None:
+    """Stores beyond the budget evict what was longest unused; the budget is never exceeded."""
+    tier = fleet.tier(budget=Budget(max_bytes=10 * 12_288, high_watermark=0.9, low_watermark=0.5))
+    for number in range(30):
+        fleet.now_ns += 1_000_000
+        assert store(tier, [number])[key(number)].ok
+        assert tier.used_bytes <= 10 * 12_288
+    tier.drain(WAIT)
+    held = {number for number in range(30) if tier.lookup([key(number)])[key(number)]}
+    assert held == set(range(30 - len(held), 30))
+    assert 5 <= len(held) <= 9
+    assert fleet.announced() == {key(number) for number in held}
+
+
+def test_a_block_that_can_never_fit_is_shed(fleet: Fleet) -> None:
+    """A block larger than the whole budget is refused with an outcome."""
+    tier = fleet.tier(budget=Budget(max_bytes=8192))
+    assert store(tier, [1])[key(1)].outcome is Outcome.SHED
+
+
+def test_a_percentage_of_the_file_system_is_a_budget_too(fleet: Fleet) -> None:
+    """A percentage limits the tier by the size of the file system."""
+    fleet.fs.total_bytes = 100 * 12_288
+    tier = fleet.tier(budget=Budget(max_percent=5.0, high_watermark=1.0, low_watermark=0.8))
+    store(tier, range(20))
+    tier.drain(WAIT)
+    assert tier.used_bytes <= 5 * 12_288
+
+
+def test_last_use_survives_a_restart(fleet: Fleet) -> None:
+    """After a restart eviction still goes by use, not by when a block was written."""
+    first = fleet.tier()
+    for number in range(6):
+        fleet.now_ns = time.time_ns() + number * 1_000_000
+        store(first, [number])
+    fleet.now_ns = time.time_ns() + 3_600_000_000_000
+    load(first, 0)
+    first.close(drain=True)
+    again = fleet.tier(budget=Budget(max_bytes=6 * 12_288, high_watermark=1.0, low_watermark=0.7))
+    fleet.now_ns += 1_000_000
+    store(again, [7])
+    again.drain(WAIT)
+    assert again.lookup([key(0)]) == {key(0): True}
+    assert again.lookup([key(1)]) == {key(1): False}
+
+
+def test_a_lost_sidecar_is_rebuilt_from_a_scan(fleet: Fleet) -> None:
+    """Without its usage files a tier still opens, knows its blocks and keeps to its budget."""
+    first = fleet.tier()
+    store(first, range(6))
+    first.close(drain=True)
+    for path in (first.directory / layout.USAGE).iterdir():
+        path.write_bytes(b"garbage" * 13)
+    again = fleet.tier(budget=Budget(max_bytes=4 * 12_288))
+    again.drain(WAIT)
+    assert 0 < again.used_bytes <= 4 * 12_288
+    assert len(again.known()) == again.used_bytes // 12_288
+
+
+def test_abandoned_temporary_files_are_removed(fleet: Fleet) -> None:
+    """What a killed writer left half written is removed once it is old, and never read."""
+    tier = fleet.tier()
+    staging = tier.directory / layout.STAGING
+    old, young = staging / "dead-0.tmp", staging / "alive-0.tmp"
+    fleet.now_ns = time.time_ns()
+    for path in (old, young):
+        path.write_bytes(b"x" * 5000)
+    os.utime(old, (time.time() - 7200, time.time() - 7200))
+    tier.rescan()
+    assert not old.exists()
+    assert young.exists()
+
+
+def test_without_hard_links_each_block_has_a_file(fleet: Fleet) -> None:
+    """A file system that refuses links gets one block per file and loses nothing."""
+    fleet.fs.faults["link"] = fail(1)
+    tier = fleet.tier(blocks_per_file=4)
+    assert tier.blocks_per_file == 1
+    store(tier, range(4))
+    assert load(tier, 3)[1] == payload(3)
+
+
+def test_a_failure_between_two_names_keeps_the_whole_blocks(fleet: Fleet) -> None:
+    """When a segment gets only some of its names, those blocks are stored and the others are failures."""
+    tier = fleet.tier(blocks_per_file=3)
+    real = fleet.fs.faults
+    last = file_of(tier, 2)
+
+    def refuse(source, destination):
+        if destination == last:
+            raise OSError(EIO, "injected")
+
+    real["replace"] = refuse
+    results = store(tier, [0, 1, 2])
+    real.clear()
+    assert [results[key(number)].outcome for number in range(3)] == [
+        Outcome.STORED,
+        Outcome.STORED,
+        Outcome.FAILED,
+    ]
+    assert fleet.announced() == {key(0), key(1)}
+    assert load(tier, 1)[1] == payload(1)
+
+
+def test_evicting_by_name_removes_and_announces(fleet: Fleet) -> None:
+    """An explicit eviction removes a block and tells it; an unknown one is not told."""
+    tier = fleet.tier()
+    store(tier, [1, 2])
+    results = tier.evict([key(1), key(9)])
+    assert {result.outcome for result in results.values()} == {Outcome.MISS}
+    assert fleet.announced() == {key(2)}
+    assert fleet.changes[-1].keys == (key(1),)
