@@ -1,0 +1,189 @@
+"""What every service tells its operator: Prometheus metrics, health, readiness and log lines.
+
+One small HTTP server with three pages: ``/metrics`` (Prometheus text), ``/healthz`` (the process answers), ``/readyz``
+(200 once every registered check passes, else 503 with the reasons).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Final
+
+import msgspec
+from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from kvatlas.bridge.errors import SettingsError
+from kvatlas.bridge.settings import LogSettings
+
+Check = Callable[[], str | None]
+
+_REQUEST_SECONDS: Final = 5.0
+_REQUEST_BYTES: Final = 8192
+_TEXT: Final = "text/plain; charset=utf-8"
+_REASONS: Final = {200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed", 503: "Unavailable"}
+
+log = logging.getLogger(__name__)
+
+
+class Telemetry:
+    """The HTTP side of one service.
+
+    Attributes:
+        port: the port that is bound, 0 before :meth:`start` and when switched off.
+    """
+
+    def __init__(self, listen: str, *, registry: CollectorRegistry = REGISTRY) -> None:
+        """Describe the server.
+
+        Args:
+            listen: ``host:port``; port 0 takes a free one; empty text switches the server off.
+            registry: where ``/metrics`` reads from.
+
+        Raises:
+            SettingsError: ``listen`` is not ``host:port``.
+        """
+        self.port = 0
+        self._host, self._wanted = _split(listen) if listen else ("", -1)
+        self._registry = registry
+        self._checks: dict[str, Check] = {}
+        self._server: asyncio.Server | None = None
+        self._open: set[asyncio.StreamWriter] = set()
+
+    @property
+    def address(self) -> str:
+        """The bound ``host:port``, empty when the server is off."""
+        return f"{self._host}:{self.port}" if self.port else ""
+
+    def add_check(self, name: str, check: Check) -> None:
+        """Register a readiness check: it returns None when ready, else why not."""
+        self._checks[name] = check
+
+    def unready(self) -> dict[str, str]:
+        """Return the checks that do not pass, with their reasons."""
+        return {name: why for name, check in self._checks.items() if (why := check()) is not None}
+
+    async def start(self) -> None:
+        """Bind and serve.
+
+        Raises:
+            SettingsError: the address cannot be bound.
+        """
+        if self._wanted < 0 or self._server is not None:
+            return
+        try:
+            self._server = await asyncio.start_server(
+                self._serve, self._host, self._wanted, limit=_REQUEST_BYTES, reuse_address=True
+            )
+        except OSError as error:
+            raise SettingsError(f"cannot listen on {self._host}:{self._wanted} for metrics: {error}") from error
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def stop(self) -> None:
+        """Stop serving and drop open connections."""
+        if self._server is None:
+            return
+        self._server.close()
+        for writer in list(self._open):
+            writer.close()
+        await self._server.wait_closed()
+        self._server = None
+        self.port = 0
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._open.add(writer)
+        try:
+            async with asyncio.timeout(_REQUEST_SECONDS):
+                head = await reader.readuntil(b"\r\n\r\n")
+                writer.write(self._answer(head))
+                await writer.drain()
+        except (TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ConnectionError):
+            pass  # a probe that went away or never spoke HTTP
+        finally:
+            self._open.discard(writer)
+            with contextlib.suppress(ConnectionError):
+                writer.close()
+
+    def _answer(self, head: bytes) -> bytes:
+        words = head.split(b"\r\n", 1)[0].split()
+        if len(words) != 3:
+            return _response(400, "not an HTTP request\n")
+        if words[0] not in (b"GET", b"HEAD"):
+            return _response(405, "only GET and HEAD\n")
+        only_head = words[0] == b"HEAD"
+        page = words[1].split(b"?", 1)[0]
+        if page == b"/metrics":
+            return _response(200, generate_latest(self._registry), CONTENT_TYPE_LATEST, only_head=only_head)
+        if page == b"/healthz":
+            return _response(200, "ok\n", only_head=only_head)
+        if page == b"/readyz":
+            missing = self.unready()
+            text = "".join(f"{name}: {why}\n" for name, why in missing.items()) or "ready\n"
+            return _response(503 if missing else 200, text, only_head=only_head)
+        return _response(404, "pages: /metrics /healthz /readyz\n", only_head=only_head)
+
+
+def _response(status: int, body: str | bytes, kind: str = _TEXT, *, only_head: bool = False) -> bytes:
+    data = body.encode() if isinstance(body, str) else body
+    head = (
+        f"HTTP/1.1 {status} {_REASONS[status]}\r\nContent-Type: {kind}\r\n"
+        f"Content-Length: {len(data)}\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode() + (b"" if only_head else data)
+
+
+def _split(listen: str) -> tuple[str, int]:
+    host, colon, port = listen.rpartition(":")
+    if not colon or not port.isdecimal():
+        raise SettingsError(f"listen address {listen!r}: expected host:port")
+    return host.strip("[]") or "0.0.0.0", int(port)  # noqa: S104 - an empty host asks for every interface
+
+
+class _JsonFormatter(logging.Formatter):
+    def __init__(self, service: str) -> None:
+        super().__init__()
+        self._service = service
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {
+            "time": _utc(record),
+            "level": record.levelname.lower(),
+            "service": self._service,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            fields["error"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(fields).decode()
+
+
+class _TextFormatter(logging.Formatter):
+    def __init__(self, service: str) -> None:
+        super().__init__()
+        self._service = service
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = f"{_utc(record)} {record.levelname.lower():7} {self._service} {record.name}: {record.getMessage()}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+def _utc(record: logging.LogRecord) -> str:
+    return datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
+
+
+def configure_logging(settings: LogSettings, service: str) -> None:
+    """Send log lines of this process to standard error; calling it again replaces what was set.
+
+    Client libraries are kept at warning or above: their info lines repeat what our metrics say.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonFormatter(service) if settings.format == "json" else _TextFormatter(service))
+    level = logging.getLevelNamesMapping()[settings.level.upper()]
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    for noisy in ("aiokafka", "kafka", "faust", "mode", "kubernetes", "urllib3", "asyncio"):
+        logging.getLogger(noisy).setLevel(max(level, logging.WARNING))
