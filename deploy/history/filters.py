@@ -1,0 +1,123 @@
+"""Which records of a log somebody wants to see, decided as cheaply as the question allows.
+
+Pod and model are read from key and headers. Event types need the summary of a message. Block keys are no part of an
+engine's message: they are found by resolving the messages as the workers do, from the start of the range, so a chain
+whose beginning lies before the range cannot be followed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Final
+
+import msgspec
+
+from kvatlas.bridge import block_key, records
+from kvatlas.bridge.errors import WireError
+from kvatlas.deploy.history.log import Record
+from kvatlas.deploy.history.summary import MessageLine, message_line
+from kvatlas.streams.codec import decode_blocks
+from kvatlas.streams.effects import Effects
+from kvatlas.streams.message import parse_message
+from kvatlas.streams.resolve import ResolveOptions, Resolver
+from kvatlas.streams.view import DictView
+
+_KEY: Final = block_key.KEY_BYTES
+
+
+class Wanted(msgspec.Struct, frozen=True, kw_only=True):
+    """What a record must match; empty means anything.
+
+    Attributes:
+        pods: pod ids.
+        models: model names.
+        types: event types (:data:`kvatlas.deploy.history.summary.TYPES`).
+        keys: block keys, 16 bytes each.
+        sequences: first and last sequence, inclusive; -1 leaves an end open.
+    """
+
+    pods: frozenset[str] = frozenset()
+    models: frozenset[str] = frozenset()
+    types: frozenset[str] = frozenset()
+    keys: frozenset[bytes] = frozenset()
+    sequences: tuple[int, int] = (-1, -1)
+
+
+def prefix_keys(
+    tokens: Iterable[int], model: str, lora: str | None, cache_salt: str | None, block_size_tokens: int
+) -> frozenset[bytes]:
+    """Return the block keys of a token prefix, for :attr:`Wanted.keys`."""
+    packed = block_key.pack_tokens(list(tokens))
+    return frozenset(block_key.block_keys(block_key.root_key(model, lora, cache_salt), packed, block_size_tokens))
+
+
+class Filter:
+    """Decides record by record; holds the state that following block keys needs."""
+
+    def __init__(self, wanted: Wanted, block_size_tokens: int = 16) -> None:
+        self._wanted = wanted
+        self._pods = {pod.encode() for pod in wanted.pods}
+        self._pod_refs = {records.pod_ref(pod) for pod in wanted.pods}
+        self._models = {model.encode() for model in wanted.models}
+        self._views: dict[str, DictView] = {}
+        self._resolver = Resolver(ResolveOptions(block_size_tokens=block_size_tokens), 1, lambda: 0)
+
+    def events(self, record: Record) -> MessageLine | None:
+        """Return the summary of a ``kv-events`` record that matches, None for one that does not."""
+        wanted = self._wanted
+        if self._pods and record.key not in self._pods:
+            return None
+        if wanted.keys and not self._touches(record):
+            return None
+        headers = dict(record.headers)
+        if self._models and headers.get(records.H_MODEL) not in self._models:
+            return None
+        line = message_line(record)
+        first, last = wanted.sequences
+        if (first >= 0 and line.sequence < first) or (0 <= last < line.sequence):
+            return None
+        if wanted.types:
+            events = [event for event in line.events if event.type in wanted.types]
+            if not events:
+                return None
+            line = msgspec.structs.replace(line, events=events)
+        return line
+
+    def blocks(self, record: Record) -> bool:
+        """Tell whether a ``kv-blocks`` record matches the pods and block keys."""
+        if not (self._wanted.pods or self._wanted.keys):
+            return True
+        try:
+            found = decode_blocks(record.value or b"")
+        except WireError:
+            return False
+        if self._pod_refs and not any(run.pod_ref in self._pod_refs for run in found.runs):
+            return False
+        return not self._wanted.keys or _any_key(found.keys, self._wanted.keys)
+
+    def decision(self, record: Record) -> bool:
+        """Tell whether a ``kv-decisions`` record matches the pods, models and block keys."""
+        try:
+            found = records.decode(records.DecisionRecord, record.value or b"")
+        except WireError:
+            return not (self._wanted.pods or self._wanted.models or self._wanted.keys)
+        return (
+            (not self._wanted.pods or found.pod in self._wanted.pods)
+            and (not self._wanted.models or found.model in self._wanted.models)
+            and (not self._wanted.keys or _any_key(found.keys, self._wanted.keys))
+        )
+
+    def _touches(self, record: Record) -> bool:
+        """Resolve a message and tell whether it adds or removes one of the wanted blocks."""
+        message = parse_message(record.key, record.value, record.headers, record.partition, record.offset)
+        effects = Effects(1)
+        self._resolver.apply(self._views.setdefault(message.pod, DictView()), message, effects)
+        return any(
+            _any_key(decode_blocks(value).keys, self._wanted.keys)
+            for values in effects.encode().values()
+            for value in values
+        )
+
+
+def _any_key(packed: bytes, keys: Collection[bytes]) -> bool:
+    return any(packed[at : at + _KEY] in keys for at in range(0, len(packed), _KEY))
