@@ -1,0 +1,1 @@
+"""Text and chats to token ids, exactly as the engine's own tokenizer makes them."""

@@ -1,0 +1,192 @@
+"""The tokenizer pool: what the scorer asks for token ids."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self, TypeVar
+
+from kvatlas.bridge.errors import SettingsError
+from kvatlas.scorer.errors import UnknownModelError
+from kvatlas.scorer.tokenization.backend import Backend, Engine, LocalBackend
+from kvatlas.scorer.tokenization.errors import (
+    BackendError,
+    BadModelError,
+    NoTokenizerError,
+    PromptLimitError,
+    TokenizeInputError,
+)
+from kvatlas.scorer.tokenization.loaded import Loaded
+from kvatlas.scorer.tokenization.options import TokenizerSettings
+from kvatlas.scorer.tokenization.records import Encoded, Truncation
+from kvatlas.scorer.tokenization.text_cache import TextCache
+
+#: Loads and calls that wait for a network; they cost no processor time here.
+_WAITING_THREADS: Final = 32
+_LOADING_THREADS: Final = 4
+
+T = TypeVar("T")
+
+
+class TokenizerPool:
+    """Tokenizers of any number of models, from the backends of the settings in their order.
+
+    A model is loaded on first use, once. When a backend does not know a model, cannot be reached or has broken files,
+    the next one is asked; what is wrong with a request itself goes straight back to the caller. All methods may be
+    called from several event loops and threads.
+    """
+
+    def __init__(
+        self,
+        settings: TokenizerSettings,
+        *,
+        backends: Sequence[Backend] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings = settings
+        self.cache = TextCache(settings.prefix_cache_bytes)
+        self._backends = tuple(backends if backends is not None else backends_of(settings, self.cache))
+        self._loading = ThreadPoolExecutor(_LOADING_THREADS, "tokenizer-load")
+        self._waiting = ThreadPoolExecutor(_WAITING_THREADS, "tokenizer-wait")
+        self._working = ThreadPoolExecutor(settings.threads or os.cpu_count() or 1, "tokenizer")
+        self._loaded = Loaded(
+            self._loading, max_models=settings.max_models, max_bytes=settings.max_model_bytes, clock=clock
+        )
+
+    async def encode(
+        self,
+        model: str,
+        prompt: str,
+        add_special_tokens: bool = True,
+        truncate: Truncation | None = None,
+        offsets: bool = False,
+    ) -> Encoded:
+        """Tokenize a prompt as the engine does for a completion.
+
+        Args:
+            model: name of the model.
+            prompt: the text.
+            add_special_tokens: add the tokens the tokenizer itself puts around a text, as engines do for completions.
+            truncate: how to cut a prompt with too many tokens; None keeps all of it.
+            offsets: also return each token's place in the text; never from the prefix cache, so slower.
+
+        Raises:
+            UnknownModelError: no backend knows the model.
+            PromptLimitError: the prompt is longer than the limit.
+            TokenizeInputError: the text is not valid Unicode, or the truncation makes no sense.
+            BadModelError: the model's files are no good.
+            BackendError: no backend that may know the model answered.
+        """
+        self._check_prompt(prompt)
+
+        def work(engine: Engine) -> Encoded:
+            return engine.encode(prompt, add_special_tokens=add_special_tokens, truncation=truncate, offsets=offsets)
+
+        encoded, backend = await self._ask(model, work)
+        return Encoded(encoded.ids, backend, encoded.offsets, encoded.known_bytes)
+
+    async def load(self, model: str) -> str:
+        """Load a model's tokenizer now and return the backend that has it.
+
+        Raises:
+            UnknownModelError: no backend knows the model.
+            BadModelError: the model's files are no good.
+            BackendError: no backend that may know the model answered.
+        """
+        _, backend = await self._ask(model, lambda engine: engine.size_bytes)
+        return backend
+
+    def models(self) -> list[str]:
+        """Return the models whose tokenizers are loaded."""
+        return self._loaded.models()
+
+    @property
+    def loads(self) -> int:
+        """How many loads were begun since the start."""
+        return self._loaded.loads
+
+    def close(self) -> None:
+        """Stop the threads and give everything back; calls under way end first."""
+        for executor in (self._loading, self._waiting, self._working):
+            executor.shutdown(wait=True, cancel_futures=True)
+        self._loaded.close()
+        for backend in self._backends:
+            backend.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self.close)
+
+    async def _ask(self, model: str, work: Callable[[Engine], T]) -> tuple[T, str]:
+        """Run work on the first backend that can do it; returns its result and the backend's name."""
+        if not model:
+            raise TokenizeInputError("no model is named: tokenizing needs to know whose tokenizer")
+        failures: list[tuple[str, UnknownModelError | BadModelError | BackendError]] = []
+        for backend in self._backends:
+            try:
+                engine = await _waited(self._loaded.get(backend, model))
+                executor = self._waiting if backend.waits else self._working
+                return await _waited(executor.submit(work, engine)), backend.name
+            except (UnknownModelError, BadModelError, BackendError) as error:
+                failures.append((backend.name, error))
+        raise _summary(model, failures)
+
+    def _check_prompt(self, prompt: str) -> None:
+        limit = self._settings.max_prompt_bytes
+        # Four bytes a character at most, so most prompts need no encoding to know.
+        if len(prompt) * 4 > limit and (size := len(prompt.encode(errors="replace"))) > limit:
+            raise PromptLimitError(f"prompt of {size} bytes; the limit is {limit} (setting max_prompt_bytes)")
+
+
+def backends_of(settings: TokenizerSettings, cache: TextCache) -> list[Backend]:
+    """Build the backends that the settings turn on, in their order.
+
+    Raises:
+        SettingsError: an entry of ``models`` is not MODEL=DIR.
+    """
+    found: list[Backend] = []
+    for name in settings.order:
+        if name == "local":
+            root = Path(settings.root) if settings.root else None
+            found.append(LocalBackend(_folders(settings.models), root, cache))
+    return found
+
+
+def _folders(entries: Sequence[str]) -> dict[str, Path]:
+    folders = {}
+    for entry in entries:
+        model, equals, folder = entry.partition("=")
+        if not (model and equals and folder):
+            raise SettingsError(f"[tokenizer] models: {entry!r} is not MODEL=DIR")
+        folders[model] = Path(folder)
+    return folders
+
+
+async def _waited(future: Future[T]) -> T:
+    """Wait for a future of a thread; being cancelled here neither stops it nor takes it from others who wait."""
+    return await asyncio.shield(asyncio.wrap_future(future))
+
+
+def _summary(
+    model: str, failures: Sequence[tuple[str, UnknownModelError | BadModelError | BackendError]]
+) -> UnknownModelError | BadModelError | BackendError:
+    """Return one error for what all backends answered: the most telling kind, with every backend's words."""
+    if not failures:
+        return NoTokenizerError(f"no tokenizer for model {model!r}: no backend is turned on (setting order)")
+    text = f"no tokenizer for model {model!r}: " + "; ".join(f"{name}: {error}" for name, error in failures)
+    for kind in (BackendError, BadModelError):
+        found = [error for _, error in failures if isinstance(error, kind)]
+        if found:
+            summary: BackendError | BadModelError = kind(text)
+            summary.__cause__ = found[0]
+            return summary
+    return NoTokenizerError(text)
