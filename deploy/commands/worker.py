@@ -1,0 +1,162 @@
+"""``kvatlas worker``: one stream worker, or several of them under one supervisor."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from kvatlas.bridge import records
+from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.telemetry import configure_logging
+from kvatlas.deploy.brokers.topics import ensure_topics
+from kvatlas.deploy.commands import common
+from kvatlas.streams.options import WorkerSettings
+from kvatlas.streams.service import WorkerService
+
+HELP: Final = "materialise the block index and answer lookups"
+
+_CHILD: Final = "--child"
+_STOP_SECONDS: Final = 8.0
+_RESTART_SECONDS: Final = 1.0
+_POLL_SECONDS: Final = 0.1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this subcommand."""
+    common.add_sections(parser, "kafka", "worker", "log")
+    parser.add_argument(_CHILD, type=int, default=-1, help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run a worker until SIGTERM or Ctrl-C; prints ``ready worker=HOST:PORT`` once its partitions are restored."""
+    sections = common.load_sections(args)
+    settings: WorkerSettings = sections["worker"]
+    configure_logging(sections["log"], "worker")
+    if settings.processes > 1 and args.child < 0:
+        return Supervisor(settings.processes, _arguments()).run()
+    if args.child >= 0:
+        settings = child_settings(settings, args.child)
+    _use_uvloop()
+    return asyncio.run(_serve(settings, sections["kafka"]))
+
+
+def child_settings(settings: WorkerSettings, number: int) -> WorkerSettings:
+    """Return the settings of one of several worker processes: its own folder and its own ports."""
+    return msgspec.structs.replace(
+        settings,
+        processes=1,
+        state_dir=str(Path(settings.state_dir) / f"w{number}"),
+        listen=shifted(settings.listen, number),
+        telemetry_listen=shifted(settings.telemetry_listen, number),
+        advertise=shifted(settings.advertise, number),
+    )
+
+
+def shifted(address: str, number: int) -> str:
+    """Return ``host:port`` with ``number`` added to a fixed port; port 0, or none, stays."""
+    host, _, port = address.rpartition(":")
+    return f"{host}:{int(port) + number}" if host and port.isdigit() and int(port) else address
+
+
+async def _serve(settings: WorkerSettings, kafka: KafkaSettings) -> int:
+    if kafka.create_topics:
+        await ensure_topics(kafka, (*records.TOPICS, *records.changelog_topics(settings.app)))
+    stop = common.async_stop_event()
+    service = WorkerService(settings, kafka)
+    try:
+        await service.start()
+        announcing = asyncio.create_task(_say_ready(service))
+        await service.run_until(stop)
+        announcing.cancel()
+    finally:
+        await service.stop()
+    return 0
+
+
+async def _say_ready(service: WorkerService) -> None:
+    await service.ready.wait()
+    print(f"ready worker={service.address}", flush=True)
+
+
+def _use_uvloop() -> None:
+    try:
+        import uvloop  # noqa: PLC0415 # not on every platform
+    except ImportError:
+        return
+    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+
+
+def _arguments() -> list[str]:
+    return [sys.executable, "-m", "kvatlas.deploy.cli", *sys.argv[1:]]
+
+
+class Supervisor:
+    """Runs worker processes: starts them anew when they die, hands signals on, waits for all of them.
+
+    Args:
+        processes: how many.
+        command: what runs one; ``--child N`` is added.
+    """
+
+    def __init__(self, processes: int, command: Sequence[str]) -> None:
+        self._command = list(command)
+        self._children: list[subprocess.Popen[Any] | None] = [None] * processes
+        self._started = [0.0] * processes
+        self._stopping = False
+
+    def run(self) -> int:
+        """Run until SIGTERM or Ctrl-C; returns 0 when all children ended cleanly, else 1."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._stop())
+        for number in range(len(self._children)):
+            self._start(number)
+        while not self._stopping:
+            time.sleep(_POLL_SECONDS)
+            self._revive()
+        return self._wait()
+
+    def _start(self, number: int) -> None:
+        self._started[number] = time.monotonic()
+        # A session of its own: Ctrl-C reaches the supervisor alone, which hands it on once.
+        self._children[number] = subprocess.Popen(  # noqa: S603 # our own command line
+            [*self._command, _CHILD, str(number)], start_new_session=True
+        )
+
+    def _revive(self) -> None:
+        for number, child in enumerate(self._children):
+            if child is None or child.poll() is None or self._stopping:
+                continue
+            if time.monotonic() - self._started[number] >= _RESTART_SECONDS:
+                print(
+                    f"worker process {number} ended with {child.returncode}, started anew", file=sys.stderr, flush=True
+                )
+                self._start(number)
+
+    def _stop(self) -> None:
+        self._stopping = True
+        for child in self._children:
+            if child is not None and child.poll() is None:
+                child.terminate()
+
+    def _wait(self) -> int:
+        deadline = time.monotonic() + _STOP_SECONDS
+        codes = []
+        for child in self._children:
+            if child is None:
+                continue
+            try:
+                codes.append(child.wait(max(deadline - time.monotonic(), 0.1)))
+            except subprocess.TimeoutExpired:
+                os.killpg(child.pid, signal.SIGKILL)
+                codes.append(child.wait())
+        return 0 if all(code == 0 for code in codes) else 1

@@ -1,0 +1,333 @@
+"""The Faust app of a worker: topics, tables, two agents, and what has to happen around a rebalance. Wiring only."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Final
+
+import faust
+from faust.transport.drivers import aiokafka as driver
+from faust.types import TP
+from mode import get_logger
+from yarl import URL
+
+from kvatlas.bridge import records
+from kvatlas.bridge.kafka import password, ssl_context
+from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.streams.flow import Flows
+from kvatlas.streams.options import WorkerSettings
+from kvatlas.streams.pods import PodPublisher
+from kvatlas.streams.recovery import BulkTableManager
+from kvatlas.streams.resolve import ResolveOptions, Resolver
+from kvatlas.streams.restore import BulkReader
+from kvatlas.streams.rocks import RocksBudget
+from kvatlas.streams.stages import IndexStage, Output, ResolveStage
+from kvatlas.streams.store import Role
+from kvatlas.streams.table import BulkTable
+
+logger = get_logger(__name__)
+
+ENGINE_BLOCKS: Final = "engine_blocks"
+BLOCK_INDEX: Final = "block_index"
+
+_MAX_POLL_SECONDS: Final = 7 * 24 * 3600.0  # a restore may take long without a poll; heartbeats go on meanwhile
+_DRAIN_SECONDS: Final = 3.0
+
+
+class SourceConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc] # faust has no usable types here
+    """Faust's consumer thread with a fetch wait of ours: Faust's is fixed at 1.5 s.
+
+    A fetch over several partitions also waits that long on the embedded broker, and aiokafka holds fetches back for
+    as long when one partition's records are not taken, as those of changelogs are.
+    """
+
+    def _create_worker_consumer(self, transport: Any) -> Any:
+        consumer = super()._create_worker_consumer(transport)
+        consumer._fetch_max_wait_ms = self.app.fetch_wait_ms
+        return consumer
+
+
+class SourceConsumer(driver.Consumer):  # type: ignore[misc] # faust has no usable types here
+    """Faust's consumer, which starts where the tables end.
+
+    What the table reflects is stored in it, so that is the position; the group's committed offset is only a hint
+    that may be behind (a crash before the commit) or ahead (the table's state was lost and is to be rebuilt).
+    """
+
+    def _new_consumer_thread(self) -> Any:
+        return SourceConsumerThread(self, loop=self.loop, beacon=self.beacon)
+
+    async def perform_seek(self) -> None:
+        """Seek to the committed offsets, then to the tables' own where they differ."""
+        await super().perform_seek()
+        wanted = {
+            tp: offset
+            for tp, offset in self.app.source_positions(self.assignment()).items()
+            if self._committed_offset.get(tp) not in (offset, None if offset == 0 else offset)
+        }
+        if wanted:
+            logger.info(
+                "seek to the tables' source offsets: %s", {f"{tp.topic}/{tp.partition}": o for tp, o in wanted.items()}
+            )
+            await self.seek_wait(wanted)
+            self._committed_offset.update(wanted)
+
+
+class SourceTransport(driver.Transport):  # type: ignore[misc] # faust has no usable types here
+    """Faust's aiokafka transport with :class:`SourceConsumer`."""
+
+    Consumer: ClassVar[Any] = SourceConsumer
+
+
+class WorkerApp(faust.App):  # type: ignore[misc] # faust has no usable types here
+    """The app; built by :func:`build_app`.
+
+    Attributes:
+        reader: bulk reader of changelogs.
+        flows: source topic -> flows of its agent.
+        sources: source topic -> table that its agent writes.
+        fetch_wait_ms: how long a fetch waits at the broker for records.
+        publisher: of pod records; None when the resolve agent does not run here.
+    """
+
+    reader: BulkReader
+    flows: dict[str, Flows]
+    sources: dict[str, BulkTable]
+    fetch_wait_ms: int
+    publisher: PodPublisher | None
+    roles_listener: Callable[[], None] | None
+
+    def _new_transport(self) -> Any:
+        return SourceTransport(self.conf.broker_consumer, self)
+
+    def bulk_table(self, name: str) -> BulkTable | None:
+        """Return one of our tables, None when this role does not have it."""
+        return next((table for table in self.sources.values() if table.name == name), None)
+
+    def source_positions(self, assignment: set[TP]) -> Mapping[TP, int]:
+        """Return where each assigned source partition goes on, as its table says."""
+        positions = {}
+        for tp in assignment:
+            table = self.sources.get(tp.topic)
+            if table is not None and (state := table.store.states.get(tp.partition)) is not None:
+                positions[tp] = state.meta.source_offset + 1
+        return positions
+
+    def aiokafka_producer(self) -> Any:
+        """Return the ``AIOKafkaProducer`` inside Faust's producer."""
+        return self.producer._ensure_producer()
+
+    def on_roles_changed(self) -> None:
+        """Let flows run again after a restore and tell who listens."""
+        for flows in self.flows.values():
+            flows.resume()
+        self._tell()
+
+    async def quiesce(self) -> None:
+        """Finish flushes in progress, drop what is queued, and demote what is active to a flagged copy."""
+        await asyncio.gather(*(flows.stop(_DRAIN_SECONDS) for flows in self.flows.values()))
+        if self.publisher is not None:
+            self.publisher.forget()
+        for table in self.sources.values():
+            for state in table.store.states.values():
+                if state.role is Role.ACTIVE:
+                    state.role = Role.STANDBY
+        self._tell()
+
+    def _tell(self) -> None:
+        if self.roles_listener is not None:
+            self.roles_listener()
+
+
+def resolve_options(settings: WorkerSettings) -> ResolveOptions:
+    """Return the pure part's options from a worker's settings."""
+    return ResolveOptions(
+        block_size_tokens=settings.block_size_tokens,
+        announcements=settings.announcements,
+        clears=settings.clears,
+        strict_gaps=settings.strict_gaps,
+        orphan_blocks=settings.orphan_blocks,
+        store=settings.default_store,
+    )
+
+
+def group_of(settings: WorkerSettings) -> str:
+    """Return the consumer group: one for whole workers, one per agent when they run apart."""
+    return settings.app if settings.role == "all" else f"{settings.app}-{settings.role}"
+
+
+def build_app(
+    settings: WorkerSettings,
+    kafka: KafkaSettings,
+    *,
+    partitions: Mapping[str, int],
+    worker_id: str,
+    clock: Callable[[], int],
+    on_crash: Callable[[BaseException], None],
+) -> WorkerApp:
+    """Build the app of one worker.
+
+    Args:
+        settings: the worker's.
+        kafka: how to reach the brokers.
+        partitions: topic (without prefix) -> number of partitions, as the brokers say.
+        worker_id: names this worker in the brokers' logs.
+        clock: wall clock, ns since the epoch.
+        on_crash: called with the error when a flow ends by one.
+    """
+    app = WorkerApp(
+        kafka.topic(group_of(settings)),
+        broker=[URL(f"kafka://{address.strip()}") for address in kafka.brokers.split(",")],
+        broker_client_id=f"kvatlas-worker-{worker_id}",
+        broker_credentials=_credentials(kafka),
+        broker_session_timeout=settings.session_timeout_seconds,
+        broker_heartbeat_interval=settings.heartbeat_seconds,
+        broker_request_timeout=settings.request_timeout_seconds,
+        broker_rebalance_timeout=max(settings.session_timeout_seconds * 2, 10.0),
+        broker_max_poll_interval=_MAX_POLL_SECONDS,
+        broker_commit_interval=1.0,
+        consumer_auto_offset_reset="earliest",
+        consumer_max_fetch_size=4 * 1024 * 1024,
+        producer_acks=-1,
+        producer_max_batch_size=settings.batch_bytes,
+        producer_max_request_size=settings.batch_bytes + 1024 * 1024,
+        producer_request_timeout=settings.request_timeout_seconds,
+        datadir=settings.state_dir,
+        store="memory://",
+        key_serializer="raw",
+        value_serializer="raw",
+        stream_wait_empty=False,
+        stream_recovery_delay=0.0,
+        stream_buffer_maxsize=1024,
+        table_standby_replicas=settings.standbys,
+        topic_allow_declare=False,
+        topic_disable_leader=True,
+        web_enabled=False,
+        Table=BulkTable,
+        TableManager=BulkTableManager,
+    )
+    app.roles_listener = None
+    app.fetch_wait_ms = settings.fetch_wait_ms
+    app.publisher = None
+    app.flows, app.sources = {}, {}
+    budget = RocksBudget(settings.rocksdb_cache_bytes, settings.write_buffer_bytes)
+    engine_changelog, index_changelog = (kafka.topic(topic.name) for topic in records.changelog_topics(settings.app))
+    output = Output(
+        app.aiokafka_producer,
+        (kafka.topic(records.BLOCKS), partitions[records.BLOCKS]),
+        (kafka.topic(records.DLQ), partitions[records.DLQ]),
+        kafka.topic(records.EVENTS),
+    )
+    tables: dict[str, str] = {}
+    if settings.role in ("all", "resolve"):
+        tables[engine_changelog] = ENGINE_BLOCKS
+        _add_resolve(
+            app,
+            settings,
+            kafka,
+            partitions,
+            output,
+            _table(app, settings, budget, ENGINE_BLOCKS, engine_changelog),
+            clock,
+            on_crash,
+        )
+    if settings.role in ("all", "index"):
+        tables[index_changelog] = BLOCK_INDEX
+        _add_index(app, settings, kafka, output, _table(app, settings, budget, BLOCK_INDEX, index_changelog), on_crash)
+    app.reader = BulkReader(kafka, f"kvatlas-restore-{worker_id}", tables, settings.max_local_age_hours * 3600)
+
+    async def revoked(*_: Any, **__: Any) -> None:
+        await app.quiesce()
+
+    app.on_partitions_revoked.connect(revoked, weak=False)
+    return app
+
+
+def _table(app: WorkerApp, settings: WorkerSettings, budget: RocksBudget, name: str, changelog: str) -> BulkTable:
+    share = 2 if settings.role == "all" else 1
+    table: BulkTable = app.Table(
+        name, budget=budget, cache_bytes=settings.cache_bytes // share, changelog=changelog, partitions=None
+    )
+    return table
+
+
+def _add_resolve(
+    app: WorkerApp,
+    settings: WorkerSettings,
+    kafka: KafkaSettings,
+    partitions: Mapping[str, int],
+    output: Output,
+    table: BulkTable,
+    clock: Callable[[], int],
+    on_crash: Callable[[BaseException], None],
+) -> None:
+    source = kafka.topic(records.EVENTS)
+    options = resolve_options(settings)
+    publisher = PodPublisher(
+        app.aiokafka_producer,
+        (kafka.topic(records.PODS), partitions[records.PODS]),
+        settings.pod_record_interval_seconds,
+    )
+
+    def make_stage(partition: int) -> ResolveStage:
+        resolver = Resolver(options, partitions[records.BLOCKS], clock)
+        return ResolveStage(table, partition, resolver, output, publisher, settings)
+
+    app.publisher = publisher
+    app.sources[source] = table
+    app.flows[source] = flows = Flows(
+        "resolve", make_stage, lambda partition: _applied(table, partition), settings.buffer_records, on_crash
+    )
+    _agent(app, source, "resolve", flows)
+
+
+def _add_index(
+    app: WorkerApp,
+    settings: WorkerSettings,
+    kafka: KafkaSettings,
+    output: Output,
+    table: BulkTable,
+    on_crash: Callable[[BaseException], None],
+) -> None:
+    source = kafka.topic(records.BLOCKS)
+    app.sources[source] = table
+    app.flows[source] = flows = Flows(
+        "index",
+        lambda partition: IndexStage(table, partition, output, settings),
+        lambda partition: _applied(table, partition),
+        settings.buffer_records,
+        on_crash,
+    )
+    _agent(app, source, "index", flows)
+
+
+def _applied(table: BulkTable, partition: int) -> int | None:
+    """Return the source offset that an active partition reflects; None when it is not ours to write."""
+    state = table.store.states.get(partition)
+    return state.meta.source_offset if state is not None and state.role is Role.ACTIVE else None
+
+
+def _agent(app: WorkerApp, source: str, name: str, flows: Flows) -> None:
+    topic = app.topic(
+        source, key_type=bytes, value_type=bytes, key_serializer="raw", value_serializer="raw", allow_empty=True
+    )
+
+    async def agent(stream: Any) -> None:
+        # Acknowledged by hand: a flow acknowledges after its commit.
+        async for event in stream.noack().events():
+            await flows.offer(event)
+
+    app.agent(topic, name=name)(agent)
+
+
+def _credentials(kafka: KafkaSettings) -> Any:
+    context = ssl_context(kafka) if kafka.security_protocol in ("SSL", "SASL_SSL") else None
+    if kafka.security_protocol.startswith("SASL"):
+        return faust.SASLCredentials(
+            username=kafka.sasl_username,
+            password=password(kafka),
+            ssl_context=context,
+            mechanism=kafka.sasl_mechanism,
+        )
+    return faust.SSLCredentials(context=context) if context is not None else None

@@ -1,0 +1,132 @@
+"""Pod records: publishing what resolve learnt of pods, and following what everybody knows of them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from aiokafka.errors import KafkaError
+from mode import get_logger
+
+from kvatlas.bridge import records
+from kvatlas.bridge.errors import WireError
+from kvatlas.bridge.records import PodRecord
+
+logger = get_logger(__name__)
+
+
+class PodPublisher:
+    """Writes ``kv-pods`` records of the streams side: raised epochs at once, the rest at a bounded rate per pod.
+
+    Args:
+        producer: returns the started ``AIOKafkaProducer``.
+        topic: ``kv-pods`` and its number of partitions.
+        interval_seconds: least time between two unhurried records of one pod.
+    """
+
+    def __init__(self, producer: Callable[[], Any], topic: tuple[str, int], interval_seconds: float) -> None:
+        self._producer = producer
+        self._topic, self._partitions = topic
+        self._interval = interval_seconds
+        self._waiting: dict[str, PodRecord] = {}
+        self._sent_at: dict[str, float] = {}
+
+    async def send(self, pods: Mapping[str, PodRecord]) -> None:
+        """Send records now and wait until the brokers have them.
+
+        Raises:
+            KafkaError: not acknowledged.
+        """
+        now = time.monotonic()
+        pending = []
+        for pod, record in pods.items():
+            self._waiting.pop(pod, None)
+            self._sent_at[pod] = now
+            pending.append(await self._send(pod, record))
+        await asyncio.gather(*pending)
+
+    def offer(self, pods: Mapping[str, PodRecord]) -> None:
+        """Keep the newest record of each pod for the next turn of :meth:`run`."""
+        self._waiting.update(pods)
+
+    async def run(self) -> None:
+        """Send waiting records, each pod at most once in the interval, until cancelled."""
+        while True:
+            await asyncio.sleep(self._interval / 2 or 0.01)
+            try:
+                await self.flush()
+            except KafkaError as error:
+                logger.warning("kv-pods: records not acknowledged, newer ones follow: %s", error)
+
+    async def flush(self, everything: bool = False) -> None:
+        """Send waiting records whose interval has passed, or all.
+
+        Raises:
+            KafkaError: not acknowledged.
+        """
+        now = time.monotonic()
+        due = {
+            pod: record
+            for pod, record in self._waiting.items()
+            if everything or now - self._sent_at.get(pod, 0.0) >= self._interval
+        }
+        if due:
+            await self.send(due)
+
+    def forget(self) -> None:
+        """Drop what waits: the pods' partitions went to another worker."""
+        self._waiting.clear()
+
+    async def _send(self, pod: str, record: PodRecord) -> Any:
+        return await self._producer().send(
+            self._topic,
+            records.encode(record),
+            key=records.pod_key(records.WRITER_STREAMS, pod),
+            partition=records.pod_partition(pod, self._partitions),
+        )
+
+
+class PodBook:
+    """What ``kv-pods`` says, both writers merged.
+
+    Attributes:
+        bad: records that could not be read.
+    """
+
+    def __init__(self) -> None:
+        self._records: dict[tuple[str, str], PodRecord] = {}
+        self.bad = 0
+
+    def apply(self, key: bytes | None, value: bytes | None) -> str | None:
+        """Take a ``kv-pods`` record over; returns the pod id it was about."""
+        writer, _, pod = (key or b"").decode(errors="replace").partition("|")
+        if not pod:
+            self.bad += 1
+            return None
+        if value is None:
+            self._records.pop((writer, pod), None)
+            return pod
+        try:
+            self._records[writer, pod] = records.decode(PodRecord, value)
+        except WireError as error:
+            self.bad += 1
+            logger.warning("kv-pods: record of %r cannot be read: %s", key, error)
+            return None
+        return pod
+
+    def merged(self, pod: str) -> PodRecord | None:
+        """Return what both writers know of a pod, None when neither knows it."""
+        bridge = self._records.get((records.WRITER_BRIDGE, pod))
+        streams = self._records.get((records.WRITER_STREAMS, pod))
+        return None if bridge is None and streams is None else records.merge_pod(bridge, streams)
+
+    def pods(self) -> list[PodRecord]:
+        """Return all pods, merged."""
+        names = sorted({pod for _, pod in self._records})
+        return [found for pod in names if (found := self.merged(pod)) is not None]
+
+    def validity(self) -> dict[int, tuple[int, int]]:
+        """Return pod ref -> (valid_from, gpu_valid_from), for the sweep."""
+        return {records.pod_ref(pod.pod): (pod.valid_from, pod.gpu_valid_from) for pod in self.pods()}

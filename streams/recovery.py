@@ -1,0 +1,117 @@
+"""Where the bulk restore meets Faust: its table manager and recovery service, with the restore put before.
+
+Faust tells its recovery of an assignment inside the rebalance callback, during which aiokafka sends no heartbeats.
+So :class:`BulkRecovery` only starts a task there; the task brings the assigned partitions up to date in bulk and then
+hands the assignment on to Faust's recovery, which loads the offsets that the restore persisted, finds nothing to do,
+seeks the source topics and resumes the streams. Standby changelogs are followed by our own reader, so Faust is told
+of none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any, Final
+
+from aiokafka import TopicPartition
+from faust.tables.manager import TableManager
+from faust.tables.recovery import Recovery
+from faust.types import TP
+from mode import get_logger
+
+from kvatlas.streams import metrics
+from kvatlas.streams.errors import StreamsError
+from kvatlas.streams.store import PartitionState, Role
+
+logger = get_logger(__name__)
+
+_RETRY_SECONDS: Final = 1.0
+
+
+class BulkRecovery(Recovery):  # type: ignore[misc] # faust has no usable types here
+    """Faust's recovery, preceded by a bulk restore and without its own reading of standbys."""
+
+    _turn: asyncio.Task[None] | None = None
+    _followers: asyncio.Task[None] | None = None
+    _revoked: frozenset[TP] = frozenset()
+
+    async def on_rebalance(
+        self, assigned: set[TP], revoked: set[TP], newly_assigned: set[TP], generation_id: int = 0
+    ) -> None:
+        """Start the restore of what this worker is assigned now; returns at once."""
+        metrics.REBALANCES.inc()
+        await self._cancel()
+        self._revoked |= revoked
+        self._turn = asyncio.create_task(
+            self._restore_then_recover(assigned, newly_assigned, generation_id), name="bulk-restore"
+        )
+
+    async def on_stop(self) -> None:
+        """Stop restoring and following."""
+        await self._cancel()
+        await super().on_stop()
+
+    async def pause(self) -> None:
+        """Stop restoring and following until the next assignment."""
+        await self._cancel()
+
+    async def _cancel(self) -> None:
+        for task in (self._turn, self._followers):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+        self._turn = self._followers = None
+
+    async def _restore_then_recover(self, assigned: set[TP], newly_assigned: set[TP], generation_id: int) -> None:
+        try:
+            assignor = self.app.assignor
+            actives = self._states(assignor.assigned_actives())
+            standbys = self._states(assignor.assigned_standbys())
+            await self.app.producer.flush()  # a batch of ours in flight belongs before the end that is read
+            await self._restore(actives)
+            revoked, self._revoked = self._revoked, frozenset()
+            await super().on_rebalance(assigned, set(revoked), newly_assigned, generation_id)
+            self.standby_tps.clear()
+            self.standbys_for_table.clear()
+            for state in standbys.values():
+                if state.role is Role.ACTIVE:
+                    state.role = Role.STANDBY
+            if standbys:
+                self._followers = asyncio.create_task(self.app.reader.follow(standbys), name="standbys")
+            self.app.on_roles_changed()
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            await self.app.crash(error)
+
+    async def _restore(self, actives: dict[TopicPartition, PartitionState]) -> None:
+        while True:
+            try:
+                await self.app.reader.restore(actives)
+            except StreamsError as error:
+                if not error.retriable:
+                    raise
+                logger.warning("restore: %s", error)
+                await asyncio.sleep(_RETRY_SECONDS)
+            else:
+                return
+
+    def _states(self, tps: set[TP]) -> dict[TopicPartition, PartitionState]:
+        found = {}
+        for tp in sorted(tps):
+            table = self.tables._changelogs.get(tp.topic)
+            if table is not None:
+                found[TopicPartition(tp.topic, tp.partition)] = table.store.state(tp.partition)
+        return found
+
+
+class BulkTableManager(TableManager):  # type: ignore[misc] # faust has no usable types here
+    """Faust's table manager with :class:`BulkRecovery`."""
+
+    @property
+    def recovery(self) -> Any:
+        """Return the recovery service."""
+        if self._recovery is None:
+            self._recovery = BulkRecovery(self.app, self, beacon=self.beacon, loop=self.loop)
+        return self._recovery

@@ -1,0 +1,369 @@
+"""One stream worker: the Faust app, its lookup service, announcements and sweeps, started and stopped together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+import uuid
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, Final
+
+from aiokafka import AIOKafkaConsumer
+from aiokafka.errors import KafkaError
+from faust.types import TP
+from mode import get_logger
+
+from kvatlas.bridge import records
+from kvatlas.bridge.block_key import KEY_VERSION
+from kvatlas.bridge.errors import SettingsError
+from kvatlas.bridge.kafka import client_config
+from kvatlas.bridge.records import WorkerRecord
+from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.telemetry import Telemetry
+from kvatlas.streams import metrics
+from kvatlas.streams.announce import Announcer, WorkerBook
+from kvatlas.streams.app import BLOCK_INDEX, WorkerApp, build_app
+from kvatlas.streams.errors import StoreError, TopicsError, WorkerCrash
+from kvatlas.streams.follow import TopicFollower, partitions_of
+from kvatlas.streams.gauges import Gauges
+from kvatlas.streams.options import WorkerSettings
+from kvatlas.streams.pods import PodBook
+from kvatlas.streams.query import LookupServer, LookupService
+from kvatlas.streams.store import PartitionState, Role
+from kvatlas.streams.sweeper import Sweeper
+
+logger = get_logger(__name__)
+
+_TOPICS_WAIT_SECONDS: Final = 60.0
+_STOP_SECONDS: Final = 4.0
+_RESTART_SECONDS: Final = 1.0
+_POLL_SECONDS: Final = 0.05
+
+
+class WorkerService:
+    """A stream worker.
+
+    Args:
+        settings: the worker's.
+        kafka: how to reach the brokers.
+        clock: wall clock, ns since the epoch.
+
+    Attributes:
+        ready: set once every assigned partition is restored and lookups are answered.
+        address: host:port of the lookup service once started.
+        pods: what ``kv-pods`` says.
+    """
+
+    def __init__(
+        self, settings: WorkerSettings, kafka: KafkaSettings, *, clock: Callable[[], int] = time.time_ns
+    ) -> None:
+        self.ready = asyncio.Event()
+        self.address = ""
+        self.pods = PodBook()
+        self.worker_id = ""
+        self._settings = settings
+        self._kafka = kafka
+        self._clock = clock
+        self._workers = WorkerBook(clock)
+        self._partitions: dict[str, int] = {}
+        self._app: WorkerApp | None = None
+        self._crashed: asyncio.Future[BaseException] | None = None
+        self._server: LookupServer | None = None
+        self._announcer: Announcer | None = None
+        self._telemetry = Telemetry(settings.telemetry_listen)
+        self._followers: list[TopicFollower] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._app_tasks: list[asyncio.Task[None]] = []
+
+    # --- life -----------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Start everything; returns before the partitions are restored, see :attr:`ready`.
+
+        Raises:
+            TopicsError: topics are missing or disagree.
+            StoreError: the state folder cannot be used.
+            SettingsError: an address cannot be bound.
+        """
+        folder = Path(self._settings.state_dir)
+        self.worker_id = worker_id(folder)
+        self._partitions = await self._discover()
+        await self._serve()
+        self._telemetry.add_check("partitions", lambda: None if self.ready.is_set() else "partitions are not restored")
+        await self._telemetry.start()
+        for topic, apply in ((records.PODS, self.pods.apply), (records.WORKERS, self._workers.apply)):
+            follower = TopicFollower(self._kafka, self._kafka.topic(topic), apply, f"kvatlas-worker-{self.worker_id}")
+            await follower.start()
+            self._followers.append(follower)
+        await self._start_app()
+
+    async def run_until(self, stop: asyncio.Event) -> None:
+        """Run until ``stop`` is set; a Faust app that died is replaced by a new one."""
+        while not stop.is_set():
+            assert self._crashed is not None
+            waiter = asyncio.create_task(stop.wait())
+            await asyncio.wait({waiter, self._crashed}, return_when=asyncio.FIRST_COMPLETED)
+            waiter.cancel()
+            if stop.is_set():
+                return
+            logger.error("the stream app died, a new one is started: %r", self._crashed.result())
+            metrics.RESTARTS.inc()
+            await self._stop_app()
+            await asyncio.sleep(_RESTART_SECONDS)
+            await self._start_app()
+
+    async def stop(self) -> None:
+        """Stop: commit the flushes in progress, leave the group, say goodbye on ``kv-workers``."""
+        self.ready.clear()
+        for task in self._tasks:
+            task.cancel()
+        if self._server is not None:
+            await self._server.set_ready(False)
+        if self._app is not None:
+            with contextlib.suppress(Exception):
+                await asyncio.wait_for(self._app.quiesce(), _STOP_SECONDS)
+            await self._farewell()
+        if self._server is not None:
+            await self._server.stop()
+        for follower in self._followers:
+            await follower.stop()
+        await self._stop_app()
+        await self._telemetry.stop()
+
+    async def _farewell(self) -> None:
+        assert self._announcer is not None
+        assert self._app is not None
+        try:
+            if self._app.publisher is not None:
+                await asyncio.wait_for(self._app.publisher.flush(everything=True), 1.0)
+            await asyncio.wait_for(self._announcer.withdraw(), 1.0)
+        except Exception as error:  # the brokers may be away; the record expires by itself
+            logger.warning("kv-workers: could not say goodbye: %r", error)
+
+    # --- parts ----------------------------------------------------------------------------------------------------
+
+    async def _serve(self) -> None:
+        service = LookupService(
+            self.worker_id,
+            self._partitions[records.BLOCKS],
+            self._settings.max_lookup_keys,
+            self._state_of,
+            self._lag_of,
+            self._workers,
+        )
+        self._server = LookupServer(
+            service,
+            self._settings.listen,
+            reflect=self._settings.reflection,
+            max_keys=self._settings.max_lookup_keys,
+        )
+        try:
+            port = await self._server.start()
+        except OSError as error:
+            raise SettingsError(f"[worker] listen {self._settings.listen}: {error}") from error
+        self.address = advertised(self._settings.listen, self._settings.advertise, port)
+
+    async def _start_app(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._crashed = crashed = loop.create_future()
+
+        def on_crash(error: BaseException) -> None:
+            if not crashed.done():
+                crashed.set_result(error)
+
+        self._app = app = build_app(
+            self._settings,
+            self._kafka,
+            partitions=self._partitions,
+            worker_id=self.worker_id,
+            clock=self._clock,
+            on_crash=on_crash,
+        )
+        app.roles_listener = self._roles_changed
+        self._announcer = Announcer(
+            app.aiokafka_producer,
+            (self._kafka.topic(records.WORKERS), self._partitions[records.WORKERS]),
+            self._describe,
+            interval_seconds=self._settings.announce_seconds,
+            expiry_seconds=self._settings.announce_expiry_seconds,
+            clock=self._clock,
+        )
+        app.finalize()
+        await app.start()
+        self._watch(self._announcer.run())
+        self._watch(_report_crash(app, on_crash))
+        self._watch(Gauges(app, self._lag_of).run())
+        if app.publisher is not None:
+            self._watch(app.publisher.run())
+        index = app.bulk_table(BLOCK_INDEX)
+        if index is not None and self._settings.sweep_entries_per_second:
+            sweeper = Sweeper(
+                index,
+                self.pods.validity,
+                interval_seconds=self._settings.sweep_interval_seconds,
+                entries_per_second=self._settings.sweep_entries_per_second,
+            )
+            self._watch(sweeper.run())
+
+    def _watch(self, work: Coroutine[Any, Any, None]) -> None:
+        self._app_tasks.append(asyncio.create_task(work))
+
+    async def _stop_app(self) -> None:
+        app, self._app = self._app, None
+        tasks, self._app_tasks = self._app_tasks, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if app is None:
+            return
+        app.roles_listener = None
+        try:
+            await asyncio.wait_for(app.stop(), _STOP_SECONDS)
+        except Exception as error:
+            logger.warning("the stream app did not stop cleanly: %r", error)
+        for table in app.sources.values():
+            await table.store.stop()  # also when Faust's stop was cut off: the databases' locks must go
+
+    # --- what is known --------------------------------------------------------------------------------------------
+
+    def _index_states(self) -> dict[int, PartitionState]:
+        table = self._app.bulk_table(BLOCK_INDEX) if self._app is not None else None
+        return table.store.states if table is not None else {}
+
+    def _state_of(self, partition: int) -> PartitionState | None:
+        return self._index_states().get(partition)
+
+    def _lag_of(self, partition: int) -> int:
+        app = self._app
+        state = self._state_of(partition)
+        if app is None or state is None:
+            return -1
+        return source_lag(app, self._kafka.topic(records.BLOCKS), partition, state.meta.source_offset)
+
+    def _roles_changed(self) -> None:
+        app = self._app
+        if app is None:
+            return
+        states = [state for table in app.sources.values() for state in table.store.states.values()]
+        if any(state.role is Role.ACTIVE for state in states) or not app.rebalancing:
+            ready = bool(states) and not any(state.role is Role.RESTORING for state in states)
+            if ready:
+                self.ready.set()
+        if self._server is not None:
+            answers = any(state.role is not Role.RESTORING for state in self._index_states().values())
+            task = asyncio.ensure_future(self._server.set_ready(answers))
+            self._tasks.append(task)
+            task.add_done_callback(self._tasks.remove)
+        if self._announcer is not None:
+            self._announcer.changed()
+
+    def _describe(self) -> WorkerRecord:
+        states = self._index_states()
+
+        def having(role: Role) -> list[int]:
+            return sorted(number for number, state in states.items() if state.role is role)
+
+        return WorkerRecord(
+            worker=self.worker_id,
+            endpoint=self.address,
+            partitions=having(Role.ACTIVE),
+            standby=having(Role.STANDBY),
+            restoring=having(Role.RESTORING),
+            partition_count=self._partitions[records.BLOCKS],
+            block_size_tokens=self._settings.block_size_tokens,
+            key_version=KEY_VERSION,
+            generation=max(self._app.consumer_generation_id, 0) if self._app is not None else 0,
+            offsets={number: state.meta.source_offset for number, state in states.items()},
+        )
+
+    async def _discover(self) -> dict[str, int]:
+        """Return the partitions of every topic, waiting until they all exist."""
+        changelogs = {topic.name: topic for topic in records.changelog_topics(self._settings.app)}
+        names = [topic.name for topic in records.TOPICS] + list(changelogs)
+        consumer = AIOKafkaConsumer(**client_config(self._kafka, f"kvatlas-worker-{self.worker_id}"))
+        counts: dict[str, int] = {}
+        deadline = time.monotonic() + _TOPICS_WAIT_SECONDS
+        try:
+            await _until_reachable(consumer, deadline)
+            while True:
+                for name in names:
+                    if not counts.get(name):
+                        counts[name] = len(await partitions_of(consumer, self._kafka.topic(name)))
+                missing = [self._kafka.topic(name) for name, count in counts.items() if not count]
+                if not missing:
+                    break
+                if time.monotonic() > deadline:
+                    raise TopicsError(f"topics {', '.join(missing)} do not exist; create them with `kvatlas topics`")
+                await asyncio.sleep(0.5)
+        finally:
+            await consumer.stop()
+        engine, index = changelogs
+        for source, changelog in ((records.EVENTS, engine), (records.BLOCKS, index)):
+            if counts[source] != counts[changelog]:
+                raise TopicsError(
+                    f"{self._kafka.topic(source)} has {counts[source]} partitions and "
+                    f"{self._kafka.topic(changelog)} {counts[changelog]}; they must be equal: make the changelog anew"
+                )
+        return counts
+
+
+async def _until_reachable(consumer: Any, deadline: float) -> None:
+    while True:
+        try:
+            await consumer.start()
+        except KafkaError as error:
+            if time.monotonic() > deadline:
+                raise TopicsError(f"Kafka is not reachable: {error!r}") from error
+            logger.warning("Kafka is not reachable yet: %s", error)
+            await asyncio.sleep(1.0)
+        else:
+            return
+
+
+async def _report_crash(app: WorkerApp, on_crash: Callable[[BaseException], None]) -> None:
+    """Watch Faust's app: mode services note a crash and stop, but tell nobody outside of its own worker program."""
+    while True:
+        await asyncio.sleep(_POLL_SECONDS * 4)
+        if app.crashed:
+            on_crash(app.crash_reason or WorkerCrash("the Faust app crashed without a reason"))
+            return
+
+
+def source_lag(app: WorkerApp, topic: str, partition: int, applied: int) -> int:
+    """Return how many source records a partition is behind the end that was seen last; -1 when none was."""
+    try:
+        end = app.consumer.highwater(TP(topic, partition))
+    except Exception:  # not assigned, or not fetched yet
+        return -1
+    return -1 if end is None else max(int(end) - applied - 1, 0)
+
+
+def worker_id(folder: Path) -> str:
+    """Return the id of the worker that lives in a state folder, making one at first use.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+    path = folder / "worker-id"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.exists() and (found := path.read_text(encoding="utf-8").strip()):
+            return found
+        made = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
+        path.write_text(made + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StoreError(f"state folder {folder} cannot be used: {error.strerror}; choose another state_dir") from error
+    return made
+
+
+def advertised(listen: str, advertise: str, port: int) -> str:
+    """Return the host:port that scorers are told."""
+    if advertise:
+        return advertise if advertise.rpartition(":")[2].isdigit() and ":" in advertise else f"{advertise}:{port}"
+    host = listen.rpartition(":")[0].strip("[]")
+    if host in ("", "0.0.0.0", "::"):
+        host = socket.gethostname()
+    return f"{host}:{port}"

@@ -1,0 +1,283 @@
+"""Local state of a table: one RocksDB database a partition, a write-through cache in front, offsets inside.
+
+A worker is the only writer of the partitions it owns, so the cache is coherent as long as every write goes through
+:meth:`PartitionState.write`. One RocksDB ``WriteBatch`` holds the values, the offset of the changelog that they
+reflect (under Faust's own key, so that Faust's recovery knows it) and the meta record with the source offset.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import rocksdict
+from faust.stores import rocksdb
+from faust.types import TP
+from mode import get_logger
+
+from kvatlas.bridge.errors import VersionError
+from kvatlas.streams.cache import BytesCache
+from kvatlas.streams.changelog import META_KEY, Meta, decode_meta, encode_meta
+from kvatlas.streams.errors import StoreError
+from kvatlas.streams.rocks import RocksBudget, open_database
+
+logger = get_logger(__name__)
+
+#: Where Faust looks for the changelog offset that the local state reflects.
+OFFSET_KEY: Final[bytes] = rocksdb.Store.offset_key
+RESERVED: Final = frozenset({OFFSET_KEY, META_KEY})
+
+
+class Role(enum.Enum):
+    """What a worker may say about a partition of a table."""
+
+    RESTORING = "restoring"
+    """Assigned, but behind its changelog: it answers nothing."""
+    STANDBY = "standby"
+    """A copy, possibly behind: answers are flagged."""
+    ACTIVE = "active"
+    """Assigned and caught up."""
+
+
+class PartitionState:
+    """One partition of a table on this worker.
+
+    Attributes:
+        partition: its number.
+        cache: values read or written lately.
+        role: what may be said about it.
+        changelog_offset: last changelog record in the state, None for none.
+        meta: source offset and times that the state reflects.
+        lock: held by whoever reads, changes and commits; there is one writer at a time.
+    """
+
+    def __init__(self, partition: int, path: Path, budget: RocksBudget, cache_bytes: int) -> None:
+        self.partition = partition
+        self.path = path
+        self.cache = BytesCache(cache_bytes)
+        self.role = Role.RESTORING
+        self.lock = asyncio.Lock()
+        self._budget = budget
+        self._db: Any = None
+        self._open()
+
+    def _open(self) -> None:
+        self._db = open_database(self.path, self._budget)
+        offset = self._db.get(OFFSET_KEY)
+        self.changelog_offset: int | None = None if offset is None else int(offset)
+        self.meta = Meta()
+        found = self._db.get(META_KEY)
+        if found is not None:
+            try:
+                self.meta = decode_meta(found)
+            except VersionError as error:
+                logger.warning("%s: %s; the state is rebuilt from its changelog", self.path, error)
+                self.wipe()
+
+    # --- reading --------------------------------------------------------------------------------------------------
+
+    def get(self, key: bytes) -> bytes | None:
+        """Return a value from the cache or the database."""
+        value = self.cache.get(key)
+        if value is None:
+            value = self._db.get(key)
+            if value is not None:
+                self.cache.put(key, value)
+        return value
+
+    def fetch(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Return values straight from the database in one multi-get; the caller looked into the cache."""
+        values: list[bytes | None] = self._db.get(list(keys))
+        return values
+
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Return the values of keys in order: cache first, one multi-get for the rest."""
+        get = self.cache.get
+        values = [get(key) for key in keys]
+        missing = [number for number, value in enumerate(values) if value is None]
+        if missing:
+            put = self.cache.put
+            for number, value in zip(missing, self.fetch([keys[number] for number in missing]), strict=True):
+                if value is not None:
+                    values[number] = value
+                    put(keys[number], value)
+        return values
+
+    def items(self, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        """Yield entries in key order from ``start``, ours alone (no reserved keys)."""
+        for key, value in self._db.items(from_key=start or None):
+            if key not in RESERVED:
+                yield key, value
+
+    def size_bytes(self) -> int:
+        """Return the bytes of its files and memtables, as RocksDB estimates them."""
+        total = 0
+        for name in ("rocksdb.total-sst-files-size", "rocksdb.cur-size-all-mem-tables"):
+            total += self._db.property_int_value(name) or 0
+        return total
+
+    def entries(self) -> int:
+        """Return RocksDB's estimate of the number of keys."""
+        return int(self._db.property_int_value("rocksdb.estimate-num-keys") or 0)
+
+    # --- writing --------------------------------------------------------------------------------------------------
+
+    def write(self, writes: Mapping[bytes, bytes | None], changelog_offset: int, meta: Meta) -> None:
+        """Write a flush: values, changelog offset and meta record in one batch, then the cache."""
+        batch = rocksdict.WriteBatch(raw_mode=True)
+        put, delete = batch.put, batch.delete
+        for key, value in writes.items():
+            if value is None:
+                delete(key)
+            else:
+                put(key, value)
+        put(META_KEY, encode_meta(meta))
+        put(OFFSET_KEY, b"%d" % changelog_offset)
+        self._db.write(batch)
+        self.changelog_offset = changelog_offset
+        self.meta = meta
+        self.cache.apply(dict(writes) if not isinstance(writes, dict) else writes)
+
+    def load(self, records: Iterable[tuple[bytes, bytes | None]], changelog_offset: int) -> None:
+        """Write what the changelog says (restore, standby): values and the changelog offset in one batch.
+
+        The cache takes over only what it already holds: a restore must not push hot entries out.
+        """
+        latest = dict(records)
+        batch = rocksdict.WriteBatch(raw_mode=True)
+        put, delete = batch.put, batch.delete
+        for key, value in latest.items():
+            if value is None:
+                delete(key)
+            else:
+                put(key, value)
+        put(OFFSET_KEY, b"%d" % changelog_offset)
+        self._db.write(batch)
+        self.changelog_offset = changelog_offset
+        found = latest.pop(META_KEY, None)
+        if found is not None:
+            self.meta = decode_meta(found)
+        young, old = self.cache.young, self.cache.old
+        if young or old:
+            self.cache.apply({key: value for key, value in latest.items() if key in young or key in old})
+
+    def set_changelog_offset(self, offset: int) -> None:
+        """Store the changelog offset alone: the records up to it changed nothing here."""
+        self._db.put(OFFSET_KEY, b"%d" % offset)
+        self.changelog_offset = offset
+
+    def wipe(self) -> None:
+        """Throw the local state away and start empty."""
+        self.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.cache.clear()
+        self._open()
+
+    def close(self) -> None:
+        """Close the database; a rocksdict handle must not stay referenced anywhere, or its lock stays."""
+        if self._db is not None:
+            self._db.close()
+            self._db = None
+
+
+class BulkStore(rocksdb.Store):  # type: ignore[misc] # faust has no usable types here
+    """Faust's RocksDB store with our partitions inside; Faust asks it for offsets and hands it rebalances."""
+
+    def __init__(self, *args: Any, budget: RocksBudget, cache_bytes: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._budget = budget
+        self._cache_bytes = cache_bytes
+        self.states: dict[int, PartitionState] = {}
+        self.on_closed: Callable[[int], None] | None = None
+
+    # --- partitions -----------------------------------------------------------------------------------------------
+
+    def state(self, partition: int) -> PartitionState:
+        """Return a partition's state, opening it at first use."""
+        state = self.states.get(partition)
+        if state is None:
+            state = PartitionState(partition, self.partition_path(partition), self._budget, 0)
+            self.states[partition] = state
+            self._share_cache()
+        return state
+
+    def close_partition(self, partition: int) -> None:
+        """Close a partition that is no longer ours."""
+        state = self.states.pop(partition, None)
+        self._dbs.pop(partition, None)
+        if state is not None:
+            state.close()
+            logger.info("%s: closed partition %d", self.table_name, partition)
+            self._share_cache()
+
+    def _share_cache(self) -> None:
+        for state in self.states.values():
+            state.cache.resize(self._cache_bytes // len(self.states))
+
+    def _db_for_partition(self, partition: int) -> Any:
+        return self.state(partition)._db
+
+    # --- what Faust calls -----------------------------------------------------------------------------------------
+
+    def persisted_offset(self, tp: TP) -> int | None:
+        """Return the changelog offset that a partition's local state reflects."""
+        return self.state(tp.partition).changelog_offset
+
+    def set_persisted_offset(self, tp: TP, offset: int) -> None:
+        """Store a changelog offset apart from a batch; only Faust's own paths come here."""
+        self.state(tp.partition).set_changelog_offset(offset)
+
+    async def need_active_standby_for(self, tp: TP) -> bool:  # noqa: ARG002
+        """Say that a standby copy has to be read: no other process shares our folder."""
+        return True
+
+    def apply_changelog_batch(self, batch: Iterable[Any], to_key: Any, to_value: Any) -> None:  # noqa: ARG002
+        """Apply changelog events that Faust read itself: in bulk, and through the cache."""
+        groups: dict[int, list[tuple[bytes, bytes | None]]] = {}
+        last: dict[int, int] = {}
+        for event in batch:
+            message = event.message
+            groups.setdefault(message.partition, []).append((message.key, message.value))
+            last[message.partition] = max(message.offset, last.get(message.partition, -1))
+        for partition, records in groups.items():
+            self.state(partition).load(records, last[partition])
+
+    async def on_rebalance(
+        self,
+        assigned: set[TP],  # noqa: ARG002
+        revoked: set[TP],  # noqa: ARG002
+        newly_assigned: set[TP],  # noqa: ARG002
+        generation_id: int = 0,  # noqa: ARG002
+    ) -> None:
+        """Close partitions that went elsewhere; what stays is a standby until the restore has looked at it."""
+        topics = self.table.changelog_topic.topics
+        assignor = self.app.assignor
+        wanted = {
+            tp.partition for tp in assignor.assigned_actives() | assignor.assigned_standbys() if tp.topic in topics
+        }
+        for partition in list(self.states):
+            if partition not in wanted:
+                self.close_partition(partition)
+            elif self.states[partition].role is Role.ACTIVE:
+                self.states[partition].role = Role.STANDBY
+
+    async def stop(self) -> None:
+        """Close everything."""
+        for partition in list(self.states):
+            self.close_partition(partition)
+
+    def reset_state(self) -> None:
+        """Throw all local state away; Kafka keeps the changelog."""
+        for partition in list(self.states):
+            self.close_partition(partition)
+        super().reset_state()
+
+    def _set(self, key: bytes, value: bytes | None) -> None:  # noqa: ARG002
+        raise StoreError("a bulk table is written with commit(), not item by item")
+
+    def _del(self, key: bytes) -> None:  # noqa: ARG002
+        raise StoreError("a bulk table is written with commit(), not item by item")

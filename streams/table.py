@@ -1,0 +1,150 @@
+"""The bulk table: a ``faust.Table`` that is written one flush at a time.
+
+Stock Faust writes a changelog record and a RocksDB entry for every assignment; a bulk table gathers a flush in a
+:class:`PartitionView` and commits it as a whole. Order of a flush's commit, for resolve; the index has (2), (3), (5):
+
+1. send the kv-blocks records and wait for their acknowledgement;
+2. send the changelog as one record batch, with the meta record that holds the source offset, and wait for its
+   acknowledgement;
+3. write one RocksDB batch: values, changelog offset, meta record;
+4. send the kv-pods records (before 1 when an epoch rose: readers must see the raised epoch first);
+5. acknowledge the source records.
+
+A crash between any two steps repeats the flush from its source records, which changes nothing that is already there:
+kv-blocks runs that the index has applied are dropped by sequence, table writes are sets.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any, Final
+
+import faust
+
+from kvatlas.streams.changelog import Meta, encode_meta, send_batch
+from kvatlas.streams.rocks import RocksBudget
+from kvatlas.streams.store import BulkStore, PartitionState
+
+_ABSENT: Final = object()
+
+
+class PartitionView:
+    """One partition of a bulk table during one flush: reads through, gathers writes.
+
+    Attributes:
+        writes: what the flush changed, in the order of the first write of each key; None removes.
+    """
+
+    __slots__ = ("_fetched", "_state", "writes")
+
+    def __init__(self, state: PartitionState) -> None:
+        self._state = state
+        self._fetched: dict[bytes, bytes | None] = {}
+        self.writes: dict[bytes, bytes | None] = {}
+
+    def get(self, key: bytes) -> bytes | None:
+        """Return the value under ``key``, None when there is none."""
+        value: Any = self.writes.get(key, _ABSENT)
+        if value is not _ABSENT:
+            return value  # type: ignore[no-any-return]
+        value = self._state.cache.get(key)
+        if value is not None:
+            return value  # type: ignore[no-any-return]
+        value = self._fetched.get(key, _ABSENT)
+        if value is not _ABSENT:
+            return value  # type: ignore[no-any-return]
+        return self._state.get(key)
+
+    def put(self, key: bytes, value: bytes) -> None:
+        """Write a value; visible at once to reads of this view."""
+        self.writes[key] = value
+
+    def delete(self, key: bytes) -> None:
+        """Remove a key; no effect when it is not there."""
+        self.writes[key] = None
+
+    def prefetch(self, keys: Iterable[bytes]) -> None:
+        """Fetch what is neither cached nor written in one multi-get."""
+        cache = self._state.cache
+        young, old, writes, fetched = cache.young, cache.old, self.writes, self._fetched
+        missing = [
+            key for key in keys if key not in young and key not in writes and key not in fetched and key not in old
+        ]
+        if not missing:
+            return
+        put = cache.put
+        for key, value in zip(missing, self._state.fetch(missing), strict=True):
+            if value is None:
+                fetched[key] = None
+            else:
+                put(key, value)
+
+
+class BulkTable(faust.Table):  # type: ignore[misc,type-arg] # faust's own generics do not hold up here
+    """A table on :class:`BulkStore`; see the module's text for the order of a commit."""
+
+    def __init__(self, app: Any, *, budget: RocksBudget, cache_bytes: int, changelog: str, **kwargs: Any) -> None:
+        self._budget = budget
+        self._cache_bytes = cache_bytes
+        self._changelog = changelog
+        super().__init__(
+            app, key_type=bytes, value_type=bytes, store="rocksdb://", **{"recovery_buffer_size": 4096, **kwargs}
+        )
+
+    def info(self) -> Any:
+        """Return what Faust needs to clone this table."""
+        return {
+            **super().info(),
+            "budget": self._budget,
+            "cache_bytes": self._cache_bytes,
+            "changelog": self._changelog,
+        }
+
+    def _changelog_topic_name(self) -> str:
+        # Faust derives it from the consumer group, which differs between the roles of one deployment.
+        return self._changelog
+
+    def _new_store(self) -> BulkStore:
+        return BulkStore(
+            self._store,
+            self.app,
+            self,
+            table_name=self.name,
+            key_type=bytes,
+            value_type=bytes,
+            key_serializer="raw",
+            value_serializer="raw",
+            loop=self.loop,
+            options={},
+            budget=self._budget,
+            cache_bytes=self._cache_bytes,
+        )
+
+    @property
+    def store(self) -> BulkStore:
+        """Our store."""
+        store: BulkStore = self.data
+        return store
+
+    def view(self, partition: int) -> PartitionView:
+        """Return a fresh view of a partition for one flush."""
+        return PartitionView(self.store.state(partition))
+
+    async def commit(self, partition: int, view: PartitionView, source_offset: int, receive_ns: int) -> None:
+        """Commit a flush: steps 2 and 3 of the order above.
+
+        Args:
+            partition: the table's partition.
+            view: what the flush changed.
+            source_offset: last source record that it reflects.
+            receive_ns: newest receive time in it (bridge clock, ns).
+
+        Raises:
+            ChangelogError: the changelog was not acknowledged; nothing is written locally, the flush can be repeated.
+        """
+        state = self.store.state(partition)
+        meta = Meta(source_offset, max(receive_ns, state.meta.receive_ns), time.time_ns())
+        producer = self.app.producer._ensure_producer()
+        offset = await send_batch(producer, self._changelog, partition, view.writes, encode_meta(meta))
+        state.write(view.writes, offset, meta)
