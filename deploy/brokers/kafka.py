@@ -23,7 +23,7 @@ from typing import Self
 
 from kvatlas.deploy.brokers.errors import BrokerStartError, BrokerStateError
 from kvatlas.deploy.brokers.jars import KafkaHome, find_kafka
-from kvatlas.deploy.brokers.process import Reaper, free_ports, process_token, tail
+from kvatlas.deploy.brokers.process import Reaper, free_ports, process_token, read_from, tail, trouble
 from kvatlas.deploy.brokers.properties import new_cluster_id, node_properties, render
 from kvatlas.deploy.brokers.security import KeyStore, Security, ensure_keystore, security_properties
 
@@ -336,14 +336,15 @@ class KafkaNode:
             )
         if not self._detached:
             self._reaper = Reaper(self._process.pid)
-        ready = self._wait_until(lambda: self._logged(_READY_LINE, start_of_log))
+        ready = self._wait_until(lambda: _READY_LINE in read_from(self.log_path, start_of_log))
         if not ready:
             code = self._process.poll()
             why = f"ended with code {code}" if code is not None else f"was not ready in {self._timeout_seconds:g} s"
             if code is None:
                 self._process.kill()
             self._ended()
-            raise BrokerStartError(f"Kafka {home.version} {why}; its log ({self.log_path}) ends:\n{self.log_tail()}")
+            said = read_from(self.log_path, start_of_log) + read_from(output, 0)
+            raise BrokerStartError(f"Kafka {home.version} {why}; its log ({self.log_path}) says:\n{trouble(said, 40)}")
         self._write_state(home)
 
     def _wait_until(self, ready: Callable[[], bool]) -> bool:
@@ -354,14 +355,6 @@ class KafkaNode:
                 return True
             time.sleep(_POLL_SECONDS)
         return False
-
-    def _logged(self, text: str, start: int) -> bool:
-        try:
-            with self.log_path.open("rb") as file:
-                file.seek(start)
-                return text.encode() in file.read()
-        except FileNotFoundError:
-            return False
 
     def _write_state(self, home: KafkaHome) -> None:
         token = process_token(self.pid)

@@ -31,6 +31,23 @@ def tail(path: Path, lines: int) -> str:
         return ""
 
 
+def read_from(path: Path, start: int) -> str:
+    """The text of a file from a byte offset on; empty where there is no file."""
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def trouble(log: str, lines: int) -> str:
+    """What in a log explains a failure: the last lines that are not mere information, else simply the last lines."""
+    everything = log.splitlines()
+    told = [line for line in everything if " INFO " not in line]
+    return "\n".join((told or everything)[-lines:])
+
+
 def process_token(pid: int) -> str | None:
     """Something that tells this process from a later one with the same id; None where it is gone.
 
