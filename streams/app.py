@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, NamedTuple, cast
 
 import faust
 from faust.transport.drivers import aiokafka as driver
@@ -15,7 +15,7 @@ from yarl import URL
 from kvatlas.bridge import records
 from kvatlas.bridge.kafka import password, ssl_context
 from kvatlas.bridge.settings import KafkaSettings
-from kvatlas.streams.flow import Flows
+from kvatlas.streams.flow import Flows, Stage
 from kvatlas.streams.options import WorkerSettings
 from kvatlas.streams.pods import PodPublisher
 from kvatlas.streams.recovery import BulkTableManager
@@ -35,12 +35,14 @@ _MAX_POLL_SECONDS: Final = 7 * 24 * 3600.0  # a restore may take long without a 
 _DRAIN_SECONDS: Final = 3.0
 
 
-class SourceConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc] # faust has no usable types here
+class SourceConsumerThread(driver.AIOKafkaConsumerThread):
     """Faust's consumer thread with a fetch wait of ours: Faust's is fixed at 1.5 s.
 
     A fetch over several partitions also waits that long on the embedded broker, and aiokafka holds fetches back for
     as long when one partition's records are not taken, as those of changelogs are.
     """
+
+    app: Any
 
     def _create_worker_consumer(self, transport: Any) -> Any:
         consumer = super()._create_worker_consumer(transport)
@@ -48,12 +50,14 @@ class SourceConsumerThread(driver.AIOKafkaConsumerThread):  # type: ignore[misc]
         return consumer
 
 
-class SourceConsumer(driver.Consumer):  # type: ignore[misc] # faust has no usable types here
+class SourceConsumer(driver.Consumer):
     """Faust's consumer, which starts where the tables end.
 
     What the table reflects is stored in it, so that is the position; the group's committed offset is only a hint
     that may be behind (a crash before the commit) or ahead (the table's state was lost and is to be rebuilt).
     """
+
+    app: Any
 
     def _new_consumer_thread(self) -> Any:
         return SourceConsumerThread(self, loop=self.loop, beacon=self.beacon)
@@ -74,13 +78,13 @@ class SourceConsumer(driver.Consumer):  # type: ignore[misc] # faust has no usab
             self._committed_offset.update(wanted)
 
 
-class SourceTransport(driver.Transport):  # type: ignore[misc] # faust has no usable types here
+class SourceTransport(driver.Transport):
     """Faust's aiokafka transport with :class:`SourceConsumer`."""
 
     Consumer: ClassVar[Any] = SourceConsumer
 
 
-class WorkerApp(faust.App):  # type: ignore[misc] # faust has no usable types here
+class WorkerApp(faust.App):
     """The app; built by :func:`build_app`.
 
     Attributes:
@@ -116,7 +120,8 @@ class WorkerApp(faust.App):  # type: ignore[misc] # faust has no usable types he
 
     def aiokafka_producer(self) -> Any:
         """Return the ``AIOKafkaProducer`` inside Faust's producer."""
-        return self.producer._ensure_producer()
+        producer: Any = self.producer
+        return producer._ensure_producer()
 
     def on_roles_changed(self) -> None:
         """Let flows run again after a restore and tell who listens."""
@@ -219,22 +224,14 @@ def build_app(
         (kafka.topic(records.DLQ), partitions[records.DLQ]),
         kafka.topic(records.EVENTS),
     )
+    parts = _Parts(app, settings, kafka, partitions, output, budget, clock, on_crash)
     tables: dict[str, str] = {}
     if settings.role in ("all", "resolve"):
         tables[engine_changelog] = ENGINE_BLOCKS
-        _add_resolve(
-            app,
-            settings,
-            kafka,
-            partitions,
-            output,
-            _table(app, settings, budget, ENGINE_BLOCKS, engine_changelog),
-            clock,
-            on_crash,
-        )
+        _add_resolve(parts, _table(parts, ENGINE_BLOCKS, engine_changelog))
     if settings.role in ("all", "index"):
         tables[index_changelog] = BLOCK_INDEX
-        _add_index(app, settings, kafka, output, _table(app, settings, budget, BLOCK_INDEX, index_changelog), on_crash)
+        _add_index(parts, _table(parts, BLOCK_INDEX, index_changelog))
     app.reader = BulkReader(kafka, f"kvatlas-restore-{worker_id}", tables, settings.max_local_age_hours * 3600)
 
     async def revoked(*_: Any, **__: Any) -> None:
@@ -244,24 +241,29 @@ def build_app(
     return app
 
 
-def _table(app: WorkerApp, settings: WorkerSettings, budget: RocksBudget, name: str, changelog: str) -> BulkTable:
-    share = 2 if settings.role == "all" else 1
-    table: BulkTable = app.Table(
-        name, budget=budget, cache_bytes=settings.cache_bytes // share, changelog=changelog, partitions=None
+class _Parts(NamedTuple):
+    """What the agents of one app are built from."""
+
+    app: WorkerApp
+    settings: WorkerSettings
+    kafka: KafkaSettings
+    partitions: Mapping[str, int]
+    output: Output
+    budget: RocksBudget
+    clock: Callable[[], int]
+    on_crash: Callable[[BaseException], None]
+
+
+def _table(parts: _Parts, name: str, changelog: str) -> BulkTable:
+    share = 2 if parts.settings.role == "all" else 1
+    table: Any = parts.app.Table(
+        name, budget=parts.budget, cache_bytes=parts.settings.cache_bytes // share, changelog=changelog
     )
-    return table
+    return cast("BulkTable", table)
 
 
-def _add_resolve(
-    app: WorkerApp,
-    settings: WorkerSettings,
-    kafka: KafkaSettings,
-    partitions: Mapping[str, int],
-    output: Output,
-    table: BulkTable,
-    clock: Callable[[], int],
-    on_crash: Callable[[BaseException], None],
-) -> None:
+def _add_resolve(parts: _Parts, table: BulkTable) -> None:
+    app, settings, kafka, partitions = parts.app, parts.settings, parts.kafka, parts.partitions
     source = kafka.topic(records.EVENTS)
     options = resolve_options(settings)
     publisher = PodPublisher(
@@ -271,35 +273,34 @@ def _add_resolve(
     )
 
     def make_stage(partition: int) -> ResolveStage:
-        resolver = Resolver(options, partitions[records.BLOCKS], clock)
-        return ResolveStage(table, partition, resolver, output, publisher, settings)
+        resolver = Resolver(options, partitions[records.BLOCKS], parts.clock)
+        return ResolveStage(table, partition, resolver, output=parts.output, pods=publisher, settings=settings)
 
     app.publisher = publisher
-    app.sources[source] = table
-    app.flows[source] = flows = Flows(
-        "resolve", make_stage, lambda partition: _applied(table, partition), settings.buffer_records, on_crash
-    )
-    _agent(app, source, "resolve", flows)
+    _add_flows(parts, source, "resolve", table, make_stage)
 
 
-def _add_index(
-    app: WorkerApp,
-    settings: WorkerSettings,
-    kafka: KafkaSettings,
-    output: Output,
-    table: BulkTable,
-    on_crash: Callable[[BaseException], None],
-) -> None:
-    source = kafka.topic(records.BLOCKS)
-    app.sources[source] = table
-    app.flows[source] = flows = Flows(
+def _add_index(parts: _Parts, table: BulkTable) -> None:
+    _add_flows(
+        parts,
+        parts.kafka.topic(records.BLOCKS),
         "index",
-        lambda partition: IndexStage(table, partition, output, settings),
-        lambda partition: _applied(table, partition),
-        settings.buffer_records,
-        on_crash,
+        table,
+        lambda partition: IndexStage(table, partition, parts.output, parts.settings),
     )
-    _agent(app, source, "index", flows)
+
+
+def _add_flows(parts: _Parts, source: str, name: str, table: BulkTable, make_stage: Callable[[int], Stage]) -> None:
+    flows = Flows(
+        name,
+        make_stage,
+        lambda partition: _applied(table, partition),
+        parts.settings.buffer_records,
+        parts.on_crash,
+    )
+    parts.app.sources[source] = table
+    parts.app.flows[source] = flows
+    _agent(parts.app, source, name, flows)
 
 
 def _applied(table: BulkTable, partition: int) -> int | None:

@@ -93,4 +93,5 @@ async def send_batch(
         raise ChangelogError(
             f"changelog {topic}/{partition}: {len(writes)} entries not acknowledged: {error!r}; will be sent again"
         ) from error
-    return int(placed.offset) + count - 1
+    last: int = placed.offset + count - 1
+    return last

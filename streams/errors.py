@@ -8,7 +8,7 @@
         ├── StoreError          the local RocksDB state cannot be used
         ├── ChangelogError      a changelog batch was not acknowledged (retriable)
         ├── RestoreError        the changelog could not be read to its end (retriable)
-        └── WorkerCrash         the Faust app died; the service starts a new one (retriable)
+        └── WorkerCrashError         the Faust app died; the service starts a new one (retriable)
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RestoreError(StreamsError):
     retriable = True
 
 
-class WorkerCrash(StreamsError):
+class WorkerCrashError(StreamsError):
     """The Faust app died of an error that it could not handle."""
 
     retriable = True

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
 from mode import get_logger
 
 from kvatlas.bridge.kafka import client_config
@@ -75,8 +75,9 @@ class TopicFollower:
                 await consumer.stop()
 
     async def _follow(self, consumer: Any, positions: dict[TopicPartition, int]) -> None:
-        while not (numbers := await partitions_of(consumer, self._topic)):
-            await asyncio.sleep(_RETRY_SECONDS / 2)
+        numbers = await partitions_of(consumer, self._topic)
+        if not numbers:
+            raise UnknownTopicOrPartitionError(self._topic)
         partitions = [TopicPartition(self._topic, number) for number in sorted(numbers)]
         consumer.assign(partitions)
         ends = await consumer.end_offsets(partitions)

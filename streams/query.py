@@ -24,6 +24,9 @@ from kvatlas.streams.store import PartitionState, Role
 from kvatlas.streams.v1 import block_index_pb2 as pb
 from kvatlas.streams.v1 import block_index_pb2_grpc as pb_grpc
 
+# The stubs of grpc leave out its asyncio half.
+aio: Any = getattr(grpc, "aio")  # noqa: B009
+
 SERVICE: Final = "kvatlas.v1.BlockIndex"
 _ROLES: Final = {
     Role.ACTIVE: pb.PartitionState.ACTIVE,
@@ -49,6 +52,7 @@ class LookupService(pb_grpc.BlockIndexServicer):
     def __init__(
         self,
         worker: str,
+        *,
         partition_count: int,
         max_keys: int,
         state_of: StateOf,
@@ -148,7 +152,7 @@ class LookupServer:
 
     def __init__(self, service: LookupService, listen: str, *, reflect: bool, max_keys: int) -> None:
         self._listen = listen
-        self._server = grpc.aio.server(
+        self._server = aio.server(
             options=[
                 ("grpc.max_receive_message_length", max_keys * KEY_BYTES + 1024),
                 ("grpc.max_send_message_length", -1),
@@ -156,7 +160,7 @@ class LookupServer:
             ]
         )
         self._health = health.aio.HealthServicer()
-        pb_grpc.add_BlockIndexServicer_to_server(service, self._server)  # type: ignore[no-untyped-call]
+        pb_grpc.add_BlockIndexServicer_to_server(service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if reflect:
             names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)

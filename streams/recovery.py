@@ -28,9 +28,10 @@ logger = get_logger(__name__)
 _RETRY_SECONDS: Final = 1.0
 
 
-class BulkRecovery(Recovery):  # type: ignore[misc] # faust has no usable types here
+class BulkRecovery(Recovery):
     """Faust's recovery, preceded by a bulk restore and without its own reading of standbys."""
 
+    app: Any
     _turn: asyncio.Task[None] | None = None
     _followers: asyncio.Task[None] | None = None
     _revoked: frozenset[TP] = frozenset()
@@ -82,7 +83,7 @@ class BulkRecovery(Recovery):  # type: ignore[misc] # faust has no usable types 
             self.app.on_roles_changed()
         except asyncio.CancelledError:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 # whatever it is, the app must not run on half a restore
             await self.app.crash(error)
 
     async def _restore(self, actives: dict[TopicPartition, PartitionState]) -> None:
@@ -100,13 +101,13 @@ class BulkRecovery(Recovery):  # type: ignore[misc] # faust has no usable types 
     def _states(self, tps: set[TP]) -> dict[TopicPartition, PartitionState]:
         found = {}
         for tp in sorted(tps):
-            table = self.tables._changelogs.get(tp.topic)
+            table: Any = self.tables._changelogs.get(tp.topic)
             if table is not None:
-                found[TopicPartition(tp.topic, tp.partition)] = table.store.state(tp.partition)
+                found[TopicPartition(tp.topic, tp.partition)] = table.store.local(tp.partition)
         return found
 
 
-class BulkTableManager(TableManager):  # type: ignore[misc] # faust has no usable types here
+class BulkTableManager(TableManager):
     """Faust's table manager with :class:`BulkRecovery`."""
 
     @property

@@ -161,7 +161,7 @@ class BulkReader:
         report = _Report(self._tables, began)
         last_record = time.monotonic()
         while True:
-            for at in [at for at, position in open_.items() if position >= ends[at]]:
+            for at in [at for at, position in open_.items() if position >= ends[at]]:  # noqa: PLC0206 # it shrinks
                 # The former owner's last batch may have arrived since: look again before declaring it caught up.
                 ends[at] = (await consumer.end_offsets([at]))[at]
                 if open_[at] >= ends[at]:

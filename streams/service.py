@@ -26,7 +26,7 @@ from kvatlas.bridge.telemetry import Telemetry
 from kvatlas.streams import metrics
 from kvatlas.streams.announce import Announcer, WorkerBook
 from kvatlas.streams.app import BLOCK_INDEX, WorkerApp, build_app
-from kvatlas.streams.errors import StoreError, TopicsError, WorkerCrash
+from kvatlas.streams.errors import StoreError, TopicsError, WorkerCrashError
 from kvatlas.streams.follow import TopicFollower, partitions_of
 from kvatlas.streams.gauges import Gauges
 from kvatlas.streams.options import WorkerSettings
@@ -105,11 +105,12 @@ class WorkerService:
         while not stop.is_set():
             assert self._crashed is not None
             waiter = asyncio.create_task(stop.wait())
-            await asyncio.wait({waiter, self._crashed}, return_when=asyncio.FIRST_COMPLETED)
+            crashed: asyncio.Future[Any] = self._crashed
+            await asyncio.wait([waiter, crashed], return_when=asyncio.FIRST_COMPLETED)
             waiter.cancel()
             if stop.is_set():
                 return
-            logger.error("the stream app died, a new one is started: %r", self._crashed.result())
+            logger.error("the stream app died, a new one is started: %r", crashed.result())
             metrics.RESTARTS.inc()
             await self._stop_app()
             await asyncio.sleep(_RESTART_SECONDS)
@@ -140,7 +141,7 @@ class WorkerService:
             if self._app.publisher is not None:
                 await asyncio.wait_for(self._app.publisher.flush(everything=True), 1.0)
             await asyncio.wait_for(self._announcer.withdraw(), 1.0)
-        except Exception as error:  # the brokers may be away; the record expires by itself
+        except Exception as error:  # noqa: BLE001 # the brokers may be away; the record expires by itself
             logger.warning("kv-workers: could not say goodbye: %r", error)
 
     # --- parts ----------------------------------------------------------------------------------------------------
@@ -148,11 +149,11 @@ class WorkerService:
     async def _serve(self) -> None:
         service = LookupService(
             self.worker_id,
-            self._partitions[records.BLOCKS],
-            self._settings.max_lookup_keys,
-            self._state_of,
-            self._lag_of,
-            self._workers,
+            partition_count=self._partitions[records.BLOCKS],
+            max_keys=self._settings.max_lookup_keys,
+            state_of=self._state_of,
+            lag_of=self._lag_of,
+            others=self._workers,
         )
         self._server = LookupServer(
             service,
@@ -222,7 +223,7 @@ class WorkerService:
         app.roles_listener = None
         try:
             await asyncio.wait_for(app.stop(), _STOP_SECONDS)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 # it is given up either way
             logger.warning("the stream app did not stop cleanly: %r", error)
         for table in app.sources.values():
             await table.store.stop()  # also when Faust's stop was cut off: the databases' locks must go
@@ -328,7 +329,7 @@ async def _report_crash(app: WorkerApp, on_crash: Callable[[BaseException], None
     while True:
         await asyncio.sleep(_POLL_SECONDS * 4)
         if app.crashed:
-            on_crash(app.crash_reason or WorkerCrash("the Faust app crashed without a reason"))
+            on_crash(app.crash_reason or WorkerCrashError("the Faust app crashed without a reason"))
             return
 
 
@@ -336,7 +337,7 @@ def source_lag(app: WorkerApp, topic: str, partition: int, applied: int) -> int:
     """Return how many source records a partition is behind the end that was seen last; -1 when none was."""
     try:
         end = app.consumer.highwater(TP(topic, partition))
-    except Exception:  # not assigned, or not fetched yet
+    except Exception:  # noqa: BLE001 # not assigned, or not fetched yet: Faust and aiokafka raise many kinds
         return -1
     return -1 if end is None else max(int(end) - applied - 1, 0)
 
@@ -364,6 +365,6 @@ def advertised(listen: str, advertise: str, port: int) -> str:
     if advertise:
         return advertise if advertise.rpartition(":")[2].isdigit() and ":" in advertise else f"{advertise}:{port}"
     host = listen.rpartition(":")[0].strip("[]")
-    if host in ("", "0.0.0.0", "::"):
+    if host in ("", "0.0.0.0", "::"):  # noqa: S104 # compared, not bound
         host = socket.gethostname()
     return f"{host}:{port}"

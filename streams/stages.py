@@ -103,11 +103,12 @@ class ResolveStage:
         table: BulkTable,
         partition: int,
         resolver: Resolver,
+        *,
         output: Output,
         pods: PodPublisher,
         settings: WorkerSettings,
     ) -> None:
-        self.lock = table.store.state(partition).lock
+        self.lock = table.store.local(partition).lock
         self._table = table
         self._partition = partition
         self._resolver = resolver
@@ -192,7 +193,7 @@ class IndexStage:
     """The index agent's work on one partition of ``kv-blocks``."""
 
     def __init__(self, table: BulkTable, partition: int, output: Output, settings: WorkerSettings) -> None:
-        self.lock = table.store.state(partition).lock
+        self.lock = table.store.local(partition).lock
         self._table = table
         self._partition = partition
         self._output = output
@@ -223,7 +224,7 @@ class IndexStage:
         if last < 0:
             return None
         metrics.SOURCE_RECORDS.labels("index").inc(count)
-        return IndexWork(self, view, dead, last, receive_ns, counts)
+        return IndexWork(self, view, dead=dead, source_offset=last, receive_ns=receive_ns, counts=counts)
 
     async def commit(self, work: IndexWork) -> None:
         """Commit in the order written down in ``table``."""
@@ -242,6 +243,7 @@ class IndexWork:
         self,
         stage: IndexStage,
         view: PartitionView,
+        *,
         dead: list[tuple[int, bytes, str]],
         source_offset: int,
         receive_ns: int,

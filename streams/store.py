@@ -184,7 +184,7 @@ class PartitionState:
             self._db = None
 
 
-class BulkStore(rocksdb.Store):  # type: ignore[misc] # faust has no usable types here
+class BulkStore(rocksdb.Store):
     """Faust's RocksDB store with our partitions inside; Faust asks it for offsets and hands it rebalances."""
 
     def __init__(self, *args: Any, budget: RocksBudget, cache_bytes: int, **kwargs: Any) -> None:
@@ -196,7 +196,7 @@ class BulkStore(rocksdb.Store):  # type: ignore[misc] # faust has no usable type
 
     # --- partitions -----------------------------------------------------------------------------------------------
 
-    def state(self, partition: int) -> PartitionState:
+    def local(self, partition: int) -> PartitionState:
         """Return a partition's state, opening it at first use."""
         state = self.states.get(partition)
         if state is None:
@@ -219,17 +219,17 @@ class BulkStore(rocksdb.Store):  # type: ignore[misc] # faust has no usable type
             state.cache.resize(self._cache_bytes // len(self.states))
 
     def _db_for_partition(self, partition: int) -> Any:
-        return self.state(partition)._db
+        return self.local(partition)._db
 
     # --- what Faust calls -----------------------------------------------------------------------------------------
 
     def persisted_offset(self, tp: TP) -> int | None:
         """Return the changelog offset that a partition's local state reflects."""
-        return self.state(tp.partition).changelog_offset
+        return self.local(tp.partition).changelog_offset
 
     def set_persisted_offset(self, tp: TP, offset: int) -> None:
         """Store a changelog offset apart from a batch; only Faust's own paths come here."""
-        self.state(tp.partition).set_changelog_offset(offset)
+        self.local(tp.partition).set_changelog_offset(offset)
 
     async def need_active_standby_for(self, tp: TP) -> bool:  # noqa: ARG002
         """Say that a standby copy has to be read: no other process shares our folder."""
@@ -244,7 +244,7 @@ class BulkStore(rocksdb.Store):  # type: ignore[misc] # faust has no usable type
             groups.setdefault(message.partition, []).append((message.key, message.value))
             last[message.partition] = max(message.offset, last.get(message.partition, -1))
         for partition, records in groups.items():
-            self.state(partition).load(records, last[partition])
+            self.local(partition).load(records, last[partition])
 
     async def on_rebalance(
         self,

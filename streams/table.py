@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import faust
 
@@ -81,7 +81,7 @@ class PartitionView:
                 put(key, value)
 
 
-class BulkTable(faust.Table):  # type: ignore[misc,type-arg] # faust's own generics do not hold up here
+class BulkTable(faust.Table[bytes, bytes]):
     """A table on :class:`BulkStore`; see the module's text for the order of a commit."""
 
     def __init__(self, app: Any, *, budget: RocksBudget, cache_bytes: int, changelog: str, **kwargs: Any) -> None:
@@ -124,12 +124,11 @@ class BulkTable(faust.Table):  # type: ignore[misc,type-arg] # faust's own gener
     @property
     def store(self) -> BulkStore:
         """Our store."""
-        store: BulkStore = self.data
-        return store
+        return cast("BulkStore", self.data)
 
     def view(self, partition: int) -> PartitionView:
         """Return a fresh view of a partition for one flush."""
-        return PartitionView(self.store.state(partition))
+        return PartitionView(self.store.local(partition))
 
     async def commit(self, partition: int, view: PartitionView, source_offset: int, receive_ns: int) -> None:
         """Commit a flush: steps 2 and 3 of the order above.
@@ -143,8 +142,9 @@ class BulkTable(faust.Table):  # type: ignore[misc,type-arg] # faust's own gener
         Raises:
             ChangelogError: the changelog was not acknowledged; nothing is written locally, the flush can be repeated.
         """
-        state = self.store.state(partition)
+        state = self.store.local(partition)
         meta = Meta(source_offset, max(receive_ns, state.meta.receive_ns), time.time_ns())
-        producer = self.app.producer._ensure_producer()
+        app: Any = self.app
+        producer = app.producer._ensure_producer()
         offset = await send_batch(producer, self._changelog, partition, view.writes, encode_meta(meta))
         state.write(view.writes, offset, meta)
