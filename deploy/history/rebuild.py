@@ -1,0 +1,245 @@
+"""The index as of a past moment: the log folded again, by the same pure functions that the workers run.
+
+A state is two scratch tables and the pods' records, and stands between two records of ``kv-events`` in every
+partition. It can be saved as a snapshot, a folder, and a later rebuild goes on from the nearest one::
+
+    <snapshots>/<name>/snapshot.json      which log, which offsets, which block size
+    <snapshots>/<name>/engine_blocks.db   RocksDB
+    <snapshots>/<name>/block_index.db     RocksDB
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from kvatlas.bridge import records
+from kvatlas.bridge.errors import LogError, WireError
+from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.deploy.history.log import LogReader, Range, Record
+from kvatlas.deploy.history.moment import Moment
+from kvatlas.deploy.history.scratch import ScratchTable
+from kvatlas.streams.codec import decode_blocks
+from kvatlas.streams.engine_blocks import decode_state, state_key
+from kvatlas.streams.index import apply_blocks
+from kvatlas.streams.message import parse_message
+from kvatlas.streams.resolve import ResolveOptions, Resolver, pod_record
+from kvatlas.streams.rocks import RocksBudget
+
+_META: Final = "snapshot.json"
+_ENGINE_BLOCKS: Final = "engine_blocks.db"
+_BLOCK_INDEX: Final = "block_index.db"
+_VERSION: Final = 1
+_CACHE_BYTES: Final = 256 * 1024 * 1024
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """What a saved state reflects.
+
+    Attributes:
+        brokers, topic: the log it was folded from.
+        block_size_tokens: canonical block size it was folded with.
+        offsets: ``kv-events`` partition -> offset after the last record in it.
+        pods: pod ids in it.
+        created_ns: wall clock, ns since the epoch.
+    """
+
+    v: int = _VERSION
+    brokers: str
+    topic: str
+    block_size_tokens: int
+    offsets: dict[int, int]
+    pods: list[str]
+    created_ns: int
+
+
+class PastIndex:
+    """The index while it is folded, and after.
+
+    Args:
+        folder: an empty folder, or a copy of a snapshot.
+        options: what the deployment decides about the meaning of events.
+        clock: wall clock, ns since the epoch, for the pods' records.
+    """
+
+    def __init__(self, folder: Path, options: ResolveOptions, clock: Callable[[], int]) -> None:
+        budget = RocksBudget(_CACHE_BYTES, _CACHE_BYTES)
+        self.folder = folder
+        self.options = options
+        self.blocks = ScratchTable(folder / _BLOCK_INDEX, budget)
+        self.engine_blocks = ScratchTable(folder / _ENGINE_BLOCKS, budget)
+        self.counts: Counter[str] = Counter()
+        self.offsets: dict[int, int] = {}
+        self._names: set[str] = set()
+        self._clock = clock
+        self._resolver = Resolver(options, 1, clock)
+
+    def resume(self, offsets: Mapping[int, int], pods: Iterable[str]) -> None:
+        """Say what the tables that are in the folder already reflect."""
+        self.offsets = dict(offsets)
+        self._names = set(pods)
+
+    def apply(self, chunk: Sequence[Record]) -> None:
+        """Fold the next records of one ``kv-events`` partition."""
+        effects = self._resolver.effects()
+        for record in chunk:
+            message = parse_message(record.key, record.value, record.headers, record.partition, record.offset)
+            self._resolver.apply(self.engine_blocks, message, effects)
+            self._names.add(message.pod)
+        for values in effects.encode().values():
+            for value in values:
+                apply_blocks(self.blocks, decode_blocks(value), self.counts)
+        self.counts.update(effects.counts)
+        self.offsets[chunk[-1].partition] = chunk[-1].offset + 1
+        self.blocks.settle()
+        self.engine_blocks.settle()
+
+    def pods(self) -> dict[str, records.PodRecord]:
+        """Return the pods' records as they were, by pod id."""
+        found = {}
+        for name in sorted(self._names):
+            value = self.engine_blocks.get(state_key(records.pod_ref(name).to_bytes(8, "big")))
+            if value is not None:
+                found[name] = pod_record(decode_state(value), self._clock())
+        return found
+
+    def save(self, folder: Path, brokers: str, topic: str) -> Snapshot:
+        """Close the tables and move them under ``folder`` as a snapshot."""
+        pods = sorted(self._names)
+        self.close()
+        snapshot = Snapshot(
+            brokers=brokers,
+            topic=topic,
+            block_size_tokens=self.options.block_size_tokens,
+            offsets=self.offsets,
+            pods=pods,
+            created_ns=self._clock(),
+        )
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(self.folder, folder)
+        # Last, so that a folder without it is no snapshot.
+        (folder / _META).write_bytes(msgspec.json.encode(snapshot))
+        return snapshot
+
+    def close(self) -> None:
+        """Write everything and let go of the folder."""
+        self.blocks.close()
+        self.engine_blocks.close()
+
+
+def nearest(folder: Path, brokers: str, topic: str, block_size_tokens: int, ends: dict[int, int]) -> Path | None:
+    """Return the snapshot of this log that is furthest along without passing ``ends`` in any partition."""
+    best: tuple[int, Path] | None = None
+    for meta in sorted(folder.glob(f"*/{_META}")):
+        snapshot = load_snapshot(meta.parent)
+        same = (snapshot.brokers, snapshot.topic, snapshot.block_size_tokens) == (brokers, topic, block_size_tokens)
+        if not same or any(offset > ends.get(partition, 0) for partition, offset in snapshot.offsets.items()):
+            continue
+        reach = sum(snapshot.offsets.values())
+        if best is None or reach > best[0]:
+            best = (reach, meta.parent)
+    return best[1] if best else None
+
+
+def load_snapshot(folder: Path) -> Snapshot:
+    """Read what a snapshot says of itself.
+
+    Raises:
+        WireError: the file is damaged or of another version.
+    """
+    path = folder / _META
+    try:
+        snapshot = msgspec.json.decode(path.read_bytes(), type=Snapshot)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise WireError(f"{path}: not a snapshot: {error}; remove the folder") from error
+    if snapshot.v != _VERSION:
+        raise WireError(f"{path}: snapshot of version {snapshot.v}; this build reads {_VERSION}")
+    return snapshot
+
+
+async def rebuild(
+    reader: LogReader,
+    kafka: KafkaSettings,
+    until: Moment,
+    *,
+    folder: Path,
+    options: ResolveOptions,
+    clock: Callable[[], int],
+    snapshots: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> PastIndex:
+    """Fold the log up to a moment.
+
+    Args:
+        reader: an open reader.
+        kafka: which log, to tell snapshots of different logs apart.
+        until: state before the record at this moment.
+        folder: an empty scratch folder.
+        options: what the deployment decides about the meaning of events.
+        clock: wall clock, ns since the epoch.
+        snapshots: where saved states are; None folds from the start of the log.
+        progress: called with records done and to do.
+
+    Raises:
+        LogError: the log does not answer.
+    """
+    whole = await reader.range(records.EVENTS, Moment(edge="earliest"), until)
+    ends = {partition: end for partition, (_, end) in whole.bounds.items()}
+    size = options.block_size_tokens
+    base = nearest(snapshots, kafka.brokers, kafka.topic(records.EVENTS), size, ends) if snapshots else None
+    starts: dict[int, int] = {}
+    if base is not None:
+        shutil.copytree(base, folder, dirs_exist_ok=True)
+        starts = dict(load_snapshot(base).offsets)
+    past = PastIndex(folder, options, clock)
+    if base is not None:
+        past.resume(starts, load_snapshot(base).pods)
+    bounds = {part: (max(first, starts.get(part, first)), end) for part, (first, end) in whole.bounds.items()}
+    await advance(reader, past, Range(records.EVENTS, bounds), progress)
+    return past
+
+
+async def advance(
+    reader: LogReader, past: PastIndex, span: Range, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Fold a further range of ``kv-events`` into a state.
+
+    Raises:
+        LogError: the range leaves out records after what the state reflects, or the log does not answer.
+    """
+    for partition, (start, end) in span.bounds.items():
+        reached = past.offsets.get(partition)
+        if reached is not None and start > reached and start < end:
+            raise LogError(f"kv-events/{partition}: records {reached} to {start - 1} are no longer on the log")
+    done = 0
+    async for chunk in reader.read(span):
+        past.apply(chunk)
+        done += len(chunk)
+        if progress:
+            progress(done, span.records)
+    for partition, (_, end) in span.bounds.items():
+        past.offsets[partition] = max(end, past.offsets.get(partition, 0))
+
+
+def differences(
+    before: Iterator[tuple[bytes, bytes]], after: Iterator[tuple[bytes, bytes]]
+) -> Iterator[tuple[bytes, bytes, bytes]]:
+    """Yield (block key, value before, value after) where two tables differ, walking both in key order."""
+    old, new = next(before, None), next(after, None)
+    while old is not None or new is not None:
+        if new is None or (old is not None and old[0] < new[0]):
+            assert old is not None
+            yield old[0], old[1], b""
+            old = next(before, None)
+        elif old is None or new[0] < old[0]:
+            yield new[0], b"", new[1]
+            new = next(after, None)
+        else:
+            if old[1] != new[1]:
+                yield old[0], old[1], new[1]
+            old, new = next(before, None), next(after, None)

@@ -1,0 +1,115 @@
+"""`kvatlas at` and `kvatlas diff` against a real Kafka: past states equal what a fold of the same messages gives."""
+
+import asyncio
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.deploy.cli import main
+from kvatlas.deploy.history.log import LogReader
+from kvatlas.deploy.history.moment import Moment
+from kvatlas.deploy.history.rebuild import PastIndex, rebuild
+from kvatlas.streams.resolve import ResolveOptions
+
+from .test_replay import DATA, log  # noqa: F401 - the fixture
+
+OPTIONS = ResolveOptions(block_size_tokens=16)
+
+
+def questions(path: Path, pod: str) -> list[int]:
+    """Write the engine's own queries as an input file; returns its answers."""
+    truth = json.loads(gzip.decompress((DATA / f"{pod}.truth.json.gz").read_bytes()))
+    with path.open("w") as file:
+        for query in truth["queries"]:
+            file.write(json.dumps({"tokens": query["tokens"], "cache_salt": query["cache_salt"]}) + "\n")
+    return [query["hit_tokens"] for query in truth["queries"]]
+
+
+async def _state(flags: list[str], until: Moment, folder: Path, snapshots: Path | None = None) -> PastIndex:
+    kafka = KafkaSettings(brokers=flags[1], topic_prefix=flags[3])
+    async with LogReader(kafka) as reader:
+        return await rebuild(reader, kafka, until, folder=folder, options=OPTIONS, clock=lambda: 0, snapshots=snapshots)
+
+
+def _tables(past: PastIndex) -> tuple[dict[bytes, bytes], dict[bytes, bytes]]:
+    return dict(past.blocks.items()), dict(past.engine_blocks.items())
+
+
+@pytest.mark.parametrize("pod", ["pod-a", "pod-b"])
+def test_the_end_of_the_log_answers_as_the_engine_does(log, tmp_path, capsys, pod):  # noqa: F811
+    """The state at the latest moment gives every hit that the recorded engine itself reported."""
+    expected = questions(tmp_path / "q.jsonl", pod)
+    flags = ["--model", "demo-model", "--input", str(tmp_path / "q.jsonl"), "--json"]
+    assert main(["at", "latest", "score", *flags, *log]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    got = [answer["scores"].get(pod, {}).get("matched_tokens", 0) for answer in answers]
+    assert got == expected
+
+
+def test_a_state_from_a_snapshot_equals_one_from_the_start(log, tmp_path):  # noqa: F811
+    """Going on from a saved state gives the same tables, byte for byte."""
+    middle, end = Moment(time_ms=1_795_464_040_000), Moment(edge="latest")
+    early = asyncio.run(_state(log, middle, tmp_path / "early"))
+    early.save(tmp_path / "snapshots" / "1", log[1], log[3] + "kv-events")
+    resumed = asyncio.run(_state(log, end, tmp_path / "resumed", tmp_path / "snapshots"))
+    whole = asyncio.run(_state(log, end, tmp_path / "whole"))
+    assert resumed.counts["updates"] < whole.counts["updates"]
+    assert _tables(resumed) == _tables(whole)
+    assert resumed.pods() == whole.pods()
+    resumed.close()
+    whole.close()
+
+
+def test_a_snapshot_past_the_moment_is_not_used(log, tmp_path):  # noqa: F811
+    """A state saved later than the moment asked for cannot be its base."""
+    late = asyncio.run(_state(log, Moment(edge="latest"), tmp_path / "late"))
+    late.save(tmp_path / "snapshots" / "1", log[1], log[3] + "kv-events")
+    middle = Moment(time_ms=1_795_464_040_000)
+    with_snapshots = asyncio.run(_state(log, middle, tmp_path / "a", tmp_path / "snapshots"))
+    shutil.rmtree(tmp_path / "snapshots")
+    without = asyncio.run(_state(log, middle, tmp_path / "b"))
+    assert _tables(with_snapshots) == _tables(without)
+    with_snapshots.close()
+    without.close()
+
+
+def test_pods_and_explain_of_the_past(log, tmp_path, capsys):  # noqa: F811
+    """Before the first message there is no pod; ten messages in, there are two and their blocks have holders."""
+    assert main(["at", "@1795463999", "pods", "--json", *log]) == 0
+    assert capsys.readouterr().out == ""
+    assert main(["at", "@1795464010", "pods", "--json", *log]) == 0
+    found = {pod["pod"]: pod for line in capsys.readouterr().out.splitlines() if (pod := json.loads(line))}
+    assert {name: pod["last_sequence"] for name, pod in found.items()} == {"pod-a": 9, "pod-b": 9}
+    expected = questions(tmp_path / "q.jsonl", "pod-a")
+    first = next(number for number, hit in enumerate(expected) if hit)
+    line = (tmp_path / "q.jsonl").read_text().splitlines()[first]
+    (tmp_path / "one.jsonl").write_text(line + "\n")
+    flags = ["--model", "demo-model", "--input", str(tmp_path / "one.jsonl"), "--json"]
+    assert main(["at", "latest", "explain", *flags, *log]) == 0
+    blocks = json.loads(capsys.readouterr().out)["blocks"]
+    held = [
+        any(holder["pod"] == "pod-a" and holder["state"] == "live" for holder in block["holders"]) for block in blocks
+    ]
+    assert all(held[: expected[first] // 16])
+    assert not all(held) or len(held) == expected[first] // 16
+
+
+def test_diff_counts_what_came_and_went(log, capsys):  # noqa: F811
+    """Blocks added less blocks removed is the difference of what is held; the reset shows as a raised epoch."""
+    assert main(["diff", "earliest", "latest", "--json", *log]) == 0
+    whole = {row["pod"]: row for line in capsys.readouterr().out.splitlines() if (row := json.loads(line))}
+    assert whole["pod-a"]["removed"] == 0
+    assert whole["pod-b"]["messages"] == 99
+    assert main(["diff", "@1795464020", "latest", "--json", *log]) == 0
+    part = {row["pod"]: row for line in capsys.readouterr().out.splitlines() if (row := json.loads(line))}
+    assert part["pod-a"]["epoch_raised"]
+    assert not part["pod-b"]["epoch_raised"]
+    assert part["pod-b"]["messages"] == 79
+    assert main(["diff", "earliest", "@1795464020", "--json", *log]) == 0
+    start = {row["pod"]: row for line in capsys.readouterr().out.splitlines() if (row := json.loads(line))}
+    for pod in whole:
+        assert start[pod]["added"] + part[pod]["added"] - part[pod]["removed"] == whole[pod]["added"]
