@@ -148,7 +148,7 @@ class ScoreRequest(_message.Message):
     TRUNCATION_SIDE_FIELD_NUMBER: _builtins.int
     STRATEGY_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
-    WHOLE_PROMPT_FIELD_NUMBER: _builtins.int
+    USABLE_ONLY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     tokens_packed: _builtins.bytes
     prompt: _builtins.str
@@ -164,8 +164,10 @@ class ScoreRequest(_message.Message):
     """Scoring strategy by name; empty takes the model's setting."""
     request_id: _builtins.str
     """The router's id, for traces and decisions."""
-    whole_prompt: _builtins.bool
-    """Prompt blocks a pod cannot reuse because vLLM and SGLang recompute the last token are left out unless true."""
+    usable_only: _builtins.bool
+    """By default every full block that a pod holds counts, also the one that ends with the prompt's last token. Engines
+    compute the last token again, so of L tokens they reuse floor((L - 1) / block size) blocks; true counts only those.
+    """
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Exactly one form of input.
@@ -197,11 +199,11 @@ class ScoreRequest(_message.Message):
         truncation_side: _builtins.str = ...,
         strategy: _builtins.str = ...,
         request_id: _builtins.str = ...,
-        whole_prompt: _builtins.bool = ...,
+        usable_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "cache_salt", b"cache_salt", "chat", b"chat", "lora", b"lora", "model", b"model", "multimodal", b"multimodal", "pods", b"pods", "prompt", b"prompt", "request_id", b"request_id", "strategy", b"strategy", "tokens", b"tokens", "tokens_packed", b"tokens_packed", "truncate_tokens", b"truncate_tokens", "truncation_side", b"truncation_side", "whole_prompt", b"whole_prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "cache_salt", b"cache_salt", "chat", b"chat", "lora", b"lora", "model", b"model", "multimodal", b"multimodal", "pods", b"pods", "prompt", b"prompt", "request_id", b"request_id", "strategy", b"strategy", "tokens", b"tokens", "tokens_packed", b"tokens_packed", "truncate_tokens", b"truncate_tokens", "truncation_side", b"truncation_side", "usable_only", b"usable_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
     _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015
