@@ -23,10 +23,10 @@ from kvatlas.bridge.errors import LogError, WireError
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.deploy.history.log import LogReader, Range, Record
 from kvatlas.deploy.history.moment import Moment
-from kvatlas.deploy.history.scratch import ScratchTable
 from kvatlas.streams.codec import decode_blocks
 from kvatlas.streams.engine_blocks import decode_state, state_key
 from kvatlas.streams.index import apply_blocks
+from kvatlas.streams.local import LocalTable
 from kvatlas.streams.message import parse_message
 from kvatlas.streams.resolve import ResolveOptions, Resolver, pod_record
 from kvatlas.streams.rocks import RocksBudget
@@ -71,8 +71,8 @@ class PastIndex:
         budget = RocksBudget(_CACHE_BYTES, _CACHE_BYTES)
         self.folder = folder
         self.options = options
-        self.blocks = ScratchTable(folder / _BLOCK_INDEX, budget)
-        self.engine_blocks = ScratchTable(folder / _ENGINE_BLOCKS, budget)
+        self.blocks = LocalTable(folder / _BLOCK_INDEX, budget)
+        self.engine_blocks = LocalTable(folder / _ENGINE_BLOCKS, budget)
         self.counts: Counter[str] = Counter()
         self.offsets: dict[int, int] = {}
         self._names: set[str] = set()

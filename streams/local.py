@@ -1,4 +1,4 @@
-"""A table for tools: a RocksDB of its own behind the same view that the pure functions write through."""
+"""A table outside the workers: a RocksDB of its own behind the same view that the pure functions write through."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CACHE_ENTRIES: Final = 1_000_000
 _MISSING: Final = object()
 
 
-class ScratchTable:
+class LocalTable:
     """A key-value table in a folder; reads see all writes, memory is bounded. Close it before the folder is moved."""
 
     def __init__(self, path: Path, budget: RocksBudget) -> None:
@@ -76,3 +76,7 @@ class ScratchTable:
         self._database.flush()
         self._database.close()
         self._database = None
+
+    def estimated_entries(self) -> int:
+        """Return about how many entries there are, as RocksDB estimates it."""
+        return int(self._database.property_int_value("rocksdb.estimate-num-keys") or 0) + len(self._pending)

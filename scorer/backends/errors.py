@@ -1,0 +1,24 @@
+"""Errors of the index backends.
+
+::
+
+    ScorerError
+    └── BackendError             the index does not answer or cannot be opened (retriable)
+        └── SchemaError          a store holds another schema version than this build writes
+"""
+
+from __future__ import annotations
+
+from kvatlas.scorer.errors import ScorerError
+
+
+class BackendError(ScorerError):
+    """An index backend does not answer or cannot be opened; the text says which and why."""
+
+    retriable = True
+
+
+class SchemaError(BackendError):
+    """A shared store holds entries of another schema version."""
+
+    retriable = False

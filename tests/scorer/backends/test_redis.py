@@ -1,0 +1,71 @@
+"""What only the Redis backend has to survive: its server going away, other users of the server, refusals."""
+
+import asyncio
+
+import pytest
+
+from kvatlas.scorer.backends.errors import BackendError
+from kvatlas.scorer.backends.redis import RedisBackend
+from kvatlas.streams.codec import OP_ADD
+
+from .test_conformance import holder, key, record
+
+
+async def test_a_killed_and_restarted_server_loses_nothing_that_was_acknowledged(own_redis):
+    """While the server is away the error is retriable; afterwards the same backend goes on."""
+    backend = RedisBackend(own_redis.url, retries=1, timeout_seconds=0.5)
+    await backend.start()
+    await backend.apply(record(1, 0, [(OP_ADD, key(n), holder(1)) for n in range(3000)]))
+    own_redis.kill()
+    with pytest.raises(BackendError) as caught:
+        await backend.lookup([key(1)])
+    assert caught.value.retriable
+    own_redis.start()
+    assert await backend.lookup([key(1), key(2999)]) == [holder(1)] * 2
+    await backend.apply(record(1, 1, [(OP_ADD, key(3000), holder(1))]))
+    assert await backend.lookup([key(3000)]) == [holder(1)]
+    await backend.close()
+
+
+async def test_a_short_outage_is_bridged_by_retries(own_redis):
+    """A restart within the retries' patience is not seen by the caller."""
+    backend = RedisBackend(own_redis.url, retries=8)
+    await backend.start()
+    own_redis.kill()
+    asked = asyncio.create_task(backend.lookup([key(1)]))
+    await asyncio.sleep(0.2)
+    await asyncio.to_thread(own_redis.start)
+    assert await asked == [b""]
+    await backend.close()
+
+
+async def test_prefixes_keep_deployments_apart(redis_server):
+    """Two prefixes on one server never see each other, also when one begins like the other."""
+    one, two = RedisBackend(redis_server.url, prefix="pre*"), RedisBackend(redis_server.url, prefix="prefix")
+    await one.apply(record(1, 0, [(OP_ADD, key(1), holder(1))]))
+    await two.apply(record(1, 0, [(OP_ADD, key(1), holder(1))]))
+    assert await one.drop_epoch(1, 2**64 - 1) == 1
+    assert await one.lookup([key(1)]) == [b""]
+    assert await two.lookup([key(1)]) == [holder(1)]
+    await one.close()
+    await two.close()
+
+
+async def test_an_acl_user_works_and_a_wrong_password_is_named_without_showing_it(own_redis):
+    """The error says where and why, never the secret."""
+    admin = RedisBackend(own_redis.url)
+    await admin._client.acl_setuser(
+        "atlas", enabled=True, passwords=["+s3cret"], keys=["kvatlas:*"], categories=["+@all"]
+    )
+    await admin.close()
+    good = RedisBackend(f"redis://atlas:s3cret@127.0.0.1:{own_redis.port}/0")
+    await good.start()
+    await good.apply(record(1, 0, [(OP_ADD, key(1), holder(1))]))
+    assert await good.lookup([key(1)]) == [holder(1)]
+    await good.close()
+    bad = RedisBackend(f"redis://atlas:wr0ng@127.0.0.1:{own_redis.port}/0", retries=0)
+    with pytest.raises(BackendError) as caught:
+        await bad.start()
+    assert "wr0ng" not in str(caught.value)
+    assert f"127.0.0.1:{own_redis.port}" in str(caught.value)
+    await bad.close()
