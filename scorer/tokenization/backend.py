@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Protocol
 
 from kvatlas.scorer.tokenization import files
+from kvatlas.scorer.tokenization.chat import ChatRenderer
 from kvatlas.scorer.tokenization.encoder import Encoder
 from kvatlas.scorer.tokenization.errors import NoTokenizerError
-from kvatlas.scorer.tokenization.records import Encoded, Truncation
+from kvatlas.scorer.tokenization.records import ChatInput, Encoded, Truncation
 from kvatlas.scorer.tokenization.text_cache import TextCache
 
 
@@ -24,6 +25,12 @@ class Engine(Protocol):
 
     def encode(self, text: str, *, add_special_tokens: bool, truncation: Truncation | None, offsets: bool) -> Encoded:
         """Tokenize one text."""
+
+    def render(self, chat: ChatInput) -> str:
+        """Render a chat as text."""
+
+    def encode_chat(self, chat: ChatInput, truncation: Truncation | None) -> Encoded:
+        """Render a chat and tokenize it; the template brings the special tokens."""
 
     def close(self) -> None:
         """Give back what the engine holds; calls under way still end well."""
@@ -56,14 +63,25 @@ class Backend(Protocol):
 class FolderEngine:
     """A tokenizer from a folder of files, on this machine."""
 
-    def __init__(self, folder: Path, cache: TextCache) -> None:
+    def __init__(self, folder: Path, cache: TextCache, renderer: ChatRenderer) -> None:
         loaded = files.read(folder)
+        self._templates = loaded.templates
+        self._special_tokens = loaded.special_tokens
+        self._renderer = renderer
         self.size_bytes = len(loaded.tokenizer)
         self._encoder = Encoder(loaded, cache)
 
     def encode(self, text: str, *, add_special_tokens: bool, truncation: Truncation | None, offsets: bool) -> Encoded:
         """Tokenize one text."""
         return self._encoder.encode(text, add_special_tokens=add_special_tokens, truncation=truncation, offsets=offsets)
+
+    def render(self, chat: ChatInput) -> str:
+        """Render a chat as text."""
+        return self._renderer.render(chat, self._templates, self._special_tokens)
+
+    def encode_chat(self, chat: ChatInput, truncation: Truncation | None) -> Encoded:
+        """Render a chat and tokenize it; the template brings the special tokens."""
+        return self.encode(self.render(chat), add_special_tokens=False, truncation=truncation, offsets=False)
 
     def close(self) -> None:
         """Drop the known text of this tokenizer."""
@@ -76,7 +94,10 @@ class LocalBackend:
     name = "local"
     waits = False
 
-    def __init__(self, folders: Mapping[str, Path], root: Path | None, cache: TextCache) -> None:
+    def __init__(
+        self, folders: Mapping[str, Path], root: Path | None, cache: TextCache, renderer: ChatRenderer
+    ) -> None:
+        self._renderer = renderer
         self._folders = dict(folders)
         self._root = root
         self._cache = cache
@@ -88,7 +109,7 @@ class LocalBackend:
             NoTokenizerError: no folder is named for the model and the root has none of its name.
             BadModelError: the folder's files are missing or no good.
         """
-        return FolderEngine(self._folder(model), self._cache)
+        return FolderEngine(self._folder(model), self._cache, self._renderer)
 
     def close(self) -> None:
         """Nothing is held."""

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, TypeVar
@@ -14,6 +15,7 @@ from typing import Final, Self, TypeVar
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.scorer.errors import UnknownModelError
 from kvatlas.scorer.tokenization.backend import Backend, Engine, LocalBackend
+from kvatlas.scorer.tokenization.chat import ChatRenderer
 from kvatlas.scorer.tokenization.errors import (
     BackendError,
     BadModelError,
@@ -23,7 +25,7 @@ from kvatlas.scorer.tokenization.errors import (
 )
 from kvatlas.scorer.tokenization.loaded import Loaded
 from kvatlas.scorer.tokenization.options import TokenizerSettings
-from kvatlas.scorer.tokenization.records import Encoded, Truncation
+from kvatlas.scorer.tokenization.records import ChatInput, Encoded, Rendered, Truncation
 from kvatlas.scorer.tokenization.text_cache import TextCache
 
 #: Loads and calls that wait for a network; they cost no processor time here.
@@ -47,10 +49,12 @@ class TokenizerPool:
         *,
         backends: Sequence[Backend] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], datetime] = datetime.now,
     ) -> None:
         self._settings = settings
         self.cache = TextCache(settings.prefix_cache_bytes)
-        self._backends = tuple(backends if backends is not None else backends_of(settings, self.cache))
+        renderer = ChatRenderer(settings, now)
+        self._backends = tuple(backends if backends is not None else backends_of(settings, self.cache, renderer))
         self._loading = ThreadPoolExecutor(_LOADING_THREADS, "tokenizer-load")
         self._waiting = ThreadPoolExecutor(_WAITING_THREADS, "tokenizer-wait")
         self._working = ThreadPoolExecutor(settings.threads or os.cpu_count() or 1, "tokenizer")
@@ -88,6 +92,29 @@ class TokenizerPool:
             return engine.encode(prompt, add_special_tokens=add_special_tokens, truncation=truncate, offsets=offsets)
 
         encoded, backend = await self._ask(model, work)
+        return Encoded(encoded.ids, backend, encoded.offsets, encoded.known_bytes)
+
+    async def render_chat(self, model: str, chat: ChatInput) -> Rendered:
+        """Render a chat as text, as the engine does.
+
+        Raises:
+            UnknownModelError: no backend knows the model.
+            InputError: the messages, the template or the limits refuse it.
+            BadModelError: the model's files are no good.
+            BackendError: no backend that may know the model answered.
+        """
+        return Rendered(*await self._ask(model, lambda engine: engine.render(chat)))
+
+    async def encode_chat(self, model: str, chat: ChatInput, truncate: Truncation | None = None) -> Encoded:
+        """Render a chat and tokenize it, as the engine does: the template, not the tokenizer, adds special tokens.
+
+        Raises:
+            UnknownModelError: no backend knows the model.
+            InputError: the messages, the template or the limits refuse it.
+            BadModelError: the model's files are no good.
+            BackendError: no backend that may know the model answered.
+        """
+        encoded, backend = await self._ask(model, lambda engine: engine.encode_chat(chat, truncate))
         return Encoded(encoded.ids, backend, encoded.offsets, encoded.known_bytes)
 
     async def load(self, model: str) -> str:
@@ -147,7 +174,7 @@ class TokenizerPool:
             raise PromptLimitError(f"prompt of {size} bytes; the limit is {limit} (setting max_prompt_bytes)")
 
 
-def backends_of(settings: TokenizerSettings, cache: TextCache) -> list[Backend]:
+def backends_of(settings: TokenizerSettings, cache: TextCache, renderer: ChatRenderer) -> list[Backend]:
     """Build the backends that the settings turn on, in their order.
 
     Raises:
@@ -157,7 +184,7 @@ def backends_of(settings: TokenizerSettings, cache: TextCache) -> list[Backend]:
     for name in settings.order:
         if name == "local":
             root = Path(settings.root) if settings.root else None
-            found.append(LocalBackend(_folders(settings.models), root, cache))
+            found.append(LocalBackend(_folders(settings.models), root, cache, renderer))
     return found
 
 
