@@ -23,9 +23,11 @@ from kvatlas.scorer.tokenization.errors import (
     PromptLimitError,
     TokenizeInputError,
 )
+from kvatlas.scorer.tokenization.hub import HubBackend
 from kvatlas.scorer.tokenization.loaded import Loaded
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.tokenization.records import ChatInput, Encoded, Rendered, Truncation
+from kvatlas.scorer.tokenization.remote import RemoteBackend
 from kvatlas.scorer.tokenization.text_cache import TextCache
 
 #: Loads and calls that wait for a network; they cost no processor time here.
@@ -185,6 +187,18 @@ def backends_of(settings: TokenizerSettings, cache: TextCache, renderer: ChatRen
         if name == "local":
             root = Path(settings.root) if settings.root else None
             found.append(LocalBackend(_folders(settings.models), root, cache, renderer))
+        elif name == "hub" and settings.hub:
+            found.append(
+                HubBackend(
+                    models=settings.hub_models,
+                    folder=settings.hub_cache,
+                    revision=settings.hub_revision,
+                    cache=cache,
+                    renderer=renderer,
+                )
+            )
+        elif name == "remote" and settings.remote:
+            found.append(RemoteBackend(settings.remote, settings.remote_timeout_ms / 1000))
     return found
 
 

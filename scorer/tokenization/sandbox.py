@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from datetime import datetime
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 from jinja2 import Environment, Template, nodes
 from jinja2.exceptions import TemplateError as JinjaTemplateError
@@ -23,6 +23,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 #: Widest padding, indentation, batch or slice: real templates use single digits.
 _MAX_WIDTH: Final = 10_000
+#: Longest result of a power, bits.
+_MAX_BITS: Final = 65_536
 _WIDTH_FILTERS: Final = ("center", "indent", "batch", "slice", "wordwrap")
 _WIDTH_METHODS: Final = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs"})
 _TICK: Final = "kvatlas_tick"
@@ -63,7 +65,7 @@ class Budget(threading.local):
 class _Generation(Extension):
     """``{% generation %}``: marks what an assistant wrote, for training; renders as its body."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  # declared by the base class as it is
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -122,7 +124,12 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         elif operator == "*":
             self._check_repeat(left, right)
             self._check_repeat(right, left)
-        elif operator == "**" and isinstance(right, int) and abs(right) > _MAX_WIDTH:
+        elif (
+            operator == "**"
+            and isinstance(left, int)
+            and isinstance(right, int)
+            and _power_bits(left, right) > _MAX_BITS
+        ):
             raise LimitReached("raised a number to too high a power")
         elif operator == "%" and isinstance(left, str) and len(left) > 0:
             _check_widths(left)
@@ -167,6 +174,10 @@ def _joined(node: nodes.Concat) -> nodes.Call:
     call = nodes.Call(nodes.Name(_JOIN, "load"), node.nodes, [], None, None)
     call.set_lineno(node.lineno)
     return call
+
+
+def _power_bits(base: int, exponent: int) -> int:
+    return abs(base).bit_length() * max(0, exponent)
 
 
 def _narrow(wrapped: Callable[..., Any]) -> Callable[..., Any]:

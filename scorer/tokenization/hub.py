@@ -1,0 +1,68 @@
+"""Tokenizers from the Hugging Face hub, through its own client and its cache on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from kvatlas.scorer.tokenization import files
+from kvatlas.scorer.tokenization.backend import FolderEngine
+from kvatlas.scorer.tokenization.chat import ChatRenderer
+from kvatlas.scorer.tokenization.errors import BackendError, NoTokenizerError
+from kvatlas.scorer.tokenization.text_cache import TextCache
+
+
+class HubBackend:
+    """Fetches a model's tokenizer files (not its weights) on first use; files already in the cache need no network."""
+
+    name = "hub"
+    waits = False
+
+    def __init__(
+        self, *, models: Sequence[str], folder: str, revision: str, cache: TextCache, renderer: ChatRenderer
+    ) -> None:
+        self._models = models
+        self._folder = folder or None
+        self._revision = revision
+        self._cache = cache
+        self._renderer = renderer
+
+    def load(self, model: str) -> FolderEngine:
+        """Fetch and load a model's tokenizer.
+
+        Raises:
+            NoTokenizerError: the hub has no such model, or the settings do not allow to fetch it.
+            BadModelError: the model has no tokenizer.json, or it is no good.
+            BackendError: the hub does not answer and the files are not in the cache.
+        """
+        if self._models and not any(fnmatchcase(model, pattern) for pattern in self._models):
+            raise NoTokenizerError(f"{model!r} is not among the models that may be fetched (setting hub_models)")
+        try:
+            folder = huggingface_hub.snapshot_download(
+                model, revision=self._revision, cache_dir=self._folder, allow_patterns=list(files.PATTERNS)
+            )
+        except HFValidationError as error:
+            raise NoTokenizerError(f"{model!r} is not the name of a hub model") from error
+        except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+            raise NoTokenizerError(f"the hub has no model {model!r} at revision {self._revision!r}") from error
+        except LocalEntryNotFoundError as error:
+            raise BackendError(
+                f"the hub cannot be reached and {model!r} is not in its cache: copy the model's tokenizer files here "
+                f"and name their folder (setting models), or fill the cache where there is a network"
+            ) from error
+        except (HfHubHTTPError, OSError) as error:
+            raise BackendError(f"the hub did not give {model!r}: {error}") from error
+        return FolderEngine(Path(folder), self._cache, self._renderer)
+
+    def close(self) -> None:
+        """Nothing is held."""
