@@ -23,9 +23,10 @@ HELP: Final = "prompt to token ids: a chat of 8,192 tokens, 90 % of it seen befo
 _MODEL: Final = "bench"
 _TURN_SENTENCES: Final = 8
 _SEEN: Final = 0.9
-_VOCABULARY: Final = """the a cache prefix router answers question long short token block keeps reads writes engine memory while because
- after before people morning evening number seven twelve letter garden window station don't it's we'll careful quick
- quiet remember compare measure explain translate program function value result list table 2024 3.14"""
+_VOCABULARY: Final = """the a cache prefix router answers question long short token block keeps reads writes engine
+ memory while because after before people morning evening number seven twelve letter garden window station don't it's
+ we'll careful quick quiet remember compare measure explain translate program function value result list table 2024
+ 3.14"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

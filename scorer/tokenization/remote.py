@@ -86,7 +86,8 @@ class RemoteEngine:
         try:
             answer, call = method.with_call(request, timeout=self._timeout_seconds)
         except grpc.RpcError as error:
-            code, text = error.code(), error.details()
+            failed: Any = error  # what stubs raise also is a Call, which the library's types do not say
+            code, text = failed.code(), failed.details()
             if code in _REFUSED:
                 raise TokenizeInputError(f"the tokenizer service refuses the request: {text}") from error
             if code is grpc.StatusCode.NOT_FOUND:
