@@ -26,12 +26,13 @@ SECTIONS: Final = {
     "bridge": ("kvatlas.bridge.options", "BridgeSettings"),
     "worker": ("kvatlas.streams.options", "WorkerSettings"),
     "scorer": ("kvatlas.scorer.options", "ScorerSettings"),
+    "tokenizer": ("kvatlas.scorer.tokenization.options", "TokenizerSettings"),
     "connector": ("kvatlas.connector.options", "ConnectorSettings"),
     "sim": ("kvatlas.deploy.sim.options", "SimSettings"),
 }
 
 #: Sections whose flags always carry a prefix, since their field names say too little alone.
-_PREFIXES: Final = {"log": "log_"}
+_PREFIXES: Final = {"log": "log_", "tokenizer": "tokenizer_"}
 
 #: Environment names that are no settings of a section.
 _OTHER_NAMES: Final = frozenset({ENV_FILE, "KVATLAS_CACHE_DIR"})

@@ -114,7 +114,8 @@ class RemoteBackend:
     waits = True
 
     def __init__(self, address: str, timeout_seconds: float) -> None:
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        connect: Any = grpc.insecure_channel
+        self._channel = connect(address, options=_OPTIONS)
         self._stub: Any = tokenization_pb2_grpc.TokenizationServiceStub(self._channel)
         self._timeout_seconds = timeout_seconds
 

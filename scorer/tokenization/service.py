@@ -8,9 +8,7 @@ error; so that a client of ours can tell them apart all the same, their kind is 
 from __future__ import annotations
 
 import uuid
-from typing import Any, TypeAlias
-
-import grpc
+from typing import Any
 
 from kvatlas.bridge.errors import KvatlasError
 from kvatlas.scorer.errors import InputError, UnknownModelError
@@ -21,7 +19,8 @@ from kvatlas.scorer.tokenization.remote import ERROR_KIND
 from kvatlas.scorer.v1 import tokenization_pb2 as pb
 from kvatlas.scorer.v1 import tokenization_pb2_grpc
 
-_Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+#: grpc.aio.ServicerContext; the stubs of grpc leave out its asyncio half.
+_Context = Any
 
 
 class TokenizationServicer(tokenization_pb2_grpc.TokenizationServiceServicer):
