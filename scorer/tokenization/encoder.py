@@ -103,7 +103,8 @@ class Encoder:
         self, text: str, add_special_tokens: bool, truncation: Truncation | None, offsets: bool
     ) -> Encoded:
         try:
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            # A batch of one: unlike encode(), it lets other threads encode meanwhile.
+            encoding = self._tokenizer.encode_batch([text], add_special_tokens=False)[0]
         except (TypeError, UnicodeEncodeError) as error:
             raise TokenizeInputError(f"the text is not valid Unicode (lone surrogates?): {error}") from error
         if truncation is not None and truncation.side is None:
