@@ -1,0 +1,161 @@
+"""Following a topic without a consumer group: every scorer reads all of it, first what is there, then what comes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Any, Final
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import KafkaError
+
+from kvatlas.bridge.errors import LogError
+from kvatlas.bridge.kafka import client_config
+from kvatlas.bridge.settings import KafkaSettings
+
+log = logging.getLogger(__name__)
+
+#: Key and value of one record.
+Apply = Callable[[bytes | None, bytes | None], None]
+
+_POLL_MS: Final = 200
+# The embedded broker answers a fetch over several partitions only when this is over.
+_FETCH_WAIT_MS: Final = 20
+_RECORDS_PER_TURN: Final = 2_000
+_BACKOFF_SECONDS: Final = (0.2, 0.5, 1.0, 2.0, 5.0)
+
+
+class Follower:
+    """One task that reads a topic into a function, and starts again after errors.
+
+    Attributes:
+        caught_up: set once everything that was there at the start has been applied.
+        connected: whether the last fetch worked.
+        records: records applied.
+    """
+
+    def __init__(
+        self,
+        kafka: KafkaSettings,
+        topic: str,
+        apply: Apply,
+        *,
+        client_id: str,
+        from_end: bool = False,
+    ) -> None:
+        """Describe what to follow.
+
+        Args:
+            kafka: how to reach Kafka.
+            topic: name before the deployment's prefix.
+            apply: gets every record; must not raise, must be fast, may see a record again after a reconnect.
+            client_id: shown in the broker's logs.
+            from_end: start with what comes from now on.
+        """
+        self.caught_up = asyncio.Event()
+        self.connected = False
+        self.records = 0
+        self._kafka = kafka
+        self._topic = kafka.topic(topic)
+        self._apply = apply
+        self._client_id = client_id
+        self._from_end = from_end
+        self._task: asyncio.Task[None] | None = None
+        self._positions: dict[TopicPartition, int] = {}
+
+    def start(self) -> None:
+        """Start reading in the background."""
+        self._task = asyncio.create_task(self._run(), name=f"follow {self._topic}")
+
+    async def stop(self) -> None:
+        """Stop reading."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+
+    async def wait(self, timeout_seconds: float) -> None:
+        """Wait until all that was there has been applied.
+
+        Raises:
+            LogError: not within the time.
+        """
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await self.caught_up.wait()
+        except TimeoutError as error:
+            raise LogError(
+                f"topic {self._topic} on {self._kafka.brokers} was not read to its end in {timeout_seconds:g} s; "
+                "check that Kafka runs and the topic exists (`kvatlas topics`)"
+            ) from error
+
+    async def _run(self) -> None:
+        failures = 0
+        while True:
+            try:
+                await self._follow()
+            except (KafkaError, OSError, TimeoutError) as error:
+                pause = _BACKOFF_SECONDS[min(failures, len(_BACKOFF_SECONDS) - 1)]
+                (log.warning if failures in (0, 10) else log.debug)(
+                    "topic %s: %s; trying again in %.1f s", self._topic, error, pause
+                )
+                failures = 0 if self.connected else failures + 1
+                self.connected = False
+                await asyncio.sleep(pause)
+
+    async def _follow(self) -> None:
+        # Subscribed without a group: every partition is ours, new ones too; a missing topic raises and is tried again.
+        consumer = AIOKafkaConsumer(
+            self._topic,
+            **client_config(self._kafka, self._client_id),
+            group_id=None,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            fetch_max_wait_ms=_FETCH_WAIT_MS if self._is_loopback() else 100,
+            metadata_max_age_ms=30_000,
+        )
+        await consumer.start()
+        try:
+            partitions = await self._place(consumer)
+            ends = await consumer.end_offsets(partitions)
+            behind = {tp for tp in partitions if self._positions[tp] < ends[tp]}
+            while True:
+                if not behind:
+                    self.caught_up.set()
+                batches = await consumer.getmany(timeout_ms=_POLL_MS, max_records=_RECORDS_PER_TURN)
+                self.connected = True
+                self._apply_all(batches)
+                if behind:
+                    for tp in list(behind):
+                        if await consumer.position(tp) >= ends[tp]:
+                            behind.discard(tp)
+                if batches:
+                    await asyncio.sleep(0)  # a long backlog must not starve requests
+        finally:
+            with contextlib.suppress(KafkaError, OSError):
+                await consumer.stop()
+
+    def _is_loopback(self) -> bool:
+        return self._kafka.brokers.startswith(("127.", "localhost"))
+
+    async def _place(self, consumer: Any) -> list[TopicPartition]:
+        partitions = sorted(consumer.assignment())
+        begins = await consumer.beginning_offsets(partitions)
+        ends = await consumer.end_offsets(partitions) if self._from_end else begins
+        for tp in partitions:
+            start = ends[tp] if self._from_end else begins[tp]
+            known = self._positions.get(tp, -1)
+            # After a reconnect go on where we were, unless the topic was made anew or has dropped it.
+            self._positions[tp] = known if begins[tp] <= known else start
+            consumer.seek(tp, self._positions[tp])
+        return partitions
+
+    def _apply_all(self, batches: dict[TopicPartition, list[Any]]) -> None:
+        for tp, messages in batches.items():
+            for message in messages:
+                self._apply(message.key, message.value)
+                self._positions[tp] = message.offset + 1
+            self.records += len(messages)

@@ -1,0 +1,352 @@
+"""Lookups of a prompt's block keys, wherever their partitions are.
+
+Two transports behind one seam, :class:`Lookups`: :class:`PartitionRouter` asks the workers that own the partitions,
+in parallel, over gRPC; :class:`LocalLookups` reads the tables of this very process.
+
+What one round of the router does:
+
+1. Split the keys by owner; ask all owners at once.
+2. An owner that does not answer within ``hedge_ms``: ask a standby as well, the first answer counts.
+3. Keys that came back without an answer (moved, restoring, refused, worker gone) are asked again: of the owner that
+   the answer named, else of the next candidate, standbys last. Until the deadline, at most three times.
+4. What is left has no answer: None. The caller flags it; it is never mistaken for "nobody holds it".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, NamedTuple, Protocol
+
+import grpc
+import grpc.aio
+import numpy as np
+import numpy.typing as npt
+
+from kvatlas.bridge.block_key import KEY_BYTES
+from kvatlas.scorer.workers import WorkerTable
+from kvatlas.streams.lookups import NOT_ANSWERED, read_index
+from kvatlas.streams.v1 import block_index_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+_METHOD: Final = "/kvatlas.v1.BlockIndex/Lookup"
+_ROUNDS: Final = 3
+_CHANNEL_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", 256 * 1024 * 1024),
+    ("grpc.max_send_message_length", 256 * 1024 * 1024),
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+ACTIVE: Final = "active"
+STANDBY: Final = "standby"
+RESTORING: Final = "restoring"
+UNANSWERED: Final = "unanswered"
+
+_ROLES: Final = {
+    pb.PartitionState.ACTIVE: ACTIVE,
+    pb.PartitionState.STANDBY: STANDBY,
+    pb.PartitionState.RESTORING: RESTORING,
+    pb.PartitionState.ELSEWHERE: UNANSWERED,
+}
+
+
+class Seen(NamedTuple):
+    """State of one partition when it answered (or did not)."""
+
+    role: str
+    worker: str
+    applied_offset: int
+    applied_receive_ns: int
+
+
+class Answers(NamedTuple):
+    """Answers for a stretch of keys.
+
+    Attributes:
+        values: per key its packed holders: empty when nobody holds it, None when there is no answer.
+        partitions: state of every partition that the keys touched.
+    """
+
+    values: list[bytes | None]
+    partitions: dict[int, Seen]
+
+
+class Lookups(Protocol):
+    """Where block keys are looked up."""
+
+    async def lookup(self, keys: Sequence[bytes], deadline: float) -> Answers:
+        """Look keys up; never raises for a worker that is away.
+
+        Args:
+            keys: 16-byte block keys in the prompt's order.
+            deadline: monotonic seconds (``time.monotonic``) after which what is missing stays None.
+        """
+
+    def unready(self) -> str | None:
+        """Return why no lookup can be answered now, None when it can."""
+
+    async def close(self) -> None:
+        """Let connections go."""
+
+
+def partitions_of(packed: bytes, count: int) -> npt.NDArray[np.uint32]:
+    """Return the partition of every packed 16-byte key, as :func:`kvatlas.bridge.block_key.partition_of` does."""
+    words: npt.NDArray[np.uint32] = np.frombuffer(packed, dtype=">u4")[:: KEY_BYTES // 4] % np.uint32(count)
+    return words
+
+
+class LocalLookups:
+    """Lookups in the tables of this process: no hop, no copy."""
+
+    def __init__(
+        self,
+        read: Callable[[Sequence[bytes]], Iterable[bytes | None]],
+        partitions: Callable[[], dict[int, Seen]],
+    ) -> None:
+        """Take the table's side.
+
+        Args:
+            read: value per key; None where the key's partition has no answer here, empty where nobody holds it.
+            partitions: state of the partitions, for freshness.
+        """
+        self._read = read
+        self._partitions = partitions
+
+    async def lookup(self, keys: Sequence[bytes], deadline: float) -> Answers:  # noqa: ARG002 - part of the seam
+        """Look keys up at once."""
+        return Answers(list(self._read(keys)), self._partitions())
+
+    def unready(self) -> str | None:
+        """Return None: the tables are here."""
+        return None
+
+    async def close(self) -> None:
+        """Do nothing: there is nothing to let go."""
+
+
+class PartitionRouter:
+    """Lookups at the workers that own the partitions; see the module's text."""
+
+    def __init__(
+        self,
+        workers: WorkerTable,
+        *,
+        hedge_seconds: float = 0.05,
+        credentials: grpc.ChannelCredentials | None = None,
+        on_event: Callable[[str], None] = lambda _event: None,
+    ) -> None:
+        """Take the table of workers.
+
+        Args:
+            workers: who answers for what.
+            hedge_seconds: ask a standby too after so long; 0 never.
+            credentials: for TLS to the workers; None connects in the clear.
+            on_event: told of ``hedged``, ``redirected``, ``failed`` and ``unanswered``, for metrics.
+        """
+        self._workers = workers
+        self._hedge_seconds = hedge_seconds
+        self._credentials = credentials
+        self._on_event = on_event
+        self._calls: dict[str, tuple[grpc.aio.Channel, Any]] = {}
+
+    def unready(self) -> str | None:
+        """Return why no lookup can be answered now, None when it can."""
+        return None if self._workers.layout is not None else "no worker has announced itself on kv-workers"
+
+    async def close(self) -> None:
+        """Close all connections."""
+        calls, self._calls = self._calls, {}
+        for channel, _ in calls.values():
+            await channel.close()
+
+    async def lookup(self, keys: Sequence[bytes], deadline: float) -> Answers:
+        """Look keys up; see the module's text."""
+        layout = self._workers.layout
+        values: list[bytes | None] = [None] * len(keys)
+        if layout is None:
+            return Answers(values, {})
+        packed = b"".join(keys)
+        numbers = partitions_of(packed, layout.partition_count)
+        touched = np.unique(numbers).tolist()
+        request = _Request(packed, numbers, layout.partition_count, values, deadline)
+        targets = {partition: self._candidates(partition) for partition in touched}
+        pending = set(touched)
+        for number in range(_ROUNDS):
+            groups: dict[str, list[int]] = {}
+            for partition in pending:
+                if targets[partition]:
+                    groups.setdefault(targets[partition].pop(0), []).append(partition)
+            if not groups or time.monotonic() >= deadline:
+                break
+            if number:
+                self._on_event("redirected")
+            if len(groups) == 1:
+                endpoint, partitions = groups.popitem()
+                outcomes = [await self._ask_hedged(endpoint, partitions, request, targets)]
+            else:
+                outcomes = await asyncio.gather(
+                    *(self._ask_hedged(endpoint, parts, request, targets) for endpoint, parts in groups.items())
+                )
+            for answered, owners in outcomes:
+                pending -= answered
+                for partition, owner in owners.items():
+                    targets[partition] = [owner, *(t for t in targets[partition] if t != owner)]
+            if not pending:
+                break
+        for partition in pending:
+            if partition not in request.seen or request.seen[partition].role in (ACTIVE, STANDBY):
+                request.seen[partition] = Seen(UNANSWERED, "", -1, 0)
+        if pending:
+            self._on_event("unanswered")
+        return Answers(values, request.seen)
+
+    def _candidates(self, partition: int) -> list[str]:
+        route = self._workers.route(partition)
+        return [*route.owners, *route.standbys]
+
+    async def _ask_hedged(
+        self, endpoint: str, partitions: list[int], request: _Request, targets: dict[int, list[str]]
+    ) -> tuple[set[int], dict[int, str]]:
+        """Ask one endpoint, and a standby when it is slow; returns partitions answered and owners named."""
+        spare = {targets[p][0] for p in partitions if targets[p]}
+        if not self._hedge_seconds or not spare:
+            return await self._ask(endpoint, partitions, request)
+        first = asyncio.ensure_future(self._ask(endpoint, partitions, request))
+        done, _ = await asyncio.wait({first}, timeout=self._hedge_seconds)
+        if done:
+            return first.result()
+        self._on_event("hedged")
+        tasks = {first}
+        for other in spare:
+            theirs = [p for p in partitions if targets[p] and targets[p][0] == other]
+            tasks.add(asyncio.ensure_future(self._ask(other, theirs, request)))
+        answered: set[int] = set()
+        owners: dict[int, str] = {}
+        try:
+            while tasks and answered != set(partitions):
+                done, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    got, named = task.result()
+                    answered |= got
+                    owners |= named
+        finally:
+            for task in tasks:
+                task.cancel()
+        return answered, {p: owner for p, owner in owners.items() if p not in answered}
+
+    async def _ask(self, endpoint: str, partitions: list[int], request: _Request) -> tuple[set[int], dict[int, str]]:
+        remaining = request.deadline - time.monotonic()
+        if remaining <= 0:
+            return set(), {}
+        message, positions = request.part(partitions)
+        try:
+            response = await self._call(endpoint)(message, timeout=remaining)
+        except grpc.aio.AioRpcError as error:
+            self._on_event("failed")
+            log.debug("worker %s: %s %s", endpoint, error.code().name, error.details())
+            return set(), {}
+        return request.take(response, partitions, positions)
+
+    def _call(self, endpoint: str) -> Any:
+        found = self._calls.get(endpoint)
+        if found is None:
+            channel = (
+                grpc.aio.insecure_channel(endpoint, options=_CHANNEL_OPTIONS)
+                if self._credentials is None
+                else grpc.aio.secure_channel(endpoint, self._credentials, options=_CHANNEL_OPTIONS)
+            )
+            call = channel.unary_unary(
+                _METHOD,
+                request_serializer=pb.LookupRequest.SerializeToString,
+                response_deserializer=pb.LookupResponse.FromString,
+            )
+            found = self._calls[endpoint] = (channel, call)
+        return found[1]
+
+    async def forget_gone(self) -> None:
+        """Close connections to endpoints that no worker announces any more."""
+        known = self._workers.endpoints()
+        for endpoint in [e for e in self._calls if e not in known]:
+            channel, _ = self._calls.pop(endpoint)
+            with contextlib.suppress(Exception):
+                await channel.close()
+
+
+class _Request:
+    """One lookup under way: the keys by partition and the answers as they come in."""
+
+    def __init__(
+        self,
+        packed: bytes,
+        numbers: npt.NDArray[np.uint32],
+        partition_count: int,
+        values: list[bytes | None],
+        deadline: float,
+    ) -> None:
+        self.deadline = deadline
+        self.seen: dict[int, Seen] = {}
+        self._packed = packed
+        self._numbers = numbers
+        self._count = partition_count
+        self._values = values
+
+    def part(self, partitions: list[int]) -> tuple[pb.LookupRequest, npt.NDArray[np.intp] | None]:
+        """Return the request for some partitions, and the positions of its keys (None: all of them, in order)."""
+        chosen = np.isin(self._numbers, np.asarray(partitions, dtype=np.uint32)) if len(partitions) else None
+        if chosen is None or bool(chosen.all()):
+            packed, positions = self._packed, None
+        else:
+            positions = np.flatnonzero(chosen)
+            packed = np.frombuffer(self._packed, dtype="V16")[positions].tobytes()
+        return pb.LookupRequest(keys=packed, partition_count=self._count, allow_standby=True), positions
+
+    def take(
+        self, response: pb.LookupResponse, partitions: list[int], positions: npt.NDArray[np.intp] | None
+    ) -> tuple[set[int], dict[int, str]]:
+        """Take an answer in; returns the partitions that it answered and the owners it named for the others."""
+        index = read_index(response.index)
+        expected = len(self._values) if positions is None else len(positions)
+        if len(index) != expected:
+            log.error("worker %s answered %d keys instead of %d", response.worker, len(index), expected)
+            return set(), {}
+        answered: set[int] = set()
+        owners: dict[int, str] = {}
+        for state in response.partitions:
+            role = _ROLES.get(state.role, UNANSWERED)
+            if role in (ACTIVE, STANDBY):
+                answered.add(state.partition)
+            elif state.owner:
+                owners[state.partition] = state.owner
+            before = self.seen.get(state.partition)
+            if before is None or before.role != ACTIVE:
+                self.seen[state.partition] = Seen(
+                    role, response.worker, state.applied_offset, state.applied_receive_ns
+                )
+        table = [b"", *response.values]
+        values = self._values
+        if NOT_ANSWERED not in index and positions is None:
+            values[:] = [table[number] for number in index]
+            return answered & set(partitions), owners
+        where = range(expected) if positions is None else positions.tolist()
+        for position, number in zip(where, index, strict=True):
+            if number != NOT_ANSWERED:
+                values[position] = table[number]
+        missing = self._unanswered(where, index)
+        return (answered & set(partitions)) - missing, owners
+
+    def _unanswered(self, where: Iterable[int], index: Iterable[int]) -> set[int]:
+        numbers = self._numbers
+        return {
+            int(numbers[position])
+            for position, number in zip(where, index, strict=True)
+            if number == NOT_ANSWERED
+        }
