@@ -97,6 +97,7 @@ class Stored(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         cache_salt: salt of the first block when ``parent`` is None and the event says it.
         extra: per block the typed extra keys (LoRA and salt taken out), or empty when no block has any.
         masked: the tokens do not line up with the keys, so no key may be derived from them.
+        lookahead: the engine hashed tokens behind each block into its key, so that two keys may name one block.
     """
 
     keys: list[bytes]
@@ -111,6 +112,7 @@ class Stored(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     cache_salt: str | None = None
     extra: list[list[ExtraKey]] = []
     masked: bool = False
+    lookahead: bool = False
 
 
 class Removed(msgspec.Struct, frozen=True, kw_only=True, gc=False):

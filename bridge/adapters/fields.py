@@ -71,7 +71,9 @@ class ClearedArray(msgspec.Struct, gc=False, frozen=True, array_like=True, tag="
 
 
 class StoredMap(StoredFields, gc=False, frozen=True, tag="BlockStored"):
-    """BlockStored as a map."""
+    """BlockStored as a map; only maps ever had the fields listed here."""
+
+    lookahead_token_ids: Any = None
 
 
 class RemovedMap(RemovedFields, gc=False, frozen=True, tag="BlockRemoved"):
@@ -172,6 +174,7 @@ def _stored(fields: StoredFields, limits: Limits, split_extra: SplitExtra) -> St
         cache_salt=salt,
         extra=extra,
         masked=bool(tokens) and len(fields.token_ids) != len(keys) * size,
+        lookahead=isinstance(fields, StoredMap) and bool(fields.lookahead_token_ids),
     )
 
 

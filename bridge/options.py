@@ -1,0 +1,234 @@
+"""Settings of the bridge, and endpoint specs: where an engine publishes and what is known of it beforehand."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+from kvatlas.bridge.adapters import ADAPTERS
+from kvatlas.bridge.errors import SettingsError
+from kvatlas.bridge.events import Limits
+from kvatlas.bridge.settings import Section
+
+COPIES: Final = "copies"
+PRESENCE: Final = "presence"
+
+
+class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One engine endpoint: one data-parallel rank, hence one ordered stream.
+
+    Attributes:
+        live: ZMQ address of the PUB socket; empty for engines that connect to us.
+        replay: ZMQ address of the ROUTER socket, empty when there is none.
+        pod: pod name when the engine's topic does not say; empty for host:port.
+        model: model name when the topic does not say.
+        engine: adapter that reads its payloads.
+        rank: data-parallel rank by position, 0 for single-rank engines.
+        ranks: ranks of the engine.
+        store: shared store that the pod mounts.
+        announcements: ``copies`` or ``presence``: whether every copy of a block is announced and removed on its own.
+    """
+
+    live: str
+    replay: str = ""
+    pod: str = ""
+    model: str = ""
+    engine: str = "vllm"
+    rank: int = 0
+    ranks: int = 1
+    store: str = ""
+    announcements: str = COPIES
+
+    @property
+    def key(self) -> str:
+        """What tells endpoints apart."""
+        return self.live
+
+    @property
+    def fallback_pod(self) -> str:
+        """Pod name when neither topic nor spec says one: the address without its scheme."""
+        return self.pod or self.live.partition("://")[2]
+
+
+def parse_engine(text: str) -> list[EngineSpec]:
+    """Read ``tcp://HOST:PORT[,tcp://HOST:REPLAY][,pod=NAME][,model=NAME][,engine=NAME][,dp=N][,store=NAME]...``.
+
+    Returns:
+        One spec per data-parallel rank; rank ``r`` listens on both ports plus ``r``, as vLLM does it.
+
+    Raises:
+        SettingsError: the text is no such spec; says which part.
+    """
+    addresses: list[str] = []
+    options: dict[str, str] = {}
+    for raw in text.split(","):
+        part = raw.strip()
+        name, equals, value = part.partition("=")
+        if "://" in part and not (equals and name.isidentifier()):
+            addresses.append(part)
+        elif equals and name in _OPTIONS:
+            options[name] = value
+        else:
+            raise SettingsError(f"engine {text!r}: {part!r} is neither an address nor one of {', '.join(_OPTIONS)}=")
+    if not 1 <= len(addresses) <= 2:
+        raise SettingsError(f"engine {text!r}: expected one or two addresses, live and replay; found {len(addresses)}")
+    return engine_specs(text, addresses[0], addresses[1] if len(addresses) > 1 else "", options)
+
+
+_OPTIONS: Final = ("pod", "model", "engine", "dp", "store", "announcements")
+
+
+def engine_specs(where: str, live: str, replay: str, options: dict[str, str]) -> list[EngineSpec]:
+    """Build the specs of one engine, one per rank.
+
+    Args:
+        where: named in errors.
+        live: address of rank 0's PUB socket.
+        replay: address of rank 0's ROUTER socket, empty for none.
+        options: the ``name=value`` parts of a spec.
+
+    Raises:
+        SettingsError: an address or an option is not valid.
+    """
+    engine = options.get("engine", "vllm")
+    if engine not in ADAPTERS:
+        raise SettingsError(f"engine {where!r}: engine={engine!r}; known engines: {', '.join(sorted(ADAPTERS))}")
+    announcements = options.get("announcements", COPIES)
+    if announcements not in (COPIES, PRESENCE):
+        raise SettingsError(f"engine {where!r}: announcements={announcements!r}; expected {COPIES} or {PRESENCE}")
+    ranks = options.get("dp", "1")
+    if not ranks.isdecimal() or not 1 <= int(ranks) <= 1024:
+        raise SettingsError(f"engine {where!r}: dp={ranks!r}; expected the number of ranks, 1 to 1024")
+    for address in filter(None, (live, replay)):
+        _check_address(where, address)
+    return [
+        EngineSpec(
+            live=_offset(live, rank),
+            replay=_offset(replay, rank) if replay else "",
+            pod=options.get("pod", ""),
+            model=options.get("model", ""),
+            engine=engine,
+            rank=rank,
+            ranks=int(ranks),
+            store=options.get("store", ""),
+            announcements=announcements,
+        )
+        for rank in range(int(ranks))
+    ]
+
+
+def _check_address(where: str, address: str) -> None:
+    scheme, separator, rest = address.partition("://")
+    if not separator or scheme not in ("tcp", "ipc", "inproc") or not rest:
+        raise SettingsError(f"engine {where!r}: address {address!r}; expected tcp://HOST:PORT or ipc://PATH")
+    if scheme == "tcp":
+        host, colon, port = rest.rpartition(":")
+        if not colon or not host or "*" in host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise SettingsError(f"engine {where!r}: address {address!r}; expected tcp://HOST:PORT to connect to")
+
+
+def _offset(address: str, rank: int) -> str:
+    if rank == 0:
+        return address
+    if address.startswith("tcp://"):
+        head, _, port = address.rpartition(":")
+        return f"{head}:{int(port) + rank}"
+    return f"{address}_dp{rank}"  # vLLM's rule for sockets without ports
+
+
+class BridgeSettings(Section, frozen=True, kw_only=True):
+    """The bridge."""
+
+    engines: Annotated[
+        list[str],
+        Meta(
+            description="engine endpoint: tcp://HOST:PORT[,tcp://HOST:REPLAY][,pod=NAME][,model=NAME]"
+            "[,engine=vllm|sglang][,dp=N][,store=NAME][,announcements=copies|presence]"
+        ),
+    ] = []
+    engines_file: Annotated[str, Meta(description="TOML, YAML or JSON file of endpoints, watched for changes")] = ""
+    dns: Annotated[
+        list[str],
+        Meta(description="name with one A record per pod, as an endpoint: tcp://NAME:PORT[,tcp://NAME:REPLAY][,...]"),
+    ] = []
+    discovery_seconds: Annotated[float, Meta(description="how often file and DNS are looked at", gt=0)] = 5.0
+    kubernetes_selector: Annotated[str, Meta(description="label selector of engine pods; empty switches it off")] = ""
+    kubernetes_namespace: Annotated[str, Meta(description="namespace of the pods; empty for the bridge's own")] = ""
+    kubernetes_api: Annotated[str, Meta(description="API server; empty for the cluster's or the kubeconfig's")] = ""
+    kubernetes_port: Annotated[int, Meta(description="event port of pods without an annotation", ge=1, le=65535)] = 5557
+    kubernetes_replay_port: Annotated[
+        int, Meta(description="replay port of pods without an annotation, 0 for none", ge=0, le=65535)
+    ] = 5558
+    bind: Annotated[str, Meta(description="address that engines connect to (bind mode), such as tcp://*:5557")] = ""
+    ownership: Annotated[
+        Literal["group", "all"],
+        Meta(description="group: bridges share pods out through a consumer group; all: this bridge takes every pod"),
+    ] = "group"
+    group: Annotated[str, Meta(description="consumer group of the bridges")] = "kvatlas-bridge"
+    session_timeout_seconds: Annotated[
+        float, Meta(description="a bridge silent this long loses its pods to another", ge=1)
+    ] = 10.0
+    topic_filter: Annotated[str, Meta(description="subscribe to engine topics with this prefix")] = ""
+    receive_hwm: Annotated[int, Meta(description="messages ZMQ queues per engine socket", ge=1)] = 100_000
+    replay_timeout_seconds: Annotated[float, Meta(description="silence that ends one try of a replay", gt=0)] = 3.0
+    replay_tries: Annotated[
+        int, Meta(description="tries without progress before what is missing is recorded as lost", ge=1)
+    ] = 3
+    replay_backoff_seconds: Annotated[float, Meta(description="wait before the next try", ge=0)] = 0.5
+    replay_parallel: Annotated[int, Meta(description="replays at a time, over all pods", ge=1)] = 8
+    replay_piece: Annotated[int, Meta(description="messages read of one replay before asking again", ge=1)] = 20_000
+    hold_messages: Annotated[int, Meta(description="live messages held per pod while a hole is repaired", ge=1)] = 20_000
+    hold_bytes: Annotated[int, Meta(description="bytes of them per pod", ge=1)] = 64 * 1024 * 1024
+    buffer_bytes: Annotated[
+        int, Meta(description="bytes waiting for Kafka; beyond it live messages are left to replay", ge=1024)
+    ] = 256 * 1024 * 1024
+    linger_ms: Annotated[float, Meta(description="wait for more messages before a batch is sent", ge=0)] = 4.0
+    batch_bytes: Annotated[int, Meta(description="largest record batch", ge=1024)] = 1024 * 1024
+    compression: Annotated[
+        Literal["none", "lz4", "zstd", "gzip", "snappy"], Meta(description="of record batches")
+    ] = "lz4"
+    flush_seconds: Annotated[float, Meta(description="longest wait for Kafka at shutdown", ge=0)] = 10.0
+    heartbeat_seconds: Annotated[
+        float, Meta(description="silence after which a pod's replay socket is asked for its tail", gt=0)
+    ] = 10.0
+    stale_seconds: Annotated[float, Meta(description="silence after which a pod is marked stale", gt=0)] = 60.0
+    gone_seconds: Annotated[
+        float, Meta(description="time after which a pod that discovery no longer lists is marked gone", ge=0)
+    ] = 30.0
+    record_seconds: Annotated[float, Meta(description="how often changed pod records are written", gt=0)] = 1.0
+    identify_seconds: Annotated[
+        float, Meta(description="how often engines of other bridges are looked at again", gt=0)
+    ] = 60.0
+    strip_tokens: Annotated[
+        bool, Meta(description="keep token ids out of Kafka: compute block keys here and forward those")
+    ] = False
+    block_size_tokens: Annotated[
+        int, Meta(description="canonical block size, with strip_tokens; the workers' setting", ge=1)
+    ] = 16
+    strip_parents: Annotated[
+        int, Meta(description="engine keys remembered per pod for parents, with strip_tokens", ge=1)
+    ] = 200_000
+    message_bytes: Annotated[int, Meta(description="largest message that is forwarded", ge=1024)] = 16 * 1024 * 1024
+    socket_message_bytes: Annotated[
+        int, Meta(description="ZMQ drops a peer that sends a larger message; -1 for no limit")
+    ] = 512 * 1024 * 1024
+    listen: Annotated[str, Meta(description="host:port of /metrics, /healthz, /readyz; empty switches it off")] = ""
+
+    def specs(self) -> list[EngineSpec]:
+        """Return the static endpoints.
+
+        Raises:
+            SettingsError: an endpoint is not valid.
+        """
+        return [spec for text in self.engines for spec in parse_engine(text)]
+
+    def limits(self) -> Limits:
+        """Return the bounds on what one message may hold."""
+        return Limits(message_bytes=self.message_bytes)
+
+
+def describe(spec: EngineSpec) -> dict[str, Any]:
+    """Return a spec as plain values, for logs and files."""
+    return msgspec.structs.asdict(spec)

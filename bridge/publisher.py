@@ -1,0 +1,199 @@
+"""Records to Kafka: per partition in order, at least once, in batches, within bounded memory.
+
+One batch per partition is in flight; what arrives meanwhile makes the next one, so batches grow with the load by
+themselves. The idempotent producer repeats a batch until the broker has it; when the producer itself fails, it is
+replaced and the batch sent again, so nothing that was accepted is dropped (readers drop repetitions by sequence).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
+
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError
+
+from kvatlas.bridge.errors import LogError
+from kvatlas.bridge.kafka import client_config
+from kvatlas.bridge.records import Headers
+from kvatlas.bridge.settings import KafkaSettings
+
+_RETRY_SECONDS: Final = 0.5
+_OVERHEAD_BYTES: Final = 256
+
+log = logging.getLogger(__name__)
+
+Acknowledge = Callable[[int], None]
+
+
+class Item(NamedTuple):
+    """One record on its way; ``acknowledged`` is called with its offset."""
+
+    key: bytes
+    value: bytes
+    headers: Headers
+    acknowledged: Acknowledge | None
+
+
+class Publisher:
+    """Sends records to one cluster.
+
+    Attributes:
+        pending_bytes: bytes accepted and not acknowledged.
+        sent: records acknowledged.
+        failures: batches that had to be sent again by us.
+        ack_seconds: how long the newest batch took.
+    """
+
+    def __init__(
+        self,
+        settings: KafkaSettings,
+        *,
+        client_id: str = "kvatlas-bridge",
+        compression: str = "lz4",
+        linger_seconds: float = 0.004,
+        batch_bytes: int = 1024 * 1024,
+        message_bytes: int = 32 * 1024 * 1024,
+    ) -> None:
+        """Describe the publisher; :meth:`start` connects."""
+        self._settings = settings
+        self._client_id = client_id
+        self._compression = None if compression == "none" else compression
+        self._linger = linger_seconds
+        self._batch_bytes = batch_bytes
+        self._message_bytes = message_bytes
+        self._producer: AIOKafkaProducer | None = None
+        self._queues: dict[tuple[str, int], deque[Item]] = {}
+        self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._wake: dict[tuple[str, int], asyncio.Event] = {}
+        self._replacing = asyncio.Lock()
+        self.pending_bytes = 0
+        self.sent = 0
+        self.failures = 0
+        self.ack_seconds = 0.0
+
+    async def start(self) -> None:
+        """Connect.
+
+        Raises:
+            LogError: no broker answers.
+        """
+        self._producer = await self._connect()
+
+    async def _connect(self) -> AIOKafkaProducer:
+        producer = AIOKafkaProducer(
+            **client_config(self._settings, self._client_id),
+            enable_idempotence=True,
+            acks="all",
+            compression_type=self._compression,
+            max_batch_size=self._batch_bytes,
+            max_request_size=self._message_bytes + 1024 * 1024,
+            retry_backoff_ms=100,
+        )
+        try:
+            await producer.start()
+        except KafkaError as error:
+            with contextlib.suppress(KafkaError):
+                await producer.stop()
+            raise LogError(f"cannot reach Kafka at {self._settings.brokers}: {error}") from error
+        return producer
+
+    async def partitions(self, topic: str) -> int:
+        """Return how many partitions a topic has (full name)."""
+        assert self._producer is not None
+        return len(await self._producer.partitions_for(topic))
+
+    def send(self, topic: str, partition: int, item: Item) -> None:
+        """Accept a record; it goes out after those accepted before it for this partition."""
+        place = (topic, partition)
+        queue = self._queues.get(place)
+        if queue is None:
+            queue = self._queues[place] = deque()
+            self._wake[place] = asyncio.Event()
+            self._tasks[place] = asyncio.create_task(self._run(place), name=f"publish-{topic}-{partition}")
+        queue.append(item)
+        self.pending_bytes += len(item.value) + _OVERHEAD_BYTES
+        self._wake[place].set()
+
+    async def flush(self, timeout_seconds: float) -> bool:
+        """Wait until everything is acknowledged; False when the time is over first."""
+        deadline = time.monotonic() + timeout_seconds
+        while self.pending_bytes and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        return not self.pending_bytes
+
+    async def stop(self) -> None:
+        """Stop; what was not acknowledged is for replay."""
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        if self._producer is not None:
+            with contextlib.suppress(TimeoutError, KafkaError):
+                # A producer without a broker would wait for ever.
+                await asyncio.wait_for(self._producer.stop(), 2.0)
+
+    async def _run(self, place: tuple[str, int]) -> None:
+        queue, wake = self._queues[place], self._wake[place]
+        while True:
+            if not queue:
+                wake.clear()
+                await wake.wait()
+            if self._linger:
+                await asyncio.sleep(self._linger)
+            await self._send_head(place, queue)
+
+    async def _send_head(self, place: tuple[str, int], queue: deque[Item]) -> None:
+        while True:
+            producer = self._producer
+            assert producer is not None
+            started = time.monotonic()
+            try:
+                batch, count = self._build(producer, queue)
+                future = await producer.send_batch(batch, place[0], partition=place[1])
+                base: Any = await future
+                break
+            except (KafkaError, TimeoutError) as error:
+                self.failures += 1
+                log.warning("Kafka did not take a batch for %s/%d (%s); sending it again", *place, error)
+                await asyncio.sleep(_RETRY_SECONDS)
+                if not getattr(error, "retriable", False):
+                    await self._replace(producer)
+        self.ack_seconds = time.monotonic() - started
+        for number in range(count):
+            item = queue.popleft()
+            self.pending_bytes -= len(item.value) + _OVERHEAD_BYTES
+            if item.acknowledged is not None:
+                item.acknowledged(base.offset + number)
+        self.sent += count
+
+    @staticmethod
+    def _build(producer: AIOKafkaProducer, queue: deque[Item]) -> tuple[Any, int]:
+        batch = producer.create_batch()
+        count = 0
+        now = int(time.time() * 1000)
+        for item in queue:
+            if batch.append(key=item.key, value=item.value, timestamp=now, headers=item.headers) is None:
+                break
+            count += 1
+        batch.close()
+        return batch, count
+
+    async def _replace(self, failed: AIOKafkaProducer) -> None:
+        async with self._replacing:
+            if self._producer is not failed:
+                return
+            with contextlib.suppress(KafkaError, TimeoutError):
+                await asyncio.wait_for(failed.stop(), 1.0)
+            while True:
+                try:
+                    self._producer = await self._connect()
+                except LogError as error:
+                    log.warning("%s; trying again", error)
+                    await asyncio.sleep(_RETRY_SECONDS)
+                else:
+                    return

@@ -1,0 +1,94 @@
+"""One SUB socket on the event loop: frames come by callback, in bursts, without a task per message.
+
+``ZMQ_MAXMSGSIZE`` makes ZMQ drop the *peer*, so it is set far above the limit on messages: a message over that limit
+is received, counted and left out alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import zmq
+
+from kvatlas.bridge.errors import EngineError
+
+_BURST = 200
+
+Receive = Callable[[list[bytes]], None]
+
+
+class Subscriber:
+    """A connected (or bound) SUB socket; ``receive`` gets the frames of each message."""
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        address: str,
+        receive: Receive,
+        *,
+        reconnected: Callable[[], None] = lambda: None,
+        topic_filter: str = "",
+        hwm: int = 100_000,
+        max_bytes: int = -1,
+        bind: bool = False,
+    ) -> None:
+        """Open the socket and read from it.
+
+        Raises:
+            EngineError: the address cannot be used.
+        """
+        self._receive = receive
+        self._reconnected = reconnected
+        self._loop = asyncio.get_running_loop()
+        self._closed = False
+        self._socket = context.socket(zmq.SUB)
+        self._socket.setsockopt(zmq.RCVHWM, hwm)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        self._socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
+        self._socket.setsockopt_string(zmq.SUBSCRIBE, topic_filter)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        try:
+            (self._socket.bind if bind else self._socket.connect)(address)
+        except zmq.ZMQError as error:
+            self._socket.close(linger=0)
+            raise EngineError(f"cannot {'bind' if bind else 'connect to'} {address}: {error}") from error
+        self._fd = self._socket.getsockopt(zmq.FD)
+        self._monitor_fd = self._monitor.getsockopt(zmq.FD)
+        self._loop.add_reader(self._fd, self._drain)
+        self._loop.add_reader(self._monitor_fd, self._watch)
+        self._loop.call_soon(self._drain)
+        self._loop.call_soon(self._watch)
+
+    def close(self) -> None:
+        """Stop reading and close."""
+        if self._closed:
+            return
+        self._closed = True
+        self._loop.remove_reader(self._fd)
+        self._loop.remove_reader(self._monitor_fd)
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
+        self._socket.close(linger=0)
+
+    def _drain(self) -> None:
+        # The descriptor fires once for many messages, so read until nothing is left, in bursts to be fair.
+        receive, read = self._receive, self._socket.recv_multipart
+        try:
+            for _ in range(_BURST):
+                if self._closed:
+                    return
+                receive(read(zmq.NOBLOCK))
+        except zmq.Again:
+            return
+        self._loop.call_soon(self._drain)
+
+    def _watch(self) -> None:
+        while not self._closed:
+            try:
+                self._monitor.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._reconnected()
