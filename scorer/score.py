@@ -356,10 +356,7 @@ class _Track:
 
     def finish(self, block_size_tokens: int) -> Match | None:
         """Return the match, None when there is none."""
-        if self.pod.windows:
-            blocks = self.best
-        else:
-            blocks = min(self.walked, self.limit) // self.align * self.align
+        blocks = self.best if self.pod.windows else min(self.walked, self.limit) // self.align * self.align
         if not blocks:
             return None
         score = 0.0
