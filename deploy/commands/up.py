@@ -1,0 +1,62 @@
+"""``kvatlas up``."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from kvatlas.bridge.errors import SettingsError
+from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.deploy.commands import common
+from kvatlas.deploy.launcher import Launcher
+
+HELP: Final = "run broker, bridge, worker and scorer on this machine until interrupted"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this subcommand."""
+    parser.add_argument(
+        "--engine",
+        action="append",
+        default=[],
+        metavar="ENDPOINT",
+        help="tcp://HOST:PORT[,tcp://HOST:REPLAYPORT] of one engine, repeatable",
+    )
+    parser.add_argument(
+        "--embedded", action="store_true", help="in-process broker (the default without --brokers)"
+    )
+    parser.add_argument(
+        "--state-dir", type=Path, metavar="DIR", help="logs and tables (default: a temporary folder)"
+    )
+    common.add_sections(parser, "kafka", "log", "bridge", "worker", "scorer", prefixed=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the parts until SIGTERM or Ctrl-C; prints ``ready scorer=HOST:PORT`` once a score can be asked for."""
+    sections = common.load_sections(args)
+    given = "kafka:brokers" in vars(args) or sections["kafka"].brokers != KafkaSettings().brokers
+    if args.embedded and "kafka:brokers" in vars(args):
+        raise SettingsError("--embedded and --brokers exclude one another")
+    if args.engine:
+        bridge = sections["bridge"]
+        sections["bridge"] = msgspec.structs.replace(bridge, engines=[*bridge.engines, *args.engine])
+    state_dir = args.state_dir or Path(tempfile.mkdtemp(prefix="kvatlas-"))
+    stop = common.stop_event()
+    launcher = Launcher(sections, state_dir, use_embedded=args.embedded or not given)
+    failed = True
+    try:
+        if launcher.start(stop):
+            print(f"ready scorer={launcher.scorer}", flush=True)
+            while not stop.wait(0.2):
+                launcher.check()
+        failed = False
+    finally:
+        launcher.stop()
+        if args.state_dir is None and not failed:
+            shutil.rmtree(state_dir, ignore_errors=True)
+    return 0
