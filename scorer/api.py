@@ -11,8 +11,9 @@ from typing import Any, Final, TypeVar
 import grpc
 
 from kvatlas.bridge.errors import KvatlasError
-from kvatlas.scorer import answers, errors, inputs
-from kvatlas.scorer.engine import Engine
+from kvatlas.scorer import answers, errors, inputs, pick
+from kvatlas.scorer.decisions import Decisions
+from kvatlas.scorer.engine import Engine, Prompt, Scored
 from kvatlas.scorer.tokenization.errors import BackendError
 from kvatlas.scorer.tokenization.pool import TokenizerPool
 from kvatlas.scorer.v1 import scorer_pb2 as pb
@@ -49,14 +50,21 @@ class ScorerApi(pb_grpc.ScorerServicer):
     Args:
         engine: scores prompts.
         pool: makes tokens.
+        decisions: remembers prompts by request id and tells all scorers where requests went.
         partition_count: partitions of ``kv-blocks`` as known now, 0 before.
         clock_ns: wall clock in ns.
     """
 
     def __init__(
-        self, engine: Engine, pool: TokenizerPool, partition_count: Callable[[], int], clock_ns: Callable[[], int]
+        self,
+        engine: Engine,
+        pool: TokenizerPool,
+        decisions: Decisions,
+        partition_count: Callable[[], int],
+        clock_ns: Callable[[], int],
     ) -> None:
         self._engine = engine
+        self._decisions = decisions
         self._pool = pool
         self._partition_count = partition_count
         self._clock_ns = clock_ns
@@ -78,10 +86,14 @@ class ScorerApi(pb_grpc.ScorerServicer):
         finally:
             self._running -= 1
 
-    async def _score(self, request: pb.ScoreRequest, deadline: float | None) -> pb.ScoreResponse:
+    async def _scored(
+        self, request: pb.ScoreRequest, deadline: float | None, *, every_block: bool = False
+    ) -> tuple[Prompt, Scored, pb.ScoreResponse]:
         given = await inputs.read(request, self._pool, self._engine.settings)
-        scored = await self._engine.score(given.prompt, deadline)
-        return answers.response(
+        scored = await self._engine.score(given.prompt, deadline, every_block=every_block)
+        if request.request_id:
+            self._decisions.remember(request.request_id, given.prompt, scored)
+        answer = answers.response(
             self._engine,
             given.prompt,
             scored,
@@ -89,6 +101,10 @@ class ScorerApi(pb_grpc.ScorerServicer):
             tokenize_ms=given.tokenize_ms,
             tokenizer=given.tokenizer,
         )
+        return given.prompt, scored, answer
+
+    async def _score(self, request: pb.ScoreRequest, deadline: float | None) -> pb.ScoreResponse:
+        return (await self._scored(request, deadline))[2]
 
     async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:  # noqa: N802
         """Score one prompt."""
@@ -116,17 +132,49 @@ class ScorerApi(pb_grpc.ScorerServicer):
         """Say block by block who holds it, and why each walk ended."""
 
         async def work(deadline: float | None) -> pb.ExplainResponse:
-            given = await inputs.read(request, self._pool, self._engine.settings)
-            scored = await self._engine.score(given.prompt, deadline, every_block=True)
-            answer = answers.response(
-                self._engine,
-                given.prompt,
-                scored,
-                self._clock_ns(),
-                tokenize_ms=given.tokenize_ms,
-                tokenizer=given.tokenizer,
+            prompt, scored, answer = await self._scored(request, deadline, every_block=True)
+            return answers.explained(self._engine, prompt, scored, answer, self._partition_count())
+
+        return await self._guarded(context, work)
+
+    async def Pick(self, request: pb.PickRequest, context: Any) -> pb.PickResponse:  # noqa: N802
+        """Choose a pod: cache score combined with load."""
+
+        async def work(deadline: float | None) -> pb.PickResponse:
+            prompt, scored, answer = await self._scored(request.request, deadline)
+            pods = [
+                record
+                for record in self._engine.pods.listed(prompt.model)
+                if not prompt.pods or record.pod in prompt.pods
+            ]
+            if not pods:
+                raise errors.UnknownPodError(f"no live pod serves model {prompt.model!r} and passes the filter")
+            found = pick.choose(request, answer, pods, self._engine.settings)
+            if request.report:
+                await self._decisions.report(request.request.request_id, found.pod, prompt, scored, policy="pick")
+            return found
+
+        return await self._guarded(context, work)
+
+    async def ReportDecision(  # noqa: N802
+        self, request: pb.ReportDecisionRequest, context: Any
+    ) -> pb.ReportDecisionResponse:
+        """Tell all scorers that a request went to a pod."""
+
+        async def work(deadline: float | None) -> pb.ReportDecisionResponse:
+            if not request.request_id:
+                raise errors.InputError("request_id is empty: outcomes are joined by it")
+            known = self._decisions.recall(request.request_id)
+            if known is None:
+                if not request.HasField("request"):
+                    raise errors.UnknownRequestError(
+                        f"request {request.request_id!r} was not scored here lately; give the prompt in `request`"
+                    )
+                known = (await self._scored(request.request, deadline))[:2]
+            record = await self._decisions.report(
+                request.request_id, request.pod, *known, ttl_ms=request.ttl_ms, policy=request.policy
             )
-            return answers.explained(self._engine, given.prompt, scored, answer, self._partition_count())
+            return pb.ReportDecisionResponse(blocks=len(record.keys) // 16, expires_ns=record.expires_ns)
 
         return await self._guarded(context, work)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
@@ -17,6 +17,9 @@ from kvatlas.scorer.reader import Lookups, Seen
 from kvatlas.scorer.score import Match, Walk, Weights, blocks_to_ask
 
 _GROWTH: Final = 4
+
+#: Keys and their values as looked up -> the same values with what is known besides the index.
+Overlay = Callable[[Sequence[bytes], list[bytes | None]], list[bytes | None]]
 
 
 class Prompt(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,11 +100,20 @@ def weights_of(settings: ScorerSettings, model: str) -> Weights:
 class Engine:
     """Scores prompts against whatever :class:`~kvatlas.scorer.reader.Lookups` it is given."""
 
-    def __init__(self, settings: ScorerSettings, pods: PodTable, lookups: Lookups, block_size_tokens: int = 16) -> None:
+    def __init__(
+        self,
+        settings: ScorerSettings,
+        pods: PodTable,
+        lookups: Lookups,
+        block_size_tokens: int = 16,
+        *,
+        overlay: Overlay | None = None,
+    ) -> None:
         self.settings = settings
         self.pods = pods
         self.lookups = lookups
         self.block_size_tokens = block_size_tokens
+        self._overlay = overlay
         self._weights: dict[str, Weights] = {}
 
     def weights(self, model: str) -> Weights:
@@ -158,9 +170,10 @@ class Engine:
             looked += time.perf_counter() - mark
             mark = time.perf_counter()
             partitions.update(answers.partitions)
-            values += answers.values
+            found = self._overlay(part, answers.values) if self._overlay else answers.values
+            values += found
             if more:
-                more = walk.feed(answers.values)
+                more = walk.feed(found)
             walked += time.perf_counter() - mark
             at += len(part)
             step = min(step * _GROWTH, self.settings.lookup_chunk_max_blocks)
