@@ -1,9 +1,9 @@
-"""The index: ``kv-blocks`` records into the ``block_index`` table, and the sweep of what is dead in it.
+r"""The index: ``kv-blocks`` records into the ``block_index`` table, and the sweep of what is dead in it.
 
 The table has a value of packed holders (see :mod:`kvatlas.streams.codec`) under every 16-byte block key, and one
 position per pod under a meta key, which is shorter so that the two never meet::
 
-    key    | "\\x00pod" 4 | pod ref 8 |
+    key    | "\x00pod" 4 | pod ref 8 |
     value  | incarnation 8 | last sequence 8 |
 
 A run is applied when it goes past its pod's position, and dropped whole otherwise. Positions compare incarnations
@@ -75,7 +75,7 @@ def apply_blocks(view: View, record: BlocksRecord, counts: Counter[str]) -> None
     for run in record.runs:
         end = at + run.updates
         if _past(view, run):
-            _apply_run(view, record, keys, at, end, counts)
+            _apply_run(view, record, keys, range(at, end), counts)
             counts["runs"] += 1
             counts["updates"] += run.updates
         else:
@@ -96,11 +96,11 @@ def _past(view: View, run: Run) -> bool:
     return True
 
 
-def _apply_run(view: View, record: BlocksRecord, keys: list[bytes], start: int, end: int, counts: Counter[str]) -> None:
+def _apply_run(view: View, record: BlocksRecord, keys: list[bytes], updates: range, counts: Counter[str]) -> None:
     get, put, delete = view.get, view.put, view.delete
     ops, holders = record.ops, record.holders
     unchanged = 0
-    for number in range(start, end):
+    for number in updates:
         key = keys[number]
         offset = number * HOLDER_BYTES
         holder = holders[offset : offset + HOLDER_BYTES]
