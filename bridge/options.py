@@ -179,16 +179,18 @@ class BridgeSettings(Section, frozen=True, kw_only=True):
     replay_backoff_seconds: Annotated[float, Meta(description="wait before the next try", ge=0)] = 0.5
     replay_parallel: Annotated[int, Meta(description="replays at a time, over all pods", ge=1)] = 8
     replay_piece: Annotated[int, Meta(description="messages read of one replay before asking again", ge=1)] = 20_000
-    hold_messages: Annotated[int, Meta(description="live messages held per pod while a hole is repaired", ge=1)] = 20_000
+    hold_messages: Annotated[int, Meta(description="live messages held per pod while a hole is repaired", ge=1)] = (
+        20_000
+    )
     hold_bytes: Annotated[int, Meta(description="bytes of them per pod", ge=1)] = 64 * 1024 * 1024
     buffer_bytes: Annotated[
         int, Meta(description="bytes waiting for Kafka; beyond it live messages are left to replay", ge=1024)
     ] = 256 * 1024 * 1024
     linger_ms: Annotated[float, Meta(description="wait for more messages before a batch is sent", ge=0)] = 4.0
     batch_bytes: Annotated[int, Meta(description="largest record batch", ge=1024)] = 1024 * 1024
-    compression: Annotated[
-        Literal["none", "lz4", "zstd", "gzip", "snappy"], Meta(description="of record batches")
-    ] = "lz4"
+    compression: Annotated[Literal["none", "lz4", "zstd", "gzip", "snappy"], Meta(description="of record batches")] = (
+        "lz4"
+    )
     flush_seconds: Annotated[float, Meta(description="longest wait for Kafka at shutdown", ge=0)] = 10.0
     heartbeat_seconds: Annotated[
         float, Meta(description="silence after which a pod's replay socket is asked for its tail", gt=0)

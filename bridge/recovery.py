@@ -62,7 +62,9 @@ class Recovered(msgspec.Struct):
         )
 
 
-def fold(pods: dict[str, Recovered], key: bytes, value: bytes, headers: dict[str, bytes], place: tuple[int, int]) -> None:
+def fold(
+    pods: dict[str, Recovered], key: bytes, value: bytes, headers: dict[str, bytes], place: tuple[int, int]
+) -> None:
     """Apply one record of ``kv-events`` to what is known of its pod.
 
     Args:

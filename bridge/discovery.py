@@ -1,0 +1,67 @@
+"""Where the engines are: a static list, a file looked at again and again, DNS names with many A records."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kvatlas.bridge.errors import SettingsError
+from kvatlas.bridge.options import BridgeSettings, EngineSpec, parse_engine
+
+
+async def discover(settings: BridgeSettings) -> list[EngineSpec]:
+    """Return every endpoint that is known now.
+
+    Raises:
+        SettingsError: the file or a name cannot be read; nothing may be concluded from that about the engines.
+    """
+    specs = settings.specs()
+    if settings.engines_file:
+        specs += await asyncio.to_thread(read_engines, Path(settings.engines_file))
+    for text in settings.dns:
+        specs += await resolve(text)
+    return specs
+
+
+def read_engines(path: Path) -> list[EngineSpec]:
+    """Read ``engines``, a list of endpoint specs, from a TOML, YAML or JSON file.
+
+    Raises:
+        SettingsError: the file cannot be read, has another shape, or a spec is not valid.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        document: Any
+        if path.suffix == ".toml":
+            document = tomllib.loads(text)
+        elif path.suffix == ".json":
+            document = json.loads(text)
+        else:
+            document = yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise SettingsError(f"engines file {path}: {error}") from error
+    engines = document.get("engines") if isinstance(document, dict) else document
+    if not isinstance(engines, list) or not all(isinstance(item, str) for item in engines):
+        raise SettingsError(f"engines file {path}: expected `engines`, a list of endpoint specs")
+    return [spec for item in engines for spec in parse_engine(item)]
+
+
+async def resolve(text: str) -> list[EngineSpec]:
+    """Return one endpoint per address that the host in a spec's addresses resolves to.
+
+    Raises:
+        SettingsError: the spec is not valid or the name does not resolve.
+    """
+    host = parse_engine(text)[0].live.partition("://")[2].rpartition(":")[0]
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, None, family=socket.AF_INET, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise SettingsError(f"DNS name {host}: {error}") from error
+    addresses = sorted({str(entry[4][0]) for entry in found})
+    return [spec for address in addresses for spec in parse_engine(text.replace(f"://{host}:", f"://{address}:"))]

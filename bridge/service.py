@@ -1,0 +1,189 @@
+"""The bridge process: finds engines, keeps a stream per endpoint, writes pod records."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Final
+
+from prometheus_client import CollectorRegistry
+
+from kvatlas.bridge import records
+from kvatlas.bridge.discovery import discover
+from kvatlas.bridge.errors import EngineError, KvatlasError
+from kvatlas.bridge.metrics import BridgeCollector
+from kvatlas.bridge.options import BridgeSettings, EngineSpec
+from kvatlas.bridge.ownership import Ownership
+from kvatlas.bridge.publisher import Publisher
+from kvatlas.bridge.recovery import recover
+from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.stream import PodStream, Shared
+from kvatlas.bridge.telemetry import Telemetry
+
+_TICK_SECONDS: Final = 0.25
+
+log = logging.getLogger(__name__)
+
+
+class BridgeService:
+    """The bridge.
+
+    Attributes:
+        ready: set once every endpoint known at start is subscribed.
+        telemetry: the HTTP pages, on a registry of their own.
+    """
+
+    def __init__(
+        self, settings: BridgeSettings, kafka: KafkaSettings, *, clock: Callable[[], int] = time.time_ns
+    ) -> None:
+        """Describe the service; ``clock`` is the wall clock in ns.
+
+        Raises:
+            SettingsError: an endpoint is not valid.
+        """
+        settings.specs()
+        self._settings = settings
+        self._kafka = kafka
+        self._clock = clock
+        self.ready = asyncio.Event()
+        self.registry = CollectorRegistry()
+        self.telemetry = Telemetry(settings.listen, registry=self.registry)
+        self.telemetry.add_check("bridge", lambda: None if self.ready.is_set() else "starting")
+        self.streams: dict[str, PodStream] = {}
+        self._missing: dict[str, float] = {}
+        self._stopped = False
+        self._tasks: list[asyncio.Task[None]] = []
+        self._shared: Shared | None = None
+        self._publisher: Publisher | None = None
+        self._ownership: Ownership | None = None
+
+    @property
+    def address(self) -> str:
+        """Where the metrics are, empty when switched off."""
+        return self.telemetry.address
+
+    async def start(self) -> None:
+        """Connect to Kafka, recover positions, subscribe.
+
+        Raises:
+            KvatlasError: Kafka cannot be reached, or a setting is not valid.
+        """
+        settings = self._settings
+        await self.telemetry.start()
+        publisher = self._publisher = Publisher(
+            self._kafka,
+            compression=settings.compression,
+            linger_seconds=settings.linger_ms / 1000,
+            batch_bytes=settings.batch_bytes,
+            message_bytes=settings.message_bytes,
+        )
+        await publisher.start()
+        shared = self._shared = Shared(settings, publisher, self._kafka.topic, self._clock)
+        shared.partitions = await publisher.partitions(self._kafka.topic(records.EVENTS))
+        self._ownership = Ownership(settings, self._kafka, shared.partitions, self._gained, self._lost)
+        shared.owns = self._ownership.owns
+        self.registry.register(BridgeCollector(self.streams, shared))
+        await self._ownership.start()
+        self._sync(await discover(settings))
+        self._tasks = [asyncio.create_task(self._tick()), asyncio.create_task(self._discover())]
+        self.ready.set()
+
+    async def run_until(self, stop: asyncio.Event) -> None:
+        """Work until ``stop`` is set; a task that fails ends the service with its error."""
+        waiter = asyncio.create_task(stop.wait())
+        done, _ = await asyncio.wait([waiter, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
+        waiter.cancel()
+        for task in done - {waiter}:
+            task.result()
+
+    async def stop(self) -> None:
+        """Stop reading, send what was accepted, and leave."""
+        if self._stopped:
+            return
+        self._stopped = True
+        self.ready.clear()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(stream.close() for stream in self.streams.values()))
+        if self._publisher is not None:
+            await self._publisher.flush(self._settings.flush_seconds)
+            for stream in self.streams.values():
+                stream.write_record()
+            if not await self._publisher.flush(min(1.0, self._settings.flush_seconds)):
+                log.warning("%d bytes not acknowledged; replay repairs them", self._publisher.pending_bytes)
+            await self._publisher.stop()
+        if self._ownership is not None:
+            await self._ownership.stop()
+        if self._shared is not None:
+            self._shared.context.destroy(linger=0)
+        await self.telemetry.stop()
+
+    async def _gained(self, partitions: list[int]) -> None:
+        assert self._shared is not None
+        self._shared.recovered.update(await recover(self._kafka, partitions))
+        for stream in self.streams.values():
+            stream.beat()
+
+    async def _lost(self, partitions: list[int]) -> None:
+        assert self._shared is not None
+        assert self._publisher is not None
+        count = self._shared.partitions
+        leaving = [k for k, s in self.streams.items() if s.record and records.pod_partition(s.pod, count) in partitions]
+        specs = []
+        for key in leaving:
+            stream = self.streams.pop(key)
+            await stream.close()
+            stream.write_record()
+            specs.append(stream.spec)
+        await self._publisher.flush(2.0)
+        for spec in specs:
+            self._open(spec)
+
+    def _open(self, spec: EngineSpec) -> None:
+        assert self._shared is not None
+        try:
+            self.streams[spec.key] = PodStream(spec, self._shared)
+        except EngineError as error:
+            log.error("%s; left out", error)
+
+    def _sync(self, specs: list[EngineSpec]) -> None:
+        wanted = {spec.key: spec for spec in specs}
+        for key, spec in wanted.items():
+            self._missing.pop(key, None)
+            if key not in self.streams:
+                self._open(spec)
+        for key in self.streams.keys() - wanted.keys():
+            self._missing.setdefault(key, time.monotonic())
+
+    async def _discover(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.discovery_seconds)
+            try:
+                self._sync(await discover(self._settings))
+            except KvatlasError as error:
+                log.warning("discovery: %s; keeping the endpoints of before", error)
+            for key, since in list(self._missing.items()):
+                if time.monotonic() - since >= self._settings.gone_seconds:
+                    del self._missing[key]
+                    stream = self.streams.pop(key)
+                    await stream.close()
+                    stream.end()
+
+    async def _tick(self) -> None:
+        settings, beats, written = self._settings, dict[str, int](), 0.0
+        while True:
+            await asyncio.sleep(_TICK_SECONDS)
+            now, due = self._clock(), time.monotonic() - written >= settings.record_seconds
+            if due:
+                written = time.monotonic()
+            for key, stream in self.streams.items():
+                silent = (now - stream.heard_ns) / 1e9
+                stream.mark(records.STALE if silent >= settings.stale_seconds else records.LIVE)
+                if silent >= settings.heartbeat_seconds and now - beats.get(key, 0) >= settings.heartbeat_seconds * 1e9:
+                    beats[key] = now
+                    stream.beat()
+                if due and stream.changed:
+                    stream.write_record()

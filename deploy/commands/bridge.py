@@ -1,0 +1,49 @@
+"""``kvatlas bridge``: the bridge until SIGTERM or Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+from typing import Final
+
+from kvatlas.bridge.options import BridgeSettings
+from kvatlas.bridge.records import DLQ, EVENTS, PODS, TOPICS
+from kvatlas.bridge.service import BridgeService
+from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.telemetry import configure_logging
+from kvatlas.deploy.brokers.topics import ensure_topics
+from kvatlas.deploy.commands import common
+
+HELP: Final = "subscribe to engines and put their events on Kafka"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this subcommand."""
+    common.add_sections(parser, "kafka", "bridge", "log")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the bridge; prints ``ready bridge`` once it is subscribed."""
+    sections = common.load_sections(args)
+    configure_logging(sections["log"], "bridge")
+    try:
+        import uvloop  # noqa: PLC0415 - only the process that runs a loop needs it
+    except ImportError:
+        return asyncio.run(_serve(sections["bridge"], sections["kafka"]))
+    return uvloop.run(_serve(sections["bridge"], sections["kafka"]))
+
+
+async def _serve(settings: BridgeSettings, kafka: KafkaSettings) -> int:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await ensure_topics(kafka, [topic for topic in TOPICS if topic.name in (EVENTS, DLQ, PODS)])
+    service = BridgeService(settings, kafka)
+    try:
+        await service.start()
+        print(f"ready bridge metrics={service.address}", flush=True)
+        await service.run_until(stop)
+    finally:
+        await service.stop()
+    return 0
