@@ -161,7 +161,7 @@ class BulkReader:
         report = _Report(self._tables, began)
         last_record = time.monotonic()
         while True:
-            for at in [at for at, position in open_.items() if position >= ends[at]]:  # noqa: PLC0206 # it shrinks
+            for at in [at for at, position in open_.items() if position >= ends[at]]:  # it shrinks
                 # The former owner's last batch may have arrived since: look again before declaring it caught up.
                 ends[at] = (await consumer.end_offsets([at]))[at]
                 if open_[at] >= ends[at]:
@@ -181,8 +181,8 @@ class BulkReader:
             if batches:
                 last_record = time.monotonic()
             else:
-                for at in open_:  # the end may be a hole that compaction left
-                    open_[at] = max(open_[at], await consumer.position(at))
+                for at, position in open_.items():  # the end may be a hole that compaction left
+                    open_[at] = max(position, await consumer.position(at))
                 if time.monotonic() - last_record > _STALLED_SECONDS:
                     raise RestoreError(f"changelogs {sorted(map(str, open_))}: no record for {_STALLED_SECONDS} s")
             report.tick(entries, {at: ends[at] - position for at, position in open_.items()})

@@ -34,6 +34,7 @@ from kvatlas.streams.pods import PodBook
 from kvatlas.streams.query import LookupServer, LookupService
 from kvatlas.streams.store import PartitionState, Role
 from kvatlas.streams.sweeper import Sweeper
+from kvatlas.streams.table import BulkTable
 
 logger = get_logger(__name__)
 
@@ -229,6 +230,17 @@ class WorkerService:
             await table.store.stop()  # also when Faust's stop was cut off: the databases' locks must go
 
     # --- what is known --------------------------------------------------------------------------------------------
+
+    def index_table(self) -> BulkTable:
+        """Return the ``block_index`` table of the running app.
+
+        Raises:
+            StoreError: this worker has none.
+        """
+        table = self._app.bulk_table(BLOCK_INDEX) if self._app is not None else None
+        if table is None:
+            raise StoreError("this worker has no block_index table: it is stopped, or its role is resolve")
+        return table
 
     def _index_states(self) -> dict[int, PartitionState]:
         table = self._app.bulk_table(BLOCK_INDEX) if self._app is not None else None

@@ -97,7 +97,7 @@ def _use_uvloop() -> None:
 
 
 def _arguments() -> list[str]:
-    return [sys.executable, "-m", "kvatlas.deploy.cli", *sys.argv[1:]]
+    return [sys.executable, "-m", "kvatlas.deploy", *sys.argv[1:]]
 
 
 class Supervisor:

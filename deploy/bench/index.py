@@ -1,0 +1,217 @@
+"""``kvatlas bench index``: how fast block updates go into the table, and engine messages through both agents."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import faust
+from faust.types import TP
+
+from kvatlas.bridge import records
+from kvatlas.bridge.adapters.fields import encode_batch
+from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.deploy.bench import _rig
+from kvatlas.streams.codec import HOLDER_BYTES, OP_ADD, add_holder, decode_blocks, remove_holder
+
+HELP: Final = "block updates/s into the index (beside a stock faust.Table), and blocks/s through resolve and index"
+
+_UPDATES: Final = 2_000_000
+_BLOCKS: Final = 1_000_000
+_PODS: Final = 3
+_BASELINE_UPDATES: Final = 15_000
+_BASELINE_SECONDS: Final = 20.0
+_ENGINE_BLOCKS: Final = 600_000
+_BLOCKS_PER_MESSAGE: Final = 64
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this benchmark."""
+    _rig.add_arguments(parser)
+    parser.add_argument("--case", choices=["all", "index", "resolve+index"], default="all")
+    parser.add_argument("--no-baseline", action="store_true", help="leave the stock table out")
+
+
+def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield the figures."""
+    with _rig.broker(args) as (bootstrap, folder):
+        if args.case in ("all", "index"):
+            baseline = None if args.no_baseline else asyncio.run(_baseline(bootstrap, folder / "stock", args))
+            rate, memory = asyncio.run(_index(bootstrap, folder / "index", args))
+            figure: dict[str, Any] = {"bench": "index", "case": "index", "value": round(rate), "unit": "updates/s"}
+            if baseline:
+                figure |= {"baseline": round(baseline), "ratio": round(rate / baseline, 1)}
+            yield figure
+            for case, value, unit in memory:
+                yield {"bench": "index", "case": case, "value": round(value, 1), "unit": unit}
+        if args.case in ("all", "resolve+index"):
+            rate = asyncio.run(_resolve_index(bootstrap, folder / "both", args))
+            yield {"bench": "index", "case": "resolve+index", "value": round(rate), "unit": "blocks/s"}
+
+
+async def _index(bootstrap: str, folder: Path, args: argparse.Namespace) -> tuple[float, list[tuple[str, float, str]]]:
+    kafka = await _rig.topics(bootstrap, args.partitions)
+    topic = kafka.topic(records.BLOCKS)
+    load = _rig.Load(_PODS, args.partitions)
+    keys = load.keys(int(_BLOCKS * args.scale))
+    start = _rig.applied("index")
+    async with _rig.producer(kafka) as target:
+        for pod in range(_PODS):
+            await _rig.send(target, topic, load.records(keys, pod))
+        async with _rig.worker(kafka, folder, role="index"):
+            filled = start + _PODS * len(keys)
+            await _rig.until_applied("index", filled)
+        made = load.churn(keys, int(_UPDATES * args.scale))
+        updates = _rig.count_updates(made)
+        await _rig.send(target, topic, made)
+    async with _rig.worker(kafka, folder, role="index") as service:
+        while _rig.applied("index") == filled:
+            await asyncio.sleep(0.002)
+        first, began = _rig.applied("index"), time.monotonic()
+        ended = await _rig.until_applied("index", filled + updates)
+        table = service.index_table()
+        states = list(table.store.states.values())
+        for state in states:
+            state._db.flush()
+            state._db.compact_range(None, None)
+        entries = sum(len(value) // HOLDER_BYTES for state in states for _, value in state.items())
+        disk = sum(state.size_bytes() for state in states)
+        cached = sum(
+            len(value) // HOLDER_BYTES
+            for state in states
+            for generation in (state.cache.young, state.cache.old)
+            for value in generation.values()
+        )
+        memory = [
+            ("disk bytes per (block, pod)", disk / max(entries, 1), "bytes"),
+            (
+                "cache bytes per (block, pod)",
+                sum(state.cache.size_bytes for state in states) / max(cached, 1),
+                "bytes",
+            ),
+        ]
+    return (filled + updates - first) / (ended - began), memory
+
+
+async def _baseline(bootstrap: str, folder: Path, args: argparse.Namespace) -> float:
+    """Measure stock Faust: the same updates, one ``faust.Table`` assignment each."""
+    kafka = await _rig.topics(bootstrap, args.partitions, app="stock")
+    load = _rig.Load(_PODS, args.partitions)
+    keys = load.keys(_BASELINE_UPDATES)
+    made = [record for pod in range(_PODS) for record in load.records(keys, pod)]
+    async with _rig.producer(kafka) as target:
+        await _rig.send(target, kafka.topic(records.BLOCKS), made)
+    app = _stock_app(kafka, folder)
+    table = app.Table("block_index", key_type=bytes, value_type=bytes)
+    topic = app.topic(kafka.topic(records.BLOCKS), value_type=bytes, value_serializer="raw")
+    progress = {"updates": 0, "began": 0.0}
+
+    async def apply(stream: Any) -> None:
+        async for value in stream:
+            progress["began"] = progress["began"] or time.monotonic()
+            record = decode_blocks(value)
+            for number, op in enumerate(record.ops):
+                key = record.keys[number * 16 : number * 16 + 16]
+                holder = record.holders[number * HOLDER_BYTES : (number + 1) * HOLDER_BYTES]
+                old = table.get(key) or b""
+                table[key] = add_holder(old, holder) if op == OP_ADD else remove_holder(old, holder)
+            progress["updates"] += len(record.ops)
+
+    app.agent(topic, name="stock")(apply)
+    app.finalize()
+    await app.start()
+    try:
+        while not progress["began"]:
+            await asyncio.sleep(0.01)
+        while progress["updates"] < _BASELINE_UPDATES and time.monotonic() - progress["began"] < _BASELINE_SECONDS:
+            await asyncio.sleep(0.05)
+        # An assignment only queues its changelog record: the table is written once the brokers have them all.
+        updates = progress["updates"]
+        await _until_written(app, kafka.topic("stock-block_index-changelog"), args.partitions, updates)
+        return updates / (time.monotonic() - progress["began"])
+    finally:
+        await app.stop()
+
+
+async def _until_written(app: Any, changelog: str, partitions: int, updates: int) -> None:
+    tps = [TP(changelog, number) for number in range(partitions)]
+    while sum((await app.consumer.highwaters(*tps)).values()) < updates:
+        await asyncio.sleep(0.02)
+
+
+def _stock_app(kafka: KafkaSettings, folder: Path) -> Any:
+    return faust.App(
+        kafka.topic("stock"),
+        broker=f"kafka://{kafka.brokers}",
+        store="rocksdb://",
+        datadir=str(folder),
+        topic_allow_declare=False,
+        topic_disable_leader=True,
+        topic_partitions=kafka.partitions,
+        web_enabled=False,
+        key_serializer="raw",
+        value_serializer="raw",
+        stream_wait_empty=False,
+    )
+
+
+async def _resolve_index(bootstrap: str, folder: Path, args: argparse.Namespace) -> float:
+    kafka = await _rig.topics(bootstrap, args.partitions)
+    blocks = int(_ENGINE_BLOCKS * args.scale)
+    start = _rig.applied("index")
+    async with _rig.producer(kafka) as target:
+        pending = [
+            await target.send(kafka.topic(records.EVENTS), value, key=key, headers=headers, partition=partition)
+            for key, value, headers, partition in engine_messages(blocks, 8, kafka.partitions)
+        ]
+        await asyncio.gather(*pending)
+    began = 0.0
+    async with _rig.worker(kafka, folder):
+        while _rig.applied("index") == start:
+            await asyncio.sleep(0.002)
+        first, began = _rig.applied("index"), time.monotonic()
+        ended = await _rig.until_applied("index", start + blocks)
+    return (start + blocks - first) / (ended - began)
+
+
+def engine_messages(
+    blocks: int, pods: int, partitions: int, incarnation: int = 1_700_000_000
+) -> Iterator[tuple[bytes, bytes, list[tuple[str, bytes]], int]]:
+    """Yield raw vLLM messages as the bridge puts them on ``kv-events``: key, value, headers, partition.
+
+    Each message is an engine step of 64 blocks in two events, one that continues an earlier prompt and one new.
+    """
+    half = _BLOCKS_PER_MESSAGE // 2
+    for number in range(blocks // _BLOCKS_PER_MESSAGE + (1 if blocks % _BLOCKS_PER_MESSAGE else 0)):
+        pod = f"bench-{number % pods}"
+        base = number * _BLOCKS_PER_MESSAGE
+        events = []
+        for at in (base, base + half):
+            size = min(half, blocks - at)
+            if size <= 0:
+                continue
+            tokens = list(range(at * 16, (at + size) * 16))
+            events.append(
+                {
+                    "type": "BlockStored",
+                    "block_hashes": [(1 << 63) | key for key in range(at, at + size)],
+                    "parent_block_hash": None,
+                    "token_ids": tokens,
+                    "block_size": 16,
+                    "medium": "GPU",
+                }
+            )
+        value = encode_batch(time.time(), events, 0)
+        headers = [
+            (records.H_SEQUENCE, str(number // pods).encode()),
+            (records.H_INCARNATION, str(incarnation).encode()),
+            (records.H_RECEIVE_NS, str(time.time_ns()).encode()),
+            (records.H_ENGINE, b"vllm"),
+            (records.H_MODEL, b"bench"),
+            (records.H_CONTENT_TYPE, records.CONTENT_ENGINE.encode()),
+        ]
+        yield pod.encode(), value, headers, records.pod_partition(pod, partitions)

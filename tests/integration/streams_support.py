@@ -1,0 +1,131 @@
+"""What the tests of the stream worker share: topics, worker processes, a fleet on the log, and waiting for the truth."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from aiokafka import AIOKafkaProducer
+
+from kvatlas.bridge import records
+from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.deploy.bench._fleet import LogFleet
+from kvatlas.deploy.brokers.topics import ensure_topics
+from kvatlas.deploy.sim.options import SimSettings
+from kvatlas.streams.audit import PodAudit, audit
+
+PARTITIONS = 4
+
+
+async def make_topics(brokers: str, prefix: str, partitions: int = PARTITIONS) -> KafkaSettings:
+    """Make a deployment's topics."""
+    kafka = KafkaSettings(brokers=brokers, topic_prefix=prefix, partitions=partitions)
+    await ensure_topics(kafka, (*records.TOPICS, *records.changelog_topics("kvatlas")))
+    return kafka
+
+
+class WorkerProcess:
+    """A `kvatlas worker` in a process of its own."""
+
+    def __init__(self, kafka: KafkaSettings, state_dir: Path, *flags: str) -> None:
+        self.log = state_dir.with_suffix(".log")
+        self._out = self.log.open("ab")
+        self.started = time.monotonic()
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "kvatlas.deploy",
+                "worker",
+                f"--brokers={kafka.brokers}",
+                f"--topic-prefix={kafka.topic_prefix}",
+                f"--partitions={kafka.partitions}",
+                f"--state-dir={state_dir}",
+                *flags,
+            ],
+            stdout=subprocess.PIPE,
+            stderr=self._out,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+
+    async def ready(self, timeout: float = 60.0) -> str:
+        """Wait for the ready line; returns the lookup address."""
+        assert self.process.stdout is not None
+        line = await asyncio.wait_for(asyncio.to_thread(self.process.stdout.readline), timeout)
+        assert line.startswith(b"ready worker="), (line, self.tail())
+        return line.decode().strip().partition("=")[2]
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.process.kill()
+        self.process.wait()
+
+    def terminate(self) -> tuple[int, float]:
+        """SIGTERM; returns exit code and seconds taken."""
+        began = time.monotonic()
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(30), time.monotonic() - began
+
+    def tail(self) -> str:
+        """End of the log."""
+        return self.log.read_text()[-4000:]
+
+    def close(self) -> None:
+        """Make sure that nothing stays."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        self._out.close()
+
+
+@contextlib.asynccontextmanager
+async def producing(kafka: KafkaSettings) -> AsyncIterator[AIOKafkaProducer]:
+    """A started producer."""
+    producer = AIOKafkaProducer(bootstrap_servers=kafka.brokers, max_request_size=16 * 1024 * 1024)
+    await producer.start()
+    try:
+        yield producer
+    finally:
+        await producer.stop()
+
+
+def fleet_of(kafka: KafkaSettings, pods: int = 4, blocks: int = 256, **settings: Any) -> LogFleet:
+    """A small fleet with much eviction."""
+    return LogFleet(
+        kafka, kafka.partitions, SimSettings(pods=pods, blocks=blocks, system_tokens=128, sessions=16, **settings)
+    )
+
+
+async def until_true(
+    kafka: KafkaSettings, truth: Mapping[str, Mapping[str, frozenset[bytes]]], timeout: float = 45.0
+) -> list[PodAudit]:
+    """Audit until nothing differs; returns the last audit."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            found = await audit(kafka, truth)
+        except Exception:  # workers come and go meanwhile
+            if time.monotonic() > deadline:
+                raise
+            found = []
+        else:
+            if not any(pod.ghosts or pod.missing for pod in found) or time.monotonic() > deadline:
+                return found
+        await asyncio.sleep(0.5)
+
+
+def assert_true(found: list[PodAudit], pods: int) -> None:
+    """The index is what the pods hold, and that is something."""
+    assert len(found) == pods
+    assert sum(pod.held for pod in found) > 100
+    assert not [pod for pod in found if pod.ghosts or pod.missing or pod.suspect_ghosts], found

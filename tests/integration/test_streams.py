@@ -1,0 +1,212 @@
+"""The stream worker on the real Kafka: killed, restored, taken over, stopped; the index is always what the pods hold."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from streams_support import (  # noqa: E402
+    PARTITIONS,
+    WorkerProcess,
+    assert_true,
+    fleet_of,
+    make_topics,
+    producing,
+    until_true,
+)
+
+from kvatlas.bridge import records  # noqa: E402
+from kvatlas.streams.audit import fold_events, read_records, read_topic  # noqa: E402
+from kvatlas.streams.resolve import ResolveOptions  # noqa: E402
+from kvatlas.streams.v1 import block_index_pb2 as pb  # noqa: E402
+from kvatlas.streams.v1 import block_index_pb2_grpc as pb_grpc  # noqa: E402
+
+
+@pytest.fixture
+def workers() -> Iterator[list[WorkerProcess]]:
+    started: list[WorkerProcess] = []
+    yield started
+    for worker in started:
+        worker.close()
+
+
+async def test_index_is_true_after_a_kill_in_the_middle_of_the_stream(
+    brokers: str, topic_prefix: str, tmp_path: Path, workers: list[WorkerProcess]
+) -> None:
+    """A worker killed with SIGKILL while it works and started again ends with exactly what the pods hold."""
+    kafka = await make_topics(brokers, topic_prefix)
+    fleet = fleet_of(kafka)
+    workers.append(WorkerProcess(kafka, tmp_path / "w"))
+    await workers[0].ready()
+    async with producing(kafka) as producer:
+        for turn in range(12):
+            fleet.serve(20)
+            fleet.disturb(clear=0.3, restart=0.3)
+            await fleet.flush(producer)
+            if turn == 5:
+                workers[0].kill()
+                workers.append(WorkerProcess(kafka, tmp_path / "w"))
+    await workers[1].ready()
+    assert_true(await until_true(kafka, fleet.truth()), 4)
+    code, seconds = workers[1].terminate()
+    assert (code, seconds < 5.0) == (0, True), (seconds, workers[1].tail())
+
+
+async def test_index_is_restored_from_the_changelog_alone(
+    brokers: str, topic_prefix: str, tmp_path: Path, workers: list[WorkerProcess]
+) -> None:
+    """A worker whose disk is gone has the whole index back from Kafka before it answers, and goes on from there."""
+    kafka = await make_topics(brokers, topic_prefix)
+    fleet = fleet_of(kafka)
+    workers.append(WorkerProcess(kafka, tmp_path / "w"))
+    await workers[0].ready()
+    async with producing(kafka) as producer:
+        fleet.serve(120)
+        await fleet.flush(producer)
+        assert_true(await until_true(kafka, fleet.truth()), 4)
+        workers[0].kill()
+        shutil.rmtree(tmp_path / "w")
+        workers.append(WorkerProcess(kafka, tmp_path / "w"))
+        await workers[1].ready()
+        assert "restored" in workers[1].tail()
+        assert_true(await until_true(kafka, fleet.truth(), timeout=5), 4)
+        fleet.serve(40)
+        await fleet.flush(producer)
+        assert_true(await until_true(kafka, fleet.truth()), 4)
+    truth = await fold_events(kafka, ResolveOptions())
+    held = fleet.truth()
+    assert {pod: tiers.get("gpu", frozenset()) for pod, tiers in truth.items()} == {
+        pod: tiers["gpu"] for pod, tiers in held.items()
+    }
+
+
+async def test_a_standby_answers_flagged_and_then_takes_over(
+    brokers: str, topic_prefix: str, tmp_path: Path, workers: list[WorkerProcess]
+) -> None:
+    """When an owner dies its standby answers at once, flagged, and is the owner after the session timeout."""
+    kafka = await make_topics(brokers, topic_prefix)
+    fleet = fleet_of(kafka)
+    flags = ("--standbys=1", "--session-timeout-seconds=4", "--heartbeat-seconds=1")
+    workers.append(WorkerProcess(kafka, tmp_path / "a", *flags))
+    workers.append(WorkerProcess(kafka, tmp_path / "b", *flags))
+    addresses = [await worker.ready() for worker in workers]
+    async with producing(kafka) as producer:
+        fleet.serve(100)
+        await fleet.flush(producer)
+        assert_true(await until_true(kafka, fleet.truth()), 4)
+        keys = sorted(key for tiers in fleet.truth().values() for key in tiers["gpu"])[:500]
+        before = await wait_roles(addresses[1], keys, {pb.PartitionState.ACTIVE, pb.PartitionState.STANDBY})
+        assert before.index.count(b"\x00\x00\x00\x00") == 0
+        workers[0].kill()
+        flagged = await lookup(addresses[1], keys)
+        assert b"\xff\xff\xff\xff" not in [flagged.index[at : at + 4] for at in range(0, len(flagged.index), 4)]
+        assert pb.PartitionState.STANDBY in {state.role for state in flagged.partitions}
+        began = time.monotonic()
+        await wait_roles(addresses[1], keys, {pb.PartitionState.ACTIVE})
+        assert time.monotonic() - began < 20
+        fleet.serve(40)
+        await fleet.flush(producer)
+        assert_true(await until_true(kafka, fleet.truth()), 4)
+
+
+async def test_an_epoch_is_readable_before_its_updates_and_lookups_say_who_owns(
+    brokers: str, topic_prefix: str, tmp_path: Path, workers: list[WorkerProcess]
+) -> None:
+    """With two workers each answers for its own partitions and names the owner of the others; wrong requests fail."""
+    kafka = await make_topics(brokers, topic_prefix)
+    fleet = fleet_of(kafka)
+    for name in ("a", "b"):
+        workers.append(WorkerProcess(kafka, tmp_path / name, "--max-lookup-keys=600"))
+    addresses = [await worker.ready() for worker in workers]
+    async with producing(kafka) as producer:
+        fleet.serve(60)
+        await fleet.flush(producer)
+        assert_true(await until_true(kafka, fleet.truth()), 4)
+    keys = sorted(key for tiers in fleet.truth().values() for key in tiers["gpu"])[:500]
+    answers = [
+        await wait_roles(address, keys, {pb.PartitionState.ACTIVE, pb.PartitionState.ELSEWHERE})
+        for address in addresses
+    ]
+    for answer, other in zip(answers, reversed(addresses), strict=True):
+        elsewhere = [state for state in answer.partitions if state.role == pb.PartitionState.ELSEWHERE]
+        assert elsewhere
+        assert {state.owner for state in elsewhere} == {other}
+    own = [{s.partition for s in answer.partitions if s.role == pb.PartitionState.ACTIVE} for answer in answers]
+    assert own[0] | own[1] == set(range(PARTITIONS))
+    assert not own[0] & own[1]
+    for request, code in (
+        (pb.LookupRequest(keys=b"x" * 17), grpc.StatusCode.INVALID_ARGUMENT),
+        (pb.LookupRequest(keys=b"x" * 16 * 601), grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (pb.LookupRequest(keys=b"x" * 16, partition_count=99), grpc.StatusCode.FAILED_PRECONDITION),
+    ):
+        async with grpc.aio.insecure_channel(addresses[0]) as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await pb_grpc.BlockIndexStub(channel).Lookup(request)
+            assert caught.value.code() == code
+
+
+async def test_what_cannot_be_applied_is_dead_lettered_and_stops_nothing(
+    brokers: str, topic_prefix: str, tmp_path: Path, workers: list[WorkerProcess]
+) -> None:
+    """Garbage on kv-events and on kv-blocks ends in kv-events-dlq with a reason, and what follows it is applied."""
+    kafka = await make_topics(brokers, topic_prefix)
+    fleet = fleet_of(kafka)
+    workers.append(WorkerProcess(kafka, tmp_path / "w"))
+    await workers[0].ready()
+    async with producing(kafka) as producer:
+        partition = records.pod_partition("pod-0", PARTITIONS)
+        events, blocks = kafka.topic(records.EVENTS), kafka.topic(records.BLOCKS)
+        await producer.send_and_wait(
+            events, b"\xc1garbage", key=b"pod-0", partition=partition, headers=[("sequence", b"0")]
+        )
+        await producer.send_and_wait(events, b"no key and no headers", partition=partition)
+        for number in range(PARTITIONS):
+            await producer.send_and_wait(blocks, b"\x93\x63", partition=number)
+        fleet.serve(60)
+        await fleet.flush(producer)
+    assert_true(await until_true(kafka, fleet.truth()), 4)
+    letters: list[dict[str, bytes]] = []
+    await read_records(kafka, records.DLQ, lambda record: letters.append(dict(record.headers)))
+    assert len(letters) == 2 + PARTITIONS
+    assert all(letter[records.H_REASON] and letter[records.H_ORIGIN] for letter in letters)
+
+
+async def test_a_clean_stop_withdraws_the_announcement(
+    brokers: str, topic_prefix: str, tmp_path: Path, workers: list[WorkerProcess]
+) -> None:
+    """SIGTERM: exit code 0 within 5 s, and a tombstone on kv-workers."""
+    kafka = await make_topics(brokers, topic_prefix)
+    workers.append(WorkerProcess(kafka, tmp_path / "w"))
+    await workers[0].ready()
+    await asyncio.sleep(1.0)
+    assert workers[0].terminate()[0] == 0
+    last: dict[bytes, bytes | None] = {}
+    await read_topic(kafka, records.WORKERS, lambda key, value, _: last.__setitem__(key, value))
+    assert list(last.values()) == [None]
+
+
+async def lookup(address: str, keys: list[bytes], *, standby: bool = True) -> pb.LookupResponse:
+    async with grpc.aio.insecure_channel(address) as channel:
+        return await pb_grpc.BlockIndexStub(channel).Lookup(
+            pb.LookupRequest(keys=b"".join(keys), partition_count=PARTITIONS, allow_standby=standby)
+        )
+
+
+async def wait_roles(address: str, keys: list[bytes], roles: set[int], timeout: float = 40.0) -> pb.LookupResponse:
+    """Ask until the answering partitions have exactly these roles."""
+    deadline = time.monotonic() + timeout
+    while True:
+        answer = await lookup(address, keys)
+        found = {state.role for state in answer.partitions}
+        if found == roles:
+            return answer
+        assert time.monotonic() < deadline, found
+        await asyncio.sleep(0.2)
