@@ -163,9 +163,7 @@ def _file_cases(args: argparse.Namespace, directory: Path, name: str, per_file: 
     directory.mkdir(parents=True, exist_ok=True)
     with FileTier(settings, fingerprint) as tier:
         tier.scanned.wait()
-        plain = _Plain(
-            directory / f"plain-{name}", memory, per_file * _BLOCK_BYTES, args.threads, direct=tier.direct
-        )
+        plain = _Plain(directory / f"plain-{name}", memory, per_file * _BLOCK_BYTES, args.threads, direct=tier.direct)
         for number in range(args.rounds + 1):
             took = {
                 "plain-store": _timed(plain.store),

@@ -1,0 +1,72 @@
+"""``kvatlas evictor``: keep a shared offload folder within its budget, beside running engines."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Final
+
+from kvatlas.bridge.errors import SettingsError
+from kvatlas.connector.catalog import Budget
+from kvatlas.connector.evictor import Report, evict_root
+
+HELP: Final = "keep a shared offload folder within its budget"
+_UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this subcommand."""
+    parser.add_argument("root", type=Path, help="the folder that engines offload to")
+    parser.add_argument("--max-bytes", type=size, help="budget in bytes; k, m, g, t stand for powers of 1000")
+    parser.add_argument("--max-percent", type=float, default=80.0, help="budget in %% of the file system (default 80)")
+    parser.add_argument("--high", type=float, default=0.95, help="begin above this share of the budget")
+    parser.add_argument("--low", type=float, default=0.85, help="go down to this share of the budget")
+    parser.add_argument("--interval", type=float, default=0.0, metavar="SECONDS", help="repeat; 0 runs once (default)")
+    parser.add_argument("--dry-run", action="store_true", help="say what would go, remove nothing")
+    parser.add_argument("--progress", action="store_true", help="say on standard error what is being done")
+
+
+def size(text: str) -> int:
+    """Return a size in bytes from text such as ``500g``.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not one.
+    """
+    number, unit = (text[:-1], text[-1].lower()) if text and text[-1].isalpha() else (text, "")
+    try:
+        return int(float(number) * _UNITS[unit])
+    except (ValueError, KeyError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 500g or 500000000000") from error
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evict once, or every ``--interval`` seconds; 1 when a name could not be removed.
+
+    Raises:
+        SettingsError: the watermarks make no sense.
+    """
+    if not 0 < args.low <= args.high <= 1:
+        raise SettingsError(f"--low {args.low} and --high {args.high}: need 0 < low <= high <= 1")
+    budget = Budget(
+        max_bytes=args.max_bytes, max_percent=args.max_percent, high_watermark=args.high, low_watermark=args.low
+    )
+    while True:
+        report = evict_root(args.root, budget, dry_run=args.dry_run, progress=_progress if args.progress else None)
+        print(_line(report, dry_run=args.dry_run), flush=True)
+        if not args.interval:
+            return 1 if report.failed else 0
+        time.sleep(args.interval)
+
+
+def _progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _line(report: Report, *, dry_run: bool) -> str:
+    return (
+        f"{len(report.directories)} directories, {report.blocks} blocks, {report.used_bytes} of "
+        f"{report.limit_bytes} bytes used; {'would evict' if dry_run else 'evicted'} {report.evicted_blocks} blocks, "
+        f"{report.evicted_bytes} bytes; {report.stale_files} abandoned files removed, {report.failed} failures"
+    )
