@@ -147,12 +147,12 @@ class BridgeSettings(Section, frozen=True, kw_only=True):
             description="engine endpoint: tcp://HOST:PORT[,tcp://HOST:REPLAY][,pod=NAME][,model=NAME]"
             "[,engine=vllm|sglang][,dp=N][,store=NAME][,announcements=copies|presence]"
         ),
-    ] = []
+    ] = []  # noqa: RUF012 - msgspec copies it
     engines_file: Annotated[str, Meta(description="TOML, YAML or JSON file of endpoints, watched for changes")] = ""
     dns: Annotated[
         list[str],
         Meta(description="name with one A record per pod, as an endpoint: tcp://NAME:PORT[,tcp://NAME:REPLAY][,...]"),
-    ] = []
+    ] = []  # noqa: RUF012 - msgspec copies it
     discovery_seconds: Annotated[float, Meta(description="how often file and DNS are looked at", gt=0)] = 5.0
     kubernetes_selector: Annotated[str, Meta(description="label selector of engine pods; empty switches it off")] = ""
     kubernetes_namespace: Annotated[str, Meta(description="namespace of the pods; empty for the bridge's own")] = ""

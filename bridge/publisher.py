@@ -67,7 +67,7 @@ class Publisher:
         self._linger = linger_seconds
         self._batch_bytes = batch_bytes
         self._message_bytes = message_bytes
-        self._producer: AIOKafkaProducer | None = None
+        self._producer: Any = None
         self._queues: dict[tuple[str, int], deque[Item]] = {}
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._wake: dict[tuple[str, int], asyncio.Event] = {}
@@ -123,7 +123,7 @@ class Publisher:
     async def flush(self, timeout_seconds: float) -> bool:
         """Wait until everything is acknowledged; False when the time is over first."""
         deadline = time.monotonic() + timeout_seconds
-        while self.pending_bytes and time.monotonic() < deadline:
+        while self.pending_bytes and time.monotonic() < deadline:  # noqa: ASYNC110 - acknowledged by many tasks
             await asyncio.sleep(0.01)
         return not self.pending_bytes
 
@@ -183,7 +183,7 @@ class Publisher:
         batch.close()
         return batch, count
 
-    async def _replace(self, failed: AIOKafkaProducer) -> None:
+    async def _replace(self, failed: Any) -> None:
         async with self._replacing:
             if self._producer is not failed:
                 return

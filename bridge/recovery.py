@@ -166,7 +166,7 @@ async def _to_end(consumer: Any, places: list[TopicPartition], starts: dict[Topi
         consumer.seek(place, min(max(starts.get(place, 0), first[place]), ends[place]))
     open_places = {place for place in places if await consumer.position(place) < ends[place]}
     while open_places:
-        for place, messages in (await consumer.getmany(timeout_ms=200)).items():
+        for messages in (await consumer.getmany(timeout_ms=200)).values():
             for message in messages:
                 yield message
         for place in list(open_places):

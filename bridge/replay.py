@@ -56,7 +56,7 @@ async def replay(
         socket.connect(address)
         await socket.send_multipart([b"", start.to_bytes(SEQUENCE_BYTES, "big")])
         for _ in range(piece):
-            while not room():
+            while not room():  # noqa: ASYNC110 - room comes with acknowledgements of many places
                 await asyncio.sleep(0.05)
             if not await socket.poll(int(timeout_seconds * 1000)):
                 return False, newest

@@ -231,7 +231,7 @@ class Tracker:
 
         True means: forward it now, under the current incarnation.
         """
-        if sequence != self.expected or self._held or self._verify:
+        if sequence != self.expected or self._held or self._verify or self._seen >= sequence:
             return False
         self._newest_live = self._seen = sequence
         self._digests[sequence & (DIGESTS - 1)] = xxh3_64_intdigest(payload)
@@ -346,6 +346,8 @@ class Tracker:
 
     def _forward(self, message: Message, outputs: list[Output]) -> None:
         sequence = message.sequence
+        if (copy := self._held.pop(sequence, None)) is not None:
+            self._held_bytes -= len(copy.payload or b"")
         self.expected = sequence + 1
         self._seen = max(self._seen, sequence)
         if message.payload is None:
@@ -358,8 +360,7 @@ class Tracker:
 
     def _drain(self) -> list[Output]:
         outputs: list[Output] = []
-        while (message := self._held.pop(self.expected, None)) is not None:
-            self._held_bytes -= len(message.payload or b"")
+        while (message := self._held.get(self.expected)) is not None:
             self._forward(message, outputs)
         return outputs
 

@@ -58,6 +58,13 @@ class BridgeService:
         self._shared: Shared | None = None
         self._publisher: Publisher | None = None
         self._ownership: Ownership | None = None
+        #: Gets the receive time (ns) of each acknowledged message; for measuring.
+        self.observe: Callable[[int], None] | None = None
+
+    @property
+    def acknowledged(self) -> int:
+        """Engine messages that Kafka has acknowledged."""
+        return self._shared.acknowledged if self._shared is not None else 0
 
     @property
     def address(self) -> str:
@@ -81,6 +88,7 @@ class BridgeService:
         )
         await publisher.start()
         shared = self._shared = Shared(settings, publisher, self._kafka.topic, self._clock)
+        shared.observe = self.observe
         shared.partitions = await publisher.partitions(self._kafka.topic(records.EVENTS))
         self._ownership = Ownership(settings, self._kafka, shared.partitions, self._gained, self._lost)
         shared.owns = self._ownership.owns

@@ -52,6 +52,8 @@ class Shared:
         self.dead: dict[str, int] = {}
         self.oversized = 0
         self.messages = 0
+        self.acknowledged = 0
+        self.observe: Callable[[int], None] | None = None
         self.bytes = 0
 
     def room(self) -> bool:
@@ -261,6 +263,9 @@ class PodStream:
         def acknowledged(offset: int) -> None:
             self._acknowledged = (message, offset)
             self.changed = True
+            shared.acknowledged += 1
+            if shared.observe is not None:
+                shared.observe(message.receive_ns)
 
         item = Item(self._key, payload, headers, acknowledged)
         shared.publisher.send(shared.topic(records.EVENTS), self._partition, item)

@@ -55,8 +55,8 @@ class Subscriber:
         except zmq.ZMQError as error:
             self._socket.close(linger=0)
             raise EngineError(f"cannot {'bind' if bind else 'connect to'} {address}: {error}") from error
-        self._fd = self._socket.getsockopt(zmq.FD)
-        self._monitor_fd = self._monitor.getsockopt(zmq.FD)
+        self._fd = int(self._socket.getsockopt(zmq.FD))
+        self._monitor_fd = int(self._monitor.getsockopt(zmq.FD))
         self._loop.add_reader(self._fd, self._drain)
         self._loop.add_reader(self._monitor_fd, self._watch)
         self._loop.call_soon(self._drain)

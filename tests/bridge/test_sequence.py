@@ -1,0 +1,153 @@
+"""Sequence tracking under loss, repetition, reordering and restarts."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvatlas.bridge.sequence import Forward, Message, Output, Position, Request, Tracker, Turn
+
+
+def _message(sequence: int, source: str = "live", life: int = 0) -> Message:
+    return Message(sequence, b"", b"%d/%d" % (life, sequence), 0, source)
+
+
+def _tracker(position: Position = Position(), **options: int | bool) -> Tracker:
+    return Tracker(position, next_incarnation=lambda previous: max(previous + 1, 100), **options)  # type: ignore[arg-type]
+
+
+def _forwarded(outputs: list[Output]) -> list[tuple[int, int]]:
+    return [(o.incarnation, o.message.sequence) for o in outputs if isinstance(o, Forward)]
+
+
+def test_a_hole_is_asked_for_and_filled_in_order() -> None:
+    """Live messages wait behind a hole until the replay fills it."""
+    tracker = _tracker()
+    outputs = tracker.begin() + tracker.replay_ended(complete=True, newest=None)
+    for sequence in (0, 1, 4, 5):
+        outputs += tracker.live(_message(sequence))
+    assert tracker.request == Request(2, 4)
+    for sequence in (2, 3):
+        outputs += tracker.replayed(_message(sequence, "replay"))
+    assert _forwarded(outputs) == [(100, n) for n in range(6)]
+    assert tracker.request is None
+
+
+def test_going_back_on_one_connection_is_a_restart() -> None:
+    """A live sequence at or below the newest live one can only come from a new process."""
+    tracker = _tracker()
+    outputs = tracker.begin()
+    for sequence in (0, 1, 2):
+        outputs += tracker.live(_message(sequence))
+    outputs += tracker.live(_message(0, life=1))
+    assert _forwarded(outputs) == [(100, 0), (100, 1), (100, 2), (101, 0)]
+    assert [o.kind for o in outputs if isinstance(o, Turn)] == ["start", "restart"]
+
+
+def test_a_replay_that_ends_below_our_position_is_a_restart() -> None:
+    """An engine always still holds its newest message, so an empty answer means another process."""
+    tracker = _tracker(Position(100, 9))
+    assert tracker.request == Request(9, None)
+    (turn,) = tracker.replay_ended(complete=True, newest=None)
+    assert isinstance(turn, Turn)
+    assert (turn.kind, tracker.expected) == ("restart", 0)
+
+
+def test_an_engine_that_does_not_answer_is_no_restart() -> None:
+    """Silence says nothing: the position stays, and live messages wait for a bounded number of tries."""
+    tracker = _tracker(Position(100, 9), tries=2)
+    outputs = tracker.live(_message(10))
+    assert outputs == []
+    outputs += tracker.replay_ended(complete=False, newest=None)
+    outputs += tracker.replay_ended(complete=False, newest=None)
+    assert _forwarded(outputs)[-1:] == [(100, 10)]
+    assert not tracker.hole
+
+
+@pytest.mark.parametrize("replay", [True, False])
+def test_what_cannot_be_repaired_is_lost_once(replay: bool) -> None:
+    """A hole without an answer becomes one gap under a raised incarnation, and the stream goes on."""
+    tracker = _tracker(tries=1, can_replay=replay)
+    outputs = tracker.begin() + tracker.live(_message(0)) + tracker.live(_message(3))
+    if replay:
+        outputs += tracker.replay_ended(complete=True, newest=None)
+    gap = outputs[-2]
+    assert isinstance(gap, Turn)
+    assert (gap.kind, gap.first_lost, gap.last_lost) == ("gap", 1, 2)
+    assert _forwarded(outputs)[-1] == (101, 3)
+
+
+@settings(max_examples=300, deadline=None)
+@given(seed=st.integers(0, 2**32), buffer=st.integers(1, 40), hold=st.integers(1, 10))
+def test_every_message_is_forwarded_once_or_recorded_as_lost(seed: int, buffer: int, hold: int) -> None:
+    """Under loss, overlap, restarts and small buffers each (incarnation, sequence) comes once, in order, or is lost."""
+    chance = random.Random(seed)
+    tracker = _tracker(tries=2, hold_messages=hold)
+    outputs = tracker.begin()
+    kept: list[Message] = []
+    published, life = 0, 0
+
+    def ask(lossy: float) -> None:
+        request = tracker.request
+        if request is None:
+            return
+        newest = None
+        restarts = tracker.counts.restarts
+        for message in kept:
+            if message.sequence < request.start or chance.random() < lossy:
+                continue
+            if request.until is not None and message.sequence >= request.until:
+                break
+            newest = message.sequence
+            outputs.extend(tracker.replayed(message._replace(source="replay")))
+            if tracker.counts.restarts != restarts:
+                return
+        # The end of a lossy answer does not come: its missing tail would look like an engine that restarted.
+        outputs.extend(tracker.replay_ended(complete=not lossy, newest=newest))
+
+    for _ in range(chance.randrange(150)):
+        step = chance.random()
+        if step < 0.7:
+            message = _message(published, life=life)
+            published += 1
+            kept = [*kept, message][-buffer:]
+            if chance.random() < 0.8:
+                accepted = tracker.accept(message.sequence, message.payload or b"")
+                outputs.extend([Forward(message, tracker.incarnation)] if accepted else tracker.live(message))
+        elif step < 0.9:
+            ask(0.3 if chance.random() < 0.3 else 0.0)
+        elif step < 0.93:
+            published, life, kept = 0, life + 1, []
+            tracker.reconnected()
+        else:
+            tracker.reconnected()
+    tracker.probe()
+    for _ in range(300):
+        if tracker.request is None:
+            break
+        ask(0.0)
+    assert tracker.request is None
+    assert tracker.held == 0
+    assert tracker.expected == published
+    seen: set[tuple[int, int]] = set()
+    expected, incarnation, lives = 0, 0, set[bytes]()
+    for output in outputs:
+        if isinstance(output, Turn):
+            assert output.incarnation > incarnation
+            incarnation = output.incarnation
+            if output.kind == "gap":
+                assert output.first_lost == expected
+                expected = output.last_lost + 1
+            else:
+                expected = 0
+                lives = set()
+        else:
+            assert output.incarnation == incarnation
+            assert output.message.sequence == expected
+            assert (incarnation, expected) not in seen
+            seen.add((incarnation, expected))
+            lives.add((output.message.payload or b"").split(b"/")[0])
+            expected += 1
