@@ -154,14 +154,6 @@ class BridgeSettings(Section, frozen=True, kw_only=True):
         Meta(description="name with one A record per pod, as an endpoint: tcp://NAME:PORT[,tcp://NAME:REPLAY][,...]"),
     ] = []  # noqa: RUF012 - msgspec copies it
     discovery_seconds: Annotated[float, Meta(description="how often file and DNS are looked at", gt=0)] = 5.0
-    kubernetes_selector: Annotated[str, Meta(description="label selector of engine pods; empty switches it off")] = ""
-    kubernetes_namespace: Annotated[str, Meta(description="namespace of the pods; empty for the bridge's own")] = ""
-    kubernetes_api: Annotated[str, Meta(description="API server; empty for the cluster's or the kubeconfig's")] = ""
-    kubernetes_port: Annotated[int, Meta(description="event port of pods without an annotation", ge=1, le=65535)] = 5557
-    kubernetes_replay_port: Annotated[
-        int, Meta(description="replay port of pods without an annotation, 0 for none", ge=0, le=65535)
-    ] = 5558
-    bind: Annotated[str, Meta(description="address that engines connect to (bind mode), such as tcp://*:5557")] = ""
     ownership: Annotated[
         Literal["group", "all"],
         Meta(description="group: bridges share pods out through a consumer group; all: this bridge takes every pod"),
@@ -200,18 +192,6 @@ class BridgeSettings(Section, frozen=True, kw_only=True):
         float, Meta(description="time after which a pod that discovery no longer lists is marked gone", ge=0)
     ] = 30.0
     record_seconds: Annotated[float, Meta(description="how often changed pod records are written", gt=0)] = 1.0
-    identify_seconds: Annotated[
-        float, Meta(description="how often engines of other bridges are looked at again", gt=0)
-    ] = 60.0
-    strip_tokens: Annotated[
-        bool, Meta(description="keep token ids out of Kafka: compute block keys here and forward those")
-    ] = False
-    block_size_tokens: Annotated[
-        int, Meta(description="canonical block size, with strip_tokens; the workers' setting", ge=1)
-    ] = 16
-    strip_parents: Annotated[
-        int, Meta(description="engine keys remembered per pod for parents, with strip_tokens", ge=1)
-    ] = 200_000
     message_bytes: Annotated[int, Meta(description="largest message that is forwarded", ge=1024)] = 16 * 1024 * 1024
     socket_message_bytes: Annotated[
         int, Meta(description="ZMQ drops a peer that sends a larger message; -1 for no limit")

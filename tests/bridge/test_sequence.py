@@ -15,7 +15,10 @@ def _message(sequence: int, source: str = "live", life: int = 0) -> Message:
     return Message(sequence, b"", b"%d/%d" % (life, sequence), 0, source)
 
 
-def _tracker(position: Position = Position(), **options: int | bool) -> Tracker:
+_NEW = Position()
+
+
+def _tracker(position: Position = _NEW, **options: int | bool) -> Tracker:
     return Tracker(position, next_incarnation=lambda previous: max(previous + 1, 100), **options)  # type: ignore[arg-type]
 
 

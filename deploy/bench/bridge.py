@@ -1,0 +1,159 @@
+"""``kvatlas bench bridge``: ZMQ to acknowledged Kafka, beside a plain loop of ``recv`` and ``send_and_wait``."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import zmq
+import zmq.asyncio
+from aiokafka import AIOKafkaProducer
+
+from kvatlas.bridge import records
+from kvatlas.bridge.engine_publisher import EnginePublisher
+from kvatlas.bridge.options import BridgeSettings
+from kvatlas.bridge.service import BridgeService
+from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.deploy.brokers.kafka import KafkaNode
+from kvatlas.deploy.brokers.topics import ensure_topics
+
+HELP: Final = "messages a second through the bridge, and their delay"
+_EVENTS, _BLOCKS, _TOKENS = 4, 8, 16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this benchmark."""
+    parser.add_argument("--brokers", default="", help="a running Kafka; default: one of this benchmark's own")
+    parser.add_argument("--pods", type=int, default=100, help="simulated pods")
+    parser.add_argument("--messages", type=int, default=60_000, help="messages of the throughput case")
+    parser.add_argument("--rate", type=float, default=5000.0, help="messages a second of the latency case")
+    parser.add_argument("--seconds", type=float, default=5.0, help="length of the latency case")
+
+
+def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield one figure per case."""
+    with contextlib.ExitStack() as stack:
+        brokers = args.brokers
+        if not brokers:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kvatlas-bench-"))
+            brokers = stack.enter_context(KafkaNode(Path(folder))).bootstrap
+        baseline = asyncio.run(_baseline(args, brokers))
+        rate, cpu = asyncio.run(_bridge(args, brokers, args.messages, 0.0))[0]
+        yield _figure("throughput", rate, "messages/s", baseline=baseline, ratio=rate / baseline)
+        yield _figure("throughput-cpu", cpu * 1e6, "us of CPU/message")
+        (rate, _), delays = asyncio.run(_bridge(args, brokers, int(args.rate * args.seconds), args.rate))
+        p50, p99 = delays[len(delays) // 2], delays[int(len(delays) * 0.99)]
+        yield _figure("latency", p99, "ms", p50=p50, p99=p99)
+
+
+def _figure(case: str, value: float, unit: str, **more: float) -> dict[str, Any]:
+    return {
+        "bench": "bridge",
+        "case": case,
+        "value": round(value, 3),
+        "unit": unit,
+        **{k: round(v, 3) for k, v in more.items()},
+    }
+
+
+def _events(number: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "type": "BlockStored",
+            "block_hashes": [number * 1_000_003 + event * _BLOCKS + block for block in range(_BLOCKS)],
+            "parent_block_hash": None,
+            "token_ids": [(number + token) % 100_000 for token in range(_BLOCKS * _TOKENS)],
+            "block_size": _TOKENS,
+            "lora_id": None,
+            "medium": "GPU",
+            "lora_name": None,
+        }
+        for event in range(_EVENTS)
+    ]
+
+
+def _publish(pods: int, messages: int, rate: float, addresses: Any, go: Any) -> None:
+    """Be the engines, in a process of its own."""
+    engines = [EnginePublisher("tcp://127.0.0.1:*", "tcp://127.0.0.1:*", topic=f"kv@pod-{n}@m") for n in range(pods)]
+    for engine in engines:
+        engine.start()
+    addresses.put([f"{engine.endpoint},{engine.replay_endpoint}" for engine in engines])
+    go.wait()
+    shapes = [_events(number) for number in range(8)]
+    start = time.monotonic()
+    for number in range(messages):
+        engines[number % pods].publish(shapes[number % 8], timestamp=time.time())
+        if rate and number % 10 == 0:
+            time.sleep(max(0.0, start + number / rate - time.monotonic()))
+    go.clear()
+    go.wait()
+    for engine in engines:
+        engine.close()
+
+
+@contextlib.contextmanager
+def _engines(pods: int, messages: int, rate: float) -> Iterator[tuple[list[str], Any]]:
+    context = multiprocessing.get_context("spawn")
+    addresses, go = context.Queue(), context.Event()
+    process = context.Process(target=_publish, args=(pods, messages, rate, addresses, go), daemon=True)
+    process.start()
+    try:
+        yield addresses.get(timeout=60), go
+    finally:
+        process.terminate()
+        process.join()
+
+
+async def _topics(brokers: str) -> KafkaSettings:
+    kafka = KafkaSettings(brokers=brokers, topic_prefix=f"bench-{time.time_ns()}-", partitions=8)
+    await ensure_topics(kafka, [topic for topic in records.TOPICS if topic.by == "pod"])
+    return kafka
+
+
+async def _bridge(
+    args: argparse.Namespace, brokers: str, messages: int, rate: float
+) -> tuple[tuple[float, float], list[float]]:
+    kafka = await _topics(brokers)
+    delays: list[float] = []
+    with _engines(args.pods, messages, rate) as (addresses, go):
+        bridge = BridgeService(BridgeSettings(engines=addresses, ownership="all"), kafka)
+        bridge.observe = (lambda ns: delays.append((time.time_ns() - ns) / 1e6)) if rate else None
+        await bridge.start()
+        await asyncio.sleep(1.5)
+        go.set()
+        start, cpu = time.monotonic(), time.process_time()
+        while bridge.acknowledged < messages and time.monotonic() - start < 120:  # noqa: ASYNC110 - a plain counter
+            await asyncio.sleep(0.005)
+        took, cpu = time.monotonic() - start, time.process_time() - cpu
+        done = bridge.acknowledged
+        await bridge.stop()
+    # The first second connects topics and partitions; the latency is that of a running bridge.
+    return (done / took, cpu / max(done, 1)), sorted(delays[int(rate) :]) or [0.0]
+
+
+async def _baseline(args: argparse.Namespace, brokers: str) -> float:
+    """Messages a second of one loop that receives, sends and waits."""
+    kafka, messages = await _topics(brokers), 1500
+    with _engines(args.pods, messages, 0.0) as (addresses, go):
+        socket = zmq.asyncio.Context.instance().socket(zmq.SUB)
+        socket.subscribe(b"")
+        for address in addresses:
+            socket.connect(address.partition(",")[0])
+        async with AIOKafkaProducer(bootstrap_servers=brokers, acks="all", enable_idempotence=True) as producer:
+            await asyncio.sleep(1.0)
+            go.set()
+            start, done = time.monotonic(), 0
+            while done < messages and time.monotonic() - start < 8:
+                topic, _, payload = await socket.recv_multipart()
+                await producer.send_and_wait(kafka.topic(records.EVENTS), payload, key=topic)
+                done += 1
+            took = time.monotonic() - start
+        socket.close(linger=0)
+    return done / took
