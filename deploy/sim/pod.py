@@ -34,9 +34,7 @@ class Publisher(Protocol):
     def start(self) -> None:
         """Bind the sockets."""
 
-    def publish(
-        self, events: Sequence[Mapping[str, Any]], *, timestamp: float, dp_rank: int | None = 0
-    ) -> int:
+    def publish(self, events: Sequence[Mapping[str, Any]], *, timestamp: float, dp_rank: int | None = 0) -> int:
         """Send one batch and return its sequence."""
 
     def close(self) -> None:
@@ -51,7 +49,7 @@ class Expected(msgspec.Struct, frozen=True, kw_only=True):
     """What a pod must score for a prompt.
 
     Attributes:
-        matched_tokens: tokens that the engine would not compute again.
+        matched_tokens: leading tokens in full blocks that the pod holds.
         matched_blocks: the same in canonical blocks.
         tiers: best tier of each engine block on the way.
         score: tier-weighted sum in canonical blocks.
@@ -294,7 +292,8 @@ class SimPod:
         if model != self._model:
             return None
         with self._lock:
-            _, tiers = self._cache.match(tokens, cache_salt=cache_salt, lora=lora)
+            # One token more: a match leaves out the last token, a score counts every full block that is held.
+            _, tiers = self._cache.match([*tokens, 0], cache_salt=cache_salt, lora=lora)
         matched = len(tiers) * self._size
         blocks = matched // self._canonical
         if not blocks:
@@ -317,9 +316,7 @@ class SimPod:
         with self._lock:
             held = self._cache.held()
             return {
-                tier: sorted(
-                    key.hex() for key in self._names.of({key for key, on in held.items() if tier in on})
-                )
+                tier: sorted(key.hex() for key in self._names.of({key for key, on in held.items() if tier in on}))
                 for tier in WEIGHTS
             }
 

@@ -120,7 +120,7 @@ def test_the_truth_is_what_the_events_say(options: dict[str, Any]) -> None:
 
 
 def test_expected_matches_walk_the_listed_blocks() -> None:
-    """A prompt's expected match is the run of its block keys that the truth lists, short of its last token."""
+    """A prompt's expected match is the run of its block keys that the truth lists."""
     fleet = fleet_of(salted_share=0.3, lora_share=0.3, cpu_blocks=100, blocks=120)
     served = fleet.serve(120)
     truth = fleet.truth()
@@ -128,8 +128,7 @@ def test_expected_matches_walk_the_listed_blocks() -> None:
     for request in served[-60:]:
         expected = fleet.expect(request.tokens, cache_salt=request.cache_salt, lora=request.lora)
         root = block_key.root_key(MODEL, request.lora, request.cache_salt)
-        usable = request.tokens[: (len(request.tokens) - 1) // 16 * 16]
-        keys = [key.hex() for key in block_key.block_keys(root, block_key.pack_tokens(usable), 16)]
+        keys = [key.hex() for key in block_key.block_keys(root, block_key.pack_tokens(request.tokens), 16)]
         for pod, held in truth.items():
             blocks, score = 0, 0.0
             for key in keys:
