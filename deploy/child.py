@@ -7,10 +7,13 @@ learns that the launcher is gone, however that died.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import json
+import os
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any, Final
 
 from kvatlas.bridge import settings
@@ -18,23 +21,29 @@ from kvatlas.bridge.errors import KvatlasError
 from kvatlas.bridge.telemetry import configure_logging
 from kvatlas.deploy.commands import common
 
-SERVICES: Final = {
-    "bridge": ("kvatlas.bridge.service", "BridgeService"),
-    "worker": ("kvatlas.streams.service", "WorkerService"),
-    "scorer": ("kvatlas.scorer.service", "ScorerService"),
+#: Name -> module and class of a service, and further sections that it takes by name.
+SERVICES: Final[dict[str, tuple[str, str, tuple[str, ...]]]] = {
+    "bridge": ("kvatlas.bridge.service", "BridgeService", ()),
+    "worker": ("kvatlas.streams.service", "WorkerService", ()),
+    "scorer": ("kvatlas.scorer.service", "ScorerService", ("tokenizer",)),
 }
 
 
 async def serve(name: str, sections: dict[str, Any]) -> None:
     """Run a service until SIGTERM, Ctrl-C or the end of standard input."""
-    module, attribute = SERVICES[name]
-    service = getattr(importlib.import_module(module), attribute)(sections[name], sections["kafka"])
+    module, attribute, more = SERVICES[name]
+    service = getattr(importlib.import_module(module), attribute)(
+        sections[name], sections["kafka"], **{section: sections[section] for section in more}
+    )
     stop = common.async_stop_event()
     loop = asyncio.get_running_loop()
 
     def watch() -> None:
-        sys.stdin.buffer.read()
-        loop.call_soon_threadsafe(stop.set)
+        # Not through sys.stdin: a thread that holds its lock makes the interpreter abort at exit.
+        while os.read(0, 4096):
+            pass
+        with contextlib.suppress(RuntimeError):  # the loop is closed: it stops already
+            loop.call_soon_threadsafe(stop.set)
 
     threading.Thread(target=watch, name="launcher-gone", daemon=True).start()
 
@@ -51,6 +60,14 @@ async def serve(name: str, sections: dict[str, Any]) -> None:
         await service.stop()
 
 
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop  # noqa: PLC0415 - faster where it is installed
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
 def main() -> int:
     """Read the settings, run, and return the exit code."""
     name = sys.argv[1]
@@ -58,10 +75,11 @@ def main() -> int:
     try:
         sections = {
             section: settings.load(section, common.section_class(section), document=document)
-            for section in ("kafka", "log", name)
+            for section in ("kafka", "log", name, *SERVICES[name][2])
         }
         configure_logging(sections["log"], name)
-        asyncio.run(serve(name, sections))
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(serve(name, sections))
     except KvatlasError as error:
         print(f"kvatlas {name}: {error}", file=sys.stderr)
         return 1

@@ -7,9 +7,12 @@ launcher ends and says which one it was and where its log is.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -29,7 +32,10 @@ from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.scorer.v1 import scorer_pb2, scorer_pb2_grpc
 
 _POLL_SECONDS: Final = 0.1
-_STOP_SECONDS: Final = 12.0
+#: All parts together get this long to stop; the longest of them, the bridge, gives Kafka up to 11 s.
+_STOP_SECONDS: Final = 15.0
+_PROBE_SECONDS: Final = 2.0
+_LOG_LINES: Final = 15
 _PROBE_MODEL: Final = "kvatlas-readiness"
 
 
@@ -55,8 +61,9 @@ class Child:
             )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(document).encode() + b"\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it ended already; check() tells why
+            self.process.stdin.write(json.dumps(document).encode() + b"\n")
+            self.process.stdin.flush()
         threading.Thread(target=self._listen, args=(self.process.stdout,), daemon=True).start()
 
     def _listen(self, output: IO[bytes]) -> None:
@@ -70,27 +77,34 @@ class Child:
         """Raise LaunchError when the process has ended."""
         code = self.process.poll()
         if code is not None:
-            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
-            raise LaunchError(
-                f"the {self.name} ended by itself with code {code}; its log {self.log} ends:\n{tail}"
-            )
+            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
+            raise LaunchError(f"the {self.name} ended by itself with code {code}; its log {self.log} ends:\n{tail}")
 
-    def stop(self) -> None:
-        """Ask it to stop, and end it when it does not."""
+    def terminate(self) -> None:
+        """Ask it to stop."""
         if self.process.poll() is None:
             self.process.terminate()
+
+    def wait(self, deadline: float) -> None:
+        """Wait until it has stopped; end it, with what it has started, at the deadline (monotonic seconds)."""
         try:
-            self.process.wait(_STOP_SECONDS)
+            self.process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+        finally:
+            for pipe in (self.process.stdin, self.process.stdout):
+                if pipe is not None:
+                    with contextlib.suppress(BrokenPipeError):
+                        pipe.close()
 
 
 class Launcher:
     """Runs the parts.
 
     Args:
-        sections: settings by section: ``kafka``, ``log``, ``bridge``, ``worker``, ``scorer``.
+        sections: settings by section: ``kafka``, ``log``, ``bridge``, ``worker``, ``scorer``, ``tokenizer``.
         state_dir: logs and tables.
         use_embedded: start the embedded broker instead of using ``kafka.brokers``.
     """
@@ -152,11 +166,12 @@ class Launcher:
             child.check()
 
     def stop(self) -> None:
-        """Stop the parts, those that others need last."""
-        for name in ("bridge", "scorer", "worker"):
-            for child in self.children:
-                if child.name == name:
-                    child.stop()
+        """Stop the parts, all at once, and the broker that they need after them."""
+        for child in self.children:
+            child.terminate()
+        deadline = time.monotonic() + _STOP_SECONDS
+        for child in self.children:
+            child.wait(deadline)
         if self._broker is not None:
             self._broker.stop()
 
@@ -176,7 +191,7 @@ class Launcher:
                 ask = scorer_pb2_grpc.ScorerStub(channel)
                 return not any(
                     ask.Score(
-                        scorer_pb2.ScoreRequest(model=_PROBE_MODEL, tokens=tokens), timeout=5.0
+                        scorer_pb2.ScoreRequest(model=_PROBE_MODEL, tokens=tokens), timeout=_PROBE_SECONDS
                     ).freshness.partial
                     for tokens in probes.values()
                 )

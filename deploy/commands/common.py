@@ -110,14 +110,26 @@ def read_document(config: Path | None, environ: Mapping[str, str]) -> dict[str, 
     return settings.read_file(path, tuple(SECTIONS)) if path else {}
 
 
+def is_given(args: argparse.Namespace, section: str, field: str, environ: Mapping[str, str] | None = None) -> bool:
+    """Tell whether any source gives a setting, be it the default's value.
+
+    Raises:
+        SettingsError: the settings file cannot be read.
+    """
+    environ = os.environ if environ is None else environ
+    return (
+        field in settings.flags_of(args, section)
+        or settings.env_name(section, field) in environ
+        or field in read_document(args.config, environ).get(section, {})
+    )
+
+
 def _check_environ(environ: Mapping[str, str]) -> None:
     known = tuple(f"{ENV_PREFIX}{name}_".upper() for name in SECTIONS)
     for name in environ:
         if name.startswith(ENV_PREFIX) and name not in _OTHER_NAMES and not name.startswith(known):
             sections = ", ".join(sorted(SECTIONS))
-            raise SettingsError(
-                f"environment variable {name} is no setting of kvatlas; sections are {sections}"
-            )
+            raise SettingsError(f"environment variable {name} is no setting of kvatlas; sections are {sections}")
 
 
 def on_signals(stop: Callable[[], object]) -> None:

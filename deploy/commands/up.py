@@ -11,7 +11,6 @@ from typing import Final
 import msgspec
 
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.deploy.commands import common
 from kvatlas.deploy.launcher import Launcher
 
@@ -27,19 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ENDPOINT",
         help="tcp://HOST:PORT[,tcp://HOST:REPLAYPORT] of one engine, repeatable",
     )
-    parser.add_argument(
-        "--embedded", action="store_true", help="in-process broker (the default without --brokers)"
-    )
-    parser.add_argument(
-        "--state-dir", type=Path, metavar="DIR", help="logs and tables (default: a temporary folder)"
-    )
-    common.add_sections(parser, "kafka", "log", "bridge", "worker", "scorer", prefixed=True)
+    parser.add_argument("--embedded", action="store_true", help="in-process broker (the default without --brokers)")
+    parser.add_argument("--state-dir", type=Path, metavar="DIR", help="logs and tables (default: a temporary folder)")
+    common.add_sections(parser, "kafka", "log", "bridge", "worker", "scorer", "tokenizer", prefixed=True)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the parts until SIGTERM or Ctrl-C; prints ``ready scorer=HOST:PORT`` once a score can be asked for."""
     sections = common.load_sections(args)
-    given = "kafka:brokers" in vars(args) or sections["kafka"].brokers != KafkaSettings().brokers
+    given = common.is_given(args, "kafka", "brokers")
     if args.embedded and "kafka:brokers" in vars(args):
         raise SettingsError("--embedded and --brokers exclude one another")
     if args.engine:
