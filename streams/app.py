@@ -92,6 +92,7 @@ class WorkerApp(faust.App):
         flows: source topic -> flows of its agent.
         sources: source topic -> table that its agent writes.
         fetch_wait_ms: how long a fetch waits at the broker for records.
+        roles_listener: called when roles changed, with whether all active partitions are caught up.
         publisher: of pod records; None when the resolve agent does not run here.
     """
 
@@ -100,7 +101,7 @@ class WorkerApp(faust.App):
     sources: dict[str, BulkTable]
     fetch_wait_ms: int
     publisher: PodPublisher | None
-    roles_listener: Callable[[], None] | None
+    roles_listener: Callable[[bool], None] | None
 
     def _new_transport(self) -> Any:
         return SourceTransport(self.conf.broker_consumer, self)
@@ -127,7 +128,7 @@ class WorkerApp(faust.App):
         """Let flows run again after a restore and tell who listens."""
         for flows in self.flows.values():
             flows.resume()
-        self._tell()
+        self.tell(restored=True)
 
     async def quiesce(self) -> None:
         """Finish flushes in progress, drop what is queued, and demote what is active to a flagged copy."""
@@ -138,11 +139,12 @@ class WorkerApp(faust.App):
             for state in table.store.states.values():
                 if state.role is Role.ACTIVE:
                     state.role = Role.STANDBY
-        self._tell()
+        self.tell(restored=False)
 
-    def _tell(self) -> None:
+    def tell(self, *, restored: bool) -> None:
+        """Tell the listener that roles changed; ``restored`` says that all active partitions are caught up."""
         if self.roles_listener is not None:
-            self.roles_listener()
+            self.roles_listener(restored)
 
 
 def resolve_options(settings: WorkerSettings) -> ResolveOptions:

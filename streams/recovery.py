@@ -79,12 +79,17 @@ class BulkRecovery(Recovery):
                 if state.role is Role.ACTIVE:
                     state.role = Role.STANDBY
             if standbys:
-                self._followers = asyncio.create_task(self.app.reader.follow(standbys), name="standbys")
+                self._followers = asyncio.create_task(
+                    self.app.reader.follow(standbys, self._standby_caught_up), name="standbys"
+                )
             self.app.on_roles_changed()
         except asyncio.CancelledError:
             raise
         except Exception as error:  # noqa: BLE001 # whatever it is, the app must not run on half a restore
             await self.app.crash(error)
+
+    def _standby_caught_up(self) -> None:
+        self.app.tell(restored=False)
 
     async def _restore(self, actives: dict[TopicPartition, PartitionState]) -> None:
         while True:

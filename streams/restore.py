@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -105,14 +105,19 @@ class BulkReader:
             )
         return progress
 
-    async def follow(self, states: States) -> None:
-        """Keep standby partitions close to the end of their changelogs, until cancelled."""
+    async def follow(self, states: States, on_caught_up: Callable[[], None]) -> None:
+        """Keep standby partitions close to the end of their changelogs, until cancelled.
+
+        Args:
+            states: changelog partition -> its local state.
+            on_caught_up: called when partitions have become standbys that may answer.
+        """
         while True:
             consumer = self._consumer()
             try:
                 await consumer.start()
                 ends = await self._seek(consumer, states)
-                await self._follow(consumer, states, ends)
+                await self._follow(consumer, states, ends, on_caught_up)
             except KafkaError as error:
                 logger.warning("standby partitions cannot be followed, tried again: %s", error)
                 await asyncio.sleep(_RETRY_SECONDS)
@@ -193,10 +198,13 @@ class BulkReader:
             state.set_changelog_offset(end - 1)
         state.role = Role.ACTIVE
 
-    async def _follow(self, consumer: Any, states: States, ends: dict[TopicPartition, int]) -> None:
+    async def _follow(
+        self, consumer: Any, states: States, ends: dict[TopicPartition, int], on_caught_up: Callable[[], None]
+    ) -> None:
         for at, state in states.items():
             if (state.changelog_offset if state.changelog_offset is not None else -1) + 1 >= ends[at]:
                 state.role = Role.STANDBY
+        on_caught_up()
         while True:
             batches = await consumer.getmany(timeout_ms=_POLL_MS, max_records=_POLL_RECORDS)
             behind: dict[str, int] = {}
@@ -208,6 +216,7 @@ class BulkReader:
                 )
                 if state.role is Role.RESTORING and batch[-1].offset + 1 >= ends[at]:
                     state.role = Role.STANDBY
+                    on_caught_up()
                 await asyncio.sleep(0)
             for topic, table in self._tables.items():
                 metrics.STANDBY_LAG.labels(table).set(behind.get(topic, 0))

@@ -256,15 +256,11 @@ class WorkerService:
             return -1
         return source_lag(app, self._kafka.topic(records.BLOCKS), partition, state.meta.source_offset)
 
-    def _roles_changed(self) -> None:
-        app = self._app
-        if app is None:
+    def _roles_changed(self, restored: bool) -> None:
+        if self._app is None:
             return
-        states = [state for table in app.sources.values() for state in table.store.states.values()]
-        if any(state.role is Role.ACTIVE for state in states) or not app.rebalancing:
-            ready = bool(states) and not any(state.role is Role.RESTORING for state in states)
-            if ready:
-                self.ready.set()
+        if restored:  # stays set through a rebalance: partitions are answered, flagged, meanwhile
+            self.ready.set()
         if self._server is not None:
             answers = any(state.role is not Role.RESTORING for state in self._index_states().values())
             task = asyncio.ensure_future(self._server.set_ready(answers))

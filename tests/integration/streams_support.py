@@ -59,7 +59,9 @@ class WorkerProcess:
     async def ready(self, timeout: float = 60.0) -> str:
         """Wait for the ready line; returns the lookup address."""
         assert self.process.stdout is not None
-        line = await asyncio.wait_for(asyncio.to_thread(self.process.stdout.readline), timeout)
+        kill = asyncio.get_running_loop().call_later(timeout, self.process.kill)  # ends the read below
+        line = await asyncio.to_thread(self.process.stdout.readline)
+        kill.cancel()
         assert line.startswith(b"ready worker="), (line, self.tail())
         return line.decode().strip().partition("=")[2]
 

@@ -1,0 +1,102 @@
+"""``kvatlas bench recovery``: how fast a worker has its tables back, from Kafka alone and from its own disk."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from kvatlas.bridge import records
+from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.deploy.bench import _rig
+from kvatlas.streams import metrics
+from kvatlas.streams.app import BLOCK_INDEX
+
+HELP: Final = "restore of a block index: entries/s from the changelog alone, seconds from local state after SIGKILL"
+
+_ENTRIES: Final = 2_300_000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this benchmark."""
+    _rig.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield the figures."""
+    with _rig.broker(args) as (bootstrap, folder):
+        state = folder / "state"
+        kafka = asyncio.run(_fill(bootstrap, args))
+        _killed_after_filling(kafka, state, int(_ENTRIES * args.scale))
+        seconds, entries = asyncio.run(_restart(kafka, state))
+        yield {"bench": "recovery", "case": "local", "value": round(seconds, 2), "unit": "s", "entries_read": entries}
+        shutil.rmtree(state)
+        seconds, entries = asyncio.run(_restart(kafka, state))
+        yield {
+            "bench": "recovery",
+            "case": "changelog",
+            "value": round(entries / seconds),
+            "unit": "entries/s",
+            "entries_read": entries,
+            "seconds": round(seconds, 2),
+        }
+
+
+async def _fill(bootstrap: str, args: argparse.Namespace) -> KafkaSettings:
+    kafka = await _rig.topics(bootstrap, args.partitions)
+    load = _rig.Load(1, args.partitions)
+    async with _rig.producer(kafka) as target:
+        made = load.records(load.keys(int(_ENTRIES * args.scale)), 0)
+        await _rig.send(target, kafka.topic(records.BLOCKS), made)
+    return kafka
+
+
+def _killed_after_filling(kafka: KafkaSettings, state: Path, entries: int) -> None:
+    """Apply everything in a worker process that then kills itself, as a crash would."""
+    process = multiprocessing.get_context("spawn").Process(target=_fill_and_die, args=(kafka, state, entries))
+    process.start()
+    process.join()
+    if process.exitcode != -signal.SIGKILL:
+        raise RuntimeError(f"the filling worker ended with {process.exitcode}")
+
+
+def _fill_and_die(kafka: KafkaSettings, state: Path, entries: int) -> None:
+    async def fill() -> None:
+        async with _rig.worker(kafka, state, role="index"):
+            await _rig.until_applied("index", entries)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    asyncio.run(fill())
+
+
+async def _restart(kafka: KafkaSettings, state: Path) -> tuple[float, int]:
+    """Start a worker; returns seconds from its assignment to ready, and changelog entries read.
+
+    The group first has to give up the dead member, which takes the session timeout and is not part of the restore.
+    """
+    before = _restored()
+    assignments = metrics.REBALANCES._value.get()
+    began = 0.0
+
+    async def note() -> None:
+        nonlocal began
+        while metrics.REBALANCES._value.get() == assignments:  # noqa: ASYNC110 # a counter tells nobody
+            await asyncio.sleep(0.002)
+        began = time.monotonic()
+
+    noting = asyncio.create_task(note())
+    async with _rig.worker(kafka, state, role="index"):
+        ended = time.monotonic()
+        await noting
+        return ended - began, _restored() - before
+
+
+def _restored() -> int:
+    return int(metrics.RESTORED.labels(BLOCK_INDEX)._value.get())
