@@ -175,3 +175,28 @@ async def test_malformed_frames_are_dead_lettered_and_harm_nothing(brokers: str,
     assert [sequence for _, sequence in _sequences(messages, "pod-x")] == [0, 2]
     reasons = {dict(message.headers)["reason"].split(b":")[0] for message in await _read(kafka, records.DLQ)}
     assert reasons == {b"sequence frame size", b"wrong number of frames", b"oversized"}
+
+
+async def test_kafka_away_loses_nothing_and_keeps_the_buffer_bounded(own_kafka: Any, topic_prefix: str) -> None:
+    """While Kafka is away the buffer fills to its limit, the rest is left to replay, and all arrives afterwards."""
+    kafka = await _setup(own_kafka.bootstrap, topic_prefix)
+    engine = _engine()
+    bridge = _bridge(engine, kafka, buffer_bytes=20_000, heartbeat_seconds=1.0)
+    await bridge.start()
+    await asyncio.sleep(0.5)
+    engine.publish(_CLEAR, timestamp=0.0)
+    await _until(kafka, "pod-x", 1)
+    own_kafka.stop()
+    for number in range(1, 400):
+        engine.publish(_CLEAR, timestamp=float(number))
+        await asyncio.sleep(0.002)
+    stream = next(iter(bridge.streams.values()))
+    assert stream.tracker is not None
+    shed, pending = stream.tracker.counts.shed, stream._shared.publisher.pending_bytes
+    own_kafka.start()
+    found = _sequences(await _until(kafka, "pod-x", 400), "pod-x")
+    await bridge.stop()
+    engine.close()
+    assert shed > 0
+    assert pending < 40_000
+    assert [sequence for _, sequence in dict.fromkeys(found)] == list(range(400))
