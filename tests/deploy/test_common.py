@@ -64,3 +64,25 @@ def test_wrong_settings_exit_with_two(capsys: pytest.CaptureFixture[str]) -> Non
     """A settings error is one line on standard error and exit code 2."""
     assert cli.main(["sim", "--pods", "0"]) == 2
     assert "--pods" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "text", "expected"),
+    [
+        ((), {}, "", False),
+        ((), {"KVATLAS_KAFKA_PARTITIONS": "4"}, "[kafka]\npartitions = 8\n", False),
+        (("--brokers", "127.0.0.1:9092"), {}, "", True),
+        ((), {"KVATLAS_KAFKA_BROKERS": "127.0.0.1:9092"}, "", True),
+        ((), {}, '[kafka]\nbrokers = "127.0.0.1:9092"\n', True),
+    ],
+)
+def test_a_given_setting_counts_even_with_the_default_s_value(
+    tmp_path: Path, flags: tuple[str, ...], environ: dict[str, str], text: str, expected: bool
+) -> None:
+    """Brokers that any source gives are used, also where they are those that the default names."""
+    file = tmp_path / "kvatlas.toml"
+    file.write_text(text)
+    parser = argparse.ArgumentParser()
+    common.add_sections(parser, "kafka")
+    args = parser.parse_args(("--config", str(file), *flags))
+    assert common.is_given(args, "kafka", "brokers", environ) is expected
