@@ -8,7 +8,7 @@ CODE := $(PACKAGES) tests
 MYPY := $(BIN)/mypy $(addprefix -p kvatlas.,$(PACKAGES))
 # What an environment is made of: a change to one of these installs again.
 RECIPE := pyproject.toml tests/constraints.txt
-PROTOS := streams/v1/block_index.proto scorer/v1/scorer.proto
+PROTOS := $(wildcard streams/v1/*.proto scorer/v1/*.proto)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv system-deps demo test lint unit integration kafka proto proto-check test-vllm bench clean
