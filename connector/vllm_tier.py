@@ -140,7 +140,7 @@ class FileTierManager(SecondaryTierManager):  # type: ignore[misc]
 
     medium: ClassVar[Medium] = Medium.STORAGE
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - vLLM's signature
         self,
         offloading_spec: OffloadingSpec,
         primary_kv_view: memoryview,

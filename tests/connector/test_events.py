@@ -1,0 +1,44 @@
+"""Storage events: in the order of the tier's changes, decodable by the bridge."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from kvatlas.bridge.adapters.fields import encode_batch
+from kvatlas.connector.events import BlockMeta, StorageEvents, default_meta
+from tests.connector.conftest import Fleet, block, key
+
+
+class Recorder:
+    """Keeps the payloads that a publisher would send."""
+
+    def __init__(self) -> None:
+        self.payloads: list[bytes] = []
+
+    def publish(self, events: Any, *, timestamp: float, dp_rank: int | None = 0) -> int:
+        self.payloads.append(encode_batch(timestamp, list(events), dp_rank))
+        return len(self.payloads) - 1
+
+
+def test_stored_and_removed_are_told_with_what_is_known(fleet: Fleet) -> None:
+    """Stored blocks carry tokens and parent where known; removal follows with medium and locality."""
+    recorder = Recorder()
+    events = StorageEvents(recorder, locality="REMOTE", clock=lambda: 5.0)
+    tier = fleet.tier()
+    tier._listener = events
+    events.describe({key(1): BlockMeta(77, parent_hash=76, token_ids=(1, 2, 3, 4), group=2)})
+    tier.store([block(1), block(2)]).result(10)
+    tier.evict([key(1)])
+    assert events.flush() == 3
+    assert events.flush() == 0
+    _, decoded, rank = msgspec.msgpack.decode(recorder.payloads[0])
+    assert rank == 0
+    known = next(event for event in decoded if event["block_hashes"] == [77] and event["type"] == "BlockStored")
+    assert (known["token_ids"], known["parent_block_hash"], known["block_size"]) == ([1, 2, 3, 4], 76, 4)
+    placeholder = next(event for event in decoded if event["block_hashes"] == [default_meta(key(2)).block_hash])
+    assert (placeholder["token_ids"], placeholder["block_size"]) == ([], 0)
+    assert decoded[-1]["type"] == "BlockRemoved"
+    assert {event["medium"] for event in decoded} == {"STORAGE"}
+    assert {event["locality"] for event in decoded} == {"REMOTE"}
