@@ -1,147 +1,180 @@
-"""Requests of ``kvatlas.v1`` turned into prompts: validated once, here, with errors that name the field."""
+"""From a request to block keys: the form of input, its limits, tokens, keys."""
 
 from __future__ import annotations
 
 import json
-import time
+import sys
+from array import array
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from kvatlas.bridge.block_key import TOKEN_BYTES
-from kvatlas.scorer.engine import Prompt, pack
-from kvatlas.scorer.errors import InputError, TooLargeError
+from kvatlas.bridge.block_key import TOKEN_BYTES, block_keys, multimodal_extra, root_key
+from kvatlas.scorer.errors import InputError, TooLargeError, UnknownModelError
 from kvatlas.scorer.options import ScorerSettings
+from kvatlas.scorer.score import blocks_to_ask
 from kvatlas.scorer.tokenization.pool import TokenizerPool
 from kvatlas.scorer.tokenization.records import ChatInput, Truncation
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 
-_SIDES: Final = ("", "left", "right")
+_SIDES: Final = {"": None, "left": "left", "right": "right"}
 
 
-class Input(NamedTuple):
-    """A prompt, how long its tokens took in ms, and which tokenizer made them (empty when they were given)."""
+class Tokens(NamedTuple):
+    """Token ids of a prompt, packed little-endian u32, and the tokenizer backend that made them (empty: given)."""
 
-    prompt: Prompt
-    tokenize_ms: float
-    tokenizer: str
+    packed: bytes
+    backend: str
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return len(self.packed) // TOKEN_BYTES
 
 
-async def read(request: pb.ScoreRequest, pool: TokenizerPool, settings: ScorerSettings) -> Input:
-    """Turn a request into a prompt.
+def pack(tokens: Any) -> bytes:
+    """Pack a repeated uint32 field; its values are in range by type."""
+    packed = array("I", tokens)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+async def tokens_of(request: pb.ScoreRequest, settings: ScorerSettings, pool: TokenizerPool | None) -> Tokens:
+    """Return a request's token ids.
 
     Raises:
-        InputError: it has no model, none or several forms of input, or a field that cannot be used.
-        TooLargeError: it is over a limit.
-        ScorerError: from tokenizing; names the model.
+        InputError: there is not exactly one form of input, or it makes no sense.
+        TooLargeError: it is past a limit.
+        UnknownModelError: text was given and there is no tokenizer for the model.
     """
-    if not request.model:
-        raise InputError("model is empty: block keys start from the model's name")
     forms = [
         name
         for name, given in (
-            ("tokens", len(request.tokens)),
-            ("tokens_packed", len(request.tokens_packed)),
+            ("tokens", bool(request.tokens)),
+            ("tokens_packed", bool(request.tokens_packed)),
             ("prompt", bool(request.prompt)),
             ("chat", request.HasField("chat")),
         )
         if given
     ]
     if len(forms) > 1:
-        raise InputError(f"{' and '.join(forms)} are given; give one form of input")
-    if request.truncation_side not in _SIDES:
-        raise InputError(f"truncation_side is {request.truncation_side!r}; give left or right")
-    began = time.perf_counter()
-    packed, tokenizer = await _tokens(request, forms[0] if forms else "", pool, settings)
-    spent = (time.perf_counter() - began) * 1000
-    prompt = Prompt(
-        model=request.model,
-        packed=packed,
-        lora=request.lora,
-        cache_salt=request.cache_salt,
-        pods=tuple(request.pods),
-        multimodal=tuple((item.identifier, item.offset, item.length) for item in request.multimodal if item.length),
-        usable_only=request.usable_only,
-    )
-    return Input(prompt, spent if tokenizer else 0.0, tokenizer)
-
-
-async def _tokens(
-    request: pb.ScoreRequest, form: str, pool: TokenizerPool, settings: ScorerSettings
-) -> tuple[bytes, str]:
-    if form == "tokens_packed":
+        raise InputError(f"give one form of input, not {' and '.join(forms)}")
+    if not request.model:
+        raise InputError("model: missing; block keys differ by model")
+    if not forms:
+        return Tokens(b"", "")
+    if request.tokens:
+        packed = Tokens(pack(request.tokens), "")
+    elif request.tokens_packed:
         if len(request.tokens_packed) % TOKEN_BYTES:
-            raise InputError(f"tokens_packed has {len(request.tokens_packed)} bytes; expected 4 a token")
-        return _cut(request, request.tokens_packed), ""
-    if form == "tokens":
-        return _cut(request, pack(list(request.tokens))), ""
-    truncate = Truncation(request.truncate_tokens, _side(request)) if request.truncate_tokens else None
-    if form == "prompt":
+            raise InputError(f"tokens_packed: {len(request.tokens_packed)} bytes are no multiple of {TOKEN_BYTES}")
+        packed = Tokens(request.tokens_packed, "")
+    else:
+        packed = await _tokenized(request, settings, pool)
+    if forms[0].startswith("tokens") and request.truncate_tokens:
+        packed = Tokens(_truncated(packed.packed, request), "")
+    if packed.tokens > settings.max_tokens:
+        raise TooLargeError(f"{packed.tokens} tokens; at most {settings.max_tokens} (max_tokens)")
+    return packed
+
+
+def _truncated(packed: bytes, request: pb.ScoreRequest) -> bytes:
+    keep = request.truncate_tokens * TOKEN_BYTES
+    if request.truncation_side == "left":
+        return packed[-keep:]
+    if request.truncation_side not in _SIDES:
+        raise InputError(f"truncation_side: {request.truncation_side!r} is neither left nor right")
+    return packed[:keep]
+
+
+async def _tokenized(request: pb.ScoreRequest, settings: ScorerSettings, pool: TokenizerPool | None) -> Tokens:
+    if pool is None:
+        raise UnknownModelError(f"no tokenizer for {request.model!r} here: this scorer takes token ids only")
+    if request.truncation_side not in _SIDES:
+        raise InputError(f"truncation_side: {request.truncation_side!r} is neither left nor right")
+    truncate = None
+    if request.truncate_tokens:
+        truncate = Truncation(request.truncate_tokens, _SIDES[request.truncation_side])
+    if request.HasField("chat"):
+        chat = chat_input(request.chat, settings)
+        encoded = await pool.encode_chat(request.model, chat, truncate=truncate)
+    else:
         if len(request.prompt) > settings.max_prompt_bytes:
-            raise TooLargeError(
-                f"prompt of {len(request.prompt)} characters is over max_prompt_bytes, {settings.max_prompt_bytes}"
-            )
+            raise TooLargeError(f"prompt: at most {settings.max_prompt_bytes} bytes (max_prompt_bytes)")
         special = request.add_special_tokens if request.HasField("add_special_tokens") else True
-        encoded = await pool.encode(request.model, request.prompt, special, truncate)
-        return encoded.ids, encoded.backend
-    if form == "chat":
-        if len(request.chat.messages) > settings.max_messages:
-            raise TooLargeError(f"{len(request.chat.messages)} messages are over max_messages, {settings.max_messages}")
-        encoded = await pool.encode_chat(request.model, chat_input(request.chat), truncate)
-        return encoded.ids, encoded.backend
-    return b"", ""
+        encoded = await pool.encode(request.model, request.prompt, add_special_tokens=special, truncate=truncate)
+    return Tokens(encoded.ids, encoded.backend or "local")
 
 
-def _side(request: pb.ScoreRequest) -> Any:
-    return request.truncation_side or None
-
-
-def _cut(request: pb.ScoreRequest, packed: bytes) -> bytes:
-    size = request.truncate_tokens * TOKEN_BYTES
-    if not size or len(packed) <= size:
-        return packed
-    return packed[-size:] if request.truncation_side == "left" else packed[:size]
-
-
-def chat_input(chat: pb.Chat) -> ChatInput:
-    """Return a chat in the words of the tokenizer pool.
+def chat_input(chat: pb.Chat, settings: ScorerSettings) -> ChatInput:
+    """Return a chat as tokenization takes it.
 
     Raises:
-        InputError: a JSON field is no JSON, or not of the kind it must be.
+        InputError: a JSON field is not what it says.
+        TooLargeError: more messages or text than the limits allow.
     """
+    if len(chat.messages) > settings.max_messages:
+        raise TooLargeError(f"chat: {len(chat.messages)} messages; at most {settings.max_messages} (max_messages)")
+    if chat.ByteSize() > settings.max_prompt_bytes:
+        raise TooLargeError(f"chat: {chat.ByteSize()} bytes; at most {settings.max_prompt_bytes} (max_prompt_bytes)")
     return ChatInput(
-        messages=[_message(number, message) for number, message in enumerate(chat.messages)],
-        tools=_json("chat.tools_json", chat.tools_json, list),
-        documents=_json("chat.documents_json", chat.documents_json, list),
+        messages=[_message(message, number) for number, message in enumerate(chat.messages)],
+        tools=_json(chat.tools_json, "tools_json", list),
+        documents=_json(chat.documents_json, "documents_json", list),
         chat_template=chat.chat_template or None,
-        add_generation_prompt=(
-            chat.add_generation_prompt if chat.HasField("add_generation_prompt") else not chat.continue_final_message
-        ),
+        add_generation_prompt=chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True,
         continue_final_message=chat.continue_final_message,
-        kwargs=_json("chat.template_kwargs_json", chat.template_kwargs_json, dict) or {},
+        kwargs=_json(chat.template_kwargs_json, "template_kwargs_json", dict) or {},
     )
 
 
-def _message(number: int, message: pb.ChatMessage) -> dict[str, Any]:
+def _message(message: pb.ChatMessage, number: int) -> Mapping[str, Any]:
     where = f"chat.messages[{number}]"
-    found: dict[str, Any] = {"role": message.role}
-    parts = _json(f"{where}.parts_json", message.parts_json, list)
-    calls = _json(f"{where}.tool_calls_json", message.tool_calls_json, list)
-    found["content"] = parts if parts is not None else (None if calls and not message.content else message.content)
+    fields: dict[str, Any] = {"role": message.role}
+    parts = _json(message.parts_json, f"{where}.parts_json", list)
+    fields["content"] = message.content if parts is None else parts
+    calls = _json(message.tool_calls_json, f"{where}.tool_calls_json", list)
     if calls is not None:
-        found["tool_calls"] = calls
+        fields["tool_calls"] = calls
     if message.tool_call_id:
-        found["tool_call_id"] = message.tool_call_id
+        fields["tool_call_id"] = message.tool_call_id
     if message.name:
-        found["name"] = message.name
-    return found | (_json(f"{where}.extra_json", message.extra_json, dict) or {})
+        fields["name"] = message.name
+    return fields | (_json(message.extra_json, f"{where}.extra_json", dict) or {})
 
 
-def _json(where: str, text: str, kind: type) -> Any:
+def _json(text: str, where: str, kind: type) -> Any:
     if not text:
         return None
     try:
         value = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{where} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON: {error}") from error
     if not isinstance(value, kind):
-        raise InputError(f"{where} is a JSON {type(value).__name__}; expected a {kind.__name__}")
+        raise InputError(f"{where}: not a JSON {'array' if kind is list else 'object'}")
     return value
+
+
+def keys_of(request: pb.ScoreRequest, packed: bytes, block_size_tokens: int) -> list[bytes]:
+    """Return the block keys that can matter to any pod, first block first.
+
+    Raises:
+        InputError: a multimodal item lies outside the prompt.
+    """
+    count = len(packed) // TOKEN_BYTES
+    blocks = blocks_to_ask(count, block_size_tokens, whole_prompt=not request.usable_only)
+    root = root_key(request.model, request.lora or None, request.cache_salt or None)
+    extra = None
+    if request.multimodal:
+        extra = multimodal_extra(_items(request.multimodal, count), block_size_tokens, blocks)
+    return block_keys(root, packed[: blocks * block_size_tokens * TOKEN_BYTES], block_size_tokens, extra)
+
+
+def _items(items: Sequence[pb.MultimodalItem], tokens: int) -> list[tuple[str, int, int]]:
+    for number, item in enumerate(items):
+        if not item.identifier or not item.length or item.offset + item.length > tokens:
+            raise InputError(
+                f"multimodal[{number}]: needs an identifier and a range inside the prompt of {tokens} tokens, "
+                f"has offset {item.offset} and length {item.length}"
+            )
+    return [(item.identifier, item.offset, item.length) for item in items]

@@ -21,7 +21,7 @@ class ScorerSettings(Section, frozen=True, kw_only=True):
         str, Meta(description="address of /metrics, /healthz and /readyz, host:port; empty: none")
     ] = ""
     reflection: Annotated[bool, Meta(description="serve gRPC reflection")] = False
-    compat: Annotated[bool, Meta(description="serve llm-d's indexer.v1 and tokenization services as well")] = True
+    compat: Annotated[bool, Meta(description="serve llm-d's indexer.v1 and tokenization services as well")] = False
     name: Annotated[str, Meta(description="this scorer's name in decisions; empty: host and process")] = ""
 
     block_size_tokens: Annotated[
@@ -88,9 +88,7 @@ class ScorerSettings(Section, frozen=True, kw_only=True):
 
     tls_certfile: Annotated[str, Meta(description="server certificate chain (PEM); turns TLS on")] = ""
     tls_keyfile: Annotated[str, Meta(description="key of the server certificate (PEM)")] = ""
-    tls_client_cafile: Annotated[
-        str, Meta(description="CA of client certificates (PEM); turns mutual TLS on")
-    ] = ""
+    tls_client_cafile: Annotated[str, Meta(description="CA of client certificates (PEM); turns mutual TLS on")] = ""
     tokens_file: Annotated[
         str,
         Meta(description="TOML file of bearer tokens with their roles and tenants; empty: no tokens are asked for"),

@@ -328,9 +328,7 @@ class _Request:
                 owners[state.partition] = state.owner
             before = self.seen.get(state.partition)
             if before is None or before.role != ACTIVE:
-                self.seen[state.partition] = Seen(
-                    role, response.worker, state.applied_offset, state.applied_receive_ns
-                )
+                self.seen[state.partition] = Seen(role, response.worker, state.applied_offset, state.applied_receive_ns)
         table = [b"", *response.values]
         values = self._values
         if NOT_ANSWERED not in index and positions is None:
@@ -345,8 +343,4 @@ class _Request:
 
     def _unanswered(self, where: Iterable[int], index: Iterable[int]) -> set[int]:
         numbers = self._numbers
-        return {
-            int(numbers[position])
-            for position, number in zip(where, index, strict=True)
-            if number == NOT_ANSWERED
-        }
+        return {int(numbers[position]) for position, number in zip(where, index, strict=True) if number == NOT_ANSWERED}

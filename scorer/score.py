@@ -57,6 +57,7 @@ class Weights(msgspec.Struct, frozen=True, kw_only=True):
         speculative: weight of a block that only a recent decision vouches for.
         suspect_factor: multiplies blocks seen before an unrepaired gap of the pod; 0 makes them worth nothing
             and ends the walk there (strict gaps).
+        end_at_zero: a tier of weight 0 does not hold the block at all.
     """
 
     gpu: float = 1.0
@@ -66,6 +67,7 @@ class Weights(msgspec.Struct, frozen=True, kw_only=True):
     unknown: float = 0.1
     speculative: float = 0.9
     suspect_factor: float = 0.5
+    end_at_zero: bool = False
 
     def of(self, tier: int) -> float:
         """Return the weight of one block on a tier."""
@@ -225,7 +227,7 @@ class Scene:
                 grade = self._grade(pod, tier, epoch)
                 if grade is not None:
                     _offer(offers, pod, group, kind, grade)
-            elif tier == _SHARED:
+            elif tier == _SHARED and not (self.weights.end_at_zero and self.weights.shared <= 0):
                 grade = Grade(self._weight_of[_SHARED], _SHARED, suspect=False)
                 for pod in self.fleet.by_store.get(ref, ()):
                     # Only the same model's pods can read these blocks.
@@ -241,6 +243,8 @@ class Scene:
         if epoch < pod.valid_from or (tier in (_GPU, SPECULATIVE) and epoch < pod.gpu_valid_from):
             return None
         weight = self._weight_of.get(tier, self.weights.unknown)
+        if weight <= 0 and self.weights.end_at_zero:
+            return None
         if epoch >= pod.suspect_before:
             return Grade(weight, tier, suspect=False)
         if self.weights.suspect_factor <= 0:

@@ -132,9 +132,7 @@ class WorkerTable:
         self._routes = {}
         for partition in owners.keys() | standbys.keys() | expired.keys():
             # Two owners overlap while partitions move: the later assignment is right.
-            ranked = sorted(
-                owners.get(partition, []), key=lambda r: (r.generation, r.updated_ns), reverse=True
-            )
+            ranked = sorted(owners.get(partition, []), key=lambda r: (r.generation, r.updated_ns), reverse=True)
             behind = sorted(
                 standbys.get(partition, []), key=lambda r: r.offsets.get(partition, -1), reverse=True
             ) + sorted(expired.get(partition, []), key=lambda r: r.updated_ns, reverse=True)

@@ -1,0 +1,134 @@
+"""``kvatlas score``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from google.protobuf.json_format import MessageToDict
+
+from kvatlas.bridge.errors import SettingsError
+from kvatlas.scorer.client import ScorerClient, score_request
+from kvatlas.scorer.v1 import scorer_pb2 as pb
+
+HELP: Final = "ask a scorer for scores"
+_KNOWN: Final = (
+    "tokens",
+    "prompt",
+    "messages",
+    "lora",
+    "cache_salt",
+    "pods",
+    "model",
+    "request_id",
+    "strategy",
+    "usable_only",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this subcommand."""
+    add_connection(parser)
+    parser.add_argument("--model", default="", help="model name, where a request names none")
+    parser.add_argument(
+        "--input", default="-", metavar="FILE", help="JSON lines, one request a line; - reads standard input"
+    )
+    parser.add_argument("--prompt", help="score this text instead of --input")
+    parser.add_argument("--json", action="store_true", help="one JSON answer a line, in the order of the requests")
+
+
+def add_connection(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which scorer to ask."""
+    parser.add_argument("--scorer", default="127.0.0.1:50051", metavar="ADDR", help="host:port or unix:PATH")
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="file that holds the bearer token")
+    parser.add_argument("--timeout", type=float, default=10.0, metavar="SECONDS", help="deadline of a request")
+
+
+def connect(args: argparse.Namespace) -> ScorerClient:
+    """Return the client that the flags describe.
+
+    Raises:
+        SettingsError: the token file cannot be read.
+    """
+    token = ""
+    if args.token_file is not None:
+        try:
+            token = args.token_file.read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise SettingsError(f"--token-file {args.token_file}: {error.strerror}") from error
+    return ScorerClient(args.scorer, token=token, timeout_seconds=args.timeout)
+
+
+def requests_of(args: argparse.Namespace) -> Iterator[pb.ScoreRequest]:
+    """Yield the requests of ``--prompt`` or ``--input``.
+
+    Raises:
+        SettingsError: the file cannot be read, or a line is no request; names the line.
+    """
+    if args.prompt is not None:
+        yield score_request(args.model, prompt=args.prompt)
+        return
+    try:
+        lines = sys.stdin if args.input == "-" else Path(args.input).open(encoding="utf-8")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise SettingsError(f"--input {args.input}: {error.strerror}") from error
+    with lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield _request(line, args.model, f"{args.input}:{number}")
+
+
+def _request(line: str, model: str, where: str) -> pb.ScoreRequest:
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise SettingsError(f"{where}: not JSON: {error}") from error
+    if not isinstance(fields, dict) or (unknown := fields.keys() - set(_KNOWN)):
+        raise SettingsError(f"{where}: not a request; known fields are {', '.join(_KNOWN)}, found {line.strip()[:80]}")
+    del unknown
+    given = {name: value for name, value in fields.items() if value is not None}
+    try:
+        return score_request(given.pop("model", model), **given)
+    except (TypeError, ValueError, KeyError, OverflowError, AttributeError) as error:
+        raise SettingsError(f"{where}: {error}") from error
+
+
+def answer(response: pb.ScoreResponse) -> dict[str, Any]:
+    """Return an answer as ``--json`` prints it."""
+    found: dict[str, Any] = MessageToDict(
+        response, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    freshness = found.setdefault("freshness", {})
+    for name, default in (("partial", False), ("standby", False), ("partitions", []), ("pods", {})):
+        freshness.setdefault(name, default)
+    return found
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ask for every request and print the answers in order."""
+    with connect(args) as client:
+        for request in requests_of(args):
+            response: pb.ScoreResponse = client.call("Score", request)
+            if args.json:
+                print(json.dumps(answer(response)), flush=True)
+            else:
+                _print(response)
+    return 0
+
+
+def _print(response: pb.ScoreResponse) -> None:
+    flags = "".join(
+        text
+        for on, text in ((response.freshness.partial, ", PARTIAL"), (response.freshness.standby, ", from a standby"))
+        if on
+    )
+    print(f"{response.prompt_tokens} tokens, {response.blocks} blocks of {response.block_size_tokens}{flags}")
+    for pod, entry in sorted(response.scores.items(), key=lambda item: (-item[1].score, item[0])):
+        tiers = " ".join(f"{tier}={count}" for tier, count in sorted(entry.tiers.items()))
+        print(f"  {pod:40} {entry.score:10.2f}  {entry.matched_tokens:8} tokens  {tiers}")
+    if not response.scores:
+        print("  no pod holds its beginning")

@@ -1,0 +1,54 @@
+"""``kvatlas scorer``."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from typing import Any, Final
+
+from kvatlas.bridge.telemetry import configure_logging
+from kvatlas.deploy.commands import common
+from kvatlas.scorer.service import ScorerService
+
+HELP: Final = "answer which pod holds a prompt's prefix"
+_SECTIONS: Final = ("kafka", "log", "scorer", "tokenizer")
+
+
+def _names() -> tuple[str, ...]:
+    return tuple(name for name in _SECTIONS if name in common.SECTIONS)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this subcommand."""
+    common.add_sections(parser, *_names())
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM or Ctrl-C; prints ``ready scorer=HOST:PORT`` once scores can be asked for."""
+    sections = common.load_sections(args)
+    configure_logging(sections["log"], "scorer")
+    try:
+        import uvloop  # noqa: PLC0415 - faster where it is installed
+
+        runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+    except ImportError:
+        runner = asyncio.Runner()
+    with runner:
+        runner.run(_serve(sections))
+    return 0
+
+
+async def _serve(sections: dict[str, Any]) -> None:
+    stop = common.async_stop_event()
+    service = ScorerService(sections["scorer"], sections["kafka"], tokenizer=sections.get("tokenizer"))
+    try:
+        await service.start()
+        ready = asyncio.ensure_future(service.ready.wait())
+        stopping = asyncio.ensure_future(stop.wait())
+        await asyncio.wait({ready, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if ready.done():
+            print(f"ready scorer={service.address}", flush=True)
+        ready.cancel()
+        await stopping
+    finally:
+        await service.stop()

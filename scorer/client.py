@@ -1,0 +1,226 @@
+"""Clients of a scorer, async and sync, over gRPC."""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Final, Self
+
+import grpc
+import grpc.aio
+
+from kvatlas.scorer.errors import ClientError
+from kvatlas.scorer.v1 import scorer_pb2 as pb
+from kvatlas.scorer.v1 import scorer_pb2_grpc as pb_grpc
+
+_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+)
+
+
+def score_request(
+    model: str,
+    *,
+    tokens: Sequence[int] | bytes | None = None,
+    prompt: str | None = None,
+    messages: Sequence[Mapping[str, Any]] | None = None,
+    lora: str | None = None,
+    cache_salt: str | None = None,
+    pods: Sequence[str] = (),
+    **more: Any,
+) -> pb.ScoreRequest:
+    """Build a request.
+
+    Args:
+        model: model name.
+        tokens: token ids, or packed little-endian u32; they travel packed.
+        prompt: text.
+        messages: chat messages with ``role`` and text ``content``.
+        lora: adapter name.
+        cache_salt: salt of the tenant.
+        pods: pod ids to consider; empty means all.
+        more: further fields of ``ScoreRequest``.
+    """
+    request = pb.ScoreRequest(model=model, lora=lora or "", cache_salt=cache_salt or "", pods=pods, **more)
+    if tokens is not None:
+        request.tokens_packed = tokens if isinstance(tokens, bytes) else _pack(tokens)
+    if prompt is not None:
+        request.prompt = prompt
+    for message in messages or ():
+        request.chat.messages.add(role=message["role"], content=message.get("content") or "")
+    return request
+
+
+def _pack(tokens: Sequence[int]) -> bytes:
+    packed = array("I", tokens)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def channel_credentials(
+    ca: bytes | None, certificate: bytes | None = None, key: bytes | None = None
+) -> grpc.ChannelCredentials:
+    """Return TLS credentials: the server's CA, and the client's own pair for mutual TLS."""
+    return grpc.ssl_channel_credentials(ca, key, certificate)
+
+
+class ScorerClient:
+    """A blocking client; use as a context manager."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str = "",
+        credentials: grpc.ChannelCredentials | None = None,
+        timeout_seconds: float = 10.0,
+    ) -> None:
+        """Connect on first use.
+
+        Args:
+            address: ``host:port`` or ``unix:PATH``.
+            token: bearer token.
+            credentials: TLS credentials; None connects in the clear.
+            timeout_seconds: deadline of each call.
+        """
+        self._channel = (
+            grpc.insecure_channel(address, options=_OPTIONS)
+            if credentials is None
+            else grpc.secure_channel(address, credentials, options=_OPTIONS)
+        )
+        self._stub: Any = pb_grpc.ScorerStub(self._channel)
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._timeout = timeout_seconds
+
+    def call(self, name: str, request: Any) -> Any:
+        """Call one unary RPC by name.
+
+        Raises:
+            ClientError: the scorer refused it or could not be reached.
+        """
+        try:
+            return getattr(self._stub, name)(request, timeout=self._timeout, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise _client_error(error) from error
+
+    def score(self, model: str, **fields: Any) -> pb.ScoreResponse:
+        """Score one prompt; arguments of :func:`score_request`.
+
+        Raises:
+            ClientError: the scorer refused it or could not be reached.
+        """
+        answer: pb.ScoreResponse = self.call("Score", score_request(model, **fields))
+        return answer
+
+    def list_pods(self, model: str = "", *, gone: bool = False) -> list[pb.PodInfo]:
+        """List the pods.
+
+        Raises:
+            ClientError: the scorer refused it or could not be reached.
+        """
+        return list(self.call("ListPods", pb.ListPodsRequest(model=model, all=gone)).pods)
+
+    def watch_pods(self, model: str = "", *, gone: bool = False) -> Iterator[pb.PodInfo]:
+        """Yield all pods, then each change, until the caller stops.
+
+        Raises:
+            ClientError: the scorer refused it or went away.
+        """
+        try:
+            yield from self._stub.WatchPods(pb.ListPodsRequest(model=model, all=gone), metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise _client_error(error) from error
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncScorerClient:
+    """The same for asyncio; use as an async context manager."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str = "",
+        credentials: grpc.ChannelCredentials | None = None,
+        timeout_seconds: float = 10.0,
+    ) -> None:
+        """Connect on first use; arguments as for :class:`ScorerClient`."""
+        self._channel = (
+            grpc.aio.insecure_channel(address, options=_OPTIONS)
+            if credentials is None
+            else grpc.aio.secure_channel(address, credentials, options=_OPTIONS)
+        )
+        self._stub: Any = pb_grpc.ScorerStub(self._channel)
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._timeout = timeout_seconds
+
+    async def call(self, name: str, request: Any) -> Any:
+        """Call one unary RPC by name.
+
+        Raises:
+            ClientError: the scorer refused it or could not be reached.
+        """
+        try:
+            return await getattr(self._stub, name)(request, timeout=self._timeout, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise _client_error(error) from error
+
+    async def score(self, model: str, **fields: Any) -> pb.ScoreResponse:
+        """Score one prompt; arguments of :func:`score_request`.
+
+        Raises:
+            ClientError: the scorer refused it or could not be reached.
+        """
+        answer: pb.ScoreResponse = await self.call("Score", score_request(model, **fields))
+        return answer
+
+    async def list_pods(self, model: str = "", *, gone: bool = False) -> list[pb.PodInfo]:
+        """List the pods.
+
+        Raises:
+            ClientError: the scorer refused it or could not be reached.
+        """
+        return list((await self.call("ListPods", pb.ListPodsRequest(model=model, all=gone))).pods)
+
+    async def watch_pods(self, model: str = "", *, gone: bool = False) -> AsyncIterator[pb.PodInfo]:
+        """Yield all pods, then each change, until the caller stops.
+
+        Raises:
+            ClientError: the scorer refused it or went away.
+        """
+        try:
+            async for info in self._stub.WatchPods(pb.ListPodsRequest(model=model, all=gone), metadata=self._metadata):
+                yield info
+        except grpc.RpcError as error:
+            raise _client_error(error) from error
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+def _client_error(error: Any) -> ClientError:
+    return ClientError(error.code().name, error.details() or "no reason given")

@@ -1,0 +1,418 @@
+"""What a scorer does, whatever asks it: the operations on the messages of ``scorer.proto``, without transport."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from kvatlas.bridge.block_key import KEY_BYTES, partition_of
+from kvatlas.bridge.errors import KvatlasError
+from kvatlas.bridge.records import DecisionRecord, PodRecord
+from kvatlas.scorer import inputs
+from kvatlas.scorer.decisions import OUTCOME, Decisions, judge
+from kvatlas.scorer.errors import InputError, NotReadyError, TooLargeError, UnknownRequestError
+from kvatlas.scorer.explain import block_infos, walk_ends
+from kvatlas.scorer.options import ScorerSettings
+from kvatlas.scorer.pick import choose
+from kvatlas.scorer.pods import PodTable
+from kvatlas.scorer.reader import STANDBY, Lookups, Seen
+from kvatlas.scorer.score import Match, Walk
+from kvatlas.scorer.strategies import Strategy, Weighing
+from kvatlas.scorer.tokenization.pool import TokenizerPool
+from kvatlas.scorer.v1 import scorer_pb2 as pb
+
+_GROWTH = 4
+
+
+class Scored(NamedTuple):
+    """One scored prompt with what it was made of."""
+
+    response: pb.ScoreResponse
+    keys: list[bytes]
+    values: list[bytes | None]
+    matches: list[Match]
+
+
+class Remembered(NamedTuple):
+    """What ReportDecision needs of a prompt that was scored before."""
+
+    model: str
+    keys: list[bytes]
+    scores: dict[str, tuple[float, int]]
+    partitions: dict[int, int]
+
+
+class Core:
+    """Scores prompts against the pods and the index.
+
+    Attributes:
+        pods: the pods as ``kv-pods`` tells them.
+        decisions: open decisions, which hold blocks speculatively.
+    """
+
+    def __init__(
+        self,
+        settings: ScorerSettings,
+        pods: PodTable,
+        lookups: Lookups,
+        *,
+        block_size: Callable[[], int | None],
+        pool: TokenizerPool | None = None,
+        decisions: Decisions | None = None,
+        clock_ns: Callable[[], int] = time.time_ns,
+        observe: Callable[[str, float], None] = lambda _stage, _seconds: None,
+        partition_count: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            settings: weights, limits, deadlines.
+            pods: table that a follower feeds.
+            lookups: where block keys are looked up.
+            block_size: canonical block size in tokens, None while unknown.
+            pool: tokenizers; None takes token ids only.
+            decisions: open decisions; None for none.
+            clock_ns: wall clock in ns, for ages.
+            observe: told of each stage's duration in seconds.
+            partition_count: partitions of ``kv-blocks``, 0 while unknown; for Explain.
+        """
+        self.pods = pods
+        self.decisions = decisions or Decisions(settings)
+        self._settings = settings
+        self._lookups = lookups
+        self._block_size = block_size
+        self._pool = pool
+        self._clock_ns = clock_ns
+        self._observe = observe
+        self._partition_count = partition_count
+        self._weighing = Weighing(settings)
+        self._remembered: OrderedDict[str, Remembered] = OrderedDict()
+
+    def unready(self) -> str | None:
+        """Return why no score can be given now, None when it can."""
+        if self._block_size() is None:
+            return "the canonical block size is not known yet: no worker has announced itself"
+        return self._lookups.unready() if self._settings.require_workers else None
+
+    async def score(self, request: pb.ScoreRequest, deadline: float | None = None) -> pb.ScoreResponse:
+        """Score one prompt; ``deadline`` in monotonic seconds.
+
+        Raises:
+            ScorerError: the request cannot be scored; see :mod:`kvatlas.scorer.errors`.
+        """
+        return (await self.run(request, deadline)).response
+
+    async def run(self, request: pb.ScoreRequest, deadline: float | None = None, *, all_blocks: bool = False) -> Scored:
+        """Score one prompt and keep what was found; ``all_blocks`` looks past the end of the walk.
+
+        Raises:
+            ScorerError: the request cannot be scored.
+        """
+        clock = time.perf_counter
+        began = clock()
+        if (why := self.unready()) is not None:
+            raise NotReadyError(f"not ready: {why}")
+        size = self._block_size() or 16
+        self.pods.set_block_size(size)
+        strategy, weights = self._weighing.of(request.model, request.strategy)
+        tokens = await inputs.tokens_of(request, self._settings, self._pool)
+        tokenized = clock()
+        keys = inputs.keys_of(request, tokens.packed, size)
+        hashed = clock()
+        fleet = self.pods.fleet
+        steps = Walk(
+            fleet.scene(request.model, weights), tokens.tokens, pods=request.pods, whole_prompt=not request.usable_only
+        )
+        values, seen, looked = await self._walk(keys, steps, deadline, all_blocks=all_blocks)
+        matches = steps.matches()
+        response = pb.ScoreResponse(
+            prompt_tokens=tokens.tokens, block_size_tokens=size, blocks=len(keys), tokenizer=tokens.backend
+        )
+        self._fill(response, matches, strategy, len(keys))
+        self._freshness(response.freshness, matches, seen, partial=steps.partial)
+        done = clock()
+        stages = response.stages
+        stages.tokenize_ms = (tokenized - began) * 1e3
+        stages.keys_ms = (hashed - tokenized) * 1e3
+        stages.lookup_ms = looked * 1e3
+        stages.score_ms = (done - hashed - looked) * 1e3
+        observe = self._observe
+        observe("tokenize", tokenized - began)
+        observe("keys", hashed - tokenized)
+        observe("lookup", looked)
+        observe("score", done - hashed - looked)
+        if request.request_id:
+            self._remember(request, keys, response, seen)
+        return Scored(response, keys, values, matches)
+
+    async def _walk(
+        self, keys: list[bytes], steps: Walk, deadline: float | None, *, all_blocks: bool
+    ) -> tuple[list[bytes | None], dict[int, Seen], float]:
+        """Look up and walk in rounds that grow, until no pod is walking; returns values, partitions, seconds."""
+        settings = self._settings
+        if deadline is None:
+            deadline = time.monotonic() + settings.deadline_ms / 1e3
+        now_ns = self._clock_ns()
+        values: list[bytes | None] = []
+        seen: dict[int, Seen] = {}
+        spent = 0.0
+        chunk = settings.lookup_chunk_blocks
+        walking = True
+        while len(values) < len(keys) and (walking or all_blocks):
+            part = keys[len(values) : len(values) + chunk]
+            began = time.perf_counter()
+            answers = await self._lookups.lookup(part, deadline)
+            spent += time.perf_counter() - began
+            _merge(seen, answers.partitions)
+            found = self.decisions.overlay(part, answers.values, now_ns)
+            values.extend(found)
+            walking = walking and steps.feed(found)
+            chunk = min(chunk * _GROWTH, settings.lookup_chunk_max_blocks)
+        return values, seen, spent
+
+    @staticmethod
+    def _fill(response: pb.ScoreResponse, matches: Sequence[Match], strategy: Strategy, blocks: int) -> None:
+        scores = response.scores
+        for match in matches:
+            entry = scores[match.pod.name]
+            entry.score = strategy.score(match, blocks)
+            entry.matched_blocks = match.blocks
+            entry.matched_tokens = match.tokens
+            for name, count in match.tiers.items():
+                entry.tiers[name] = count
+            if match.suspect:
+                entry.suspect_blocks = match.suspect
+            if match.speculative:
+                entry.speculative_blocks = match.speculative
+            if match.pod.approximate:
+                entry.approximate = True
+
+    def _freshness(
+        self, freshness: pb.Freshness, matches: Sequence[Match], seen: Mapping[int, Seen], *, partial: bool
+    ) -> None:
+        freshness.partial = partial
+        for number, state in sorted(seen.items()):
+            freshness.partitions.add(
+                partition=number,
+                applied_offset=state.applied_offset,
+                applied_receive_ns=state.applied_receive_ns,
+                role=state.role,
+                worker=state.worker,
+            )
+            if state.role == STANDBY:
+                freshness.standby = True
+        now = self._clock_ns()
+        for match in matches:
+            record = self.pods.merged.get(match.pod.name)
+            if record is not None:
+                entry = freshness.pods[match.pod.name]
+                entry.last_sequence = record.last_sequence
+                entry.age_ms = age_ms(record, now)
+                entry.state = record.state
+                entry.epoch = record.epoch
+
+    def _remember(
+        self, request: pb.ScoreRequest, keys: list[bytes], response: pb.ScoreResponse, seen: Mapping[int, Seen]
+    ) -> None:
+        if not self._settings.remembered_requests:
+            return
+        best = sorted(response.scores.items(), key=lambda item: -item[1].score)[:16]
+        self._remembered[request.request_id] = Remembered(
+            request.model,
+            keys,
+            {pod: (entry.score, entry.matched_blocks) for pod, entry in best},
+            {number: state.applied_offset for number, state in seen.items()},
+        )
+        self._remembered.move_to_end(request.request_id)
+        while len(self._remembered) > self._settings.remembered_requests:
+            self._remembered.popitem(last=False)
+
+    async def score_batch(self, request: pb.ScoreBatchRequest, deadline: float | None = None) -> pb.ScoreBatchResponse:
+        """Score many prompts; one that cannot be scored carries its error and does not stop the others.
+
+        Raises:
+            TooLargeError: more requests than a batch may have.
+        """
+        if len(request.requests) > self._settings.max_batch:
+            raise TooLargeError(f"{len(request.requests)} requests; at most {self._settings.max_batch} (max_batch)")
+        answer = pb.ScoreBatchResponse()
+        for one in request.requests:
+            try:
+                answer.responses.append(await self.score(one, deadline))
+            except NotReadyError:
+                raise
+            except KvatlasError as error:
+                answer.responses.add(error=f"{type(error).__name__.removesuffix('Error')}: {error}")
+        return answer
+
+    async def pick(self, request: pb.PickRequest, deadline: float | None = None) -> pb.PickResponse:
+        """Choose a pod: cached share of the prompt combined with load.
+
+        Raises:
+            ScorerError: the prompt cannot be scored, or a weight makes no sense.
+            NotReadyError: no pod serves this model.
+        """
+        wanted = request.request
+        scored = await self.run(wanted, deadline)
+        allowed = set(wanted.pods)
+        pods = [r for r in self.pods.listed(wanted.model) if not allowed or r.pod in allowed]
+        response = choose(request, scored.response, pods, self._settings)
+        if request.report and response.pod:
+            self._decide(wanted.request_id, response.pod, scored, wanted.model, policy="pick", ttl_ms=0)
+        return response
+
+    async def explain(self, request: pb.ScoreRequest, deadline: float | None = None) -> pb.ExplainResponse:
+        """Say block by block who holds the prompt, and why each pod's walk ended.
+
+        Raises:
+            ScorerError: the prompt cannot be scored.
+        """
+        scored = await self.run(request, deadline, all_blocks=True)
+        fleet = self.pods.fleet
+        count = self._partition_count()
+        response = pb.ExplainResponse(
+            blocks=block_infos(scored.keys, scored.values, fleet, lambda key: partition_of(key, count) if count else 0),
+            scored=scored.response,
+        )
+        _, weights = self._weighing.of(request.model, request.strategy)
+        scene = fleet.scene(request.model, weights)
+        for pod, (blocks, reason) in walk_ends(scored, scene, request, response).items():
+            response.walks[pod].matched_blocks = blocks
+            response.walks[pod].reason = reason
+        return response
+
+    async def report(
+        self, request: pb.ReportDecisionRequest, deadline: float | None = None
+    ) -> pb.ReportDecisionResponse:
+        """Note that a request went to a pod, for all scorers.
+
+        Raises:
+            InputError: request id or pod is missing.
+            UnknownRequestError: the prompt was not given and no Score or Pick of this id is remembered.
+            UnknownPodError: no pod of this id is known.
+        """
+        if not request.request_id or not request.pod:
+            raise InputError("request_id and pod: both are needed")
+        known = self._remembered.get(request.request_id)
+        if request.HasField("request"):
+            scored = await self.run(request.request, deadline)
+            return self._decide(
+                request.request_id,
+                request.pod,
+                scored,
+                request.request.model,
+                policy=request.policy,
+                ttl_ms=request.ttl_ms,
+            )
+        if known is None:
+            raise UnknownRequestError(
+                f"request_id {request.request_id!r} was not scored here lately; send the prompt in `request`"
+            )
+        record = self.decisions.decide(
+            request.request_id,
+            self.pods.merged.get(request.pod),
+            pod=request.pod,
+            model=known.model,
+            keys=known.keys,
+            block_size_tokens=self._block_size() or 16,
+            scores=known.scores,
+            partitions=known.partitions,
+            policy=request.policy,
+            ttl_ms=request.ttl_ms,
+            now_ns=self._clock_ns(),
+        )
+        return pb.ReportDecisionResponse(blocks=len(record.keys) // 16, expires_ns=record.expires_ns)
+
+    def _decide(
+        self,
+        request_id: str,
+        pod: str,
+        scored: Scored,
+        model: str,
+        *,
+        policy: str,
+        ttl_ms: int,
+    ) -> pb.ReportDecisionResponse:
+        response, keys = scored.response, scored.keys
+        best = sorted(response.scores.items(), key=lambda item: -item[1].score)[:16]
+        record = self.decisions.decide(
+            request_id,
+            self.pods.merged.get(pod),
+            pod=pod,
+            model=model,
+            keys=keys,
+            block_size_tokens=response.block_size_tokens,
+            scores={name: (entry.score, entry.matched_blocks) for name, entry in best},
+            partitions={p.partition: p.applied_offset for p in response.freshness.partitions},
+            policy=policy,
+            ttl_ms=ttl_ms,
+            now_ns=self._clock_ns(),
+        )
+        return pb.ReportDecisionResponse(blocks=len(record.keys) // 16, expires_ns=record.expires_ns)
+
+    async def judge(self, record: DecisionRecord) -> DecisionRecord:
+        """Compare a decision with what the index shows now; returns its outcome record."""
+        keys = [record.keys[at : at + KEY_BYTES] for at in range(0, len(record.keys), KEY_BYTES)]
+        _, weights = self._weighing.of(record.model)
+        steps = Walk(
+            self.pods.fleet.scene(record.model, weights),
+            len(keys) * record.block_size_tokens,
+            pods=[record.pod],
+            whole_prompt=True,
+        )
+        at, chunk = 0, self._settings.lookup_chunk_blocks
+        deadline = time.monotonic() + self._settings.deadline_ms / 1e3
+        while at < len(keys):
+            answers = await self._lookups.lookup(keys[at : at + chunk], deadline)
+            if not steps.feed(answers.values):
+                break
+            at += chunk
+        found = steps.matches()
+        real = found[0].blocks if found else 0
+        outcome = "" if steps.partial else judge(record, real, self.pods.merged.get(record.pod))
+        return msgspec.structs.replace(
+            record, kind=OUTCOME, keys=b"", real_blocks=real, outcome=outcome, decided_ns=self._clock_ns()
+        )
+
+    def list_pods(self, request: pb.ListPodsRequest) -> pb.ListPodsResponse:
+        """List the pods."""
+        return pb.ListPodsResponse(
+            pods=[self.pod_info(record) for record in self.pods.listed(request.model, gone=request.all)]
+        )
+
+    def pod_info(self, record: PodRecord) -> pb.PodInfo:
+        """Return a pod as the API shows it."""
+        return pb.PodInfo(
+            pod=record.pod,
+            state=record.state,
+            model=record.model,
+            engine=record.engine,
+            endpoint=record.endpoint,
+            epoch=record.epoch,
+            valid_from=record.valid_from,
+            suspect_before=record.suspect_before,
+            block_size_tokens=record.block_size_tokens,
+            dp_rank=record.dp_rank,
+            last_sequence=record.last_sequence,
+            age_ms=age_ms(record, self._clock_ns()),
+            lost=record.lost,
+            store=record.store,
+            load=record.load,
+            approximate=record.approximate,
+        )
+
+
+def age_ms(record: PodRecord, now_ns: int) -> float:
+    """Return the age of a pod's last known message in ms; -1 before the first."""
+    return max(now_ns - record.receive_ns, 0) / 1e6 if record.receive_ns else -1.0
+
+
+def _merge(seen: dict[int, Seen], more: Mapping[int, Seen]) -> None:
+    for number, state in more.items():
+        before = seen.get(number)
+        if before is None or before.role == "active":
+            seen[number] = state

@@ -1,0 +1,456 @@
+"""The scorer as a service: followers of Kafka around a :class:`~kvatlas.scorer.core.Core`, and its gRPC server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import grpc
+import grpc.aio
+import msgspec
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from kvatlas.bridge import records
+from kvatlas.bridge.errors import KvatlasError, SettingsError
+from kvatlas.bridge.kafka import client_config
+from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.telemetry import Telemetry
+from kvatlas.scorer import errors, metrics
+from kvatlas.scorer.core import Core
+from kvatlas.scorer.decisions import Decisions
+from kvatlas.scorer.follow import Follower
+from kvatlas.scorer.options import ScorerSettings
+from kvatlas.scorer.pods import PodTable
+from kvatlas.scorer.reader import Lookups, PartitionRouter
+from kvatlas.scorer.security import Guard, server_credentials, worker_credentials
+from kvatlas.scorer.tokenization.options import TokenizerSettings
+from kvatlas.scorer.tokenization.pool import TokenizerPool
+from kvatlas.scorer.v1 import scorer_pb2 as pb
+from kvatlas.scorer.workers import WorkerTable
+
+log = logging.getLogger(__name__)
+
+SERVICE: Final = "kvatlas.v1.Scorer"
+_HOUSEKEEPING_SECONDS: Final = 1.0
+
+T = TypeVar("T")
+
+#: Operation -> role that a bearer token needs for it.
+ROLE_OF: Final = {
+    "Score": "score",
+    "ScoreBatch": "score",
+    "Pick": "score",
+    "ReportDecision": "score",
+    "Explain": "explain",
+    "ListPods": "explain",
+    "WatchPods": "explain",
+}
+
+_CODES: Final[tuple[tuple[type[KvatlasError], grpc.StatusCode], ...]] = (
+    (errors.TooLargeError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (errors.InputError, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.UnknownModelError, grpc.StatusCode.NOT_FOUND),
+    (errors.UnknownPodError, grpc.StatusCode.NOT_FOUND),
+    (errors.UnknownRequestError, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.AuthError, grpc.StatusCode.UNAUTHENTICATED),
+    (errors.ForbiddenError, grpc.StatusCode.PERMISSION_DENIED),
+    (errors.BusyError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (errors.DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (errors.NotReadyError, grpc.StatusCode.UNAVAILABLE),
+)
+
+
+def code_of(error: KvatlasError) -> grpc.StatusCode:
+    """Return the gRPC status code of an error of ours."""
+    for kind, code in _CODES:
+        if isinstance(error, kind):
+            return code
+    return grpc.StatusCode.UNAVAILABLE if error.retriable else grpc.StatusCode.INTERNAL
+
+
+class ScorerFront:
+    """The RPCs of ``kvatlas.v1.Scorer`` over a core: limits, roles, status codes."""
+
+    def __init__(self, core: Core, settings: ScorerSettings, guard: Guard) -> None:
+        self._core = core
+        self._settings = settings
+        self._guard = guard
+        self._running = 0
+        self._watchers = 0
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """Return the handler to add to a server."""
+        unary: dict[str, tuple[Any, Any]] = {
+            "Score": (self._score, pb.ScoreRequest),
+            "ScoreBatch": (self._batch, pb.ScoreBatchRequest),
+            "Pick": (self._pick, pb.PickRequest),
+            "Explain": (self._explain, pb.ScoreRequest),
+            "ReportDecision": (self._report, pb.ReportDecisionRequest),
+            "ListPods": (self._list, pb.ListPodsRequest),
+        }
+        methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            name: grpc.unary_unary_rpc_method_handler(
+                self._guarded(name, work),
+                request_deserializer=kind.FromString,
+                response_serializer=_serialize,
+            )
+            for name, (work, kind) in unary.items()
+        }
+        methods["WatchPods"] = grpc.unary_stream_rpc_method_handler(
+            self._watch, request_deserializer=pb.ListPodsRequest.FromString, response_serializer=_serialize
+        )
+        return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+    def _guarded(self, name: str, work: Callable[[Any, float | None], Any]) -> Any:
+        role = ROLE_OF[name]
+
+        async def call(request: Any, context: Any) -> Any:
+            began = time.perf_counter()
+            code = "OK"
+            try:
+                caller = self._guard.admit(context.invocation_metadata(), role)
+                caller.check(request)
+                if self._running >= self._settings.max_concurrent:
+                    raise errors.BusyError(f"{self._running} requests are worked on (max_concurrent); try again")
+                self._running += 1
+                try:
+                    remaining = context.time_remaining()
+                    deadline = time.monotonic() + remaining if remaining is not None else None
+                    return await work(request, deadline)
+                finally:
+                    self._running -= 1
+            except KvatlasError as error:
+                status = code_of(error)
+                code = status.name
+                await context.abort(status, str(error))
+            finally:
+                metrics.REQUESTS.labels(name, code).inc()
+                metrics.SECONDS.labels(name).observe(time.perf_counter() - began)
+
+        return call
+
+    async def _score(self, request: pb.ScoreRequest, deadline: float | None) -> pb.ScoreResponse:
+        return await self._core.score(request, self._within(deadline))
+
+    async def _batch(self, request: pb.ScoreBatchRequest, deadline: float | None) -> pb.ScoreBatchResponse:
+        return await self._core.score_batch(request, self._within(deadline))
+
+    async def _pick(self, request: pb.PickRequest, deadline: float | None) -> pb.PickResponse:
+        return await self._core.pick(request, self._within(deadline))
+
+    async def _explain(self, request: pb.ScoreRequest, deadline: float | None) -> pb.ExplainResponse:
+        return await self._core.explain(request, self._within(deadline))
+
+    async def _report(self, request: pb.ReportDecisionRequest, deadline: float | None) -> pb.ReportDecisionResponse:
+        return await self._core.report(request, self._within(deadline))
+
+    async def _list(self, request: pb.ListPodsRequest, deadline: float | None) -> pb.ListPodsResponse:  # noqa: ARG002
+        return self._core.list_pods(request)
+
+    def _within(self, deadline: float | None) -> float:
+        own = time.monotonic() + self._settings.deadline_ms / 1e3
+        # A part of the caller's time goes back to the answer: a partial answer in time beats none.
+        return own if deadline is None else min(own, deadline - min(0.2 * (deadline - time.monotonic()), 0.05))
+
+    async def _watch(self, request: pb.ListPodsRequest, context: Any) -> AsyncIterator[pb.PodInfo]:
+        try:
+            self._guard.admit(context.invocation_metadata(), ROLE_OF["WatchPods"])
+            if self._watchers >= self._settings.max_watchers:
+                raise errors.BusyError(f"{self._watchers} streams are open (max_watchers)")
+        except KvatlasError as error:
+            await context.abort(code_of(error), str(error))
+        self._watchers += 1
+        try:
+            async with self._core.pods.watch() as queue:
+                for info in self._core.list_pods(request).pods:
+                    yield info
+                while True:
+                    name = await queue.get()
+                    record = self._core.pods.merged.get(name or "")
+                    if record is None or (request.model and record.model not in ("", request.model)):
+                        continue
+                    if request.all or record.state != records.GONE:
+                        yield self._core.pod_info(record)
+        finally:
+            self._watchers -= 1
+
+
+def _serialize(message: Any) -> bytes:
+    data: bytes = message.SerializeToString()
+    return data
+
+
+class ScorerService:
+    """One scorer process.
+
+    Attributes:
+        ready: set once pods, and workers unless lookups are local, have been read.
+        address: ``host:port`` of the gRPC server, after :meth:`start`.
+        http_address: ``host:port`` of the HTTP/JSON front, empty without one.
+        core: the operations, for use in process.
+    """
+
+    def __init__(
+        self,
+        settings: ScorerSettings,
+        kafka: KafkaSettings,
+        *,
+        tokenizer: TokenizerSettings | None = None,
+        lookups: Lookups | None = None,
+        layout: tuple[int, int] | None = None,
+        clock_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        """Put a scorer together; nothing is opened yet.
+
+        Args:
+            settings: of the scorer.
+            kafka: how to reach Kafka.
+            tokenizer: where tokenizers come from; None for the defaults.
+            lookups: lookups in this process; None asks the workers that ``kv-workers`` names.
+            layout: partitions of ``kv-blocks`` and canonical block size, with ``lookups``.
+            clock_ns: wall clock in ns.
+
+        Raises:
+            SettingsError: a setting makes no sense or a file is missing.
+        """
+        self.ready = asyncio.Event()
+        self.address = ""
+        self.http_address = ""
+        if not settings.name:
+            settings = msgspec.structs.replace(settings, name=f"{socket.gethostname()}-{os.getpid()}")
+        self._settings = settings
+        self._kafka = kafka
+        self._clock_ns = clock_ns
+        self._layout = layout
+        self.workers = WorkerTable(clock_ns)
+        self.pods = PodTable()
+        self._local = lookups is not None
+        self.lookups: Lookups = lookups or PartitionRouter(
+            self.workers,
+            hedge_seconds=settings.hedge_ms / 1e3,
+            credentials=worker_credentials(settings),
+            on_event=lambda event: metrics.LOOKUP_EVENTS.labels(event).inc(),
+        )
+        self._pool = TokenizerPool(tokenizer or TokenizerSettings())
+        self._decisions = Decisions(settings, self._publish)
+        self.core = Core(
+            settings,
+            self.pods,
+            self.lookups,
+            block_size=self._block_size,
+            pool=self._pool,
+            decisions=self._decisions,
+            clock_ns=clock_ns,
+            observe=lambda stage, seconds: metrics.STAGE[stage].observe(seconds),
+            partition_count=self._partition_count,
+        )
+        self._guard = Guard.from_settings(settings)
+        self._telemetry = Telemetry(settings.telemetry_listen)
+        self._followers: dict[str, Follower] = {}
+        self._server: grpc.aio.Server | None = None
+        self._health = health.aio.HealthServicer()
+        self._http: Any = None
+        self._producer: AIOKafkaProducer | None = None
+        self._producer_lock = asyncio.Lock()
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def _block_size(self) -> int | None:
+        if self._settings.block_size_tokens:
+            return self._settings.block_size_tokens
+        if self._layout is not None:
+            return self._layout[1]
+        return self.workers.layout.block_size_tokens if self.workers.layout else None
+
+    def _partition_count(self) -> int:
+        if self._layout is not None:
+            return self._layout[0]
+        return self.workers.layout.partition_count if self.workers.layout else 0
+
+    async def start(self) -> None:
+        """Open everything: server first (not ready yet), then the followers.
+
+        Raises:
+            SettingsError: an address cannot be bound or a certificate cannot be read.
+            LogError: Kafka does not answer within ``start_timeout_seconds``.
+        """
+        await self._telemetry.start()
+        self._telemetry.add_check("scores", self.unready)
+        await self._serve()
+        await self._set_health(serving=False)
+        self._follow()
+        for name in ("pods", "workers"):
+            if name in self._followers:
+                await self._followers[name].wait(self._settings.start_timeout_seconds)
+        self._spawn(self._housekeeping())
+        if self.unready() is None:
+            await self._become_ready()
+
+    def _follow(self) -> None:
+        name = self._settings.name
+        parts: dict[str, tuple[str, Any, bool]] = {
+            "pods": (records.PODS, self.pods.apply, False),
+            "decisions": (records.DECISIONS, self._take_decision, True),
+        }
+        if not self._local:
+            parts["workers"] = (records.WORKERS, self.workers.apply, False)
+        for part, (topic, apply, from_end) in parts.items():
+            follower = Follower(self._kafka, topic, apply, client_id=f"kvatlas-scorer-{name}", from_end=from_end)
+            follower.start()
+            self._followers[part] = follower
+
+    def _take_decision(self, _key: bytes | None, value: bytes | None) -> None:
+        self._decisions.apply(value, self._clock_ns())
+
+    async def _serve(self) -> None:
+        settings = self._settings
+        server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", settings.max_message_bytes),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.so_reuseport", 0),
+            ]
+        )
+        front = ScorerFront(self.core, settings, self._guard)
+        handlers = [front.handler()]
+        names = [SERVICE, health.SERVICE_NAME]
+        if settings.compat:
+            from kvatlas.scorer.compat import handlers as compat_handlers  # noqa: PLC0415 - only when switched on
+
+            more, more_names = compat_handlers(self.core, self._pool, settings, self._guard)
+            handlers += more
+            names += more_names
+        server.add_generic_rpc_handlers(tuple(handlers))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if settings.reflection:
+            reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
+        credentials = server_credentials(settings)
+        try:
+            if credentials is None:
+                port = server.add_insecure_port(settings.listen)
+            else:
+                port = server.add_secure_port(settings.listen, credentials)
+            if settings.socket:
+                path = Path(settings.socket)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                server.add_insecure_port(f"unix:{path.absolute()}")
+        except (RuntimeError, OSError) as error:
+            raise SettingsError(
+                f"[scorer] cannot listen on {settings.listen} or {settings.socket!r}: {error}"
+            ) from error
+        await server.start()
+        self._server = server
+        self.address = f"{settings.listen.rpartition(':')[0]}:{port}"
+        if settings.http_listen:
+            from kvatlas.scorer.http import HttpFront  # noqa: PLC0415 - only when switched on
+
+            self._http = HttpFront(self.core, settings, self._guard)
+            self.http_address = await self._http.start()
+
+    def unready(self) -> str | None:
+        """Return why scores cannot be asked for, None when they can."""
+        for name in ("pods", "workers"):
+            follower = self._followers.get(name)
+            if follower is not None and not follower.caught_up.is_set():
+                return f"kv-{name} is being read"
+        if not self._followers:
+            return "starting"
+        return self.core.unready()
+
+    async def _set_health(self, *, serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", SERVICE):
+            await self._health.set(name, status)
+
+    async def _become_ready(self) -> None:
+        if not self.ready.is_set():
+            self.ready.set()
+            log.info("ready: %d pods, scores on %s", len(self.pods.merged), self.address)
+        await self._set_health(serving=True)
+
+    async def _housekeeping(self) -> None:
+        while True:
+            why = self.unready()
+            if why is None:
+                await self._become_ready()
+            else:
+                await self._set_health(serving=False)
+            self._decisions.expire(self._clock_ns())
+            metrics.PODS.set(len(self.pods.merged))
+            metrics.OPEN_DECISIONS.set(len(self._decisions.open))
+            metrics.UNCOVERED.set(len(self.workers.uncovered()))
+            if isinstance(self.lookups, PartitionRouter):
+                await self.lookups.forget_gone()
+            await asyncio.sleep(_HOUSEKEEPING_SECONDS if why is None else 0.05)
+
+    def _publish(self, record: records.DecisionRecord) -> None:
+        self._spawn(self._send(record))
+        if self._settings.outcome_delay_ms:
+            self._spawn(self._join(record))
+
+    async def _join(self, record: records.DecisionRecord) -> None:
+        """Wait, then say what came of a decision."""
+        await asyncio.sleep(self._settings.outcome_delay_ms / 1e3)
+        outcome = await self.core.judge(record)
+        metrics.PREDICTED_BLOCKS.labels(record.model).inc(record.predicted_blocks)
+        metrics.REAL_BLOCKS.labels(record.model).inc(max(outcome.real_blocks, 0))
+        metrics.OUTCOMES.labels(record.model, outcome.outcome or "unknown").inc()
+        await self._send(outcome)
+
+    async def _send(self, record: records.DecisionRecord) -> None:
+        try:
+            producer = await self._started_producer()
+            await producer.send(
+                self._kafka.topic(records.DECISIONS), value=records.encode(record), key=record.request_id.encode()
+            )
+        except (KafkaError, OSError) as error:
+            metrics.DECISIONS_LOST.inc()
+            log.warning("decision %s was not published: %s", record.request_id, error)
+
+    async def _started_producer(self) -> AIOKafkaProducer:
+        async with self._producer_lock:
+            if self._producer is None:
+                producer = AIOKafkaProducer(
+                    **client_config(self._kafka, f"kvatlas-scorer-{self._settings.name}"),
+                    max_request_size=32 * 1024 * 1024,
+                )
+                await producer.start()
+                self._producer = producer
+            return self._producer
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def run_until(self, stop: asyncio.Event) -> None:
+        """Serve until ``stop`` is set."""
+        await stop.wait()
+
+    async def stop(self) -> None:
+        """Stop serving, let running requests end, close everything."""
+        await self._set_health(serving=False)
+        if self._http is not None:
+            await self._http.stop()
+        if self._server is not None:
+            await self._server.stop(self._settings.stop_grace_seconds)
+        for task in list(self._tasks):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        await asyncio.gather(*(follower.stop() for follower in self._followers.values()))
+        await self.lookups.close()
+        if self._producer is not None:
+            with contextlib.suppress(KafkaError):
+                await self._producer.stop()
+        self._pool.close()
+        await self._telemetry.stop()
