@@ -72,7 +72,7 @@ class MemoryBackend:
     def apply_now(self, record: BlocksRecord) -> None:
         """The same without a loop."""
         apply_blocks(self, record, self._counts)
-        self._shrink()
+        self.shrink()
 
     # --- the view that the pure functions write through -----------------------------------------------------------
 
@@ -119,7 +119,8 @@ class MemoryBackend:
             self._evicted += 1
         return True
 
-    def _shrink(self) -> None:
+    def shrink(self) -> None:
+        """Forget what is beyond the bounds; for whoever writes through the view."""
         entries = self._entries
         if self._max_entries is not None:
             while len(entries) > self._max_entries:
