@@ -1,0 +1,171 @@
+"""Tests of the flows: gather, apply, commit, acknowledge."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvatlas.streams.errors import ChangelogError, StoreError
+from kvatlas.streams.flow import Flows
+
+
+class Event:
+    def __init__(self, offset: int, log: list[Any], partition: int = 0) -> None:
+        self.message = SimpleNamespace(offset=offset, partition=partition)
+        self._log = log
+
+    def ack(self) -> None:
+        self._log.append(("ack", self.message.offset))
+
+
+class FakeStage:
+    """Takes everything, commits when the gate is open, fails as told."""
+
+    def __init__(self, log: list[Any], gate: asyncio.Event, failures: list[Exception]) -> None:
+        self.lock = asyncio.Lock()
+        self._log, self._gate, self._failures = log, gate, failures
+
+    async def apply(self, take: Callable[[], Any | None]) -> Any:
+        offsets = []
+        while (event := take()) is not None:
+            offsets.append(event.message.offset)
+        log, gate, failures = self._log, self._gate, self._failures
+
+        class Work:
+            async def commit(self) -> None:
+                await gate.wait()
+                if failures:
+                    raise failures.pop()
+                log.append(("commit", tuple(offsets)))
+
+        return Work()
+
+
+def flows_of(
+    log: list[Any], gate: asyncio.Event, *failures: Exception, applied: int | None = -1, limit: int = 100
+) -> tuple[Flows, list[BaseException]]:
+    failed: list[BaseException] = []
+    pending = list(failures)
+    return Flows("t", lambda _: FakeStage(log, gate, pending), lambda _: applied, limit, failed.append), failed
+
+
+async def settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def test_what_comes_during_a_commit_is_the_next_flush_and_acks_follow_commits() -> None:
+    """Flushes grow with load; a record is acknowledged only after its flush is committed."""
+    log: list[Any] = []
+    gate = asyncio.Event()
+    flows, _ = flows_of(log, gate)
+    for offset in range(4):
+        await flows.offer(Event(offset, log))
+        await settle()
+    assert log == []
+    gate.set()
+    await settle()
+    assert log == [
+        ("commit", (0,)),
+        ("ack", 0),
+        ("commit", (1, 2, 3)),
+        ("ack", 1),
+        ("ack", 2),
+        ("ack", 3),
+    ]
+    await flows.stop(1.0)
+
+
+async def test_records_that_the_table_reflects_are_acknowledged_and_dropped() -> None:
+    """Source records at or below the stored offset are not applied again."""
+    log: list[Any] = []
+    gate = asyncio.Event()
+    gate.set()
+    flows, _ = flows_of(log, gate, applied=5)
+    for offset in (4, 5, 6):
+        await flows.offer(Event(offset, log))
+    await settle()
+    assert log == [("ack", 4), ("ack", 5), ("commit", (6,)), ("ack", 6)]
+    assert flows.skipped == 2
+    await flows.stop(1.0)
+
+
+async def test_a_retriable_failure_is_committed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A changelog that is not acknowledged is sent again, and nothing is acknowledged before."""
+    monkeypatch.setattr("kvatlas.streams.flow._BACKOFF_FIRST_SECONDS", 0.001)
+    log: list[Any] = []
+    gate = asyncio.Event()
+    gate.set()
+    flows, failed = flows_of(log, gate, ChangelogError("away"), ChangelogError("away"))
+    await flows.offer(Event(0, log))
+    await asyncio.sleep(0.05)
+    assert log == [("commit", (0,)), ("ack", 0)]
+    assert failed == []
+    await flows.stop(1.0)
+
+
+async def test_a_failure_that_is_not_retriable_ends_the_app() -> None:
+    """The error is handed on, and nothing is acknowledged."""
+    log: list[Any] = []
+    gate = asyncio.Event()
+    gate.set()
+    flows, failed = flows_of(log, gate, StoreError("disk"))
+    await flows.offer(Event(0, log))
+    await settle()
+    assert [str(error) for error in failed] == ["disk"]
+    assert log == []
+    await flows.stop(1.0)
+
+
+async def test_a_stop_finishes_the_flush_and_drops_the_queue_until_resumed() -> None:
+    """A rebalance waits for the flush in progress; queued records are read again by whoever owns them next."""
+    log: list[Any] = []
+    gate = asyncio.Event()
+    flows, _ = flows_of(log, gate)
+    await flows.offer(Event(0, log))
+    await settle()
+    await flows.offer(Event(1, log))
+    stopping = asyncio.create_task(flows.stop(5.0))
+    await settle()
+    gate.set()
+    await stopping
+    await flows.offer(Event(2, log))
+    await settle()
+    assert log == [("commit", (0,)), ("ack", 0)]
+    assert flows.held == 0
+    flows.resume()
+    await flows.offer(Event(3, log))
+    await settle()
+    assert log[2:] == [("commit", (3,)), ("ack", 3)]
+    await flows.stop(1.0)
+
+
+async def test_a_partition_that_is_not_ours_is_not_written() -> None:
+    """Records of a partition that is not active here are dropped, unacknowledged."""
+    log: list[Any] = []
+    gate = asyncio.Event()
+    gate.set()
+    flows, _ = flows_of(log, gate, applied=None)
+    await flows.offer(Event(0, log))
+    await settle()
+    assert log == []
+    await flows.stop(1.0)
+
+
+async def test_the_agent_waits_while_too_much_is_queued() -> None:
+    """Queues are bounded over all partitions together."""
+    log: list[Any] = []
+    gate = asyncio.Event()
+    flows, _ = flows_of(log, gate, limit=2)
+    await flows.offer(Event(0, log))
+    await settle()
+    waiting = asyncio.create_task(flows.offer(Event(1, log)))
+    await settle()
+    assert not waiting.done()
+    gate.set()
+    await asyncio.wait_for(waiting, 1.0)
+    await flows.stop(1.0)

@@ -1,0 +1,100 @@
+"""Tests of a table's local state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvatlas.bridge.errors import VersionError
+from kvatlas.streams.changelog import META_KEY, Meta, decode_meta, encode_meta
+from kvatlas.streams.errors import StoreError
+from kvatlas.streams.rocks import RocksBudget, open_database
+from kvatlas.streams.store import OFFSET_KEY, PartitionState, Role
+from kvatlas.streams.table import PartitionView
+
+
+@pytest.fixture
+def budget() -> RocksBudget:
+    return RocksBudget(1 << 20, 8 << 20)
+
+
+def state_of(folder: Path, budget: RocksBudget) -> PartitionState:
+    return PartitionState(3, folder / "t-3.db", budget, 1 << 20)
+
+
+def test_meta_record_bytes() -> None:
+    """The meta record is what its drawing says, and another version is refused."""
+    packed = encode_meta(Meta(7, 8, 9))
+    assert packed.hex() == "01" + "0000000000000007" + "0000000000000008" + "0000000000000009"
+    assert decode_meta(packed) == Meta(7, 8, 9)
+    with pytest.raises(VersionError):
+        decode_meta(b"\x02" + packed[1:])
+
+
+def test_a_flush_and_its_offsets_survive_a_reopen(tmp_path: Path, budget: RocksBudget) -> None:
+    """Values, changelog offset and source offset are written together and found again."""
+    state = state_of(tmp_path, budget)
+    assert (state.changelog_offset, state.meta.source_offset, state.role) == (None, -1, Role.RESTORING)
+    state.write({b"a": b"1", b"b": b"2"}, 41, Meta(17, 5, 6))
+    state.write({b"b": None}, 43, Meta(18, 5, 6))
+    state.close()
+    again = state_of(tmp_path, budget)
+    assert (again.changelog_offset, again.meta) == (43, Meta(18, 5, 6))
+    assert again.get_many([b"a", b"b", b"c"]) == [b"1", None, None]
+    assert list(again.items()) == [(b"a", b"1")]
+    again.close()
+
+
+def test_faust_finds_the_changelog_offset_under_its_own_key(tmp_path: Path, budget: RocksBudget) -> None:
+    """The offset is stored as decimal text under the key that Faust's store reads."""
+    state = state_of(tmp_path, budget)
+    state.write({b"a": b"1"}, 41, Meta(1, 2, 3))
+    assert state.fetch([OFFSET_KEY, META_KEY]) == [b"41", encode_meta(Meta(1, 2, 3))]
+    state.close()
+
+
+def test_loading_the_changelog_keeps_the_cache_coherent(tmp_path: Path, budget: RocksBudget) -> None:
+    """A restore changes cached entries, removes removed ones, and takes the meta record over."""
+    state = state_of(tmp_path, budget)
+    state.write({b"a": b"1", b"b": b"2"}, 1, Meta(1, 0, 0))
+    state.load([(b"a", b"9"), (b"b", None), (b"c", b"3"), (META_KEY, encode_meta(Meta(5, 0, 0)))], 5)
+    assert state.get_many([b"a", b"b", b"c"]) == [b"9", None, b"3"]
+    assert (state.changelog_offset, state.meta.source_offset) == (5, 5)
+    state.close()
+
+
+def test_a_locked_folder_is_an_error_that_names_it(
+    tmp_path: Path, budget: RocksBudget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two owners of one folder are refused."""
+    monkeypatch.setattr("kvatlas.streams.rocks._OPEN_RETRIES", 2)
+    state = state_of(tmp_path, budget)
+    with pytest.raises(StoreError, match=r"t-3\.db"):
+        open_database(tmp_path / "t-3.db", budget)
+    state.close()
+
+
+def test_a_wiped_state_is_empty(tmp_path: Path, budget: RocksBudget) -> None:
+    """Nothing of the former state is left, offsets included."""
+    state = state_of(tmp_path, budget)
+    state.write({b"a": b"1"}, 1, Meta(1, 0, 0))
+    state.wipe()
+    assert (state.get(b"a"), state.changelog_offset, state.meta) == (None, None, Meta())
+    state.close()
+
+
+def test_a_view_reads_its_own_writes_and_leaves_the_state_alone(tmp_path: Path, budget: RocksBudget) -> None:
+    """Writes gather in the view; a prefetch changes nothing that is read."""
+    state = state_of(tmp_path, budget)
+    state.write({b"a": b"1", b"b": b"2"}, 1, Meta(1, 0, 0))
+    state.cache.clear()
+    view = PartitionView(state)
+    view.prefetch([b"a", b"b", b"absent"])
+    view.put(b"a", b"9")
+    view.delete(b"b")
+    view.put(b"new", b"3")
+    assert [view.get(key) for key in (b"a", b"b", b"new", b"absent")] == [b"9", None, b"3", None]
+    assert state.get_many([b"a", b"b", b"new"]) == [b"1", b"2", None]
+    assert view.writes == {b"a": b"9", b"b": None, b"new": b"3"}
+    state.close()
