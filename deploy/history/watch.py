@@ -1,0 +1,165 @@
+"""The fleet and the workers as their own topics tell them, for ``kvatlas top``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import msgspec
+from aiokafka import AIOKafkaConsumer, TopicPartition
+
+from kvatlas.bridge import records
+from kvatlas.bridge.kafka import client_config
+from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.scorer.follow import Follower
+from kvatlas.scorer.pods import PodTable
+from kvatlas.scorer.workers import WorkerTable
+
+_NS_PER_MS: Final = 1_000_000
+
+
+class PodRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One pod: liveness, position, and how fast it moves."""
+
+    pod: str
+    state: str
+    model: str
+    epoch: int
+    sequence: int
+    messages_per_second: float
+    age_ms: float
+    lost: int
+    first_lost: int
+    last_lost: int
+
+
+class WorkerRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One worker: what it serves, and how far behind the log it is.
+
+    Attributes:
+        lag_records: records of ``kv-blocks`` that it has not applied yet.
+        records_per_second: records applied since the last look.
+    """
+
+    worker: str
+    endpoint: str
+    partitions: list[int]
+    standby: list[int]
+    restoring: list[int]
+    lag_records: int
+    records_per_second: float
+    expired: bool
+
+
+class Picture(msgspec.Struct, frozen=True, kw_only=True):
+    """One look at everything.
+
+    Attributes:
+        unserved: partitions of ``kv-blocks`` that no worker answers for.
+    """
+
+    pods: list[PodRow]
+    workers: list[WorkerRow]
+    unserved: list[int]
+
+
+class Watch:
+    """Follows ``kv-pods`` and ``kv-workers``; use as ``async with``."""
+
+    def __init__(self, kafka: KafkaSettings, clock_ns: Callable[[], int] = time.time_ns) -> None:
+        self._kafka = kafka
+        self._clock_ns = clock_ns
+        self._pods = PodTable()
+        self._workers = WorkerTable(clock_ns)
+        self._followers = [
+            Follower(kafka, records.PODS, self._pods.apply, client_id="kvatlas-top"),
+            Follower(kafka, records.WORKERS, self._workers.apply, client_id="kvatlas-top"),
+        ]
+        self._consumer: Any = AIOKafkaConsumer(**client_config(kafka, "kvatlas-top"), enable_auto_commit=False)
+        self._before: tuple[float, dict[str, int], dict[str, int]] = (time.monotonic(), {}, {})
+
+    async def __aenter__(self) -> Watch:
+        """Read what is there.
+
+        Raises:
+            LogError: Kafka does not answer, or the topics are missing.
+        """
+        for follower in self._followers:
+            follower.start()
+        try:
+            for follower in self._followers:
+                await follower.wait(15.0)
+            await self._consumer.start()
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        """Disconnect."""
+        for follower in self._followers:
+            await follower.stop()
+        await self._consumer.stop()
+
+    async def look(self) -> Picture:
+        """Return the state now; rates are since the look before, 0 at the first."""
+        now = self._clock_ns()
+        moment = time.monotonic()
+        before, sequences, offsets = self._before
+        seconds = max(moment - before, 1e-3)
+        ends = await self._ends()
+        pods = [self._pod(record, now, sequences, seconds) for record in self._pods.listed(gone=True)]
+        workers = [
+            self._worker(record, now, ends, offsets, seconds) for _, record in sorted(self._workers.records.items())
+        ]
+        self._before = (
+            moment,
+            {row.pod: row.sequence for row in pods},
+            {name: sum(record.offsets.values()) for name, record in self._workers.records.items()},
+        )
+        return Picture(pods=pods, workers=workers, unserved=sorted(self._workers.uncovered()))
+
+    async def _ends(self) -> dict[int, int]:
+        layout = self._workers.layout
+        if layout is None:
+            return {}
+        topic = self._kafka.topic(records.BLOCKS)
+        found = await self._consumer.end_offsets(
+            [TopicPartition(topic, part) for part in range(layout.partition_count)]
+        )
+        return {tp.partition: offset for tp, offset in found.items()}
+
+    @staticmethod
+    def _pod(record: records.PodRecord, now: int, before: dict[str, int], seconds: float) -> PodRow:
+        moved = record.last_sequence - before.get(record.pod, record.last_sequence)
+        return PodRow(
+            pod=record.pod,
+            state=record.state,
+            model=record.model,
+            epoch=record.epoch,
+            sequence=record.last_sequence,
+            messages_per_second=round(max(moved, 0) / seconds, 1),
+            age_ms=round((now - record.receive_ns) / _NS_PER_MS, 1) if record.receive_ns else -1.0,
+            lost=record.lost,
+            first_lost=record.first_lost,
+            last_lost=record.last_lost,
+        )
+
+    @staticmethod
+    def _worker(
+        record: records.WorkerRecord, now: int, ends: dict[int, int], before: dict[str, int], seconds: float
+    ) -> WorkerRow:
+        applied = sum(record.offsets.values())
+        lag = sum(max(0, ends.get(part, 0) - record.offsets.get(part, -1) - 1) for part in record.partitions)
+        moved = applied - before.get(record.worker, applied)
+        return WorkerRow(
+            worker=record.worker,
+            endpoint=record.endpoint,
+            partitions=sorted(record.partitions),
+            standby=sorted(record.standby),
+            restoring=sorted(record.restoring),
+            lag_records=lag,
+            records_per_second=round(max(moved, 0) / seconds, 1),
+            expired=bool(record.expires_ns) and record.expires_ns < now,
+        )
