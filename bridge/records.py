@@ -92,6 +92,8 @@ Headers = list[tuple[str, bytes]]
 # --- identity -----------------------------------------------------------------------------------------------------
 
 _CLEARS_BITS: Final = 32
+#: Half of a 64-bit epoch; unix seconds reach it in the year 2106.
+INCARNATION_MAX: Final = (1 << 32) - 1
 
 
 def epoch_of(incarnation: int, clears: int = 0) -> int:

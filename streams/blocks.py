@@ -20,6 +20,7 @@ from kvatlas.streams.engine_blocks import Block, Link, Owner, Pending, PodState,
 from kvatlas.streams.view import View
 
 _MASKED: Final = Tail(b"")
+_WINDOW_MAX: Final = (1 << 32) - 1
 
 
 class RefusedError(Exception):
@@ -276,17 +277,16 @@ class PodBlocks:
         """Learn what the group is; what the GPU's own events say wins over offload events."""
         state, size = self._state, event.block_size_tokens
         spec = state.groups.get(event.group)
-        gpu = event.tier == Tier.GPU
-        if spec is not None and size == spec.block_size_tokens and event.kind == spec.kind:
-            if event.window_tokens == spec.window_tokens or not gpu:
-                return
-        elif spec is not None and gpu and size and spec.block_size_tokens not in (0, size):
-            state.aliasing = True  # partial blocks: two engine keys may cover the same tokens
+        told = GroupSpec(int(event.kind), min(max(event.window_tokens, 0), _WINDOW_MAX), size)
+        if spec == told:
+            return
         if spec is None:
-            state.groups[event.group] = GroupSpec(int(event.kind), event.window_tokens, size)
-        elif gpu and event.tokens:
+            state.groups[event.group] = told
+        elif event.tier == Tier.GPU and event.tokens:
+            if size and spec.block_size_tokens not in (0, size):
+                state.aliasing = True  # partial blocks: two engine keys may cover the same tokens
             largest = max(size, spec.block_size_tokens)
-            state.groups[event.group] = GroupSpec(int(event.kind), event.window_tokens, largest)
+            state.groups[event.group] = GroupSpec(told.kind, told.window_tokens, largest)
         self._holders.clear()
 
     def _load(self, engine_key: bytes, group: int | None = None) -> Block | None:
@@ -306,6 +306,7 @@ class PodBlocks:
     def _save(self, engine_key: bytes, block: Block) -> None:
         table_key = self._prefix + engine_key
         if block.tiers or block.link.finals:
+            block.link.epoch = self._epoch
             self._view.put(table_key, eb.encode_block(block))
         else:
             self._view.delete(table_key)
@@ -318,7 +319,7 @@ class PodBlocks:
             self._join(engine_key, link)
         elif block.link.tail is None:
             self._adopt(engine_key, block, link)
-        elif block.link.keys != link.keys or block.link.tail != link.tail:
+        elif _differs(block.link, link):
             self._contradicted(engine_key, block, link)
         elif not block.tiers:
             self._join(engine_key, link)
@@ -406,8 +407,10 @@ class PodBlocks:
         """Note with a block's members that its first key is theirs too."""
         for member in link.members if link.keys else ():
             block = self._load(member) or Block({}, Link())
-            if engine_key not in block.link.finals:
+            known = engine_key in block.link.finals
+            if not known:
                 block.link.finals.append(engine_key)
+            if not known or block.link.epoch != self._epoch:
                 self._save(member, block)
 
     def _leave(self, engine_key: bytes, link: Link) -> None:
@@ -422,7 +425,7 @@ class PodBlocks:
     def _tail_of(self, engine_key: bytes) -> Tail | None:
         """Return where a parent's children go on; None when it is not known (yet)."""
         block = self._load(engine_key)
-        if block is not None and block.tiers:
+        if block is not None and block.tiers and block.link.pending is None:
             return _MASKED if block.masked else block.link.tail
         link = self._borrow(engine_key)
         return None if link is None else link.tail
@@ -599,6 +602,12 @@ class PodBlocks:
 
 
 _LATEST: Final = (1 << 64) - 1
+
+
+def _differs(known: Link, told: Link) -> bool:
+    """Tell whether two links cannot be of the same tokens."""
+    one, other = known.tail, told.tail
+    return known.keys != told.keys or one is None or other is None or one.key != other.key or one.tokens != other.tokens
 
 
 def _both(one: int | None, other: int | None) -> int | None:

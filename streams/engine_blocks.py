@@ -96,6 +96,7 @@ class Link(msgspec.Struct, array_like=True):
         tail: where the next engine block goes on; None while unknown (pending or masked).
         finals: engine keys whose first block key this block is a member of.
         pending: set while the parent is unknown.
+        epoch: the pod's epoch when this was written; without a live tier the block ends with that epoch.
     """
 
     keys: bytes = b""
@@ -103,6 +104,7 @@ class Link(msgspec.Struct, array_like=True):
     tail: Tail | None = None
     finals: list[bytes] = []
     pending: Pending | None = None
+    epoch: int = 0
 
 
 class Block:
@@ -258,10 +260,24 @@ encode_record: Final = msgspec.msgpack.Encoder().encode
 
 
 def decode_owners(value: bytes | None) -> list[Owner]:
-    """Decode the owners of a block key; none for None."""
-    return [] if value is None else _owners_decoder.decode(value)
+    """Decode the owners of a block key; none for None.
+
+    Raises:
+        WireError: the bytes are not such a value.
+    """
+    try:
+        return [] if value is None else _owners_decoder.decode(value)
+    except msgspec.MsgspecError as error:
+        raise WireError(f"engine_blocks: not a list of owners: {error}") from error
 
 
 def decode_waiting(value: bytes) -> Waiting:
-    """Decode a waiting list."""
-    return _waiting_decoder.decode(value)
+    """Decode a waiting list.
+
+    Raises:
+        WireError: the bytes are not such a value.
+    """
+    try:
+        return _waiting_decoder.decode(value)
+    except msgspec.MsgspecError as error:
+        raise WireError(f"engine_blocks: not a waiting list: {error}") from error

@@ -69,6 +69,8 @@ def parse_message(
         except ValueError:
             numbers[name] = ABSENT
             error = error or f"header {name!r} is {found[name]!r}; expected a decimal number of at most 63 bits"
+    if not error and numbers[records.H_INCARNATION] > records.INCARNATION_MAX:
+        error = f"header {records.H_INCARNATION!r} is above {records.INCARNATION_MAX}"
     content = _text(found, records.H_CONTENT_TYPE) or records.CONTENT_ENGINE
     if not error and numbers[records.H_SEQUENCE] == ABSENT and content != records.CONTENT_CONTROL:
         error = f"header {records.H_SEQUENCE!r} is missing: the message's place in its stream is unknown"

@@ -127,6 +127,8 @@ class Resolver:
         control = records.decode(records.Control, message.value)
         if control.type not in CONTROLS:
             raise WireError(f"control record of type {control.type!r}; known types: {', '.join(sorted(CONTROLS))}")
+        if not 0 <= control.incarnation <= records.INCARNATION_MAX:
+            raise WireError(f"control record of incarnation {control.incarnation}; expected 32 bits")
         ref = records.pod_ref(message.pod).to_bytes(8, "big")
         state = self._load(view, message.pod, ref)
         if state is not None and control.incarnation <= state.incarnation:
@@ -136,7 +138,7 @@ class Resolver:
             state = PodState(eb.SCHEMA_VERSION, message.pod)
         effects.counts[f"control_{control.type}"] += 1
         self._raise_epoch(state, control.incarnation, 0, effects, gap=control.type == GAP)
-        state.last_sequence = control.last_lost if control.type == GAP else ABSENT
+        state.last_sequence = max(control.last_lost, ABSENT) if control.type == GAP else ABSENT
         state.state = records.GONE if control.type == GONE else records.LIVE
         if control.type == GAP:
             _note_lost(state, control.first_lost, control.last_lost)
@@ -297,6 +299,8 @@ class Resolver:
             removed = Removed(keys=event.engine_keys, tier=Tier(event.tier), group=event.group)
             self._event(removed, blocks.table_keys(removed), state, blocks, effects)
             return
+        if event.window_tokens < 0 or event.block_size_tokens < 0:
+            raise WireError(f"window or block size is negative: {event.window_tokens}, {event.block_size_tokens}")
         width = event.keys_per_block * KEY_BYTES
         if width <= 0 or len(event.block_keys) != width * len(event.engine_keys):
             raise WireError(

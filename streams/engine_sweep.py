@@ -1,0 +1,84 @@
+"""The sweep of the ``engine_blocks`` table: what is dead in it, slice by slice.
+
+The resolve agent never trusts an entry of an ended epoch, swept or not; the sweep only gives the space back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from kvatlas.bridge.errors import WireError
+from kvatlas.bridge.events import Tier
+from kvatlas.streams import engine_blocks as eb
+from kvatlas.streams.index import Swept, Validity
+
+_KIND_AT = eb.POD_BYTES
+
+
+def sweep_engine_blocks(items: Iterable[tuple[bytes, bytes]], valid: Validity, gone: Collection[int] = ()) -> Swept:
+    """Find dead entries in a slice of the ``engine_blocks`` table.
+
+    Args:
+        items: (key, value) pairs as they are in the table now.
+        valid: pod ref -> (valid_from, gpu_valid_from); entries of a pod that is not in it stay.
+        gone: references of pods that were removed for good: all their entries are dead, but their states stay, so
+            that what is late of them is still known to be late.
+    """
+    puts: dict[bytes, bytes] = {}
+    deletes: list[bytes] = []
+    seen = dropped = 0
+    for key, value in items:
+        kind = key[_KIND_AT : _KIND_AT + 1]
+        if kind == eb.KIND_STATE:
+            continue
+        seen += 1
+        ref = int.from_bytes(key[:_KIND_AT], "big")
+        if ref in gone:
+            deletes.append(key)
+            dropped += 1
+            continue
+        bounds = valid.get(ref)
+        if bounds is None:
+            continue
+        alive = _alive(kind, value, bounds)
+        if alive == value:
+            continue
+        dropped += 1
+        if alive is None:
+            deletes.append(key)
+        else:
+            puts[key] = alive
+    return Swept(puts, deletes, seen, dropped)
+
+
+def _alive(kind: bytes, value: bytes, bounds: tuple[int, int]) -> bytes | None:
+    """Return what is left of an entry, None for nothing. What cannot be read is left for resolve to report."""
+    try:
+        if kind == eb.KIND_BLOCK:
+            return _live_block(value, bounds)
+        if kind == eb.KIND_OWNERS:
+            owners = eb.decode_owners(value)
+            left = [owner for owner in owners if _live(owner.tier, owner.epoch, bounds)]
+            return value if len(left) == len(owners) else (eb.encode_record(left) if left else None)
+        if kind == eb.KIND_WAITING:
+            return value if eb.decode_waiting(value).epoch >= bounds[0] else None
+    except WireError:
+        pass
+    return value
+
+
+def _live_block(value: bytes, bounds: tuple[int, int]) -> bytes | None:
+    block = eb.decode_block(value)
+    tiers = {tier: held for tier, held in block.tiers.items() if _live(tier, held[1], bounds)}
+    if len(tiers) == len(block.tiers) and tiers:
+        return value
+    if not tiers and (not block.link.finals or block.link.epoch < bounds[0]):
+        return None
+    if len(tiers) == len(block.tiers):
+        return value
+    block.tiers = tiers
+    return eb.encode_block(block)
+
+
+def _live(tier: int, epoch: int, bounds: tuple[int, int]) -> bool:
+    return tier == Tier.SHARED or (epoch >= bounds[0] and (tier != Tier.GPU or epoch >= bounds[1]))
