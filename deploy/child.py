@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -27,6 +28,9 @@ SERVICES: Final[dict[str, tuple[str, str, tuple[str, ...]]]] = {
     "worker": ("kvatlas.streams.service", "WorkerService", ()),
     "scorer": ("kvatlas.scorer.service", "ScorerService", ("tokenizer",)),
 }
+
+#: A service whose launcher is gone gets this long to stop.
+_ORPHAN_SECONDS: Final = 10.0
 
 
 async def serve(name: str, sections: dict[str, Any]) -> None:
@@ -44,6 +48,9 @@ async def serve(name: str, sections: dict[str, Any]) -> None:
             pass
         with contextlib.suppress(RuntimeError):  # the loop is closed: it stops already
             loop.call_soon_threadsafe(stop.set)
+        # The embedded broker went with the launcher, so whoever waits for it to answer would wait in vain.
+        time.sleep(_ORPHAN_SECONDS)
+        os._exit(1)
 
     threading.Thread(target=watch, name="launcher-gone", daemon=True).start()
 
