@@ -1,4 +1,4 @@
-"""What the tests of the stream worker share: topics, worker processes, a fleet on the log, and waiting for the truth."""
+"""What the tests of the stream worker share: topics, worker processes, a fleet on the log, waiting for the truth."""
 
 from __future__ import annotations
 
