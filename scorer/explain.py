@@ -84,7 +84,7 @@ def _reason(pod: Pod, values: Sequence[bytes | None], scene: Scene, explained: p
             f"all {limit} usable blocks are held; the match ends where every window "
             f"(groups {', '.join(str(window.group) for window in pod.windows)}) is filled"
         )
-    return f"end of the usable prompt: all {limit} blocks are held; the last token is always computed again"
+    return f"end of the prompt: all {limit} blocks that count are held"
 
 
 def _why_not(pod: Pod, theirs: Sequence[pb.HolderInfo]) -> str:

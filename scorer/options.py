@@ -21,7 +21,7 @@ class ScorerSettings(Section, frozen=True, kw_only=True):
         str, Meta(description="address of /metrics, /healthz and /readyz, host:port; empty: none")
     ] = ""
     reflection: Annotated[bool, Meta(description="serve gRPC reflection")] = False
-    compat: Annotated[bool, Meta(description="serve llm-d's indexer.v1 and tokenization services as well")] = False
+    compat: Annotated[bool, Meta(description="serve llm-d's indexer.v1 and tokenization services as well")] = True
     name: Annotated[str, Meta(description="this scorer's name in decisions; empty: host and process")] = ""
 
     block_size_tokens: Annotated[

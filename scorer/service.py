@@ -25,7 +25,7 @@ from kvatlas.bridge.errors import KvatlasError, SettingsError
 from kvatlas.bridge.kafka import client_config
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.bridge.telemetry import Telemetry
-from kvatlas.scorer import errors, metrics
+from kvatlas.scorer import compat, errors, metrics
 from kvatlas.scorer.core import Core
 from kvatlas.scorer.decisions import Decisions
 from kvatlas.scorer.follow import Follower
@@ -33,6 +33,7 @@ from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.pods import PodTable
 from kvatlas.scorer.reader import Lookups, PartitionRouter
 from kvatlas.scorer.security import Guard, server_credentials, worker_credentials
+from kvatlas.scorer.status import ROLE_OF, code_of
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.tokenization.pool import TokenizerPool
 from kvatlas.scorer.v1 import scorer_pb2 as pb
@@ -44,38 +45,6 @@ SERVICE: Final = "kvatlas.v1.Scorer"
 _HOUSEKEEPING_SECONDS: Final = 1.0
 
 T = TypeVar("T")
-
-#: Operation -> role that a bearer token needs for it.
-ROLE_OF: Final = {
-    "Score": "score",
-    "ScoreBatch": "score",
-    "Pick": "score",
-    "ReportDecision": "score",
-    "Explain": "explain",
-    "ListPods": "explain",
-    "WatchPods": "explain",
-}
-
-_CODES: Final[tuple[tuple[type[KvatlasError], grpc.StatusCode], ...]] = (
-    (errors.TooLargeError, grpc.StatusCode.RESOURCE_EXHAUSTED),
-    (errors.InputError, grpc.StatusCode.INVALID_ARGUMENT),
-    (errors.UnknownModelError, grpc.StatusCode.NOT_FOUND),
-    (errors.UnknownPodError, grpc.StatusCode.NOT_FOUND),
-    (errors.UnknownRequestError, grpc.StatusCode.FAILED_PRECONDITION),
-    (errors.AuthError, grpc.StatusCode.UNAUTHENTICATED),
-    (errors.ForbiddenError, grpc.StatusCode.PERMISSION_DENIED),
-    (errors.BusyError, grpc.StatusCode.RESOURCE_EXHAUSTED),
-    (errors.DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED),
-    (errors.NotReadyError, grpc.StatusCode.UNAVAILABLE),
-)
-
-
-def code_of(error: KvatlasError) -> grpc.StatusCode:
-    """Return the gRPC status code of an error of ours."""
-    for kind, code in _CODES:
-        if isinstance(error, kind):
-            return code
-    return grpc.StatusCode.UNAVAILABLE if error.retriable else grpc.StatusCode.INTERNAL
 
 
 class ScorerFront:
@@ -183,6 +152,13 @@ class ScorerFront:
                         yield self._core.pod_info(record)
         finally:
             self._watchers -= 1
+
+
+def _socket_target(path: str) -> str:
+    """Return gRPC's name of a Unix socket, its folder made."""
+    whole = Path(path).absolute()
+    whole.parent.mkdir(parents=True, exist_ok=True)
+    return f"unix:{whole}"
 
 
 def _serialize(message: Any) -> bytes:
@@ -313,23 +289,21 @@ class ScorerService:
 
     async def _serve(self) -> None:
         settings = self._settings
+        # An interceptor costs every call, so there is one only where tokens are asked for.
+        interceptors = [compat.GuardTokenization(self._guard)] if settings.compat and settings.tokens_file else []
         server = grpc.aio.server(
+            interceptors=interceptors,
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),
-            ]
+            ],
         )
         front = ScorerFront(self.core, settings, self._guard)
-        handlers = [front.handler()]
         names = [SERVICE, health.SERVICE_NAME]
+        server.add_generic_rpc_handlers((front.handler(),))
         if settings.compat:
-            from kvatlas.scorer.compat import handlers as compat_handlers  # noqa: PLC0415 - only when switched on
-
-            more, more_names = compat_handlers(self.core, self._pool, settings, self._guard)
-            handlers += more
-            names += more_names
-        server.add_generic_rpc_handlers(tuple(handlers))
+            names += compat.add_to(server, self.core, self._pool, settings, self._guard)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if settings.reflection:
             reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
@@ -340,9 +314,7 @@ class ScorerService:
             else:
                 port = server.add_secure_port(settings.listen, credentials)
             if settings.socket:
-                path = Path(settings.socket)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                server.add_insecure_port(f"unix:{path.absolute()}")
+                server.add_insecure_port(_socket_target(settings.socket))
         except (RuntimeError, OSError) as error:
             raise SettingsError(
                 f"[scorer] cannot listen on {settings.listen} or {settings.socket!r}: {error}"

@@ -1,0 +1,75 @@
+"""The gRPC surface of llm-d (``indexer.v1`` and ``tokenization``) over our core: its routers work unchanged."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Final
+
+import grpc
+import grpc.aio
+
+from kvatlas.bridge.errors import KvatlasError
+from kvatlas.scorer.core import Core
+from kvatlas.scorer.options import ScorerSettings
+from kvatlas.scorer.security import Guard
+from kvatlas.scorer.status import code_of
+from kvatlas.scorer.tokenization.pool import TokenizerPool
+from kvatlas.scorer.tokenization.service import TokenizationServicer
+from kvatlas.scorer.v1 import indexer_pb2, indexer_pb2_grpc, tokenization_pb2_grpc
+from kvatlas.scorer.v1 import scorer_pb2 as pb
+
+INDEXER: Final = "indexer.v1.IndexerService"
+TOKENIZATION: Final = "tokenization.TokenizationService"
+
+
+class IndexerServicer(indexer_pb2_grpc.IndexerServiceServicer):
+    """``GetPodScores`` as a ``Score`` of a prompt."""
+
+    def __init__(self, core: Core, settings: ScorerSettings, guard: Guard) -> None:
+        self._core = core
+        self._settings = settings
+        self._guard = guard
+
+    async def GetPodScores(  # noqa: N802 - gRPC's name
+        self, request: indexer_pb2.GetPodScoresRequest, context: Any
+    ) -> indexer_pb2.GetPodScoresResponse:
+        """Score a prompt; pods without a match are absent, as there."""
+        wanted = pb.ScoreRequest(model=request.model_name, prompt=request.prompt, pods=request.pod_identifiers)
+        try:
+            self._guard.admit(context.invocation_metadata(), "score").check(wanted)
+            scored = await self._core.score(wanted, time.monotonic() + self._settings.deadline_ms / 1e3)
+        except KvatlasError as error:
+            await context.abort(code_of(error), str(error))
+            raise
+        ranked = sorted(scored.scores.items(), key=lambda item: (-item[1].score, item[0]))
+        return indexer_pb2.GetPodScoresResponse(
+            scores=[indexer_pb2.PodScore(pod=pod, score=entry.score) for pod, entry in ranked]
+        )
+
+
+class GuardTokenization(grpc.aio.ServerInterceptor):  # type: ignore[misc,unused-ignore]
+    """Asks for the role ``score`` on the tokenization service, whose implementation knows no callers."""
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        """Let a call through, or answer it with the reason."""
+        if details.method.startswith(f"/{TOKENIZATION}/"):
+            try:
+                self._guard.admit(details.invocation_metadata, "score")
+            except KvatlasError as error:
+                refused = error
+
+                async def refuse(_request: Any, context: Any) -> None:
+                    await context.abort(code_of(refused), str(refused))
+
+                return grpc.unary_unary_rpc_method_handler(refuse)
+        return await continuation(details)
+
+
+def add_to(server: Any, core: Core, pool: TokenizerPool, settings: ScorerSettings, guard: Guard) -> list[str]:
+    """Add both services to a server; returns their names."""
+    indexer_pb2_grpc.add_IndexerServiceServicer_to_server(IndexerServicer(core, settings, guard), server)
+    tokenization_pb2_grpc.add_TokenizationServiceServicer_to_server(TokenizationServicer(pool), server)
+    return [INDEXER, TOKENIZATION]
