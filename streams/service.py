@@ -25,10 +25,12 @@ from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.bridge.telemetry import Telemetry
 from kvatlas.streams import metrics
 from kvatlas.streams.announce import Announcer, WorkerBook
-from kvatlas.streams.app import BLOCK_INDEX, WorkerApp, build_app
+from kvatlas.streams.app import BLOCK_INDEX, ENGINE_BLOCKS, WorkerApp, build_app
+from kvatlas.streams.engine_sweep import sweep_engine_blocks
 from kvatlas.streams.errors import StoreError, TopicsError, WorkerCrashError
 from kvatlas.streams.follow import TopicFollower, partitions_of
 from kvatlas.streams.gauges import Gauges
+from kvatlas.streams.index import sweep_index
 from kvatlas.streams.options import WorkerSettings
 from kvatlas.streams.pods import PodBook
 from kvatlas.streams.query import LookupServer, LookupService
@@ -200,15 +202,17 @@ class WorkerService:
         self._watch(Gauges(app, self._lag_of).run())
         if app.publisher is not None:
             self._watch(app.publisher.run())
-        index = app.bulk_table(BLOCK_INDEX)
-        if index is not None and self._settings.sweep_entries_per_second:
-            sweeper = Sweeper(
-                index,
-                self.pods.validity,
-                interval_seconds=self._settings.sweep_interval_seconds,
-                entries_per_second=self._settings.sweep_entries_per_second,
-            )
-            self._watch(sweeper.run())
+        for name, sweep in ((BLOCK_INDEX, sweep_index), (ENGINE_BLOCKS, sweep_engine_blocks)):
+            table = app.bulk_table(name)
+            if table is not None and self._settings.sweep_entries_per_second:
+                sweeper = Sweeper(
+                    table,
+                    self.pods.validity,
+                    interval_seconds=self._settings.sweep_interval_seconds,
+                    entries_per_second=self._settings.sweep_entries_per_second,
+                    sweep=sweep,
+                )
+                self._watch(sweeper.run())
 
     def _watch(self, work: Coroutine[Any, Any, None]) -> None:
         self._app_tasks.append(asyncio.create_task(work))
