@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from kvatlas.bridge import settings
 from kvatlas.bridge.errors import KvatlasError
@@ -84,7 +84,7 @@ def main() -> int:
             section: settings.load(section, common.section_class(section), document=document)
             for section in ("kafka", "log", name, *SERVICES[name][2])
         }
-        configure_logging(sections["log"], name)
+        configure_logging(cast("settings.LogSettings", sections["log"]), name)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(serve(name, sections))
     except KvatlasError as error:
