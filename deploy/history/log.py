@@ -91,10 +91,12 @@ class LogReader:
             LogError: the topic does not exist.
         """
         name = self._kafka.topic(topic)
-        await self._consumer._client.force_metadata_update()
-        found = self._consumer._client.cluster.partitions_for_topic(name)
+        # All topics are asked for, since asking for one by name may create it.
+        client = self._consumer._client
+        found = (await client.fetch_all_metadata()).partitions_for_topic(name)
         if not found:
             raise LogError(f"topic {name} does not exist on {self._kafka.brokers}; `kvatlas topics` creates it")
+        await client.add_topic(name)  # what was read before may be all that the client keeps track of
         return [TopicPartition(name, partition) for partition in sorted(found)]
 
     async def range(self, topic: str, since: Moment, until: Moment, only: Collection[int] | None = None) -> Range:

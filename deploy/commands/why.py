@@ -1,0 +1,117 @@
+"""``kvatlas why``: why a request went where it went, and what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from kvatlas.bridge import records
+from kvatlas.bridge.errors import KvatlasError, WireError
+from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.deploy.commands.at import add_rebuild_arguments, options_of, progress_to_stderr
+from kvatlas.deploy.commands.common import add_sections, load_sections
+from kvatlas.deploy.history.log import LogReader
+from kvatlas.deploy.history.moment import EARLIEST, LATEST, Moment
+from kvatlas.deploy.history.rebuild import rebuild
+from kvatlas.deploy.history.verdict import Verdict, judge, keys_of, leading
+
+HELP: Final = "why a request went where it went, and what came of it"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this subcommand."""
+    parser.add_argument("request_id", metavar="REQUEST-ID", help="as it was reported to a scorer")
+    parser.add_argument(
+        "--after", type=float, default=10.0, metavar="SECONDS", help="later moment to compare with (default 10)"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    add_rebuild_arguments(parser)
+    add_sections(parser, "kafka", "log")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Find the decision, rebuild the index as of then and later, and say what became of the hit."""
+    kafka: KafkaSettings = load_sections(args)["kafka"]
+    decision, outcome, verdict = asyncio.run(_why(args, kafka))
+    if args.json:
+        print(json.dumps(_document(decision, outcome, verdict)))
+        return 0
+    print(f"request {decision.request_id} ({decision.model}) went to {decision.pod}", end="")
+    print(f" by {decision.policy}" if decision.policy else "")
+    for pod, (score, blocks) in decision.scores.items():
+        print(f"  scored {pod}: {score:g} ({blocks} blocks, sequence {decision.pod_sequences.get(pod, -1)})")
+    print(f"  based on kv-blocks offsets {decision.freshness}")
+    print(
+        f"predicted {verdict.predicted} blocks; the log shows {verdict.held} then and {verdict.later} "
+        f"{args.after:g} s later; most were on {verdict.best_pod or 'no pod'} ({verdict.best_held})"
+    )
+    if outcome is not None:
+        print(f"the scorer noted: {outcome.outcome} ({outcome.real_blocks} blocks)")
+    for reason in verdict.reasons:
+        print(f"  {reason}")
+    return 0
+
+
+async def _why(
+    args: argparse.Namespace, kafka: KafkaSettings
+) -> tuple[records.DecisionRecord, records.DecisionRecord | None, Verdict]:
+    async with LogReader(kafka) as reader:
+        decision, outcome = await _find(reader, args.request_id)
+        keys = keys_of(decision)
+        held = []
+        for moment_ns in (decision.decided_ns, decision.decided_ns + int(args.after * 1e9)):
+            with tempfile.TemporaryDirectory(prefix="kvatlas-why-") as folder:
+                past = await rebuild(
+                    reader,
+                    kafka,
+                    Moment(time_ms=moment_ns // 1_000_000),
+                    folder=Path(folder),
+                    options=options_of(args),
+                    clock=time.time_ns,
+                    snapshots=args.snapshots,
+                    progress=progress_to_stderr("rebuilding"),
+                )
+                held.append(leading(past, keys))
+                past.close()
+    return decision, outcome, judge(decision, *held)
+
+
+async def _find(reader: LogReader, request_id: str) -> tuple[records.DecisionRecord, records.DecisionRecord | None]:
+    decision: records.DecisionRecord | None = None
+    outcome: records.DecisionRecord | None = None
+    async for chunk in reader.read(await reader.range(records.DECISIONS, EARLIEST, LATEST)):
+        for record in chunk:
+            if record.key != request_id.encode() or not record.value:
+                continue
+            try:
+                found = records.decode(records.DecisionRecord, record.value)
+            except WireError:
+                continue
+            if found.kind == "outcome":
+                outcome = found
+            else:
+                decision = found
+    if decision is None:
+        raise KvatlasError(
+            f"no decision about request {request_id!r} is on {records.DECISIONS}; routers report them with "
+            "ReportDecision, and the topic keeps them for its retention"
+        )
+    return decision, outcome
+
+
+def _document(
+    decision: records.DecisionRecord, outcome: records.DecisionRecord | None, verdict: Verdict
+) -> dict[str, Any]:
+    plain = msgspec.to_builtins(msgspec.structs.replace(decision, keys=b""), str_keys=True)
+    return {
+        "decision": {**plain, "keys": None, "blocks": len(keys_of(decision))},
+        "outcome": outcome and {"outcome": outcome.outcome, "real_blocks": outcome.real_blocks},
+        "verdict": msgspec.to_builtins(verdict),
+    }

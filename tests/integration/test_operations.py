@@ -1,0 +1,90 @@
+"""`kvatlas why` and `kvatlas top` against a real Kafka."""
+
+import asyncio
+import gzip
+import json
+import time
+
+import pytest
+from aiokafka import AIOKafkaProducer
+
+from kvatlas.bridge import block_key, records
+from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.deploy.brokers.topics import ensure_topics
+from kvatlas.deploy.cli import main
+
+from .test_replay import DATA, PARTITIONS, log  # noqa: F401 - the fixture
+
+
+async def _send(brokers: str, topic: str, sent: list[tuple[bytes, bytes, int]]) -> None:
+    producer = AIOKafkaProducer(bootstrap_servers=brokers)
+    await producer.start()
+    for key, value, partition in sent:
+        await producer.send_and_wait(topic, value, key=key, partition=partition)
+    await producer.stop()
+
+
+def decision(pod: str, seconds: int, predicted: int) -> records.DecisionRecord:
+    """A decision about the recorded pod's first query with a hit, so many seconds into the recording."""
+    truth = json.loads(gzip.decompress((DATA / f"{pod}.truth.json.gz").read_bytes()))
+    query = next(query for query in truth["queries"] if query["hit_tokens"] >= 160)
+    root = block_key.root_key("demo-model", None, query["cache_salt"])
+    keys = block_key.block_keys(root, block_key.pack_tokens(query["tokens"]), 16)
+    return records.DecisionRecord(
+        request_id="r-1",
+        pod=pod,
+        model="demo-model",
+        keys=b"".join(keys),
+        predicted_blocks=predicted,
+        scores={pod: (float(predicted), predicted)},
+        decided_ns=(1_795_464_000 + seconds) * 10**9,
+    )
+
+
+@pytest.mark.parametrize(("seconds", "reason"), [(0, "never cached"), (200, "stale view")])
+def test_why_compares_the_prediction_with_the_log(log, capsys, seconds, reason):  # noqa: F811
+    """Before the first message nothing was cached anywhere; at the end the log holds what the engine reported."""
+    made = decision("pod-b", seconds, predicted=1000)
+    topic = log[3] + records.DECISIONS
+    partition = records.pod_partition("pod-b", PARTITIONS)
+    asyncio.run(_send(log[1], topic, [(b"r-1", records.encode(made), partition)]))
+    assert main(["why", "r-1", "--json", *log]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["decision"]["pod"] == "pod-b"
+    assert any(reason in text for text in found["verdict"]["reasons"])
+    assert (found["verdict"]["held"] >= 10) == (seconds > 0)
+
+
+def test_why_of_an_unknown_request_says_how_decisions_get_there(log, capsys):  # noqa: F811
+    """The error names the topic and what fills it."""
+    assert main(["why", "nobody", *log]) == 1
+    assert "ReportDecision" in capsys.readouterr().err
+
+
+async def _announce(settings: KafkaSettings) -> None:
+    await ensure_topics(settings, records.TOPICS)
+    pod = records.PodRecord(pod="p", writer=records.WRITER_STREAMS, last_sequence=7, lost=2, first_lost=3, last_lost=4)
+    worker = records.WorkerRecord(
+        worker="w",
+        endpoint="127.0.0.1:1",
+        partitions=[0, 1],
+        restoring=[2],
+        partition_count=4,
+        expires_ns=time.time_ns() + 60 * 10**9,
+    )
+    key = records.pod_key(records.WRITER_STREAMS, "p")
+    await _send(settings.brokers, settings.topic(records.PODS), [(key, records.encode(pod), 0)])
+    await _send(settings.brokers, settings.topic(records.WORKERS), [(b"w", records.encode(worker), 0)])
+
+
+def test_top_once_shows_pods_workers_and_what_nobody_serves(brokers, topic_prefix, capsys):
+    """A restoring and an unowned partition count as unserved, and the exit code says so."""
+    asyncio.run(_announce(KafkaSettings(brokers=brokers, topic_prefix=topic_prefix, partitions=4)))
+    flags = ["top", "--once", "--every", "0.1", "--brokers", brokers, "--topic-prefix", topic_prefix]
+    assert main([*flags, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["unserved"] == [2, 3]
+    assert [(row["pod"], row["sequence"], row["lost"]) for row in found["pods"]] == [("p", 7, 2)]
+    assert found["workers"][0]["partitions"] == [0, 1]
+    assert main(flags) == 1
+    assert "2-3" in capsys.readouterr().out
