@@ -28,7 +28,8 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
         rank: data-parallel rank by position, 0 for single-rank engines.
         ranks: ranks of the engine.
         store: shared store that the pod mounts.
-        announcements: ``copies`` or ``presence``: whether every copy of a block is announced and removed on its own.
+        announcements: ``copies`` or ``presence``: whether every copy of a block is announced and removed on its own;
+            empty for the deployment's default.
     """
 
     live: str
@@ -39,7 +40,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     rank: int = 0
     ranks: int = 1
     store: str = ""
-    announcements: str = COPIES
+    announcements: str = ""
 
     @property
     def key(self) -> str:
@@ -95,8 +96,8 @@ def engine_specs(where: str, live: str, replay: str, options: dict[str, str]) ->
     engine = options.get("engine", "vllm")
     if engine not in ADAPTERS:
         raise SettingsError(f"engine {where!r}: engine={engine!r}; known engines: {', '.join(sorted(ADAPTERS))}")
-    announcements = options.get("announcements", COPIES)
-    if announcements not in (COPIES, PRESENCE):
+    announcements = options.get("announcements", "")
+    if announcements not in ("", COPIES, PRESENCE):
         raise SettingsError(f"engine {where!r}: announcements={announcements!r}; expected {COPIES} or {PRESENCE}")
     ranks = options.get("dp", "1")
     if not ranks.isdecimal() or not 1 <= int(ranks) <= 1024:

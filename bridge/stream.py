@@ -199,6 +199,9 @@ class PodStream:
             (records.H_ENGINE, self.spec.engine.encode()),
             (records.H_MODEL, found.model.encode()),
         ]
+        for name, value in ((records.H_STORE, self.spec.store), (records.H_ANNOUNCEMENTS, self.spec.announcements)):
+            if value:
+                self._fixed.append((name, value.encode()))
         if not shared.owns(self._partition):
             self._identity = None
             return None

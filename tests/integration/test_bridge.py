@@ -200,3 +200,19 @@ async def test_kafka_away_loses_nothing_and_keeps_the_buffer_bounded(own_kafka: 
     assert shed > 0
     assert pending < 40_000
     assert [sequence for _, sequence in dict.fromkeys(found)] == list(range(400))
+
+
+async def test_what_an_endpoint_says_of_its_engine_is_in_the_headers(brokers: str, topic_prefix: str) -> None:
+    """Store and announcements of an endpoint spec reach the headers of its messages."""
+    kafka = await _setup(brokers, topic_prefix)
+    engine = _engine()
+    spec = f"{engine.endpoint},{engine.replay_endpoint},store=shared-a,announcements=presence"
+    bridge = BridgeService(BridgeSettings(engines=[spec], ownership="all"), kafka)
+    await bridge.start()
+    engine.publish(_CLEAR, timestamp=1.0)
+    messages = await _until(kafka, "pod-x", 1)
+    await bridge.stop()
+    engine.close()
+    for message in messages:
+        headers = dict(message.headers)
+        assert (headers["store"], headers["announcements"]) == (b"shared-a", b"presence")
