@@ -23,6 +23,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import Final, cast
 
+import msgspec
 import zmq
 
 from kvatlas.bridge import records
@@ -254,7 +255,7 @@ class Feed:
                     self._resolve(engine, item, effects)
             engines = [engine for engine in engines if engine.inbox.items]
         if effects.urgent:
-            self._tell(effects)
+            self._announce(effects)
         for payloads in effects.encode().values():
             for payload in payloads:
                 await self._write(payload)
@@ -291,6 +292,15 @@ class Feed:
                 await asyncio.sleep(pause)
             else:
                 return
+
+    def _announce(self, effects: Effects) -> None:
+        """Tell of risen epochs before their updates are in the index, and not yet of the messages they came with."""
+        for pod, record in effects.pods.items():
+            before = self.pods.merged.get(pod)
+            received = before.receive_ns if before is not None else 0
+            self.pods.put(
+                records.WRITER_STREAMS, pod, msgspec.structs.replace(record, last_sequence=-1, receive_ns=received)
+            )
 
     def _tell(self, effects: Effects) -> None:
         for pod, record in effects.pods.items():
