@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import multiprocessing
 import os
 import signal
@@ -135,8 +136,13 @@ def _serve(kind: str, blocks: int, pipe: Connection) -> None:
     ours, theirs = context.Pipe()
     worker = context.Process(target=_serve_index, args=(blocks, theirs))
     worker.start()
+
     # Terminated by the parent: take the worker along.
-    signal.signal(signal.SIGTERM, lambda _number, _frame: (worker.kill(), os._exit(0)))
+    def leave(_number: int, _frame: object) -> None:
+        worker.kill()
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, leave)
     workers = WorkerTable(time.time_ns)
     now = time.time_ns()
     record = WorkerRecord(
@@ -175,8 +181,8 @@ def _over_grpc(kind: str, address: str, calls: int) -> Iterator[dict[str, Any]]:
             count = max(calls * _SIZES[0] // size, 50)
             answer = call(request, timeout=60)
             assert answer.scores["pod-3"].matched_tokens == size
-            baseline = _timed(lambda: call(empty), count)
-            times = _timed(lambda request=request: call(request), count)
+            baseline = _timed(functools.partial(call, empty), count)
+            times = _timed(functools.partial(call, request), count)
             yield _figure(f"{kind}-{size}", times, statistics.median(baseline))
 
 
