@@ -242,4 +242,65 @@ def _load_all(threads: int, count: int, restore: Callable[[Path], object], targe
 
 
 def _gpu_cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    return iter(())
+    """Yield GPU copies beside one large pinned copy, and what a store costs a running matmul; nothing without CUDA."""
+    try:
+        import torch  # noqa: PLC0415 - optional
+    except ImportError:
+        return
+    if not torch.cuda.is_available():
+        return
+    from kvatlas.connector.engine import host_memory  # noqa: PLC0415 - needs torch
+    from kvatlas.connector.transfer import Mover, PagedKV, Placement  # noqa: PLC0415
+
+    total = 1 << 30
+    for page in (64 << 10, 256 << 10, 2 << 20):
+        blocks = total // (4 * page)
+        layers = [torch.randint(-128, 127, (blocks, page), dtype=torch.int8, device="cuda") for _ in range(4)]
+        kv = PagedKV.from_layers([layers])
+        host, _ = host_memory(blocks, kv.slot_bytes, pin=True)
+        mover = Mover(kv, host, chunk_blocks=max(1, (64 << 20) // kv.slot_bytes))
+        places = [Placement((number * 7919) % blocks, number) for number in range(blocks)]
+        flat = torch.empty(total, dtype=torch.int8, device="cuda")
+        plain = host.view(-1)[:total]
+        works: dict[str, Callable[[], object]] = {
+            "plain-store": lambda flat=flat, plain=plain: plain.copy_(flat, non_blocking=True),  # type: ignore[misc]
+            "store": lambda mover=mover, places=places: mover.store(0, places, mover.mark()),  # type: ignore[misc]
+            "plain-load": lambda flat=flat, plain=plain: flat.copy_(plain, non_blocking=True),  # type: ignore[misc]
+            "load": lambda mover=mover, places=places: mover.load(0, places, mover.mark()),  # type: ignore[misc]
+        }
+        times: dict[str, list[float]] = {name: [] for name in works}
+        for number in range(args.rounds + 1):
+            for name, work in works.items():
+                torch.cuda.synchronize()
+                seconds = _timed(lambda work=work: (work(), torch.cuda.synchronize()))  # type: ignore[misc]
+                if number:
+                    times[name].append(seconds)
+        yield _figure(f"gpu-store-{page >> 10}KB", times["store"], times["plain-store"], total)
+        yield _figure(f"gpu-load-{page >> 10}KB", times["load"], times["plain-load"], total)
+        if page == 2 << 20:
+            yield _matmul_case(torch, works["store"])
+        torch.cuda.cudart().cudaHostUnregister(host.data_ptr())  # type: ignore[no-untyped-call]
+
+
+def _matmul_case(torch: Any, store: Callable[[], object]) -> dict[str, Any]:
+    """Return how long a stream of matmuls takes while 1 GB is stored, beside how long it takes alone."""
+    left = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+
+    def compute() -> None:
+        for _ in range(60):
+            torch.mm(left, left)
+        torch.cuda.current_stream().synchronize()
+
+    compute()
+    alone = statistics.median(_timed(compute) for _ in range(5))
+    beside: list[float] = []
+    for _ in range(5):
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(store)
+            beside.append(_timed(compute))
+            running.result()
+    value = statistics.median(beside)
+    return {
+        "bench": "offload", "case": "gpu-matmul-beside-store", "value": round(value, 4), "unit": "s",
+        "baseline": round(alone, 4), "ratio": round(value / alone, 3),
+    }  # fmt: skip

@@ -79,9 +79,7 @@ def make_scheduler(root: Path, scratch: Path, **tier: Any) -> Scheduler:
         ),
     )  # fmt: skip
     init_none_hash(sha256)
-    spec = FullAttentionSpec(
-        block_size=BLOCK_TOKENS, num_kv_heads=HEADS, head_size=HEAD_SIZE, dtype=torch.float16
-    )
+    spec = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=HEADS, head_size=HEAD_SIZE, dtype=torch.float16)
     kv_cache = KVCacheConfig(
         num_blocks=GPU_BLOCKS,
         kv_cache_tensors=[KVCacheTensor(GPU_BLOCKS * PAGE_BYTES, ["layer"], GPU_BLOCKS * PAGE_BYTES, PAGE_BYTES)],
@@ -196,7 +194,10 @@ class Runner:
 def prompts(seed: int, count: int, documents: int = 24) -> list[list[int]]:
     """Return prompts that share long prefixes: a document, cut at some block, and a few tokens of their own."""
     chosen = random.Random(seed)
-    texts = [[random.Random(number).randrange(1000, 30_000) for number in range(d, d + 160)] for d in range(0, documents * 1000, 1000)]
+    texts = [
+        [random.Random(number).randrange(1000, 30_000) for number in range(d, d + 160)]
+        for d in range(0, documents * 1000, 1000)
+    ]
     return [
         chosen.choice(texts)[: 16 * chosen.randint(2, 10)] + [chosen.randrange(1000, 30_000) for _ in range(5)]
         for _ in range(count)
