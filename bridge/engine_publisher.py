@@ -204,7 +204,7 @@ class EnginePublisher:
         for sequence, payload in wanted:
             if sequence >= start:
                 router.send_multipart((*head, sequence.to_bytes(SEQUENCE_BYTES, "big"), payload))
-        end = (END_OF_REPLAY,) if self._bare else (b"", END_OF_REPLAY, b"")
+        end = (END_OF_REPLAY, b"") if self._bare else (b"", END_OF_REPLAY, b"")
         router.send_multipart((identity, b"", *end))
 
 

@@ -104,6 +104,7 @@ def engine_specs(where: str, live: str, replay: str, options: dict[str, str]) ->
         raise SettingsError(f"engine {where!r}: dp={ranks!r}; expected the number of ranks, 1 to 1024")
     for address in filter(None, (live, replay)):
         _check_address(where, address)
+        _check_address(where, _offset(address, int(ranks) - 1))
     return [
         EngineSpec(
             live=_offset(live, rank),
