@@ -38,7 +38,7 @@ from kvatlas.scorer.pods import PodTable
 from kvatlas.streams.codec import decode_blocks
 from kvatlas.streams.effects import Effects
 from kvatlas.streams.engine_sweep import sweep_engine_blocks
-from kvatlas.streams.message import parse_message
+from kvatlas.streams.message import Message, parse_message
 from kvatlas.streams.resolve import ResolveOptions, Resolver
 from kvatlas.streams.view import DictView
 
@@ -254,6 +254,19 @@ class Feed:
                 for item in part:
                     self._resolve(engine, item, effects)
             engines = [engine for engine in engines if engine.inbox.items]
+        await self._commit(effects)
+        offset = next(self._offsets)
+        for engine, part in taken:
+            engine.inbox.settle(part, offset)
+
+    async def record(self, message: Message) -> None:
+        """Apply one message that no stream of ours read."""
+        async with self._applying:
+            effects = self._resolver.effects()
+            self._resolver.apply(self._view(message.pod), message, effects)
+            await self._commit(effects)
+
+    async def _commit(self, effects: Effects) -> None:
         if effects.urgent:
             self._announce(effects)
         for payloads in effects.encode().values():
@@ -261,9 +274,12 @@ class Feed:
                 await self._write(payload)
         self._tell(effects)
         self.counts.update(effects.counts)
-        offset = next(self._offsets)
-        for engine, part in taken:
-            engine.inbox.settle(part, offset)
+
+    def _view(self, pod: str) -> DictView:
+        view = self._views.get(pod)
+        if view is None:
+            view = self._views[pod] = DictView()
+        return view
 
     def _resolve(self, engine: Engine, item: Item, effects: Effects) -> None:
         spec = engine.spec
@@ -273,10 +289,7 @@ class Feed:
         if spec.announcements:
             headers = [*headers, (records.H_ANNOUNCEMENTS, spec.announcements.encode())]
         message = parse_message(item.key, item.value, headers)
-        view = self._views.get(message.pod)
-        if view is None:
-            view = self._views[message.pod] = DictView()
-        self._resolver.apply(view, message, effects)
+        self._resolver.apply(self._view(message.pod), message, effects)
 
     async def _write(self, payload: bytes) -> None:
         record = decode_blocks(payload)

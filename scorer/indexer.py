@@ -33,6 +33,7 @@ from kvatlas.scorer.indexer_answers import Explained, PodFreshness, PodScore, Sc
 from kvatlas.scorer.indexer_explain import explain
 from kvatlas.scorer.pods import PodTable
 from kvatlas.scorer.score import Match, Walk, Weights
+from kvatlas.streams.message import parse_message
 from kvatlas.streams.resolve import ResolveOptions
 
 log = logging.getLogger(__name__)
@@ -251,6 +252,23 @@ class Indexer:
         """
         if not await self._engine_feed().remove(pod):
             raise UnknownPodError(f"no engine {pod!r} here; there are {', '.join(self._pods.names()) or 'none'}")
+
+    async def apply_record(
+        self, key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes]] = ()
+    ) -> None:
+        """Apply one record as ``kv-events`` has them: from a capture, or from a transport of the caller's own.
+
+        Args:
+            key: pod id.
+            value: an engine's payload, or a control record (start, gap, restart, gone).
+            headers: ``sequence`` at least, ``model`` and ``incarnation`` where they are known.
+
+        Nothing is raised for a record that cannot be used: it is counted and logged. Records of one pod come in order.
+
+        Raises:
+            InputError: this indexer follows a log.
+        """
+        await self._engine_feed().record(parse_message(key, value, headers))
 
     def _engine_feed(self) -> Any:
         _ = self._running
