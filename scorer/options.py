@@ -51,7 +51,7 @@ class ScorerSettings(Section, frozen=True, kw_only=True):
     models: Annotated[
         list[str],
         Meta(description="per-model settings, MODEL:KEY=VALUE[,KEY=VALUE]; keys: strategy and the weight names"),
-    ] = []
+    ] = []  # noqa: RUF012 - a msgspec default, copied per value
 
     lookup_chunk_blocks: Annotated[
         int, Meta(description="blocks asked for first; every further round asks for four times as many", ge=1)
@@ -105,11 +105,6 @@ class ScorerSettings(Section, frozen=True, kw_only=True):
     max_concurrent: Annotated[int, Meta(description="requests worked on at once; more are refused", ge=1)] = 512
     max_watchers: Annotated[int, Meta(description="open WatchPods streams at most", ge=0)] = 64
     stop_grace_seconds: Annotated[float, Meta(description="let running requests end for so long", ge=0)] = 2.0
-
-    otlp_endpoint: Annotated[
-        str, Meta(description="send OpenTelemetry traces to this OTLP/gRPC endpoint; empty: none")
-    ] = ""
-    trace_share: Annotated[float, Meta(description="share of requests that are traced", ge=0, le=1)] = 1.0
 
     def __post_init__(self) -> None:
         """Check settings against each other.
