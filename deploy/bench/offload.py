@@ -272,7 +272,7 @@ def _gpu_cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for number in range(args.rounds + 1):
             for name, work in works.items():
                 torch.cuda.synchronize()
-                seconds = _timed(lambda work=work: (work(), torch.cuda.synchronize()))  # type: ignore[misc]
+                seconds = _timed(lambda work=work: _finished(torch, work))  # type: ignore[misc]
                 if number:
                     times[name].append(seconds)
         yield _figure(f"gpu-store-{page >> 10}KB", times["store"], times["plain-store"], total)
@@ -304,3 +304,8 @@ def _matmul_case(torch: Any, store: Callable[[], object]) -> dict[str, Any]:
         "bench": "offload", "case": "gpu-matmul-beside-store", "value": round(value, 4), "unit": "s",
         "baseline": round(alone, 4), "ratio": round(value / alone, 3),
     }  # fmt: skip
+
+
+def _finished(torch: Any, work: Callable[[], object]) -> None:
+    work()
+    torch.cuda.synchronize()

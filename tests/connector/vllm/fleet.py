@@ -42,7 +42,7 @@ def content(tokens: list[int]) -> bytes:
     return np.random.Generator(np.random.PCG64(int.from_bytes(seed[:8], "big"))).bytes(PAGE_BYTES)
 
 
-def make_scheduler(root: Path, scratch: Path, **tier: Any) -> Scheduler:
+def make_scheduler(root: Path, scratch: Path, *, whole_spec: bool = False, **tier: Any) -> Scheduler:
     """Return a scheduler whose connector spills to our file tier below ``root``."""
     model = scratch / "model"
     model.mkdir(parents=True, exist_ok=True)
@@ -68,14 +68,7 @@ def make_scheduler(root: Path, scratch: Path, **tier: Any) -> Scheduler:
         kv_transfer_config=KVTransferConfig(
             kv_connector="OffloadingConnector",
             kv_role="kv_both",
-            kv_connector_extra_config={
-                "spec_name": "TieringOffloadingSpec",
-                "cpu_bytes_to_use": HOST_CHUNKS * max(PAGE_BYTES, 4096),
-                "secondary_tiers": [{
-                    "type": "FileTierManager", "module_path": "kvatlas.connector.vllm_tier",
-                    "root_dir": str(root), "threads": 2, **tier,
-                }],
-            },
+            kv_connector_extra_config=_extra(root, tier, whole_spec=whole_spec),
         ),
     )  # fmt: skip
     init_none_hash(sha256)
@@ -94,6 +87,20 @@ def make_scheduler(root: Path, scratch: Path, **tier: Any) -> Scheduler:
         block_size=BLOCK_TOKENS,
         log_stats=True,
     )
+
+
+def _extra(root: Path, tier: dict[str, Any], *, whole_spec: bool) -> dict[str, Any]:
+    size = {"cpu_bytes_to_use": HOST_CHUNKS * max(PAGE_BYTES, 4096)}
+    if whole_spec:
+        return {
+            "spec_name": "FileOffloadingSpec",
+            "spec_module_path": "kvatlas.connector.vllm_spec",
+            "root_dir": str(root),
+            "file_tier": {"threads": 2, **tier},
+            **size,
+        }
+    ours = {"type": "FileTierManager", "module_path": "kvatlas.connector.vllm_tier", "root_dir": str(root)}
+    return {"spec_name": "TieringOffloadingSpec", "secondary_tiers": [{**ours, "threads": 2, **tier}], **size}
 
 
 class Runner:

@@ -102,3 +102,44 @@ def test_an_unsupported_version_is_named() -> None:
     with pytest.raises(UnsupportedEngineError, match=r"0\.32\.0.*0\.33"):
         check_version("0.32.0")
     assert check_version("0.33.7") == "0.33.7"
+
+
+def test_the_whole_spec(tmp_path: Path) -> None:
+    """Our OffloadingSpec, loaded by vLLM's factory, brings back what it stored and nothing else."""
+    from tests.connector.vllm.fleet import Runner, make_scheduler, prompts
+
+    scheduler = make_scheduler(tmp_path / "root", tmp_path, whole_spec=True)
+    runner = Runner(scheduler)
+    runner.run(prompts(6, 400))
+    assert runner.files.metrics.counts["hits"] > 50
+    assert runner.files.metrics.counts.get("corrupt", 0) == 0
+    scheduler.shutdown()
+
+
+def test_our_own_events_decode_with_vllms_structs() -> None:
+    """A batch that the connector publishes itself is a KVEventBatch to vLLM."""
+    import msgspec
+    from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch
+
+    from kvatlas.bridge.adapters.fields import encode_batch
+    from kvatlas.connector.events import BlockMeta, StorageEvents
+    from kvatlas.connector.filetier import Change
+
+    payloads: list[bytes] = []
+
+    class Sink:
+        def publish(self, events, *, timestamp, dp_rank=0):
+            payloads.append(encode_batch(timestamp, list(events), dp_rank))
+            return 0
+
+    events = StorageEvents(Sink())
+    name = bytes(32) + (1).to_bytes(4, "big")
+    events.describe({name: BlockMeta(99, parent_hash=98, token_ids=(1, 2), group=1, extra_keys=("salt",))})
+    events(Change(False, (name,)))
+    events(Change(True, (name,)))
+    events.flush()
+    stored, removed = msgspec.msgpack.decode(payloads[0], type=KVEventBatch).events
+    assert isinstance(stored, BlockStored)
+    assert isinstance(removed, BlockRemoved)
+    assert (stored.block_hashes, stored.token_ids, stored.medium, stored.locality) == ([99], [1, 2], "STORAGE", "LOCAL")
+    assert (removed.block_hashes, removed.medium, removed.group_idx) == ([99], "STORAGE", 1)
