@@ -75,7 +75,8 @@ def choose(
     return pb.PickResponse(
         pod=winner.pod,
         candidates=candidates,
-        reason=_reason(winner, scored.prompt_tokens, loads[winner.pod], len(tied), tie_break, len(candidates)),
+        reason=_reason(winner, scored.prompt_tokens, loads[winner.pod], len(candidates))
+        + (f", by {tie_break} among {len(tied)} equal ones" if len(tied) > 1 else ""),
         scored=scored,
     )
 
@@ -123,11 +124,8 @@ def _break(
     return draw(len(tied))
 
 
-def _reason(
-    winner: pb.Candidate, tokens: int, load: Mapping[str, float], tied: int, tie_break: str, candidates: int
-) -> str:
-    text = (
+def _reason(winner: pb.Candidate, tokens: int, load: Mapping[str, float], candidates: int) -> str:
+    return (
         f"{winner.pod} has {winner.matched_tokens} of {tokens} tokens cached, {load['waiting']:g} waiting and "
         f"{load['running']:g} running; highest total of {candidates} pods"
     )
-    return f"{text}, by {tie_break} among {tied} equal ones" if tied > 1 else text

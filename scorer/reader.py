@@ -178,36 +178,36 @@ class PartitionRouter:
         numbers = partitions_of(packed, layout.partition_count)
         touched = np.unique(numbers).tolist()
         request = _Request(packed, numbers, layout.partition_count, values, deadline)
-        targets = {partition: self._candidates(partition) for partition in touched}
-        pending = set(touched)
-        for number in range(_ROUNDS):
-            groups: dict[str, list[int]] = {}
-            for partition in pending:
-                if targets[partition]:
-                    groups.setdefault(targets[partition].pop(0), []).append(partition)
-            if not groups or time.monotonic() >= deadline:
-                break
-            if number:
-                self._on_event("redirected")
-            if len(groups) == 1:
-                endpoint, partitions = groups.popitem()
-                outcomes = [await self._ask_hedged(endpoint, partitions, request, targets)]
-            else:
-                outcomes = await asyncio.gather(
-                    *(self._ask_hedged(endpoint, parts, request, targets) for endpoint, parts in groups.items())
-                )
-            for answered, owners in outcomes:
-                pending -= answered
-                for partition, owner in owners.items():
-                    targets[partition] = [owner, *(t for t in targets[partition] if t != owner)]
-            if not pending:
-                break
+        pending = await self._rounds(set(touched), request)
         for partition in pending:
             if partition not in request.seen or request.seen[partition].role in (ACTIVE, STANDBY):
                 request.seen[partition] = Seen(UNANSWERED, "", -1, 0)
         if pending:
             self._on_event("unanswered")
         return Answers(values, request.seen)
+
+    async def _rounds(self, pending: set[int], request: _Request) -> set[int]:
+        """Ask until everything is answered, nobody is left to ask, or time is up; returns what has no answer."""
+        targets = {partition: self._candidates(partition) for partition in pending}
+        for number in range(_ROUNDS):
+            groups: dict[str, list[int]] = {}
+            for partition in pending:
+                if targets[partition]:
+                    groups.setdefault(targets[partition].pop(0), []).append(partition)
+            if not groups or time.monotonic() >= request.deadline:
+                break
+            if number:
+                self._on_event("redirected")
+            outcomes = await asyncio.gather(
+                *(self._ask_hedged(endpoint, parts, request, targets) for endpoint, parts in groups.items())
+            )
+            for answered, owners in outcomes:
+                pending = pending - answered
+                for partition, owner in owners.items():
+                    targets[partition] = [owner, *(t for t in targets[partition] if t != owner)]
+            if not pending:
+                break
+        return pending
 
     def _candidates(self, partition: int) -> list[str]:
         route = self._workers.route(partition)

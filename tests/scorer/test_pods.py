@@ -57,7 +57,7 @@ def worker(workers: WorkerTable, name: str, partitions: list[int], now: int, **f
 
 
 def test_routes_prefer_the_newest_assignment_and_fall_back_to_standbys_and_expired_owners():
-    """Two claims on a partition go to the later generation; without an owner standbys, then expired owners are asked."""
+    """Of two claims the later generation wins; without an owner standbys are asked, then expired owners."""
     now = [100 * SECOND]
     workers = WorkerTable(lambda: now[0])
     worker(workers, "old", [0, 1], now[0], generation=1)
