@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -130,7 +130,7 @@ async def _baseline(bootstrap: str, folder: Path, args: argparse.Namespace) -> f
         while progress["updates"] < _BASELINE_UPDATES and time.monotonic() - progress["began"] < _BASELINE_SECONDS:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
         # An assignment only queues its changelog record: the table is written once the brokers have them all.
-        updates = progress["updates"]
+        updates = int(progress["updates"])
         await _until_written(app, kafka.topic("stock-block_index-changelog"), args.partitions, updates)
         return updates / (time.monotonic() - progress["began"])
     finally:
@@ -189,7 +189,7 @@ def engine_messages(
     for number in range(blocks // _BLOCKS_PER_MESSAGE + (1 if blocks % _BLOCKS_PER_MESSAGE else 0)):
         pod = f"bench-{number % pods}"
         base = number * _BLOCKS_PER_MESSAGE
-        events = []
+        events: list[Mapping[str, Any]] = []
         for at in (base, base + half):
             size = min(half, blocks - at)
             if size <= 0:

@@ -116,8 +116,8 @@ class Supervisor:
 
     def run(self) -> int:
         """Run until SIGTERM or Ctrl-C; returns 0 when all children ended cleanly, else 1."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._stop())
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, lambda *_: self._stop())
         for number in range(len(self._children)):
             self._start(number)
         while not self._stopping:
