@@ -1,0 +1,94 @@
+"""Two bridges of one group on the real Kafka: one is killed, the other takes its pods over."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+
+from kvatlas.bridge import records
+from kvatlas.bridge.engine_publisher import EnginePublisher
+from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.deploy.brokers.topics import ensure_topics
+
+_PODS, _PARTITIONS = 8, 4
+
+
+async def _log(kafka: KafkaSettings) -> tuple[dict[str, list[tuple[int, int]]], set[bytes]]:
+    """Return per pod the (incarnation, sequence) on the log in order, repetitions too; and who produced how."""
+    async with AIOKafkaConsumer(bootstrap_servers=kafka.brokers, enable_auto_commit=False) as consumer:
+        places = [TopicPartition(kafka.topic(records.EVENTS), number) for number in range(kafka.partitions)]
+        consumer.assign(places)
+        await consumer.seek_to_beginning(*places)
+        ends = await consumer.end_offsets(places)
+        found: dict[str, list[tuple[int, int]]] = {}
+        sources: set[bytes] = set()
+        while any([await consumer.position(place) < ends[place] for place in places]):
+            for messages in (await consumer.getmany(timeout_ms=200)).values():
+                for message in messages:
+                    headers: dict[str, Any] = dict(message.headers)
+                    if headers["content_type"] == b"engine":
+                        at = (int(headers["incarnation"]), int(headers["sequence"]))
+                        found.setdefault(message.key.decode(), []).append(at)
+                        sources.add(headers["source"])
+        return found, sources
+
+
+def _bridge(kafka: KafkaSettings, engines: list[EnginePublisher]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "kvatlas.deploy", "bridge", "--brokers", kafka.brokers]
+    command += ["--topic-prefix", kafka.topic_prefix, "--partitions", str(_PARTITIONS), "--group", "bridges"]
+    command += ["--session-timeout-seconds", "6", "--heartbeat-seconds", "2"]
+    for engine in engines:
+        command += ["--engines", f"{engine.endpoint},{engine.replay_endpoint}"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+async def _traffic(engines: list[EnginePublisher], seconds: float) -> int:
+    count, until = 0, time.monotonic() + seconds
+    while time.monotonic() < until:
+        for engine in engines:
+            engine.publish([{"type": "AllBlocksCleared"}], timestamp=time.time())
+        count += 1
+        await asyncio.sleep(0.02)
+    return count
+
+
+async def test_another_bridge_takes_over_the_pods_of_a_killed_one(brokers: str, topic_prefix: str) -> None:
+    """Two bridges share the pods; after SIGKILL of one the other repairs by replay, and nothing is lost or doubled."""
+    kafka = KafkaSettings(brokers=brokers, topic_prefix=topic_prefix, partitions=_PARTITIONS)
+    await ensure_topics(kafka, [topic for topic in records.TOPICS if topic.by == "pod"])
+    engines = [EnginePublisher("tcp://127.0.0.1:*", "tcp://127.0.0.1:*", topic=f"kv@pod-{n}@m") for n in range(_PODS)]
+    for engine in engines:
+        engine.start()
+    bridges = [_bridge(kafka, engines), _bridge(kafka, engines)]
+    try:
+        for bridge in bridges:  # both are members once they say so
+            assert bridge.stdout is not None
+            assert (await asyncio.wait_for(asyncio.to_thread(bridge.stdout.readline), 60)).startswith("ready")
+        published = await _traffic(engines, 5.0)
+        bridges[0].kill()
+        bridges[0].wait()
+        published += await _traffic(engines, 3.0)
+        for _ in range(80):
+            found, sources = await _log(kafka)
+            if all(len(set(found.get(f"pod-{n}", []))) >= published for n in range(_PODS)):
+                break
+            await asyncio.sleep(0.5)
+        bridges[1].terminate()
+        assert bridges[1].wait(20) == 0
+    finally:
+        for bridge in bridges:
+            bridge.kill()
+            bridge.wait()
+        for engine in engines:
+            engine.close()
+    assert sorted(found) == [f"pod-{n}" for n in range(_PODS)]
+    for places in found.values():
+        first_seen = list(dict.fromkeys(places))
+        assert [sequence for _, sequence in first_seen] == list(range(published))
+        assert len({incarnation for incarnation, _ in places}) == 1
+    assert sources == {b"live", b"replay"}
