@@ -5,9 +5,9 @@ Configured with ``kv_connector_extra_config``::
     {"spec_name": "FileOffloadingSpec", "spec_module_path": "kvatlas.connector.vllm_spec",
      "cpu_bytes_to_use": N, "root_dir": "/mnt/kv", "file_tier": {"max_bytes": M}}
 
-vLLM asserts that a load to the GPU succeeds, so a lookup must not say HIT before the bytes are sure. The tiering manager
-promises that: a block of the files is brought to host memory first, where its checksum is verified, and only what arrived
-there is a HIT; what did not is a MISS and is computed.
+vLLM asserts that a load to the GPU succeeds, so a lookup must not say HIT before the bytes are sure. The tiering
+manager keeps to that: a block of the files is brought to host memory first, where its checksum is verified, and only
+what arrived there is a HIT; what did not is a MISS and is computed.
 """
 
 from __future__ import annotations

@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import pytest
 
+from kvatlas.bridge.adapters import adapter
 from kvatlas.bridge.adapters.fields import encode_batch
+from kvatlas.bridge.events import Limits, Removed, Stored, Tier
 from kvatlas.connector.events import BlockMeta, StorageEvents, default_meta
+from kvatlas.connector.filetier import Change
 from tests.connector.conftest import Fleet, block, key
 
 
@@ -42,3 +46,22 @@ def test_stored_and_removed_are_told_with_what_is_known(fleet: Fleet) -> None:
     assert decoded[-1]["type"] == "BlockRemoved"
     assert {event["medium"] for event in decoded} == {"STORAGE"}
     assert {event["locality"] for event in decoded} == {"REMOTE"}
+
+
+@pytest.mark.parametrize(("locality", "tier"), [("LOCAL", Tier.DISK), ("REMOTE", Tier.SHARED)])
+def test_the_bridge_reads_the_right_tier(locality: Any, tier: Tier) -> None:
+    """Our own decoder puts a local disk on the disk tier and a mounted store on the shared one."""
+    recorder = Recorder()
+    events = StorageEvents(recorder, locality=locality)
+    events.describe({key(1): BlockMeta(77, parent_hash=76, token_ids=(1, 2), group=0)})
+    events(Change(False, (key(1),)))
+    events(Change(True, (key(1),)))
+    events.flush()
+    batch = adapter("vllm")(recorder.payloads[0], Limits())
+    stored, removed = batch.events
+    assert not batch.rejected
+    assert isinstance(stored, Stored)
+    assert isinstance(removed, Removed)
+    assert (stored.tier, removed.tier) == (tier, tier)
+    assert stored.keys == removed.keys == [(77).to_bytes(8, "big")]
+    assert (stored.parent, stored.block_size_tokens, stored.masked) == ((76).to_bytes(8, "big"), 2, False)
