@@ -11,7 +11,7 @@ RECIPE := pyproject.toml tests/constraints.txt
 PROTOS := $(wildcard streams/v1/*.proto scorer/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv system-deps demo test lint unit integration kafka proto proto-check test-vllm bench clean
+.PHONY: help venv system-deps demo test lint unit integration kafka proto proto-check manifests chart-schema test-vllm bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -62,6 +62,12 @@ proto: $(VENV)/.stamp-dev ## generate the Python code of the protos
 
 proto-check: $(VENV)/.stamp-dev ## fail where the generated code is not what the protos say
 	@sh .ci/proto-check $(BIN)/python $(PROTOS)
+
+manifests: $(VENV)/.stamp-dev ## render the chart and check chart, image, compose file, rules and dashboard
+	$(BIN)/pytest -q tests/deploy/test_manifests_chart.py tests/deploy/test_manifests_compose.py tests/deploy/test_manifests_monitoring.py
+
+chart-schema: $(VENV)/.stamp-dev ## write the settings part of the chart's schema from the settings classes
+	@$(BIN)/python .ci/chart-schema
 
 test-vllm: ## tests inside a real vLLM, in an environment of their own
 	@sh .ci/test-vllm
