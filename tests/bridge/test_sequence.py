@@ -134,7 +134,8 @@ def test_every_message_is_forwarded_once_or_recorded_as_lost(seed: int, buffer: 
         ask(0.0)
     assert tracker.request is None
     assert tracker.held == 0
-    assert tracker.expected == published
+    # An engine that has said nothing since its restart looks like one whose buffer is empty; its first message tells.
+    assert published == 0 or tracker.expected == published
     seen: set[tuple[int, int]] = set()
     expected, incarnation, lives = 0, 0, set[bytes]()
     for output in outputs:
