@@ -85,14 +85,20 @@ class Child:
         if self.process.poll() is None:
             self.process.terminate()
 
-    def wait(self, deadline: float) -> None:
-        """Wait until it has stopped; end it, with what it has started, at the deadline (monotonic seconds)."""
+    def wait(self, deadline: float) -> bool:
+        """Wait until it has stopped; end it, with what it has started, at the deadline (monotonic seconds).
+
+        Returns:
+            Whether it stopped by itself.
+        """
         try:
             self.process.wait(max(0.0, deadline - time.monotonic()))
+            return True
         except subprocess.TimeoutExpired:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+            return False
         finally:
             for pipe in (self.process.stdin, self.process.stdout):
                 if pipe is not None:
@@ -144,6 +150,8 @@ class Launcher:
             )
         worker = msgspec.structs.replace(self._sections["worker"], state_dir=str(tables), processes=1)
         self._sections["worker"] = worker
+        # One bridge has nobody to share pods with, and joining a group takes seconds.
+        self._sections["bridge"] = msgspec.structs.replace(self._sections["bridge"], ownership="all")
         asyncio.run(ensure_topics(self.kafka, (*TOPICS, *changelog_topics(worker.app))))
         document = {name: msgspec.to_builtins(section) for name, section in self._sections.items()}
         for name in ("worker", "bridge", "scorer"):
@@ -165,15 +173,19 @@ class Launcher:
         for child in self.children:
             child.check()
 
-    def stop(self) -> None:
-        """Stop the parts, all at once, and the broker that they need after them."""
+    def stop(self) -> list[str]:
+        """Stop the parts, all at once, and the broker that they need after them.
+
+        Returns:
+            Names of the parts that did not stop in time and were killed.
+        """
         for child in self.children:
             child.terminate()
         deadline = time.monotonic() + _STOP_SECONDS
-        for child in self.children:
-            child.wait(deadline)
+        killed = [child.name for child in self.children if not child.wait(deadline)]
         if self._broker is not None:
             self._broker.stop()
+        return killed
 
     def _served(self) -> bool:
         """Whether one prompt per partition is answered in full: every partition is then served."""
