@@ -198,6 +198,18 @@ class BridgeSettings(Section, frozen=True, kw_only=True):
     socket_message_bytes: Annotated[
         int, Meta(description="ZMQ drops a peer that sends a larger message; -1 for no limit")
     ] = 512 * 1024 * 1024
+    strip_tokens: Annotated[
+        bool, Meta(description="store no token ids: the bridge computes the block keys and forwards those")
+    ] = False
+    strip_blocks: Annotated[
+        int, Meta(description="engine blocks per pod whose keys are remembered, for children that follow", ge=1)
+    ] = 65_536
+    strip_recover_records: Annotated[
+        int, Meta(description="records per partition read back at start to learn known blocks", ge=0)
+    ] = 50_000
+    block_size_tokens: Annotated[
+        int, Meta(description="tokens in a canonical block, as the workers have it; for stripped tokens", ge=1, le=4096)
+    ] = 16
     listen: Annotated[str, Meta(description="host:port of /metrics, /healthz, /readyz; empty switches it off")] = ""
 
     def specs(self) -> list[EngineSpec]:

@@ -336,8 +336,10 @@ class KeyedStored(msgspec.Struct, frozen=True, kw_only=True, array_like=True, ta
         engine_keys: engine keys of the blocks.
         parent: engine key before the first, None at the start of a prompt.
         block_keys: packed canonical keys, ``len(engine_keys) * keys_per_block`` of them.
-        keys_per_block: canonical blocks in one engine block.
-        tier, group, kind, window_tokens, block_size_tokens: as in :class:`kvatlas.bridge.events.Stored`.
+        keys_per_block: canonical blocks in one engine block; 0 for blocks that could not be keyed, which mean what an
+            event without tokens means: a tier is added to blocks that are known already.
+        tier, group, kind, window_tokens, block_size_tokens, lookahead: as in
+            :class:`kvatlas.bridge.events.Stored`.
     """
 
     engine_keys: list[bytes]
@@ -349,6 +351,7 @@ class KeyedStored(msgspec.Struct, frozen=True, kw_only=True, array_like=True, ta
     kind: int
     window_tokens: int
     block_size_tokens: int
+    lookahead: bool = False
 
 
 class KeyedRemoved(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag="removed"):

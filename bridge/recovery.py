@@ -13,9 +13,10 @@ from xxhash import xxh3_64_intdigest
 from kvatlas.bridge import records
 from kvatlas.bridge.errors import LogError, WireError
 from kvatlas.bridge.kafka import client_config
-from kvatlas.bridge.records import Control, PodRecord
+from kvatlas.bridge.records import Control, KeyedBatch, PodRecord
 from kvatlas.bridge.sequence import DIGESTS, Position
 from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.strip import KnownBlocks
 
 _DOUBLE: Final = struct.Struct(">d")
 
@@ -49,10 +50,11 @@ def apply_control(record: PodRecord, control: Control) -> PodRecord:
 
 
 class Recovered(msgspec.Struct):
-    """One pod as the log knows it."""
+    """One pod as the log knows it; ``blocks`` where its batches are stored without tokens."""
 
     record: PodRecord
     digests: list[tuple[int, int]] = []
+    blocks: KnownBlocks | None = None
 
     def position(self) -> Position:
         """Return where its stream goes on; a pod that was gone starts anew under a later incarnation."""
@@ -63,7 +65,13 @@ class Recovered(msgspec.Struct):
 
 
 def fold(
-    pods: dict[str, Recovered], key: bytes, value: bytes, headers: dict[str, bytes], place: tuple[int, int]
+    pods: dict[str, Recovered],
+    key: bytes,
+    value: bytes,
+    headers: dict[str, bytes],
+    place: tuple[int, int],
+    *,
+    known_blocks: int = 0,
 ) -> None:
     """Apply one record of ``kv-events`` to what is known of its pod.
 
@@ -73,6 +81,7 @@ def fold(
         value: the record's value.
         headers: its headers.
         place: its partition and offset.
+        known_blocks: engine blocks to remember per pod where tokens are stripped, 0 for none.
     """
     pod = key.decode(errors="replace")
     known = pods.get(pod)
@@ -87,13 +96,24 @@ def fold(
         if control.incarnation > records.incarnation_of(record.epoch):
             if control.type != "gap":
                 known.digests.clear()
+                known.blocks = None
             known.record = apply_control(record, control)
         return
     incarnation = int(headers.get(records.H_INCARNATION, b"0"))
     sequence = int(headers.get(records.H_SEQUENCE, b"-1"))
+    ts = read_ts(value)
+    if headers.get(records.H_CONTENT_TYPE) == records.CONTENT_KEYS.encode():
+        try:
+            batch = records.decode(KeyedBatch, value)
+        except WireError:
+            return
+        ts = batch.timestamp
+        if known_blocks and incarnation >= records.incarnation_of(record.valid_from):
+            if known.blocks is None:
+                known.blocks = KnownBlocks(known_blocks)
+            known.blocks.learn(batch)
     if incarnation != records.incarnation_of(record.epoch) or sequence < record.last_sequence:
         return
-    ts = read_ts(value)
     if headers.get(records.H_CONTENT_TYPE) == records.CONTENT_ENGINE.encode():
         known.digests.append((sequence, xxh3_64_intdigest(value)))
     known.record = msgspec.structs.replace(
@@ -106,8 +126,16 @@ def fold(
     )
 
 
-async def recover(settings: KafkaSettings, partitions: list[int]) -> dict[str, Recovered]:
+async def recover(
+    settings: KafkaSettings, partitions: list[int], *, known_blocks: int = 0, known_records: int = 0
+) -> dict[str, Recovered]:
     """Read where the pods of some partitions stand.
+
+    Args:
+        settings: the cluster.
+        partitions: of ``kv-events``.
+        known_blocks: engine blocks to remember per pod where tokens are stripped, 0 for none.
+        known_records: records per partition that are read back for them.
 
     Raises:
         LogError: Kafka does not answer.
@@ -131,10 +159,13 @@ async def recover(settings: KafkaSettings, partitions: list[int]) -> dict[str, R
             offsets = [p.record.events_offset for p in pods.values() if p.record.events_partition == number]
             # The last message itself is read again: its bytes tell whether the engine is still the same.
             starts[place] = max(min(offsets), 0) if offsets else 0
+        if known_blocks and starts:
+            for place, end in (await consumer.end_offsets(list(starts))).items():
+                starts[place] = max(min(starts[place], end - known_records), 0)
         async for message in _to_end(consumer, list(starts), starts):
             if message.key is not None:
                 place = (message.partition, message.offset)
-                fold(pods, message.key, message.value or b"", dict(message.headers), place)
+                fold(pods, message.key, message.value or b"", dict(message.headers), place, known_blocks=known_blocks)
     except KafkaError as error:
         raise LogError(f"cannot read pod positions from {settings.brokers}: {error}") from error
     finally:

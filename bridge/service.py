@@ -131,7 +131,14 @@ class BridgeService:
 
     async def _gained(self, partitions: list[int]) -> None:
         assert self._shared is not None
-        self._shared.recovered.update(await recover(self._kafka, partitions))
+        settings = self._settings
+        found = await recover(
+            self._kafka,
+            partitions,
+            known_blocks=settings.strip_blocks if settings.strip_tokens else 0,
+            known_records=settings.strip_recover_records,
+        )
+        self._shared.recovered.update(found)
         for stream in self.streams.values():
             stream.beat()
 

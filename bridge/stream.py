@@ -19,6 +19,7 @@ from kvatlas.bridge.records import Control, PodRecord
 from kvatlas.bridge.recovery import Recovered, apply_control, read_ts
 from kvatlas.bridge.replay import replay
 from kvatlas.bridge.sequence import Forward, Message, Output, Tracker, Turn
+from kvatlas.bridge.strip import KnownBlocks, Stripper
 from kvatlas.bridge.subscriber import Subscriber
 
 _SEQUENCE_MAX: Final = 1 << 48
@@ -33,6 +34,7 @@ class Shared:
     Attributes:
         dead: messages that were dead-lettered, by reason.
         oversized: messages over the size limit.
+        keyless: blocks forwarded without keys, where tokens are stripped.
         messages, bytes: forwarded.
     """
 
@@ -51,6 +53,7 @@ class Shared:
         self.owns: Callable[[int], bool] = lambda _: True
         self.dead: dict[str, int] = {}
         self.oversized = 0
+        self.keyless = 0
         self.messages = 0
         self.acknowledged = 0
         self.observe: Callable[[int], None] | None = None
@@ -67,6 +70,8 @@ class Shared:
         log.warning("%s: %s", origin, reason)
         if not self.room():
             return
+        if self.settings.strip_tokens:
+            frames = [b""]  # what cannot be read may hold tokens
         value = (
             frames[-1] if len(frames) == 3 else msgspec.msgpack.encode([frame[:_DLQ_BYTES] for frame in frames[:16]])
         )
@@ -99,6 +104,7 @@ class PodStream:
         self._identity: Identity | None = None
         self._partition = 0
         self._fixed: records.Headers = []
+        self._stripper: Stripper | None = None
         self._key = b""
         self._topic = b""
         self._wake = asyncio.Event()
@@ -194,8 +200,9 @@ class PodStream:
         self._identity, self._topic = found, topic
         self._key = found.pod_id.encode()
         self._partition = records.pod_partition(found.pod_id, shared.partitions)
+        content = records.CONTENT_KEYS if shared.settings.strip_tokens else records.CONTENT_ENGINE
         self._fixed = [
-            (records.H_CONTENT_TYPE, records.CONTENT_ENGINE.encode()),
+            (records.H_CONTENT_TYPE, content.encode()),
             (records.H_ENGINE, self.spec.engine.encode()),
             (records.H_MODEL, found.model.encode()),
         ]
@@ -217,6 +224,11 @@ class PodStream:
             store=self.spec.store,
         )
         settings = shared.settings
+        if settings.strip_tokens:
+            blocks = known.blocks if known and known.blocks is not None else KnownBlocks(settings.strip_blocks)
+            self._stripper = Stripper(
+                self.spec.engine, found.model, settings.block_size_tokens, settings.limits(), blocks
+            )
         self.tracker = Tracker(
             known.position() if known else Recovered(base).position(),
             next_incarnation=self._next_incarnation,
@@ -270,12 +282,24 @@ class PodStream:
             if shared.observe is not None:
                 shared.observe(message.receive_ns)
 
-        item = Item(self._key, payload, headers, acknowledged)
+        value = payload if self._stripper is None else self._strip(self._stripper, message)
+        item = Item(self._key, value, headers, acknowledged)
         shared.publisher.send(shared.topic(records.EVENTS), self._partition, item)
+
+    def _strip(self, stripper: Stripper, message: Message) -> bytes:
+        """Return what is stored of a message where token ids must not be."""
+        batch, rejected, keyless = stripper.strip(message.payload or b"")
+        self._shared.keyless += keyless
+        for reason in rejected:
+            origin = f"{self.spec.live} message {message.sequence}"
+            self._shared.dead_letter(self.pod, [b""], f"event not usable: {reason}", origin)
+        return records.encode(batch)
 
     _acknowledged: tuple[Message, int] | None = None
 
     def _turn(self, turn: Turn) -> None:
+        if turn.kind == "restart" and self._stripper is not None:
+            self._stripper.known.clear()
         level = logging.INFO if turn.kind == "start" else logging.WARNING
         log.log(level, "%s: %s %d..%d: %s", self.pod, turn.kind, turn.first_lost, turn.last_lost, turn.reason)
         self._control(

@@ -10,10 +10,10 @@ from collections import Counter
 from typing import Final
 
 from kvatlas.bridge.block_key import KEY_BYTES, TOKEN_BYTES, block_keys
+from kvatlas.bridge.chain import Tail, block_extra, check_extra, extend, split_keys
 from kvatlas.bridge.events import Removed, Stored, Tier
 from kvatlas.bridge.records import GroupSpec
 from kvatlas.streams import engine_blocks as eb
-from kvatlas.streams.chain import Tail, block_extra, check_extra, extend, split_keys
 from kvatlas.streams.codec import pack_holder
 from kvatlas.streams.effects import PodUpdates
 from kvatlas.streams.engine_blocks import Block, Link, Owner, Pending, PodState, Waiting
@@ -145,6 +145,8 @@ class PodBlocks:
         """
         self._enter(event.group)
         self._note_group(event)
+        if event.lookahead:
+            self._state.aliasing = True
         self._keyed(event.keys, table_keys, keys, event.tier)
 
     def _keyed(self, engine_keys: list[bytes], table_keys: list[bytes], keys: list[bytes], tier: int) -> None:

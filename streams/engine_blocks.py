@@ -26,10 +26,10 @@ from typing import Any, Final
 
 import msgspec
 
+from kvatlas.bridge.chain import Tail
 from kvatlas.bridge.errors import VersionError, WireError
 from kvatlas.bridge.events import Tier
 from kvatlas.bridge.records import LIVE, GroupSpec, epoch_of
-from kvatlas.streams.chain import Tail
 
 SCHEMA_VERSION: Final = 1
 

@@ -302,7 +302,7 @@ class Resolver:
         if event.window_tokens < 0 or event.block_size_tokens < 0:
             raise WireError(f"window or block size is negative: {event.window_tokens}, {event.block_size_tokens}")
         width = event.keys_per_block * KEY_BYTES
-        if width <= 0 or len(event.block_keys) != width * len(event.engine_keys):
+        if width < 0 or len(event.block_keys) != width * len(event.engine_keys):
             raise WireError(
                 f"block_keys has {len(event.block_keys)} bytes for {len(event.engine_keys)} engine keys "
                 f"of {event.keys_per_block} block keys each"
@@ -315,7 +315,12 @@ class Resolver:
             group=event.group,
             kind=Kind(event.kind),
             window_tokens=event.window_tokens,
+            lookahead=event.lookahead,
         )
+        if not width:
+            # Without keys and without tokens: known blocks gain a tier, unknown ones stay unknown.
+            self._event(stored, _EMPTY, state, blocks, effects)
+            return
         effects.counts["blocks_stored"] += len(stored.keys)
         if stored.tier == Tier.SHARED and not state.store:
             state.store = self._options.store
