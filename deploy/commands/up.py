@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Final
@@ -51,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
                 launcher.check()
         failed = False
     finally:
-        launcher.stop()
+        if killed := launcher.stop():
+            print(f"kvatlas up: {', '.join(killed)} did not stop in time and was killed", file=sys.stderr)
         if args.state_dir is None and not failed:
             shutil.rmtree(state_dir, ignore_errors=True)
     return 0
