@@ -19,6 +19,7 @@ def test_a_part_that_does_not_stop_is_killed(tmp_path: Path) -> None:
     """At the deadline a part that ignores SIGTERM is killed, and the caller learns of it."""
     child = Child("bridge", _NOBODY, tmp_path / "bridge.log")
     os.kill(child.process.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, child.process.pid, os.WSTOPPED | os.WNOWAIT)
     child.terminate()
     began = time.monotonic()
     assert child.wait(began + 0.2) is False
