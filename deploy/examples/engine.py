@@ -1,4 +1,4 @@
-"""A stand-in for an inference engine: OpenAI-style HTTP in front, a simulated paged cache and its real events behind."""
+"""A stand-in for an inference engine: OpenAI-style HTTP before a simulated paged cache that sends real events."""
 
 from __future__ import annotations
 
