@@ -72,32 +72,42 @@ def holders(value: bytes) -> Iterator[Holder]:
 
 def add_holder(value: bytes, holder: bytes) -> bytes:
     """Return ``value`` with ``holder`` in place; an older epoch never replaces a newer one."""
-    if not value:
-        return holder
-    identity = holder[:IDENTITY_BYTES]
-    at = 0
-    end = len(value)
-    while at < end:
-        found = value[at : at + IDENTITY_BYTES]
-        if found == identity:
-            if value[at + EPOCH_AT : at + HOLDER_BYTES] > holder[EPOCH_AT:]:
-                return value
-            return value[:at] + holder + value[at + HOLDER_BYTES :]
-        if found > identity:
-            return value[:at] + holder + value[at:]
-        at += HOLDER_BYTES
-    return value + holder
+    at = _find(value, holder[:IDENTITY_BYTES])
+    if at < 0:
+        at = _slot(value, holder)
+        return value[:at] + holder + value[at:]
+    if value[at + EPOCH_AT : at + HOLDER_BYTES] > holder[EPOCH_AT:]:
+        return value
+    return value[:at] + holder + value[at + HOLDER_BYTES :]
 
 
 def remove_holder(value: bytes, holder: bytes) -> bytes:
     """Return ``value`` without ``holder``; a removal of an older epoch leaves a newer entry alone."""
-    identity = holder[:IDENTITY_BYTES]
-    for at in range(0, len(value), HOLDER_BYTES):
-        if value[at : at + IDENTITY_BYTES] == identity:
-            if value[at + EPOCH_AT : at + HOLDER_BYTES] > holder[EPOCH_AT:]:
-                return value
-            return value[:at] + value[at + HOLDER_BYTES :]
-    return value
+    at = _find(value, holder[:IDENTITY_BYTES])
+    if at < 0 or value[at + EPOCH_AT : at + HOLDER_BYTES] > holder[EPOCH_AT:]:
+        return value
+    return value[:at] + value[at + HOLDER_BYTES :]
+
+
+def _find(value: bytes, identity: bytes) -> int:
+    """Return where the holder of an identity begins, -1 without one; a match between two holders is none."""
+    at = value.find(identity)
+    while at > 0 and at % HOLDER_BYTES:
+        at = value.find(identity, at + 1)
+    return at
+
+
+def _slot(value: bytes, holder: bytes) -> int:
+    """Return where a holder of a new identity belongs, by bisection: blocks of a common prompt have hundreds."""
+    low, high = 0, len(value) // HOLDER_BYTES
+    while low < high:
+        middle = (low + high) // 2
+        at = middle * HOLDER_BYTES
+        if value[at : at + HOLDER_BYTES] < holder:
+            low = middle + 1
+        else:
+            high = middle
+    return low * HOLDER_BYTES
 
 
 class Run(NamedTuple):
