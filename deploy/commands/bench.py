@@ -59,9 +59,7 @@ def run(args: argparse.Namespace) -> int:
     if args.name.replace("-", "_") not in found:
         raise SettingsError(f"no benchmark {args.name!r}; there are {', '.join(found) or 'none'}")
     module = _module(args.name.replace("-", "_"))
-    parser = argparse.ArgumentParser(
-        prog=f"kvatlas bench {args.name}", description=getattr(module, "HELP", None)
-    )
+    parser = argparse.ArgumentParser(prog=f"kvatlas bench {args.name}", description=getattr(module, "HELP", None))
     parser.add_argument("--json", action="store_true", help="one JSON object a figure and line")
     module.add_arguments(parser)
     options = parser.parse_args(args.rest)

@@ -27,9 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", type=Path, metavar="FILE", help=f"TOML file to read as the services do [{ENV_FILE}]"
     )
     form = parser.add_mutually_exclusive_group()
-    form.add_argument(
-        "--markdown", action="store_true", help="the reference page; takes no values from anywhere"
-    )
+    form.add_argument("--markdown", action="store_true", help="the reference page; takes no values from anywhere")
     form.add_argument("--json", action="store_true", help="one JSON object: section -> setting -> value")
 
 

@@ -20,9 +20,7 @@ HELP: Final = "create the topics, or check those that exist"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this subcommand."""
     common.add_sections(parser, "kafka")
-    parser.add_argument(
-        "--app", default="kvatlas", help="the workers' app name, which their changelogs carry"
-    )
+    parser.add_argument("--app", default="kvatlas", help="the workers' app name, which their changelogs carry")
     parser.add_argument("--check", action="store_true", help="create nothing; fail when a topic is missing")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
 

@@ -142,9 +142,7 @@ class PagedCache:
 
     def __init__(self, *, blocks: int, block_size_tokens: int, seed: int, cpu_blocks: int = 0) -> None:
         if blocks < 1 or block_size_tokens < 1 or cpu_blocks < 0:
-            raise SimError(
-                f"a cache of {blocks} blocks of {block_size_tokens} tokens (+{cpu_blocks}) cannot exist"
-            )
+            raise SimError(f"a cache of {blocks} blocks of {block_size_tokens} tokens (+{cpu_blocks}) cannot exist")
         self.blocks = blocks
         self.block_size_tokens = block_size_tokens
         self.hasher = Hasher(seed, block_size_tokens)

@@ -53,9 +53,7 @@ class Fleet:
         self.pods: dict[str, SimPod] = {}
         for number in range(settings.pods):
             name = f"{settings.pod_prefix}{number}"
-            live, replay = (
-                (0, 0) if not settings.base_port else (settings.base_port + 2 * number + i for i in (0, 1))
-            )
+            live, replay = (0, 0) if not settings.base_port else (settings.base_port + 2 * number + i for i in (0, 1))
             self.pods[name] = SimPod(
                 name,
                 blocks=settings.blocks,
@@ -162,9 +160,7 @@ class Fleet:
     def step(self) -> bool:
         """Run one scheduler step on every pod; returns whether any has work left."""
         with self._lock:
-            busy = [
-                pod.step() for pod in self.pods.values()
-            ]  # a list: every pod steps, also after a busy one
+            busy = [pod.step() for pod in self.pods.values()]  # a list: every pod steps, also after a busy one
             return any(busy)
 
     def drain(self) -> None:

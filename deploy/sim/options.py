@@ -30,18 +30,14 @@ class SimSettings(Section, frozen=True, kw_only=True):
     base_port: Annotated[
         int, Meta(description="first of two ports a pod (live, replay); 0 takes free ones", ge=0, le=65_000)
     ] = 0
-    truth_listen: Annotated[
-        str, Meta(description="HOST:PORT of the truth endpoint; port 0 takes a free one")
-    ] = "127.0.0.1:0"
-    engines_file: Annotated[
-        str, Meta(description="write the endpoints to this file, for the bridge to watch")
-    ] = ""
+    truth_listen: Annotated[str, Meta(description="HOST:PORT of the truth endpoint; port 0 takes a free one")] = (
+        "127.0.0.1:0"
+    )
+    engines_file: Annotated[str, Meta(description="write the endpoints to this file, for the bridge to watch")] = ""
     requests_per_second: Annotated[float, Meta(description="traffic of the whole fleet", gt=0)] = 20.0
     requests: Annotated[int, Meta(description="stop sending after so many requests, 0 for no end", ge=0)] = 0
     duration_seconds: Annotated[float, Meta(description="end after so long, 0 for no end", ge=0)] = 0.0
-    trace: Annotated[
-        str, Meta(description="play this trace file (.jsonl or .jsonl.gz) instead of conversations")
-    ] = ""
+    trace: Annotated[str, Meta(description="play this trace file (.jsonl or .jsonl.gz) instead of conversations")] = ""
     trace_speed: Annotated[float, Meta(description="a trace's seconds for each of ours", gt=0)] = 1.0
     trace_output_tokens: Annotated[int, Meta(description="longest output of a traced request", ge=1)] = 256
     sessions: Annotated[int, Meta(description="conversations open at a time", ge=1)] = 32
@@ -51,15 +47,9 @@ class SimSettings(Section, frozen=True, kw_only=True):
     user_tokens: Annotated[int, Meta(description="mean tokens of a user's turn", ge=1)] = 64
     output_tokens: Annotated[int, Meta(description="mean tokens of an answer", ge=1)] = 64
     vocabulary: Annotated[int, Meta(description="token ids are below this", ge=2)] = 32_000
-    salted_share: Annotated[
-        float, Meta(description="share of conversations with a cache salt", ge=0, le=1)
-    ] = 0.1
+    salted_share: Annotated[float, Meta(description="share of conversations with a cache salt", ge=0, le=1)] = 0.1
     lora_share: Annotated[float, Meta(description="share of conversations with an adapter", ge=0, le=1)] = 0.0
-    affinity: Annotated[
-        float, Meta(description="share of turns sent to the pod of the turn before", ge=0, le=1)
-    ] = 0.8
+    affinity: Annotated[float, Meta(description="share of turns sent to the pod of the turn before", ge=0, le=1)] = 0.8
     max_running: Annotated[int, Meta(description="requests a pod runs at a time", ge=1)] = 8
     clear_probability: Annotated[float, Meta(description="chance of a clear, per request", ge=0, le=1)] = 0.0
-    restart_probability: Annotated[
-        float, Meta(description="chance of a restart, per request", ge=0, le=1)
-    ] = 0.0
+    restart_probability: Annotated[float, Meta(description="chance of a restart, per request", ge=0, le=1)] = 0.0

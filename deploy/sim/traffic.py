@@ -34,8 +34,7 @@ def conversations(settings: SimSettings) -> Iterator[Request]:
     rng = random.Random(settings.seed)  # noqa: S311 - traffic, not secrets
     vocabulary = settings.vocabulary
     systems = [
-        [rng.randrange(vocabulary) for _ in range(settings.system_tokens)]
-        for _ in range(settings.system_prompts)
+        [rng.randrange(vocabulary) for _ in range(settings.system_tokens)] for _ in range(settings.system_prompts)
     ]
     numbers = iter(range(1, 1 << 62))
 
@@ -50,9 +49,7 @@ def conversations(settings: SimSettings) -> Iterator[Request]:
         )
 
     def some(mean: int) -> list[int]:
-        return [
-            rng.randrange(vocabulary) for _ in range(rng.randint(max(mean // 2, 1), max(mean * 3 // 2, 1)))
-        ]
+        return [rng.randrange(vocabulary) for _ in range(rng.randint(max(mean // 2, 1), max(mean * 3 // 2, 1)))]
 
     sessions = [opened() for _ in range(settings.sessions)]
     count = 0
@@ -131,15 +128,12 @@ def _traced(
         raise TraceError(f"{where}: not a traced request: {error}") from error
     blocks = -(-entry.input_length // TRACE_BLOCK_TOKENS)
     if len(entry.hash_ids) != blocks:
-        raise TraceError(
-            f"{where}: {len(entry.hash_ids)} hash_ids for {entry.input_length} tokens; expected {blocks}"
-        )
+        raise TraceError(f"{where}: {len(entry.hash_ids)} hash_ids for {entry.input_length} tokens; expected {blocks}")
     tokens = [token for identifier in entry.hash_ids for token in content.tokens(identifier)]
     return Request(
         tokens=tokens[: entry.input_length],
         output=[
-            rng.randrange(settings.vocabulary)
-            for _ in range(min(entry.output_length, settings.trace_output_tokens))
+            rng.randrange(settings.vocabulary) for _ in range(min(entry.output_length, settings.trace_output_tokens))
         ],
         session=entry.hash_ids[0],
         at_seconds=entry.timestamp / 1000 / settings.trace_speed,

@@ -89,10 +89,7 @@ def _handler(fleet: Fleet) -> type[BaseHTTPRequestHandler]:
     def expect(_: dict[str, str], body: bytes) -> Any:
         questions = _questions.decode(body)
         many = questions if isinstance(questions, list) else [questions]
-        answers = [
-            fleet.expect(one.tokens, model=one.model, cache_salt=one.cache_salt, lora=one.lora)
-            for one in many
-        ]
+        answers = [fleet.expect(one.tokens, model=one.model, cache_salt=one.cache_salt, lora=one.lora) for one in many]
         return answers if isinstance(questions, list) else answers[0]
 
     def act(action: Callable[[], object]) -> Any:

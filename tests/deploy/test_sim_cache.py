@@ -26,9 +26,7 @@ SIZE = 4
 Identity = tuple[str | None, tuple[int, ...]]
 
 
-def request(
-    *tokens: int, output: tuple[int, ...] = (), salt: str | None = None, lora: str | None = None
-) -> Request:
+def request(*tokens: int, output: tuple[int, ...] = (), salt: str | None = None, lora: str | None = None) -> Request:
     return Request(tokens=list(tokens), output=list(output), cache_salt=salt, lora=lora)
 
 

@@ -40,9 +40,7 @@ class Recorder:
 
     def close(self) -> None: ...
 
-    def publish(
-        self, events: Sequence[Mapping[str, Any]], *, timestamp: float, dp_rank: int | None = 0
-    ) -> int:
+    def publish(self, events: Sequence[Mapping[str, Any]], *, timestamp: float, dp_rank: int | None = 0) -> int:
         self.payloads.append(encode_batch(timestamp, list(events), dp_rank))
         return len(self.payloads) - 1
 
@@ -112,9 +110,7 @@ def test_the_truth_is_what_the_events_say(options: dict[str, Any]) -> None:
         assert len(recorders.made) > 3
     else:
         for number, pod in enumerate(fleet.pods):
-            assert {tier: set(keys) for tier, keys in truth[pod].items()} == fold(
-                recorders.made[number].payloads
-            )
+            assert {tier: set(keys) for tier, keys in truth[pod].items()} == fold(recorders.made[number].payloads)
             assert fleet.pod(pod).status().sequence == len(recorders.made[number].payloads) - 1
     assert newest
 
@@ -167,9 +163,7 @@ def test_equal_seeds_make_equal_fleets() -> None:
 
     def payloads(seed: int) -> list[list[bytes]]:
         recorders = Recorders()
-        fleet = Fleet(
-            SimSettings(pods=2, seed=seed), clock=lambda: 1.0, monotonic=time.monotonic, publisher=recorders
-        )
+        fleet = Fleet(SimSettings(pods=2, seed=seed), clock=lambda: 1.0, monotonic=time.monotonic, publisher=recorders)
         fleet.start()
         fleet.serve(30)
         return [recorder.payloads for recorder in recorders.made]
