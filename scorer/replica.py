@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from aiokafka import AIOKafkaConsumer
+from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
 from kvatlas.bridge import records
@@ -102,16 +102,15 @@ class Replica:
             await follower.wait(timeout_seconds)
 
     async def _partitions(self) -> int:
-        consumer = AIOKafkaConsumer(**client_config(self._kafka, _CLIENT_ID))
+        admin = AIOKafkaAdminClient(**client_config(self._kafka, _CLIENT_ID))
         topic = self._kafka.topic(records.BLOCKS)
         try:
-            await consumer.start()
-            await consumer.topics()
-            found = consumer.partitions_for_topic(topic)
+            await admin.start()
+            found = (await admin.describe_topics([topic]))[0]["partitions"]
         except (KafkaError, OSError) as error:
             raise LogError(f"cannot reach Kafka at {self._kafka.brokers}: {error}") from error
         finally:
-            await consumer.stop()
+            await admin.close()
         if not found:
             raise LogError(f"topic {topic} does not exist on {self._kafka.brokers}; create it with `kvatlas topics`")
         return len(found)
