@@ -199,9 +199,9 @@ def machine(world_class, make, sizes, owners):
             assert self.world.resolve(self.world.log[-back:]) == []
 
         @precondition(lambda self: self.world.updates)
-        @rule(back=st.integers(1, 12))
-        def repeat_updates(self, back) -> None:
-            self.world.apply(self.world.updates[-back:])
+        @rule(back=st.integers(1, 12), count=st.integers(1, 6))
+        def repeat_updates(self, back, count) -> None:
+            self.world.apply(self.world.updates[-back:][:count])
 
         @rule()
         def deliver(self) -> None:
