@@ -64,7 +64,7 @@ proto-check: $(VENV)/.stamp-dev ## fail where the generated code is not what the
 	@sh .ci/proto-check $(BIN)/python $(PROTOS)
 
 manifests: $(VENV)/.stamp-dev ## render the chart and check chart, image, compose file, rules and dashboard
-	$(BIN)/pytest -q tests/deploy/test_manifests_chart.py tests/deploy/test_manifests_compose.py tests/deploy/test_manifests_monitoring.py
+	$(BIN)/pytest -q tests/deploy/test_manifests_*.py
 
 chart-schema: $(VENV)/.stamp-dev ## write the settings part of the chart's schema from the settings classes
 	@$(BIN)/python .ci/chart-schema
