@@ -45,9 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=200, help="prompts scored (default %(default)s)")
     parser.add_argument("--tokens", type=int, default=8_192, help="tokens of a prompt (default %(default)s)")
     parser.add_argument("--pods", type=int, default=8, help="pods that hold the prompt (default %(default)s)")
-    parser.add_argument(
-        "--blocks", type=int, default=200_000, help="blocks of `events` (default %(default)s)"
-    )
+    parser.add_argument("--blocks", type=int, default=200_000, help="blocks of `events` (default %(default)s)")
 
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -207,9 +205,7 @@ async def _redis(args: argparse.Namespace) -> dict[str, Any]:
 def _server() -> Iterator[str]:
     executable = shutil.which("redis-server") or shutil.which("valkey-server")
     if executable is None:
-        raise KvatlasError(
-            "redis-score-8192 needs redis-server or valkey-server; `.ci/system-deps` installs it"
-        )
+        raise KvatlasError("redis-score-8192 needs redis-server or valkey-server; `.ci/system-deps` installs it")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -264,9 +260,7 @@ async def _events(args: argparse.Namespace) -> dict[str, Any]:
             await _applied(indexer, 1, len(payloads) - 1)
             seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - spent
             if indexer.counts["blocks_stored"] != len(payloads) * _BATCH:
-                raise KvatlasError(
-                    f"{indexer.counts['blocks_stored']} blocks applied of {len(payloads) * _BATCH}"
-                )
+                raise KvatlasError(f"{indexer.counts['blocks_stored']} blocks applied of {len(payloads) * _BATCH}")
     finally:
         publisher.close()
     blocks = (len(payloads) - 1) * _BATCH
