@@ -32,9 +32,10 @@ class BridgeCollector(Collector):
         for reason, count in list(shared.dead.items()):
             dead.add_metric([reason], count)
         yield dead
-        yield from self._per_pod()
+        yield from self.per_pod()
 
-    def _per_pod(self) -> Iterable[Metric]:
+    def per_pod(self) -> Iterable[Metric]:
+        """Yield what is known of each stream."""
         names = ("duplicates", "gaps", "implausible", "lost", "repaired", "restarts", "shed")
         counters = {
             name: CounterMetricFamily(f"kvatlas_bridge_{name}", f"Sequence tracking: {name}", labels=["pod"])

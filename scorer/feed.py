@@ -97,6 +97,7 @@ class Engine:
         shared = Shared(settings, cast("Publisher", self.inbox), lambda topic: topic, clock)
         shared.context.term()
         shared.context, shared.replays, shared.recovered = feed.context, feed.replays, feed.recovered
+        self.shared = shared
         self._opened_ns = clock()
         self.stream = PodStream(spec, shared)
 

@@ -14,14 +14,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import msgspec
 
 from kvatlas.bridge.block_key import TOKEN_BYTES, block_keys, multimodal_extra, pack_tokens, root_key
-from kvatlas.bridge.options import BridgeSettings, EngineSpec, parse_engine
+from kvatlas.bridge.options import EngineSpec, parse_engine
 from kvatlas.bridge.records import PodRecord
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.scorer.approximate import Approximate
@@ -31,64 +30,16 @@ from kvatlas.scorer.backends.memory import MemoryBackend
 from kvatlas.scorer.errors import InputError, NotReadyError, UnknownModelError, UnknownPodError
 from kvatlas.scorer.indexer_answers import Explained, PodFreshness, PodScore, Scored
 from kvatlas.scorer.indexer_explain import explain
+from kvatlas.scorer.indexer_options import IndexerOptions, Source, Tokenizers, Tokens
 from kvatlas.scorer.pods import PodTable
-from kvatlas.scorer.score import Match, Walk, Weights
+from kvatlas.scorer.score import Match, Walk
 from kvatlas.streams.message import parse_message
-from kvatlas.streams.resolve import ResolveOptions
 
 log = logging.getLogger(__name__)
 
 _FIRST_BLOCKS = 1_024
 _GROWTH = 4
 _MOST_BLOCKS = 65_536
-
-Tokens = Sequence[int] | bytes
-
-
-class IndexerOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What an indexer is built with.
-
-    Attributes:
-        block_size_tokens: canonical block size; a replica takes the workers' when they announce one.
-        weights: worth of a block by tier.
-        usable_only: leave out the block of the prompt's last token, which engines compute again.
-        resolve: what events mean; its block size is set from here.
-        bridge: subscription, replay and queue settings; ``buffer_bytes`` bounds the queue of each engine.
-        start_timeout_seconds: for a replica to read what is there.
-    """
-
-    block_size_tokens: int = 16
-    weights: Weights = Weights()
-    usable_only: bool = False
-    resolve: ResolveOptions = ResolveOptions()
-    bridge: BridgeSettings = BridgeSettings(buffer_bytes=32 * 1024 * 1024)
-    start_timeout_seconds: float = 30.0
-
-
-class Source(Protocol):
-    """Where an indexer's updates come from."""
-
-    counts: Counter[str]
-
-    @property
-    def caught_up(self) -> bool:
-        """Whether all that was there when it was asked has been applied."""
-
-    def failed(self) -> BaseException | None:
-        """Return what ended its work, None while it works."""
-
-    async def stop(self) -> None:
-        """Stop."""
-
-
-class Tokenizers(Protocol):
-    """What is used of a :class:`kvatlas.scorer.tokenization.pool.TokenizerPool`."""
-
-    async def encode(self, model: str, prompt: str, add_special_tokens: bool = True) -> Any:
-        """Return an ``Encoded``."""
-
-    async def encode_chat(self, model: str, chat: Any) -> Any:
-        """Return an ``Encoded``."""
 
 
 class Indexer:
@@ -107,6 +58,7 @@ class Indexer:
         engines: Collection[str] = (),
         tokenizers: Tokenizers | None = None,
         clock: Callable[[], int] = time.time_ns,
+        observe: Callable[[str, float], None] = lambda _stage, _seconds: None,
     ) -> None:
         """Describe the indexer; nothing is opened before :meth:`start`.
 
@@ -116,12 +68,14 @@ class Indexer:
             engines: endpoints to subscribe to at start, as ``kvatlas bridge --engine`` takes them.
             tokenizers: for prompts and chats; None takes token ids only. Closed by whoever made it.
             clock: wall clock, ns.
+            observe: told of each stage's duration in seconds: tokenize, keys, lookup, score.
         """
         self.backend: Backend = backend or MemoryBackend()
         self._options = options or IndexerOptions()
         self._engines = list(engines)
         self._tokenizers = tokenizers
         self._clock = clock
+        self._observe = observe
         self._kafka: KafkaSettings | None = None
         self._size = self._options.block_size_tokens
         self._pods = PodTable(self._size)
@@ -303,6 +257,11 @@ class Indexer:
         return self._pods.listed(model)
 
     @property
+    def engines(self) -> Mapping[str, Any]:
+        """The engines subscribed to, by live address; for metrics."""
+        return {} if self._feed is None else self._feed.engines
+
+    @property
     def counts(self) -> Mapping[str, int]:
         """What was applied so far, by name, as the workers count it."""
         return self._running.counts
@@ -439,6 +398,7 @@ class Indexer:
         tokenized = time.perf_counter()
         keys = self.block_keys(encoded.ids, model, lora=lora, cache_salt=cache_salt)
         scored, _ = await self._score(keys, len(encoded), model, pods, began=tokenized)
+        self._observe("tokenize", tokenized - began)
         took = {"tokenize": (tokenized - began) * 1e3} | scored.took_ms
         return msgspec.structs.replace(scored, tokenizer=encoded.backend, took_ms=took)
 
@@ -489,6 +449,9 @@ class Indexer:
             chunk = min(chunk * _GROWTH, _MOST_BLOCKS)
         matches = steps.matches()
         done = time.perf_counter()
+        took = {"keys": hashed - began, "lookup": looked, "score": done - hashed - looked}
+        for stage, seconds in took.items():
+            self._observe(stage, seconds)
         scored = Scored(
             prompt_tokens=tokens,
             block_size_tokens=self._size,
@@ -496,11 +459,7 @@ class Indexer:
             scores={match.pod.name: _score_of(match) for match in matches},
             freshness=self._freshness(matches),
             partial=steps.partial,
-            took_ms={
-                "keys": (hashed - began) * 1e3,
-                "lookup": looked * 1e3,
-                "score": (done - hashed - looked) * 1e3,
-            },
+            took_ms={stage: seconds * 1e3 for stage, seconds in took.items()},
         )
         return scored, values
 

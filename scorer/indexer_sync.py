@@ -11,8 +11,9 @@ from typing import Any, Self, TypeVar
 from kvatlas.bridge.options import EngineSpec
 from kvatlas.bridge.records import PodRecord
 from kvatlas.scorer.errors import NotReadyError
-from kvatlas.scorer.indexer import Indexer, Tokens
+from kvatlas.scorer.indexer import Indexer
 from kvatlas.scorer.indexer_answers import Explained, Scored
+from kvatlas.scorer.indexer_options import Tokens
 
 _T = TypeVar("_T")
 

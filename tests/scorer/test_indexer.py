@@ -13,6 +13,7 @@ from typing import Any
 
 import msgpack
 import pytest
+from prometheus_client import CollectorRegistry
 
 from kvatlas.bridge.engine_publisher import EnginePublisher
 from kvatlas.bridge.errors import SettingsError
@@ -24,6 +25,7 @@ from kvatlas.scorer.backends.errors import BackendError
 from kvatlas.scorer.backends.memory import MemoryBackend
 from kvatlas.scorer.backends.rocks import RocksBackend
 from kvatlas.scorer.errors import InputError, NotReadyError, UnknownModelError, UnknownPodError
+from kvatlas.scorer.indexer_metrics import IndexerCollector
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.tokenization.pool import TokenizerPool
 from kvatlas.streams.codec import BlocksRecord
@@ -178,10 +180,10 @@ async def test_a_missed_message_is_asked_for(publisher: EnginePublisher):
         await until(lambda: last(indexer) == 0)
         feed = indexer._feed  # the only way to lose a message between two sockets that lose none
         stream = feed.engines[publisher.endpoint].stream
-        stream._socket._receive = lambda frames: None
+        receive, stream._socket._receive = stream._socket._receive, lambda frames: None
         publisher.publish([stored(2, parent=1)], timestamp=2.0)
         await asyncio.sleep(0.1)
-        stream._socket._receive = stream._received
+        stream._socket._receive = receive
         publisher.publish([stored(3, parent=2)], timestamp=3.0)
         await until(lambda: last(indexer) == 2)
         scored = await indexer.score_tokens([*tokens_of(1), *tokens_of(2), *tokens_of(3)], "m")
@@ -343,6 +345,28 @@ async def test_prompts_and_chats_as_the_engine_tokenizes_them(publisher: EngineP
         async with Indexer() as bare:
             with pytest.raises(UnknownModelError, match="tokenizers"):
                 await bare.score_prompt(text, "m")
+
+
+async def test_metrics_say_what_happened(publisher: EnginePublisher):
+    """A scrape has what was applied, the queues and each stream's tracking; every score tells its stages."""
+    stages: list[str] = []
+    indexer = Indexer(options=OPTIONS, engines=[spec(publisher)], observe=lambda stage, seconds: stages.append(stage))
+    registry = CollectorRegistry()
+    registry.register(IndexerCollector(indexer))
+    async with indexer:
+        publisher.publish([stored(1, 3)], timestamp=1.0)
+        publisher.skip()
+        publisher.publish([stored(9)], timestamp=2.0)
+        await until(lambda: last(indexer) == 2)
+        await indexer.caught_up()
+        assert registry.get_sample_value("kvatlas_indexer_applied_total", {"what": "blocks_stored"}) == 4
+        assert registry.get_sample_value("kvatlas_indexer_pods") == 1
+        assert registry.get_sample_value("kvatlas_indexer_queue_bytes", {"pod": "one"}) == 0
+        assert registry.get_sample_value("kvatlas_bridge_gaps_total", {"pod": "one"}) == 1
+        assert registry.get_sample_value("kvatlas_bridge_last_sequence", {"pod": "one"}) == 2
+        await indexer.score_tokens(tokens_of(1), "m")
+        assert stages == ["keys", "lookup", "score"]
+    assert registry.get_sample_value("kvatlas_indexer_pods") is None
 
 
 async def test_what_makes_no_sense_is_refused():
