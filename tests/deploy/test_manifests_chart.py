@@ -36,7 +36,12 @@ EVERYTHING: Final[dict[str, Any]] = {
         "worker": {"app": "atlas", "cache_bytes": 2147483648, "strict_gaps": True, "heartbeat_seconds": 1.5},
         "scorer": {"weight_cpu": 0.7, "models": ["m:strategy=longest-prefix"]},
     },
-    "engines": {"selector": {"app": "vllm"}, "namespace": "engines", "options": "dp=2,store=default"},
+    "engines": {
+        "selector": {"app": "vllm"},
+        "discovery": "dns",
+        "namespace": "engines",
+        "options": "dp=2,store=default",
+    },
     "kafkaAuth": {"secret": "kafka-user", "workerSecret": "kafka-worker"},
     "kafkaTls": {"secret": "kafka-ca", "clientCertificate": True},
     "bridge": {"tolerations": [{"key": "a", "operator": "Exists"}], "nodeSelector": {"zone": "a"}},
@@ -67,7 +72,18 @@ LEAST: Final[dict[str, Any]] = {
     "networkPolicy": {"enabled": False},
     "serviceAccount": {"create": False},
 }
-VALUES: Final = {"defaults": {}, "everything": EVERYTHING, "least": LEAST}
+WATCH: Final[dict[str, Any]] = {
+    "engines": {"selector": {"app": "vllm", "llm-d.ai/role": "decode"}, "namespace": "engines", "replayPort": 0},
+    "networkPolicy": {"egress": {"enabled": True}},
+}
+WATCH_ALL: Final[dict[str, Any]] = {"engines": {"selector": {"app": "vllm"}, "allNamespaces": True}}
+VALUES: Final = {
+    "defaults": {},
+    "everything": EVERYTHING,
+    "least": LEAST,
+    "watch": WATCH,
+    "watch-all": WATCH_ALL,
+}
 
 _TEXTS: Final = {"type": "object", "additionalProperties": {"type": "string"}}
 _META: Final = {
@@ -282,11 +298,12 @@ def test_selectors(everything: Objects) -> None:
 
 
 def test_pods_are_confined(objects: Objects) -> None:
-    """No pod runs as root, writes to its image, holds a token of the API or gets variables of Services."""
-    for item in workloads(objects).values():
+    """No pod runs as root, writes to its image or gets variables of Services; only a watching bridge has a token."""
+    for part, item in workloads(objects).items():
         pod = pod_of(item)
         assert pod["enableServiceLinks"] is False
-        assert pod["automountServiceAccountToken"] is False
+        watches = part == "bridge" and bool(of_kind(objects, "Role", "ClusterRole"))
+        assert pod["automountServiceAccountToken"] is watches
         assert pod["securityContext"]["runAsNonRoot"] is True
         for container in pod["containers"]:
             security = container["securityContext"]
@@ -392,6 +409,37 @@ def test_engines(everything: Objects, tmp_path: Path) -> None:
     assert [port["port"] for port in service["spec"]["ports"]] == [5557, 5558]
 
 
+@pytest.mark.parametrize(
+    ("values", "kind", "namespace"), [(WATCH, "Role", "engines"), (WATCH_ALL, "ClusterRole", "")], ids=["one", "all"]
+)
+def test_pod_discovery(values: dict[str, Any], kind: str, namespace: str, tmp_path: Path) -> None:
+    """A bridge that watches pods may list and watch pods where it looks, and neither it nor another may do more."""
+    objects = render(values)
+    settings = sections_of(objects, "bridge", tmp_path)["bridge"]
+    wanted = values["engines"]["selector"]
+    assert dict(pair.split("=") for pair in settings.kubernetes_selector.split(",")) == wanted
+    assert settings.kubernetes_namespace == namespace
+    assert settings.kubernetes_replay_port == values["engines"].get("replayPort", 5558)
+    (role,) = of_kind(objects, "Role", "ClusterRole")
+    assert (role["kind"], role["metadata"].get("namespace", "")) == (kind, namespace)
+    assert role["rules"] == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "watch"]}]
+    (binding,) = of_kind(objects, "RoleBinding", "ClusterRoleBinding")
+    assert binding["kind"] == f"{kind}Binding"
+    assert (binding["roleRef"]["kind"], binding["roleRef"]["name"]) == (kind, role["metadata"]["name"])
+    assert binding["metadata"].get("namespace", "") == namespace
+    (subject,) = binding["subjects"]
+    accounts = {part: pod_of(item)["serviceAccountName"] for part, item in workloads(objects).items()}
+    assert (subject["name"], subject["namespace"]) == (accounts["bridge"], "serving")
+    assert accounts["bridge"] not in (accounts["worker"], accounts["scorer"])
+    assert set(accounts.values()) == {item["metadata"]["name"] for item in of_kind(objects, "ServiceAccount")}
+
+
+def test_no_rights_without_need(everything: Objects) -> None:
+    """Where engines are found by DNS, or none are named, nobody gets rights on the Kubernetes API."""
+    for objects in (everything, render({})):
+        assert not of_kind(objects, "Role", "ClusterRole", "RoleBinding", "ClusterRoleBinding")
+
+
 def test_topics(everything: Objects) -> None:
     """The Strimzi topics are those of the topic table, with the same policies and sizes."""
     made = {item["spec"]["topicName"]: item for item in of_kind(everything, "KafkaTopic")}
@@ -418,6 +466,9 @@ def test_network_policies(everything: Objects) -> None:
     }
     assert reached["bridge"] >= {53, 9092, 5557, 5558}
     assert reached["scorer"] >= {53, 9092, 50052}
+    assert 6443 not in reached["bridge"]
+    (bridge,) = [p for p in of_kind(render(WATCH), "NetworkPolicy") if p["metadata"]["name"].endswith("-bridge")]
+    assert {port["port"] for rule in bridge["spec"]["egress"] for port in rule["ports"]} >= {443, 6443}
 
 
 @pytest.mark.parametrize(
@@ -442,11 +493,12 @@ def test_wrong_values_are_refused(wrong: dict[str, Any]) -> None:
     ("wrong", "says"),
     [
         ({"kafkaAuth": {"secret": "user"}}, "SASL_SSL"),
+        ({"engines": {"selector": {"a": "b"}, "options": "dp=2"}}, "annotate"),
         ({"kafkaTls": {"secret": "ca"}, "settings": {"kafka": {"security_protocol": "SASL_PLAINTEXT"}}}, "SSL"),
     ],
 )
-def test_unused_secrets_are_refused(wrong: dict[str, Any], says: str) -> None:
-    """A Secret that the Kafka protocol would not use is an error that says what to set."""
+def test_values_without_effect_are_refused(wrong: dict[str, Any], says: str) -> None:
+    """Values that would have no effect are an error that says what to set."""
     with pytest.raises(helm.HelmRenderError, match=says):
         render(wrong)
 

@@ -142,13 +142,14 @@ def test_ports_and_folders() -> None:
 
 
 def test_values() -> None:
-    """The chart takes the example's values, and its Service of engines selects the example's pods."""
+    """The chart takes the example's values, and the selector of the bridge's settings picks the example's pods."""
     values = yaml.safe_load((FOLDER / "values.yaml").read_text(encoding="utf-8"))
     with helm.Chart.load(CHART) as chart:
         chart.validate_schema(values)
         files = chart.render(values, name="kvatlas", namespace="serving")
-    service = yaml.safe_load(files["kvatlas/templates/engines.yaml"])
-    assert service["spec"]["selector"].items() <= engine_pod()["metadata"]["labels"].items()
+    texts = "".join(text for path, text in files.items() if path.endswith("configmaps.yaml"))
+    (selector,) = re.findall(r"kubernetes_selector = [\"'](.*)[\"']", texts)
+    assert dict([selector.split("=")]).items() <= engine_pod()["metadata"]["labels"].items()
     (container,) = engine_pod()["spec"]["containers"]
     block = next(int(a.partition("=")[2]) for a in container["args"] if a.startswith("--block-size"))
     assert block % values["settings"]["worker"]["block_size_tokens"] == 0

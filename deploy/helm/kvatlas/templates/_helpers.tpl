@@ -140,3 +140,16 @@ tolerations:
   {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end -}}
+
+{{/* Whether the bridge asks the Kubernetes API for the engines' pods. */}}
+{{- define "kvatlas.watches" -}}
+{{- and (not (empty .Values.engines.selector)) (eq .Values.engines.discovery "kubernetes") -}}
+{{- end -}}
+
+{{- define "kvatlas.account" -}}
+{{- .Values.serviceAccount.name | default (ternary (include "kvatlas.fullname" .) "default" .Values.serviceAccount.create) -}}
+{{- end -}}
+
+{{- define "kvatlas.bridgeAccount" -}}
+{{- .Values.serviceAccount.bridgeName | default (ternary (printf "%s-bridge" (include "kvatlas.fullname" .)) "default" .Values.serviceAccount.create) -}}
+{{- end -}}
