@@ -28,6 +28,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
         rank: data-parallel rank by position, 0 for single-rank engines.
         ranks: ranks of the engine.
         store: shared store that the pod mounts.
+        bound: whether the engine connected to us (``live`` is then a name, not an address).
         announcements: ``copies`` or ``presence``: whether every copy of a block is announced and removed on its own;
             empty for the deployment's default.
     """
@@ -41,6 +42,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     ranks: int = 1
     store: str = ""
     announcements: str = ""
+    bound: bool = False
 
     @property
     def key(self) -> str:
@@ -62,6 +64,38 @@ def parse_engine(text: str) -> list[EngineSpec]:
     Raises:
         SettingsError: the text is no such spec; says which part.
     """
+    addresses, options = _split(text, _OPTIONS)
+    if not 1 <= len(addresses) <= 2:
+        raise SettingsError(f"engine {text!r}: expected one or two addresses, live and replay; found {len(addresses)}")
+    return engine_specs(text, addresses[0], addresses[1] if len(addresses) > 1 else "", options)
+
+
+def parse_bind(text: str) -> tuple[EngineSpec, int]:
+    """Read ``tcp://HOST_OR_*:PORT[,replay_port=PORT][,model=NAME][,engine=NAME][,store=NAME][,announcements=...]``.
+
+    Returns:
+        What holds for every engine that connects (``live`` is the address to bind), and the port of their replay
+        sockets, 0 for none.
+
+    Raises:
+        SettingsError: the text is no such address; says which part.
+    """
+    addresses, options = _split(text, _BIND_OPTIONS)
+    if len(addresses) != 1:
+        raise SettingsError(f"bind {text!r}: expected one address; found {len(addresses)}")
+    scheme, _, rest = addresses[0].partition("://")
+    host, _, port = rest.rpartition(":")
+    if scheme == "tcp" and not (host and (port == "*" or (port.isdecimal() and int(port) < 65536))):
+        raise SettingsError(f"bind {text!r}: expected tcp://*:PORT or tcp://HOST:PORT to bind")
+    replay_port = options.pop("replay_port", "0")
+    if scheme not in ("tcp", "ipc") or not replay_port.isdecimal() or int(replay_port) > 65535:
+        raise SettingsError(f"bind {text!r}: expected tcp:// or ipc://, and replay_port a port")
+    common = engine_specs(text, "tcp://bound:1", "", options)[0]
+    return msgspec.structs.replace(common, live=addresses[0], bound=True), int(replay_port)
+
+
+def _split(text: str, names: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
+    """Split a spec into its addresses and its ``name=value`` parts."""
     addresses: list[str] = []
     options: dict[str, str] = {}
     for raw in text.split(","):
@@ -69,16 +103,15 @@ def parse_engine(text: str) -> list[EngineSpec]:
         name, equals, value = part.partition("=")
         if "://" in part and not (equals and name.isidentifier()):
             addresses.append(part)
-        elif equals and name in _OPTIONS:
+        elif equals and name in names:
             options[name] = value
         else:
-            raise SettingsError(f"engine {text!r}: {part!r} is neither an address nor one of {', '.join(_OPTIONS)}=")
-    if not 1 <= len(addresses) <= 2:
-        raise SettingsError(f"engine {text!r}: expected one or two addresses, live and replay; found {len(addresses)}")
-    return engine_specs(text, addresses[0], addresses[1] if len(addresses) > 1 else "", options)
+            raise SettingsError(f"engine {text!r}: {part!r} is neither an address nor one of {', '.join(names)}=")
+    return addresses, options
 
 
 _OPTIONS: Final = ("pod", "model", "engine", "dp", "store", "announcements")
+_BIND_OPTIONS: Final = ("model", "engine", "store", "announcements", "replay_port")
 
 
 def engine_specs(where: str, live: str, replay: str, options: dict[str, str]) -> list[EngineSpec]:
@@ -155,6 +188,26 @@ class BridgeSettings(Section, frozen=True, kw_only=True):
         list[str],
         Meta(description="name with one A record per pod, as an endpoint: tcp://NAME:PORT[,tcp://NAME:REPLAY][,...]"),
     ] = []  # noqa: RUF012 - msgspec copies it
+    kubernetes_selector: Annotated[
+        str, Meta(description="label selector of the pods that run engines; empty: no discovery from Kubernetes")
+    ] = ""
+    kubernetes_namespace: Annotated[str, Meta(description="their namespace; empty: all")] = ""
+    kubernetes_config: Annotated[str, Meta(description="kubeconfig file; empty: the pod's own service account")] = ""
+    kubernetes_annotations: Annotated[
+        str, Meta(description="prefix of the annotations port, replay-port, model, engine, dp, store, announcements")
+    ] = "kvatlas.io/"
+    kubernetes_port: Annotated[int, Meta(description="live port without annotation", ge=1, le=65535)] = 5557
+    kubernetes_replay_port: Annotated[
+        int, Meta(description="replay port without annotation; 0 for none", ge=0, le=65535)
+    ] = 5558
+    bind: Annotated[
+        list[str],
+        Meta(
+            description="address where engines connect to us: tcp://*:PORT[,replay_port=PORT][,model=NAME]"
+            "[,engine=NAME][,store=NAME]; needs ownership=all"
+        ),
+    ] = []  # noqa: RUF012 - msgspec copies it
+    bind_pods: Annotated[int, Meta(description="pods at most that may connect to us", ge=1)] = 10_000
     discovery_seconds: Annotated[float, Meta(description="how often file and DNS are looked at", gt=0)] = 5.0
     ownership: Annotated[
         Literal["group", "all"],
@@ -218,6 +271,10 @@ class BridgeSettings(Section, frozen=True, kw_only=True):
         Raises:
             SettingsError: an endpoint is not valid.
         """
+        if self.bind and self.ownership != "all":
+            raise SettingsError("bridge.bind needs bridge.ownership=all: an engine is heard only where it connects")
+        for text in self.bind:
+            parse_bind(text)
         return [spec for text in self.engines for spec in parse_engine(text)]
 
     def limits(self) -> Limits:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 from prometheus_client import CollectorRegistry
@@ -13,9 +16,11 @@ from prometheus_client import CollectorRegistry
 from kvatlas.bridge import records
 from kvatlas.bridge.discovery import discover
 from kvatlas.bridge.errors import EngineError, KvatlasError
+from kvatlas.bridge.inbound import Inbound
 from kvatlas.bridge.metrics import BridgeCollector
 from kvatlas.bridge.options import BridgeSettings, EngineSpec
 from kvatlas.bridge.ownership import Ownership
+from kvatlas.bridge.pod_watch import PodWatch
 from kvatlas.bridge.publisher import Publisher
 from kvatlas.bridge.recovery import recover
 from kvatlas.bridge.settings import KafkaSettings
@@ -23,6 +28,8 @@ from kvatlas.bridge.stream import PodStream, Shared
 from kvatlas.bridge.telemetry import Telemetry
 
 _TICK_SECONDS: Final = 0.25
+_FILE_SECONDS: Final = 0.5
+_FIRST_LIST_SECONDS: Final = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +60,9 @@ class BridgeService:
         self.telemetry.add_check("bridge", lambda: None if self.ready.is_set() else "starting")
         self.streams: dict[str, PodStream] = {}
         self._missing: dict[str, float] = {}
+        self._inbound: list[Inbound] = []
+        self._pods: PodWatch | None = None
+        self._look = asyncio.Event()
         self._stopped = False
         self._tasks: list[asyncio.Task[None]] = []
         self._shared: Shared | None = None
@@ -65,6 +75,11 @@ class BridgeService:
     def acknowledged(self) -> int:
         """Engine messages that Kafka has acknowledged."""
         return self._shared.acknowledged if self._shared is not None else 0
+
+    @property
+    def bound(self) -> list[str]:
+        """Addresses where engines connect to us."""
+        return [inbound.address for inbound in self._inbound]
 
     @property
     def address(self) -> str:
@@ -94,8 +109,22 @@ class BridgeService:
         shared.owns = self._ownership.owns
         self.registry.register(BridgeCollector(self.streams, shared))
         await self._ownership.start()
-        self._sync(await discover(settings))
+        if settings.kubernetes_selector:
+            loop = asyncio.get_running_loop()
+
+            def changed() -> None:
+                with contextlib.suppress(RuntimeError):  # the loop has ended
+                    loop.call_soon_threadsafe(self._look.set)
+
+            self._pods = PodWatch(settings, changed)
+            self._pods.start()
+            if not await asyncio.to_thread(self._pods.listed.wait, _FIRST_LIST_SECONDS):
+                log.warning("Kubernetes has not answered yet; its pods follow")
+        self._sync(await self._found())
+        self._bind()
         self._tasks = [asyncio.create_task(self._tick()), asyncio.create_task(self._discover())]
+        if settings.engines_file:
+            self._tasks.append(asyncio.create_task(self._watch_file()))
         self.ready.set()
 
     async def run_until(self, stop: asyncio.Event) -> None:
@@ -115,6 +144,10 @@ class BridgeService:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._pods is not None:
+            await asyncio.to_thread(self._pods.stop)
+        for inbound in self._inbound:
+            inbound.close()
         await asyncio.gather(*(stream.close() for stream in self.streams.values()))
         if self._publisher is not None:
             await self._publisher.flush(self._settings.flush_seconds)
@@ -164,20 +197,31 @@ class BridgeService:
         except EngineError as error:
             log.error("%s; left out", error)
 
+    async def _found(self) -> list[EngineSpec]:
+        specs = await discover(self._settings)
+        return specs + (self._pods.specs() if self._pods is not None else [])
+
+    def _bind(self) -> None:
+        assert self._shared is not None
+        self._inbound = [Inbound(text, self._shared, self.streams) for text in self._settings.bind]
+
     def _sync(self, specs: list[EngineSpec]) -> None:
         wanted = {spec.key: spec for spec in specs}
         for key, spec in wanted.items():
             self._missing.pop(key, None)
             if key not in self.streams:
                 self._open(spec)
-        for key in self.streams.keys() - wanted.keys():
-            self._missing.setdefault(key, time.monotonic())
+        for key, stream in self.streams.items():
+            if key not in wanted and not stream.spec.bound:
+                self._missing.setdefault(key, time.monotonic())
 
     async def _discover(self) -> None:
         while True:
-            await asyncio.sleep(self._settings.discovery_seconds)
+            self._look.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._look.wait(), self._until_next_look())
             try:
-                self._sync(await discover(self._settings))
+                self._sync(await self._found())
             except KvatlasError as error:
                 log.warning("discovery: %s; keeping the endpoints of before", error)
             for key, since in list(self._missing.items()):
@@ -187,6 +231,23 @@ class BridgeService:
                     await stream.close()
                     stream.end()
 
+    def _until_next_look(self) -> float:
+        """Seconds to the next look: not past the time when a missing endpoint is gone."""
+        oldest = min(self._missing.values(), default=math.inf)
+        left = oldest + self._settings.gone_seconds - time.monotonic()
+        return max(0.05, min(self._settings.discovery_seconds, left))
+
+    async def _watch_file(self) -> None:
+        """Look at the file's own data often: cheap, and it works on every file system and with swapped links."""
+        path = Path(self._settings.engines_file)
+        before = _stamp(path)
+        while True:
+            await asyncio.sleep(_FILE_SECONDS)
+            now = await asyncio.to_thread(_stamp, path)
+            if now != before:
+                before = now
+                self._look.set()
+
     async def _tick(self) -> None:
         settings, beats, written = self._settings, dict[str, int](), 0.0
         while True:
@@ -194,7 +255,7 @@ class BridgeService:
             now, due = self._clock(), time.monotonic() - written >= settings.record_seconds
             if due:
                 written = time.monotonic()
-            for key, stream in self.streams.items():
+            for key, stream in list(self.streams.items()):
                 silent = (now - stream.heard_ns) / 1e9
                 stream.mark(records.STALE if silent >= settings.stale_seconds else records.LIVE)
                 if silent >= settings.heartbeat_seconds and now - beats.get(key, 0) >= settings.heartbeat_seconds * 1e9:
@@ -202,3 +263,12 @@ class BridgeService:
                     stream.beat()
                 if due and stream.changed:
                     stream.write_record()
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """Return what changes with a file's content; None when it is not there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino

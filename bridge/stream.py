@@ -81,6 +81,31 @@ class Shared:
         self.publisher.send(self.topic(records.DLQ), number, item)
 
 
+def open_socket(
+    shared: Shared,
+    address: str,
+    receive: Callable[[list[bytes]], None],
+    reconnected: Callable[[], None],
+    *,
+    bind: bool = False,
+) -> Subscriber:
+    """Open a SUB socket as the settings say.
+
+    Raises:
+        EngineError: the address cannot be used.
+    """
+    return Subscriber(
+        shared.context,
+        address,
+        receive,
+        reconnected=reconnected,
+        topic_filter=shared.settings.topic_filter,
+        hwm=shared.settings.receive_hwm,
+        max_bytes=shared.settings.socket_message_bytes,
+        bind=bind,
+    )
+
+
 class PodStream:
     """The stream of one endpoint. Its pod is known with the first message.
 
@@ -109,20 +134,13 @@ class PodStream:
         self._topic = b""
         self._wake = asyncio.Event()
         self._probe = True
-        self._socket = Subscriber(
-            shared.context,
-            spec.live,
-            self._received,
-            reconnected=self._reconnected,
-            topic_filter=shared.settings.topic_filter,
-            hwm=shared.settings.receive_hwm,
-            max_bytes=shared.settings.socket_message_bytes,
-        )
+        self._socket = None if spec.bound else open_socket(shared, spec.live, self.received, self.reconnected)
         self._task = asyncio.create_task(self._repair(), name=f"replay-{spec.live}") if spec.replay else None
 
     async def close(self) -> None:
         """Stop reading; what was accepted still goes out."""
-        self._socket.close()
+        if self._socket is not None:
+            self._socket.close()
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -147,7 +165,8 @@ class PodStream:
 
     # --- live ----------------------------------------------------------------------------------------------------
 
-    def _received(self, frames: list[bytes]) -> None:
+    def received(self, frames: list[bytes]) -> None:
+        """Take the frames of one live message."""
         shared = self._shared
         if len(frames) != 3:
             shared.dead_letter(self.pod, frames, f"wrong number of frames: {len(frames)}", self.spec.live)
@@ -245,7 +264,8 @@ class PodStream:
     def _next_incarnation(self, previous: int) -> int:
         return max(previous + 1, self._shared.now_ns() // 1_000_000_000)
 
-    def _reconnected(self) -> None:
+    def reconnected(self) -> None:
+        """Note that the connection was down."""
         if self.tracker is not None:
             self.tracker.reconnected()
         self._probe = True

@@ -42,6 +42,8 @@ class Subscriber:
         self._reconnected = reconnected
         self._loop = asyncio.get_running_loop()
         self._closed = False
+        #: Peer address of the message being received, only for sockets that bind.
+        self.peer = ""
         self._socket = context.socket(zmq.SUB)
         self._socket.setsockopt(zmq.RCVHWM, hwm)
         self._socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
@@ -55,6 +57,8 @@ class Subscriber:
         except zmq.ZMQError as error:
             self._socket.close(linger=0)
             raise EngineError(f"cannot {'bind' if bind else 'connect to'} {address}: {error}") from error
+        self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._read = self._read_from if bind else self._socket.recv_multipart
         self._fd = int(self._socket.getsockopt(zmq.FD))
         self._monitor_fd = int(self._monitor.getsockopt(zmq.FD))
         self._loop.add_reader(self._fd, self._drain)
@@ -75,7 +79,7 @@ class Subscriber:
 
     def _drain(self) -> None:
         # The descriptor fires once for many messages, so read until nothing is left, in bursts to be fair.
-        receive, read = self._receive, self._socket.recv_multipart
+        receive, read = self._receive, self._read
         try:
             for _ in range(_BURST):
                 if self._closed:
@@ -84,6 +88,14 @@ class Subscriber:
         except zmq.Again:
             return
         self._loop.call_soon(self._drain)
+
+    def _read_from(self, flags: int) -> list[bytes]:
+        frames = self._socket.recv_multipart(flags, copy=False)
+        try:
+            self.peer = str(frames[0].get("Peer-Address"))
+        except zmq.ZMQError:  # transports without addresses
+            self.peer = ""
+        return [frame.bytes for frame in frames]
 
     def _watch(self) -> None:
         while not self._closed:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from kvatlas.bridge import records
+from kvatlas.bridge.block_key import block_keys, pack_tokens, root_key
 from kvatlas.bridge.engine_publisher import EnginePublisher
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.service import BridgeService
@@ -216,3 +218,86 @@ async def test_what_an_endpoint_says_of_its_engine_is_in_the_headers(brokers: st
     for message in messages:
         headers = dict(message.headers)
         assert (headers["store"], headers["announcements"]) == (b"shared-a", b"presence")
+
+
+async def test_engines_may_connect_to_the_bridge(brokers: str, topic_prefix: str) -> None:
+    """On a bound address pods are told by topic and rank, or by where they come from, and holes are replayed."""
+    kafka = await _setup(brokers, topic_prefix)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = BridgeSettings(
+        bind=["tcp://127.0.0.1:*", f"tcp://127.0.0.1:*,replay_port={port},model=n"],
+        ownership="all",
+        replay_timeout_seconds=0.5,
+        replay_backoff_seconds=0.05,
+    )
+    bridge = BridgeService(settings, kafka)
+    await bridge.start()
+    named = [EnginePublisher(bridge.bound[0], topic=f"kv@pod-{n}@m", bind=False) for n in "ab"]
+    nameless = EnginePublisher(bridge.bound[1], f"tcp://127.0.0.1:{port}", bind=False)
+    for engine in (*named, nameless):
+        engine.start()
+    await asyncio.sleep(1.0)
+    for number in range(6):
+        for rank, engine in enumerate(named):
+            engine.publish(_CLEAR, timestamp=float(number), dp_rank=rank)
+        if number == 3:
+            nameless.withhold(b"\x93\x01\x90\xc0")
+        else:
+            nameless.publish(_CLEAR, timestamp=float(number), dp_rank=None)
+    messages = await _until(kafka, "127.0.0.1", 6)
+    await bridge.stop()
+    for engine in (*named, nameless):
+        engine.close()
+    for pod in ("pod-a", "pod-b@dp1", "127.0.0.1"):
+        assert [sequence for _, sequence in _sequences(messages, pod)] == list(range(6))
+    assert {dict(m.headers)["model"] for m in messages if m.key == b"127.0.0.1"} == {b"n"}
+
+
+async def test_stripped_messages_hold_keys_and_no_tokens(brokers: str, topic_prefix: str) -> None:
+    """With stripped tokens a second bridge still chains on from the first one's blocks, read back from the log."""
+    kafka = await _setup(brokers, topic_prefix)
+    engine = _engine()
+    first_token = 1_234_567_000
+
+    def stored(number: int) -> list[dict[str, Any]]:
+        return [
+            {
+                "type": "BlockStored",
+                "block_hashes": [number + 1],
+                "parent_block_hash": number or None,
+                "token_ids": list(range(first_token + number * 16, first_token + number * 16 + 16)),
+                "block_size": 16,
+                "lora_id": None,
+                "medium": "GPU",
+                "lora_name": None,
+            }
+        ]
+
+    def pairs(messages: list[Any]) -> list[tuple[Any, dict[str, bytes]]]:
+        return [(m, dict(m.headers)) for m in messages if dict(m.headers)["content_type"] == b"keys"]
+
+    for number in (0, 1):
+        bridge = _bridge(engine, kafka, strip_tokens=True)
+        await bridge.start()
+        await asyncio.sleep(0.5)
+        engine.publish(stored(number), timestamp=float(number))
+        for _ in range(100):
+            messages = await _read(kafka, records.EVENTS)
+            if len(pairs(messages)) > number:
+                break
+            await asyncio.sleep(0.1)
+        await bridge.stop()
+    engine.close()
+    found = pairs(messages)
+    assert [int(headers["sequence"]) for _, headers in found] == [0, 1]
+    assert len({headers["incarnation"] for _, headers in found}) == 1
+    packed = pack_tokens(range(first_token, first_token + 32))
+    stored_keys = []
+    for message, _ in found:
+        assert not any(token.to_bytes(4, "big") in message.value for token in range(first_token, first_token + 32))
+        event = records.decode(records.KeyedBatch, message.value).events[0]
+        assert isinstance(event, records.KeyedStored)
+        stored_keys.append(event.block_keys)
+    assert stored_keys == block_keys(root_key("model-y"), packed, 16)
