@@ -1,0 +1,125 @@
+"""How fast the log is read and past states are rebuilt, from a real Kafka.
+
+Cases: ``decode`` (messages/s of ``kv-events``, read, filtered by model and summarised; baseline: the same records read
+and dropped) and ``rebuild`` (block updates/s folded into a scratch index at the end of the log).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from kvatlas.bridge import records
+from kvatlas.bridge.adapters.fields import encode_batch
+from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.deploy.bench import _rig
+from kvatlas.deploy.history.filters import Filter, Wanted
+from kvatlas.deploy.history.log import LogReader
+from kvatlas.deploy.history.moment import EARLIEST, LATEST
+from kvatlas.deploy.history.rebuild import rebuild
+from kvatlas.streams.resolve import ResolveOptions
+
+_PODS: Final = 16
+_MESSAGES: Final = 100_000
+_BLOCKS: Final = 8
+_BLOCK_TOKENS: Final = 16
+_MODEL: Final = "bench-model"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this benchmark."""
+    _rig.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Fill a log, read it, rebuild from it."""
+    with _rig.broker(args) as (bootstrap, folder):
+        yield from asyncio.run(_measure(args, bootstrap, folder))
+
+
+async def _measure(args: argparse.Namespace, bootstrap: str, folder: Path) -> list[dict[str, Any]]:
+    kafka = await _rig.topics(bootstrap, args.partitions)
+    count = max(1, round(_MESSAGES * args.scale))
+    await _fill(kafka, args.partitions, count)
+    async with LogReader(kafka) as reader:
+        span = await reader.range(records.EVENTS, EARLIEST, LATEST)
+        began = time.perf_counter()
+        read = sum([len(chunk) async for chunk in reader.read(span)])
+        plain = read / (time.perf_counter() - began)
+        chosen = Filter(Wanted(models=frozenset({_MODEL}), types=frozenset({"stored", "removed"})))
+        began = time.perf_counter()
+        matched = sum([1 async for record in _each(reader, span) if chosen.events(record)])
+        decoded = matched / (time.perf_counter() - began)
+        assert matched == read == count
+        began = time.perf_counter()
+        past = await rebuild(
+            reader, kafka, LATEST, folder=folder / "past", options=ResolveOptions(), clock=time.time_ns
+        )
+        updates = past.counts["updates"]
+        rebuilt = updates / (time.perf_counter() - began)
+        past.close()
+    return [
+        _row("decode", decoded, "messages/s", baseline=plain),
+        _row("rebuild", rebuilt, "updates/s"),
+    ]
+
+
+async def _each(reader: LogReader, span: Any) -> AsyncIterator[Any]:
+    async for chunk in reader.read(span):
+        for record in chunk:
+            yield record
+
+
+def _row(case: str, value: float, unit: str, baseline: float | None = None) -> dict[str, Any]:
+    row = {"bench": "replay", "case": case, "value": round(value, 1), "unit": unit}
+    return row if baseline is None else {**row, "baseline": round(baseline, 1), "ratio": round(value / baseline, 3)}
+
+
+async def _fill(kafka: KafkaSettings, partitions: int, count: int) -> None:
+    """Send messages of one stored event of 8 blocks; every fourth also removes the blocks of an older one."""
+    rng = random.Random(1)  # noqa: S311 - the same load each run
+    topic = kafka.topic(records.EVENTS)
+    async with _rig.producer(kafka) as producer:
+        for number in range(count):
+            pod = f"pod-{number % _PODS}"
+            sequence = number // _PODS
+            headers = [
+                (records.H_SEQUENCE, str(sequence).encode()),
+                (records.H_INCARNATION, b"1"),
+                (records.H_MODEL, _MODEL.encode()),
+                (records.H_ENGINE, b"vllm"),
+                (records.H_CONTENT_TYPE, records.CONTENT_ENGINE.encode()),
+            ]
+            await producer.send(
+                topic,
+                _payload(rng, number, sequence),
+                key=pod.encode(),
+                partition=records.pod_partition(pod, partitions),
+                headers=headers,
+            )
+        await producer.flush()
+
+
+def _payload(rng: random.Random, number: int, sequence: int) -> bytes:
+    hashes = [(number << 8) + block for block in range(_BLOCKS)]
+    events: list[dict[str, Any]] = [
+        {
+            "type": "BlockStored",
+            "block_hashes": hashes,
+            "parent_block_hash": None,
+            "token_ids": [rng.randrange(32_000) for _ in range(_BLOCKS * _BLOCK_TOKENS)],
+            "block_size": _BLOCK_TOKENS,
+            "lora_id": None,
+            "medium": "GPU",
+            "lora_name": None,
+        }
+    ]
+    if sequence % 4 == 3:
+        old = ((number - _PODS) << 8) + _BLOCKS - 1
+        events.append({"type": "BlockRemoved", "block_hashes": [old], "medium": "GPU"})
+    return encode_batch(1.0, list(events), 0)
