@@ -226,3 +226,10 @@ def test_scraped_jobs() -> None:
     """Prometheus of the compose file gives the jobs the names that rules and dashboard use."""
     document = yaml.safe_load(PROMETHEUS.read_text(encoding="utf-8"))
     assert {job["job_name"] for job in document["scrape_configs"]} == JOBS
+
+
+def test_every_alert_is_explained() -> None:
+    """The table in the documentation has exactly the alerts of the rules."""
+    text = (ROOT / "docs/deployment.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| Kvatlas")]
+    assert {name.strip() for row in rows for name in row.split(",")} == {rule["alert"] for rule in rules()}
