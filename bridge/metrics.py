@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from kvatlas.bridge.stream import PodStream, Shared
@@ -27,7 +27,15 @@ class BridgeCollector(Collector):
         yield CounterMetricFamily("kvatlas_bridge_acknowledged", "Records Kafka has", value=publisher.sent)
         yield CounterMetricFamily("kvatlas_bridge_kafka_failures", "Batches sent again", value=publisher.failures)
         yield GaugeMetricFamily("kvatlas_bridge_buffer_bytes", "Waiting for Kafka", value=publisher.pending_bytes)
-        yield GaugeMetricFamily("kvatlas_bridge_kafka_ack_seconds", "Newest batch", value=publisher.ack_seconds)
+        yield CounterMetricFamily("kvatlas_bridge_events", "Events in messages forwarded", value=shared.events)
+        yield CounterMetricFamily("kvatlas_bridge_keyless_blocks", "Stripped without keys", value=shared.keyless)
+        latency = publisher.latency
+        yield HistogramMetricFamily(
+            "kvatlas_bridge_kafka_seconds",
+            "From sending a record to its acknowledgement",
+            buckets=latency.cumulative(),
+            sum_value=latency.total,
+        )
         dead = CounterMetricFamily("kvatlas_bridge_dead_letters", "Messages not tracked", labels=["reason"])
         for reason, count in list(shared.dead.items()):
             dead.add_metric([reason], count)

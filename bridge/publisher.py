@@ -11,8 +11,10 @@ import asyncio
 import contextlib
 import logging
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any, Final, NamedTuple
 
 from aiokafka import AIOKafkaProducer
@@ -40,6 +42,33 @@ class Item(NamedTuple):
     acknowledged: Acknowledge | None
 
 
+class Buckets:
+    """A histogram of plain counters; no lock, for one event loop.
+
+    Attributes:
+        bounds: upper bounds, seconds.
+        counts: observations in each bucket, the last one beyond all bounds.
+        total: sum of all observations, seconds.
+    """
+
+    bounds: Final = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self.counts = [0] * (len(self.bounds) + 1)
+        self.total = 0.0
+
+    def add(self, seconds: float, times: int = 1) -> None:
+        """Count ``times`` observations of one value."""
+        self.counts[bisect_left(self.bounds, seconds)] += times
+        self.total += seconds * times
+
+    def cumulative(self) -> list[tuple[str, float]]:
+        """Return (upper bound, observations up to it), as Prometheus wants them."""
+        names = [*map(str, self.bounds), "+Inf"]
+        return list(zip(names, map(float, accumulate(self.counts)), strict=True))
+
+
 class Publisher:
     """Sends records to one cluster.
 
@@ -47,7 +76,7 @@ class Publisher:
         pending_bytes: bytes accepted and not acknowledged.
         sent: records acknowledged.
         failures: batches that had to be sent again by us.
-        ack_seconds: how long the newest batch took.
+        latency: how long batches took from send to acknowledgement, each record counted.
     """
 
     def __init__(
@@ -75,7 +104,7 @@ class Publisher:
         self.pending_bytes = 0
         self.sent = 0
         self.failures = 0
-        self.ack_seconds = 0.0
+        self.latency = Buckets()
 
     async def start(self) -> None:
         """Connect.
@@ -163,7 +192,7 @@ class Publisher:
                 await asyncio.sleep(_RETRY_SECONDS)
                 if not getattr(error, "retriable", False):
                     await self._replace(producer)
-        self.ack_seconds = time.monotonic() - started
+        self.latency.add(time.monotonic() - started, count)
         for number in range(count):
             item = queue.popleft()
             self.pending_bytes -= len(item.value) + _OVERHEAD_BYTES

@@ -11,7 +11,7 @@ import msgspec
 import zmq
 
 from kvatlas.bridge import records
-from kvatlas.bridge.adapters.fields import peek_rank
+from kvatlas.bridge.adapters.fields import count_events, peek_rank
 from kvatlas.bridge.identity import Identity, identify
 from kvatlas.bridge.options import BridgeSettings, EngineSpec
 from kvatlas.bridge.publisher import Item, Publisher
@@ -35,7 +35,7 @@ class Shared:
         dead: messages that were dead-lettered, by reason.
         oversized: messages over the size limit.
         keyless: blocks forwarded without keys, where tokens are stripped.
-        messages, bytes: forwarded.
+        messages, bytes, events: forwarded.
     """
 
     def __init__(
@@ -54,6 +54,7 @@ class Shared:
         self.dead: dict[str, int] = {}
         self.oversized = 0
         self.keyless = 0
+        self.events = 0
         self.messages = 0
         self.acknowledged = 0
         self.observe: Callable[[int], None] | None = None
@@ -294,6 +295,7 @@ class PodStream:
         ]
         shared.messages += 1
         shared.bytes += len(payload)
+        shared.events += count_events(payload)
 
         def acknowledged(offset: int) -> None:
             self._acknowledged = (message, offset)

@@ -113,6 +113,21 @@ def peek_rank(payload: bytes) -> int | None:
         return None
 
 
+def count_events(payload: bytes) -> int:
+    """Return how many events a batch holds, from its first bytes; 0 when they do not say.
+
+    Looks at no event: an array of the timestamp (a double, as every engine sends it) and the array of events.
+    """
+    if len(payload) < 11 or payload[1] != 0xCB or not 0x90 <= payload[0] <= 0x9F:
+        return 0
+    first = payload[10]
+    if 0x90 <= first <= 0x9F:
+        return first & 0x0F
+    if first == 0xDC:
+        return int.from_bytes(payload[11:13], "big")
+    return int.from_bytes(payload[11:15], "big") if first == 0xDD else 0
+
+
 def decode_batch(payload: bytes, limits: Limits, split_extra: SplitExtra) -> Batch:
     """Decode a message; events that cannot be used come back as ``rejected``, each alone.
 

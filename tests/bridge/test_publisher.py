@@ -1,0 +1,127 @@
+"""What the publisher accepts, keeps and sends again, without a broker; and its histogram."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from typing import Any
+
+import msgspec
+import pytest
+from aiokafka.errors import KafkaConnectionError
+
+from kvatlas.bridge.adapters.fields import count_events
+from kvatlas.bridge.errors import LogError
+from kvatlas.bridge.publisher import Buckets, Item, Publisher
+from kvatlas.bridge.settings import KafkaSettings
+
+
+class Producer:
+    """A producer in memory that fails when told to."""
+
+    def __init__(self) -> None:
+        self.failing = False
+        self.batches: list[tuple[str, int, list[bytes]]] = []
+
+    def create_batch(self) -> Any:
+        """Return a batch of three records at most."""
+        values: list[bytes] = []
+
+        class Batch:
+            taken = values
+
+            def append(self, *, key: bytes, value: bytes, timestamp: int, headers: Any) -> object | None:
+                if len(values) == 3:
+                    return None
+                values.append(value)
+                return object()
+
+            def close(self) -> None:
+                return
+
+        return Batch()
+
+    async def send_batch(self, batch: Any, topic: str, *, partition: int) -> Any:
+        """Take a batch, or fail as a broker that is away."""
+        if self.failing:
+            raise KafkaConnectionError("away")
+        offset = sum(len(values) for name, number, values in self.batches if (name, number) == (topic, partition))
+        self.batches.append((topic, partition, list(batch.taken)))
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        future.set_result(type("Place", (), {"offset": offset}))
+        return future
+
+    async def stop(self) -> None:
+        """Nothing to end."""
+
+
+def _publisher() -> tuple[Publisher, Producer]:
+    publisher, producer = Publisher(KafkaSettings(brokers="127.0.0.1:1"), linger_seconds=0.0), Producer()
+    publisher._producer = producer
+    return publisher, producer
+
+
+async def test_records_go_out_in_order_and_in_batches() -> None:
+    """Each partition keeps its order, and acknowledgements carry the offsets."""
+    publisher, producer = _publisher()
+    offsets: list[tuple[int, int]] = []
+    for number in range(7):
+        for partition in (0, 1):
+            ack = functools.partial(lambda p, offset: offsets.append((p, offset)), partition)
+            publisher.send("t", partition, Item(b"k", b"%d" % number, [], ack))
+    assert await publisher.flush(5.0)
+    for partition in (0, 1):
+        values = [v for _, number, batch in producer.batches if number == partition for v in batch]
+        assert values == [b"%d" % number for number in range(7)]
+        assert [offset for p, offset in offsets if p == partition] == list(range(7))
+    assert max(len(batch) for _, _, batch in producer.batches) == 3
+    assert (publisher.pending_bytes, publisher.sent) == (0, 14)
+    await publisher.stop()
+
+
+async def test_nothing_is_dropped_while_the_broker_is_away() -> None:
+    """Waiting bytes are counted until the broker has them; a flush says that it is not done."""
+    publisher, producer = _publisher()
+    producer.failing = True
+    for number in range(4):
+        publisher.send("t", 0, Item(b"k", b"%d" % number, [], None))
+    assert not await publisher.flush(0.1)
+    waiting = publisher.pending_bytes
+    assert waiting >= 4
+    assert publisher.failures >= 1
+    producer.failing = False
+    assert await publisher.flush(5.0)
+    assert [value for _, _, batch in producer.batches for value in batch] == [b"0", b"1", b"2", b"3"]
+    await publisher.stop()
+
+
+async def test_no_broker_at_start_is_an_error() -> None:
+    """A cluster that does not answer is named."""
+    publisher = Publisher(KafkaSettings(brokers="127.0.0.1:1"))
+    with pytest.raises(LogError, match=r"127\.0\.0\.1:1"):
+        await publisher.start()
+
+
+def test_buckets_count_up_to_their_bounds() -> None:
+    """A value on a bound counts in that bucket; counts are cumulative for Prometheus."""
+    buckets = Buckets()
+    buckets.add(0.001)
+    buckets.add(0.02, 3)
+    buckets.add(99.0)
+    found = dict(buckets.cumulative())
+    assert (found["0.001"], found["0.01"], found["0.02"], found["10.0"], found["+Inf"]) == (1, 1, 4, 4, 5)
+    assert buckets.total == pytest.approx(99.061)
+
+
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 300, 70_000])
+def test_events_are_counted_from_the_first_bytes(count: int) -> None:
+    """The number of events is read from the header of their array, whatever its size."""
+    assert count_events(msgspec.msgpack.encode((1.5, [None] * count, 0))) == count
+
+
+@pytest.mark.parametrize(
+    "payload", [b"", b"\x93", b"\x93\xcb", b"junk" * 5, b"\x93\xcb" + bytes(8), b"\x93\xcb" + bytes(9)]
+)
+def test_what_is_no_batch_has_no_events(payload: bytes) -> None:
+    """Bytes that do not begin as a batch count nothing."""
+    assert count_events(payload) == 0
