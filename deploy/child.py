@@ -67,6 +67,11 @@ async def serve(name: str, sections: dict[str, Any]) -> None:
         await service.stop()
 
 
+async def _serve(name: str, sections: dict[str, Any]) -> None:
+    with common.leaving(name):
+        await serve(name, sections)
+
+
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     try:
         import uvloop  # noqa: PLC0415 - faster where it is installed
@@ -86,7 +91,7 @@ def main() -> int:
         }
         configure_logging(cast("settings.LogSettings", sections["log"]), name)
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(serve(name, sections))
+            runner.run(_serve(name, sections))
     except KvatlasError as error:
         print(f"kvatlas {name}: {error}", file=sys.stderr)
         return 1

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import importlib
 import importlib.util
 import os
 import signal
+import sys
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -36,6 +39,9 @@ _PREFIXES: Final = {"log": "log_", "tokenizer": "tokenizer_"}
 
 #: Environment names that are no settings of a section.
 _OTHER_NAMES: Final = frozenset({ENV_FILE, "KVATLAS_CACHE_DIR"})
+
+#: What is left of a service that has stopped gets this long to end by itself.
+_LEAVE_SECONDS: Final = 3.0
 
 
 def section_class(name: str) -> type[msgspec.Struct]:
@@ -152,3 +158,31 @@ def async_stop_event() -> asyncio.Event:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, event.set)
     return event
+
+
+@contextlib.contextmanager
+def leaving(name: str) -> Iterator[None]:
+    """End the process within a few seconds of the block's end: with 0, or with 1 after an exception.
+
+    For services whose libraries keep tasks and threads that ignore their cancellation while brokers are away: the
+    service has stopped and closed what must be closed, and an interpreter that waits for those would never exit.
+    """
+    try:
+        yield
+    except BaseException as error:
+        _end_soon(1, f"kvatlas {name}: {error!r}")
+        raise
+    _end_soon(0, "")
+
+
+def _end_soon(code: int, text: str) -> None:
+    def end() -> None:
+        time.sleep(_LEAVE_SECONDS)
+        if text:
+            print(text, file=sys.stderr)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+
+    threading.Thread(target=end, name="leaving", daemon=True).start()

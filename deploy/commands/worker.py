@@ -73,13 +73,14 @@ async def _serve(settings: WorkerSettings, kafka: KafkaSettings) -> int:
         await ensure_topics(kafka, (*records.TOPICS, *records.changelog_topics(settings.app)))
     stop = common.async_stop_event()
     service = WorkerService(settings, kafka)
-    try:
-        await service.start()
-        announcing = asyncio.create_task(_say_ready(service))
-        await service.run_until(stop)
-        announcing.cancel()
-    finally:
-        await service.stop()
+    with common.leaving("worker"):  # Faust's tasks and threads outlive a stop while the brokers are away
+        try:
+            await service.start()
+            announcing = asyncio.create_task(_say_ready(service))
+            await service.run_until(stop)
+            announcing.cancel()
+        finally:
+            await service.stop()
     return 0
 
 

@@ -18,6 +18,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from kvatlas.bridge import records
 from kvatlas.bridge.adapters.fields import encode_batch
+from kvatlas.deploy.brokers.kafka import KafkaNode
 from kvatlas.deploy.sim.cache import Request
 from kvatlas.deploy.sim.fleet import Fleet
 from kvatlas.deploy.sim.options import SimSettings
@@ -144,6 +145,21 @@ def test_every_score_is_the_oracle_s_after_the_worker_was_killed(pipeline: Pipel
     for service in (bridge, scorer, second):
         service.process.terminate()
     assert [service.wait() for service in (bridge, scorer, second)] == [0, 0, 0], pipeline.logs()
+
+
+def test_all_services_stop_while_kafka_is_away(own_kafka: KafkaNode, tmp_path: Path) -> None:
+    """Without a broker to say goodbye to, SIGTERM still ends every service with 0 in time."""
+    pipeline = Pipeline(own_kafka.bootstrap, "", tmp_path)
+    try:
+        services = [pipeline.worker(), pipeline.bridge([]), pipeline.start("scorer", "--listen=127.0.0.1:0")]
+        for service in services:
+            service.ready()
+        own_kafka.stop()
+        for service in services:
+            service.process.terminate()
+        assert [service.wait(25) for service in services] == [0, 0, 0], pipeline.logs()
+    finally:
+        pipeline.close()
 
 
 _STORE = {
