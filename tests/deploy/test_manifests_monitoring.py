@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Final, cast
 
 import promql_parser as promql
@@ -17,7 +16,8 @@ from prometheus_client.core import Metric
 
 from kvatlas.bridge.metrics import BridgeCollector
 from kvatlas.bridge.options import BridgeSettings
-from kvatlas.bridge.publisher import Buckets
+from kvatlas.bridge.publisher import Publisher
+from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.bridge.stream import Shared
 from kvatlas.connector.metrics import Metrics, PrometheusCollector
 from kvatlas.scorer import metrics as scorer_metrics
@@ -64,8 +64,7 @@ def of_families(families: Iterator[Metric]) -> dict[str, frozenset[str]]:
 
 def exported() -> dict[str, frozenset[str]]:
     """Name of every series the services export, with its labels."""
-    publisher = SimpleNamespace(sent=0, failures=0, pending_bytes=0, latency=Buckets())
-    shared = Shared(BridgeSettings(), cast("Any", publisher), str, lambda: 0)
+    shared = Shared(BridgeSettings(), Publisher(KafkaSettings()), str, lambda: 0)
     bridge = of_families(iter(BridgeCollector({}, shared).collect()))
     connector = of_families(PrometheusCollector(Metrics()).collect())
     shared.context.destroy()
