@@ -150,6 +150,7 @@ class Feed:
         self._views: dict[str, DictView] = {}
         self._valid: dict[str, tuple[int, int]] = {}
         self._sweeps: asyncio.Queue[str] = asyncio.Queue()
+        self._reported: set[str] = set()
         self._wake = asyncio.Event()
         self._offsets = itertools.count()
         self._applying = asyncio.Lock()
@@ -326,7 +327,10 @@ class Feed:
                 if before is not None:
                     self._sweeps.put_nowait(pod)
         for letter in effects.dead:
-            log.warning("pod %s: %s; left out", letter.pod, letter.reason)
+            # The counts have them all; an engine that goes on sending what cannot be read must not fill the log.
+            first = letter.pod not in self._reported
+            self._reported.add(letter.pod)
+            log.log(logging.WARNING if first else logging.DEBUG, "pod %s: %s; left out", letter.pod, letter.reason)
 
     # --- in the background ----------------------------------------------------------------------------------------
 

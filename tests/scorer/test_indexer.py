@@ -347,6 +347,20 @@ async def test_prompts_and_chats_as_the_engine_tokenizes_them(publisher: EngineP
                 await bare.score_prompt(text, "m")
 
 
+async def test_what_cannot_be_read_is_left_out_alone(publisher: EnginePublisher, caplog: pytest.LogCaptureFixture):
+    """A bad event spares the rest of its message, a bad message the rest of the stream; the log has the first only."""
+    async with Indexer(options=OPTIONS, engines=[spec(publisher)]) as indexer:
+        bad = stored(5) | {"token_ids": "text"}
+        publisher.publish([bad, stored(1)], timestamp=1.0)
+        publisher.publish_raw(b"\xc1 no message")
+        publisher.publish([stored(2, parent=1)], timestamp=2.0)
+        await until(lambda: last(indexer) == 2)
+        scored = await indexer.score_tokens([*tokens_of(1), *tokens_of(2)], "m")
+        assert (scored.scores["one"].matched_blocks, scored.scores["one"].suspect_blocks) == (2, 0)
+        assert (indexer.counts["events_dead"], indexer.counts["messages_dead"]) == (1, 1)
+        assert len([r for r in caplog.records if r.levelname == "WARNING" and "left out" in r.message]) == 1
+
+
 async def test_metrics_say_what_happened(publisher: EnginePublisher):
     """A scrape has what was applied, the queues and each stream's tracking; every score tells its stages."""
     stages: list[str] = []
