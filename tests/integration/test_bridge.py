@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from pathlib import Path
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -301,3 +302,29 @@ async def test_stripped_messages_hold_keys_and_no_tokens(brokers: str, topic_pre
         assert isinstance(event, records.KeyedStored)
         stored_keys.append(event.block_keys)
     assert stored_keys == block_keys(root_key("model-y"), packed, 16)
+
+
+async def test_an_endpoint_file_is_followed_without_restart(brokers: str, topic_prefix: str, tmp_path: Path) -> None:
+    """A pod put into the file is subscribed soon, one taken out is recorded as gone, a broken file changes nothing."""
+    kafka = await _setup(brokers, topic_prefix)
+    engine = _engine()
+    path = tmp_path / "engines.toml"
+    path.write_text("engines = []")
+    settings = BridgeSettings(engines_file=str(path), ownership="all", discovery_seconds=300.0, gone_seconds=0.5)
+    bridge = BridgeService(settings, kafka)
+    await bridge.start()
+    path.write_text(f'engines = ["{engine.endpoint},{engine.replay_endpoint}"]')
+    engine.publish(_CLEAR, timestamp=1.0)
+    await _until(kafka, "pod-x", 1)
+    path.write_text("engines = [")
+    await asyncio.sleep(1.5)
+    assert list(bridge.streams) == [engine.endpoint]
+    path.write_text("engines = []")
+    for _ in range(50):
+        if not bridge.streams:
+            break
+        await asyncio.sleep(0.1)
+    await bridge.stop()
+    engine.close()
+    last = (await _read(kafka, records.EVENTS))[-1]
+    assert records.decode(records.Control, last.value).type == "gone"
