@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,23 @@ def client_config(settings: KafkaSettings, client_id: str) -> dict[str, Any]:
         config["sasl_plain_username"] = settings.sasl_username
         config["sasl_plain_password"] = password(settings)
     return config
+
+
+def pace_metadata(client: Any, seconds: float = 0.2) -> None:
+    """Make an aiokafka client wait after a metadata request that no broker answered.
+
+    Its sender asks again at once: with every broker down and connections refused that is thousands of times a
+    second, each of them logged. It has no setting for this.
+    """
+    update = client._metadata_update
+
+    async def paced(*arguments: Any) -> bool:
+        done: bool = await update(*arguments)
+        if not done:
+            await asyncio.sleep(seconds)
+        return done
+
+    client._metadata_update = paced
 
 
 def password(settings: KafkaSettings) -> str:

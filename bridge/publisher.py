@@ -21,7 +21,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.errors import LogError
-from kvatlas.bridge.kafka import client_config
+from kvatlas.bridge.kafka import client_config, pace_metadata
 from kvatlas.bridge.records import Headers
 from kvatlas.bridge.settings import KafkaSettings
 
@@ -124,6 +124,7 @@ class Publisher:
             max_request_size=self._message_bytes + 1024 * 1024,
             retry_backoff_ms=100,
         )
+        pace_metadata(producer.client)
         try:
             await producer.start()
         except KafkaError as error:
