@@ -47,6 +47,9 @@ _BLOCKS_PER_MESSAGE: Final = 4 * _RUN_BLOCKS
 _FILLED: Final = 20
 #: The embedded broker keeps 5 MB a partition, so what is measured on it must fit whatever pods share a partition.
 _BLOCKS: Final = {"embedded": 120_000, "real": 600_000}
+#: Block updates that the worker has committed to the index, and the CPU time of its process.
+_UPDATES: Final = 'kvatlas_worker_updates_total{agent="index"}'
+_CPU_SECONDS: Final = "process_cpu_seconds_total"
 _PROBE_BLOCKS: Final = 4
 _POLL_SECONDS: Final = 0.05
 _STALLED_SECONDS: Final = 30.0
@@ -93,10 +96,12 @@ def _measure(kind: str, bootstrap: str, folder: Path, args: argparse.Namespace) 
         ),
     ):
         _until(metrics, engines.filled)
-        began = engines.send(0.0)
+        cpu, began = _metric(metrics, _CPU_SECONDS), engines.send(0.0)
         seconds = _until(metrics, engines.filled + engines.updates) - began
         yield _figure(kind, "blocks, ZMQ to table", engines.updates / seconds, "blocks/s")
         yield _figure(kind, "events, ZMQ to table", messages * _EVENTS_PER_MESSAGE / seconds, "events/s")
+        cpu = (_metric(metrics, _CPU_SECONDS) - cpu) / engines.updates
+        yield _figure(kind, "CPU of the worker", cpu * 1e6, "us/block")
         engines.send(args.rate)
         delays = sorted(_freshness(probe, address, args.probes))
         p50, p99 = statistics.median(delays), delays[int(len(delays) * 0.99)]
@@ -138,12 +143,12 @@ def _pipeline(
         launcher.stop()
 
 
-def _applied(metrics: str) -> int:
-    """Return the block updates that the worker has committed to the index."""
+def _metric(metrics: str, series: str) -> float:
+    """Return a metric of the worker, 0 before it has one."""
     with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=10) as page:
         text = page.read().decode()
-    found = re.search(r'^kvatlas_worker_updates_total{agent="index"} (\S+)$', text, re.MULTILINE)
-    return int(float(found[1])) if found else 0
+    found = re.search(rf"^{re.escape(series)} (\S+)$", text, re.MULTILINE)
+    return float(found[1]) if found else 0.0
 
 
 def _until(metrics: str, target: int) -> float:
@@ -154,7 +159,7 @@ def _until(metrics: str, target: int) -> float:
     """
     seen, since = -1, time.monotonic()
     while True:
-        count = _applied(metrics)
+        count = int(_metric(metrics, _UPDATES))
         if count >= target:
             return time.time()
         if count != seen:
