@@ -19,7 +19,7 @@ from aiokafka import AIOKafkaProducer
 from kvatlas.bridge import records
 from kvatlas.bridge.engine_publisher import EnginePublisher
 from kvatlas.bridge.options import BridgeSettings
-from kvatlas.bridge.service import BridgeService
+from kvatlas.bridge.service import BridgeService, calm_collector
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.deploy.brokers.kafka import KafkaNode
 from kvatlas.deploy.brokers.topics import ensure_topics
@@ -126,6 +126,7 @@ async def _bridge(
         bridge = BridgeService(BridgeSettings(engines=addresses, ownership="all"), kafka)
         bridge.observe = (lambda ns: delays.append((time.time_ns() - ns) / 1e6)) if rate else None
         await bridge.start()
+        calm_collector()
         await asyncio.sleep(1.5)
         go.set()
         start, cpu = time.monotonic(), time.process_time()

@@ -9,7 +9,7 @@ from typing import Final
 
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.records import DLQ, EVENTS, PODS, TOPICS
-from kvatlas.bridge.service import BridgeService
+from kvatlas.bridge.service import BridgeService, calm_collector
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.bridge.telemetry import configure_logging
 from kvatlas.deploy.brokers.topics import ensure_topics
@@ -42,6 +42,7 @@ async def _serve(settings: BridgeSettings, kafka: KafkaSettings) -> int:
     service = BridgeService(settings, kafka)
     try:
         await service.start()
+        calm_collector()
         print(f"ready bridge metrics={service.address}", flush=True)
         await service.run_until(stop)
     finally:
