@@ -252,7 +252,7 @@ class BridgeService:
     async def _watch_file(self) -> None:
         """Look at the file's own data often: cheap, and it works on every file system and with swapped links."""
         path = Path(self._settings.engines_file)
-        before = _stamp(path)
+        before: tuple[int, int, int] | None = None  # it may have changed since the first look
         while True:
             await asyncio.sleep(_FILE_SECONDS)
             now = await asyncio.to_thread(_stamp, path)
