@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from kvatlas.bridge.errors import SettingsError
+from kvatlas.bridge.errors import SettingsError, UnresolvedError
 from kvatlas.bridge.options import BridgeSettings, EngineSpec, parse_engine
 
 
@@ -56,12 +56,13 @@ async def resolve(text: str) -> list[EngineSpec]:
     """Return one endpoint per address that the host in a spec's addresses resolves to.
 
     Raises:
-        SettingsError: the spec is not valid or the name does not resolve.
+        SettingsError: the spec is not valid.
+        UnresolvedError: the name has no address now.
     """
     host = parse_engine(text)[0].live.partition("://")[2].rpartition(":")[0]
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, None, family=socket.AF_INET, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise SettingsError(f"DNS name {host}: {error}") from error
+        raise UnresolvedError(f"DNS name {host}: {error}") from error
     addresses = sorted({str(entry[4][0]) for entry in found})
     return [spec for address in addresses for spec in parse_engine(text.replace(f"://{host}:", f"://{address}:"))]

@@ -4,6 +4,7 @@
 
     KvatlasError                 retriable = False
     ├── SettingsError            a setting is unknown, missing or has a bad value
+    │   └── UnresolvedError      a DNS name has no address now (retriable)
     ├── WireError                bytes from an engine or from Kafka are not what they claim to be
     │   ├── LimitError           larger, longer or deeper than the limits allow
     │   └── VersionError         a record of ours with a schema version that is not known here
@@ -22,6 +23,12 @@ class KvatlasError(Exception):
 
 class SettingsError(KvatlasError):
     """A setting is unknown, missing or has a bad value; the text names where it came from."""
+
+
+class UnresolvedError(SettingsError):
+    """A DNS name has no address now: nobody is behind it yet, or it is misspelt."""
+
+    retriable = True
 
 
 class WireError(KvatlasError):

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from kvatlas.bridge import records
 from kvatlas.bridge.discovery import discover
-from kvatlas.bridge.errors import EngineError, KvatlasError
+from kvatlas.bridge.errors import EngineError, KvatlasError, UnresolvedError
 from kvatlas.bridge.inbound import Inbound
 from kvatlas.bridge.metrics import BridgeCollector
 from kvatlas.bridge.options import BridgeSettings, EngineSpec
@@ -132,7 +132,11 @@ class BridgeService:
             self._pods.start()
             if not await asyncio.to_thread(self._pods.listed.wait, _FIRST_LIST_SECONDS):
                 log.warning("Kubernetes has not answered yet; its pods follow")
-        self._sync(await self._found())
+        try:
+            self._sync(await self._found())
+        except UnresolvedError as error:
+            # A headless service has no address before its first pod; the next looks find it.
+            log.warning("%s; looking again every %g s", error, settings.discovery_seconds)
         self._bind()
         self._tasks = [asyncio.create_task(self._tick()), asyncio.create_task(self._discover())]
         if settings.engines_file:

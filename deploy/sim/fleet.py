@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import yaml
 
@@ -102,17 +102,11 @@ class Fleet:
 
     def write_engines(self, path: Path) -> None:
         """Write the endpoints' file that the bridge watches; replaced at once, so no reader sees half of it."""
-        entries: list[dict[str, Any]] = []
+        entries = []
         for pod in self.pods.values():
             status = pod.status()
-            entries.append(
-                {
-                    "pod": status.pod,
-                    "endpoint": status.endpoint,
-                    "replay": status.replay_endpoint,
-                    "model": self.settings.model,
-                }
-            )
+            replay = f",{status.replay_endpoint}" if status.replay_endpoint else ""
+            entries.append(f"{status.endpoint}{replay},pod={status.pod},model={self.settings.model}")
         draft = path.with_name(path.name + ".new")
         draft.write_text(yaml.safe_dump({"engines": entries}, sort_keys=False), encoding="utf-8")
         draft.replace(path)

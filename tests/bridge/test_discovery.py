@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvatlas.bridge.discovery import discover, read_engines, resolve
-from kvatlas.bridge.errors import SettingsError
+from kvatlas.bridge.errors import SettingsError, UnresolvedError
 from kvatlas.bridge.options import BridgeSettings
 
 
@@ -75,3 +75,11 @@ async def test_every_source_is_asked(tmp_path: Path) -> None:
     path.write_text('["tcp://file:1"]')
     settings = BridgeSettings(engines=["tcp://static:1"], engines_file=str(path), dns=["tcp://127.0.0.1:7"])
     assert [spec.live for spec in await discover(settings)] == ["tcp://static:1", "tcp://file:1", "tcp://127.0.0.1:7"]
+
+
+async def test_a_name_without_addresses_is_retriable() -> None:
+    """A DNS name that nobody is behind yet is told from a bad setting."""
+    with pytest.raises(UnresolvedError) as caught:
+        await resolve("tcp://nobody.invalid:5557")
+    assert caught.value.retriable
+    assert "nobody.invalid" in str(caught.value)

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 import zmq
 
 from kvatlas.bridge import block_key
 from kvatlas.bridge.adapters import vllm
 from kvatlas.bridge.adapters.fields import encode_batch
+from kvatlas.bridge.discovery import read_engines
 from kvatlas.bridge.events import Cleared, Limits, Removed, Stored, Tier
 from kvatlas.deploy.sim.errors import UnknownPodError
 from kvatlas.deploy.sim.fleet import Fleet
@@ -310,9 +310,9 @@ def test_the_endpoint_refuses_with_a_reason(
 
 
 def test_a_subscriber_receives_what_the_pods_publish(served: tuple[Fleet, str]) -> None:
-    """Live frames carry the topic `kv@pod@model`, the sequence and a batch; the engines' file names the endpoints."""
+    """Live frames carry the topic `kv@pod@model`, the sequence and a batch; the bridge reads the engines' file."""
     fleet, _ = served
-    listed = yaml.safe_load(Path(fleet.settings.engines_file).read_text())
+    specs = read_engines(Path(fleet.settings.engines_file))
     with zmq.Context() as context, context.socket(zmq.SUB) as socket:
         socket.setsockopt(zmq.LINGER, 0)
         socket.subscribe(b"")
@@ -324,4 +324,5 @@ def test_a_subscriber_receives_what_the_pods_publish(served: tuple[Fleet, str]) 
     assert topic == b"kv@pod-0@sim-model"
     assert int.from_bytes(sequence, "big") == 0
     assert isinstance(vllm.decode(payload, Limits()).events[0], Stored)
-    assert fleet.engines[0].split(",")[0] in json.dumps(listed)
+    assert [spec.live for spec in specs] == [engine.split(",")[0] for engine in fleet.engines]
+    assert [(spec.pod, spec.model) for spec in specs] == [("pod-0", "sim-model"), ("pod-1", "sim-model")]
