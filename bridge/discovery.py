@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import socket
 import tomllib
 from pathlib import Path
@@ -14,18 +15,30 @@ import yaml
 from kvatlas.bridge.errors import SettingsError, UnresolvedError
 from kvatlas.bridge.options import BridgeSettings, EngineSpec, parse_engine
 
+log = logging.getLogger(__name__)
 
-async def discover(settings: BridgeSettings) -> list[EngineSpec]:
-    """Return every endpoint that is known now.
+
+async def discover(settings: BridgeSettings, known: dict[str, list[EngineSpec]] | None = None) -> list[EngineSpec]:
+    """Return the endpoints that list, file and names give now.
+
+    Args:
+        settings: where to look.
+        known: what each DNS name gave last, kept up to date here. A name that does not resolve now keeps its endpoints
+            of before, none before its first answer: one name never hides what other sources say.
 
     Raises:
-        SettingsError: the file or a name cannot be read; nothing may be concluded from that about the engines.
+        SettingsError: the file cannot be read; nothing may be concluded from that about the engines.
     """
+    known = {} if known is None else known
     specs = settings.specs()
     if settings.engines_file:
         specs += await asyncio.to_thread(read_engines, Path(settings.engines_file))
     for text in settings.dns:
-        specs += await resolve(text)
+        try:
+            known[text] = await resolve(text)
+        except UnresolvedError as error:
+            log.warning("%s; keeping %d endpoints of before", error, len(known.get(text, [])))
+        specs += known.get(text, [])
     return specs
 
 

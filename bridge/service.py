@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from kvatlas.bridge import records
 from kvatlas.bridge.discovery import discover
-from kvatlas.bridge.errors import EngineError, KvatlasError, UnresolvedError
+from kvatlas.bridge.errors import EngineError, KvatlasError
 from kvatlas.bridge.inbound import Inbound
 from kvatlas.bridge.metrics import BridgeCollector
 from kvatlas.bridge.options import BridgeSettings, EngineSpec
@@ -71,6 +71,7 @@ class BridgeService:
         self.telemetry = Telemetry(settings.listen, registry=self.registry)
         self.telemetry.add_check("bridge", lambda: None if self.ready.is_set() else "starting")
         self.streams: dict[str, PodStream] = {}
+        self._resolved: dict[str, list[EngineSpec]] = {}
         self._missing: dict[str, float] = {}
         self._inbound: list[Inbound] = []
         self._pods: PodWatch | None = None
@@ -132,11 +133,7 @@ class BridgeService:
             self._pods.start()
             if not await asyncio.to_thread(self._pods.listed.wait, _FIRST_LIST_SECONDS):
                 log.warning("Kubernetes has not answered yet; its pods follow")
-        try:
-            self._sync(await self._found())
-        except UnresolvedError as error:
-            # A headless service has no address before its first pod; the next looks find it.
-            log.warning("%s; looking again every %g s", error, settings.discovery_seconds)
+        self._sync(await self._found())
         self._bind()
         self._tasks = [asyncio.create_task(self._tick()), asyncio.create_task(self._discover())]
         if settings.engines_file:
@@ -214,7 +211,7 @@ class BridgeService:
             log.error("%s; left out", error)
 
     async def _found(self) -> list[EngineSpec]:
-        specs = await discover(self._settings)
+        specs = await discover(self._settings, self._resolved)
         return specs + (self._pods.specs() if self._pods is not None else [])
 
     def _bind(self) -> None:

@@ -83,3 +83,13 @@ async def test_a_name_without_addresses_is_retriable() -> None:
         await resolve("tcp://nobody.invalid:5557")
     assert caught.value.retriable
     assert "nobody.invalid" in str(caught.value)
+
+
+async def test_a_name_that_does_not_resolve_hides_nothing() -> None:
+    """Other sources count, and a name keeps what it gave last."""
+    gone = "tcp://nobody.invalid:5557"
+    settings = BridgeSettings(engines=["tcp://static:1"], dns=[gone, "tcp://127.0.0.1:7"])
+    assert [spec.live for spec in await discover(settings)] == ["tcp://static:1", "tcp://127.0.0.1:7"]
+    known = {gone: await resolve("tcp://127.0.0.1:9")}
+    found = await discover(settings, known)
+    assert [spec.live for spec in found] == ["tcp://static:1", "tcp://127.0.0.1:9", "tcp://127.0.0.1:7"]
