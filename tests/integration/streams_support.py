@@ -109,7 +109,7 @@ def fleet_of(kafka: KafkaSettings, pods: int = 4, blocks: int = 256, **settings:
 
 
 async def until_true(
-    kafka: KafkaSettings, truth: Mapping[str, Mapping[str, frozenset[bytes]]], timeout: float = 45.0
+    kafka: KafkaSettings, truth: Mapping[str, Mapping[str, frozenset[bytes]]], timeout: float = 90.0
 ) -> list[PodAudit]:
     """Audit until nothing differs; returns the last audit."""
     deadline = time.monotonic() + timeout
