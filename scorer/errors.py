@@ -82,4 +82,9 @@ class ClientError(KvatlasError):
     def __init__(self, code: str, text: str) -> None:
         super().__init__(f"{code}: {text}")
         self.code = code
+        self._text = text
         self.retriable = code in {"UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}
+
+    def at(self, where: str) -> ClientError:
+        """Return the same error with the place of the request in its text."""
+        return ClientError(self.code, f"{where}: {self._text}")

@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Explain every request."""
     with score.connect(args) as client:
-        for request in score.requests_of(args):
-            response: pb.ExplainResponse = client.call("Explain", request)
+        for where, request in score.requests_of(args):
+            response: pb.ExplainResponse = score.ask(client, "Explain", where, request)
             if args.json:
                 print(json.dumps(MessageToDict(response, preserving_proto_field_name=True)), flush=True)
             else:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import grpc
 from google.protobuf.json_format import MessageToDict
 
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.scorer.client import ScorerClient, score_request
+from kvatlas.scorer.client import ScorerClient, channel_credentials, score_request
+from kvatlas.scorer.errors import ClientError
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 
 HELP: Final = "ask a scorer for scores"
@@ -45,6 +47,10 @@ def add_connection(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say which scorer to ask."""
     parser.add_argument("--scorer", default="127.0.0.1:50051", metavar="ADDR", help="host:port or unix:PATH")
     parser.add_argument("--token-file", type=Path, metavar="FILE", help="file that holds the bearer token")
+    parser.add_argument("--tls", action="store_true", help="connect with TLS, trusting the machine's CAs")
+    parser.add_argument("--tls-cafile", type=Path, metavar="FILE", help="connect with TLS, trusting this CA (PEM)")
+    parser.add_argument("--tls-certfile", type=Path, metavar="FILE", help="own certificate for mutual TLS (PEM)")
+    parser.add_argument("--tls-keyfile", type=Path, metavar="FILE", help="key of --tls-certfile (PEM)")
     parser.add_argument("--timeout", type=float, default=10.0, metavar="SECONDS", help="deadline of a request")
 
 
@@ -52,34 +58,70 @@ def connect(args: argparse.Namespace) -> ScorerClient:
     """Return the client that the flags describe.
 
     Raises:
-        SettingsError: the token file cannot be read.
+        SettingsError: a file cannot be read, or flags contradict each other.
     """
-    token = ""
-    if args.token_file is not None:
-        try:
-            token = args.token_file.read_text(encoding="utf-8").strip()
-        except OSError as error:
-            raise SettingsError(f"--token-file {args.token_file}: {error.strerror}") from error
-    return ScorerClient(args.scorer, token=token, timeout_seconds=args.timeout)
+    token = _read(args.token_file, "--token-file").decode(errors="replace").strip()
+    return ScorerClient(args.scorer, token=token, credentials=_credentials(args), timeout_seconds=args.timeout)
 
 
-def requests_of(args: argparse.Namespace) -> Iterator[pb.ScoreRequest]:
-    """Yield the requests of ``--prompt`` or ``--input``.
+def _credentials(args: argparse.Namespace) -> grpc.ChannelCredentials | None:
+    if (args.tls_certfile is None) != (args.tls_keyfile is None):
+        raise SettingsError("--tls-certfile and --tls-keyfile go together")
+    if not args.tls and args.tls_cafile is None and args.tls_certfile is None:
+        return None
+    return channel_credentials(
+        _read(args.tls_cafile, "--tls-cafile") or None,
+        _read(args.tls_certfile, "--tls-certfile") or None,
+        _read(args.tls_keyfile, "--tls-keyfile") or None,
+    )
+
+
+def _read(path: Path | None, flag: str) -> bytes:
+    if path is None:
+        return b""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SettingsError(f"{flag} {path}: {error.strerror}") from error
+
+
+def requests_of(args: argparse.Namespace) -> Iterator[tuple[str, pb.ScoreRequest]]:
+    """Yield the requests of ``--prompt`` or ``--input``, each with where it stands (``FILE:LINE``).
 
     Raises:
         SettingsError: the file cannot be read, or a line is no request; names the line.
     """
     if args.prompt is not None:
-        yield score_request(args.model, prompt=args.prompt)
+        yield "--prompt", score_request(args.model, prompt=args.prompt)
         return
     try:
         lines = sys.stdin if args.input == "-" else Path(args.input).open(encoding="utf-8")  # noqa: SIM115 - closed below
     except OSError as error:
         raise SettingsError(f"--input {args.input}: {error.strerror}") from error
     with lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(_decoded(lines, args.input), 1):
             if line.strip():
-                yield _request(line, args.model, f"{args.input}:{number}")
+                where = f"{args.input}:{number}"
+                yield where, _request(line, args.model, where)
+
+
+def _decoded(lines: Iterable[str], name: str) -> Iterator[str]:
+    try:
+        yield from lines
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"--input {name}: not UTF-8: {error}") from error
+
+
+def ask(client: ScorerClient, name: str, where: str, request: pb.ScoreRequest) -> Any:
+    """Call an RPC with a request of :func:`requests_of`.
+
+    Raises:
+        ClientError: the scorer refused it or could not be reached; names the request.
+    """
+    try:
+        return client.call(name, request)
+    except ClientError as error:
+        raise error.at(where) from error
 
 
 def _request(line: str, model: str, where: str) -> pb.ScoreRequest:
@@ -87,10 +129,11 @@ def _request(line: str, model: str, where: str) -> pb.ScoreRequest:
         fields = json.loads(line)
     except ValueError as error:
         raise SettingsError(f"{where}: not JSON: {error}") from error
-    if not isinstance(fields, dict) or (unknown := fields.keys() - set(_KNOWN)):
+    if not isinstance(fields, dict) or fields.keys() - set(_KNOWN):
         raise SettingsError(f"{where}: not a request; known fields are {', '.join(_KNOWN)}, found {line.strip()[:80]}")
-    del unknown
     given = {name: value for name, value in fields.items() if value is not None}
+    if isinstance(given.get("pods"), str):  # it would count as a list of its letters
+        raise SettingsError(f"{where}: pods: a list of pod names is wanted, not text")
     try:
         return score_request(given.pop("model", model), **given)
     except (TypeError, ValueError, KeyError, OverflowError, AttributeError) as error:
@@ -111,8 +154,8 @@ def answer(response: pb.ScoreResponse) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> int:
     """Ask for every request and print the answers in order."""
     with connect(args) as client:
-        for request in requests_of(args):
-            response: pb.ScoreResponse = client.call("Score", request)
+        for where, request in requests_of(args):
+            response: pb.ScoreResponse = ask(client, "Score", where, request)
             if args.json:
                 print(json.dumps(answer(response)), flush=True)
             else:
