@@ -3,7 +3,7 @@
 What a batch says is kept, but for tokens. A block whose keys cannot be computed is forwarded without keys
 (``keys_per_block`` 0), which readers take as an event without tokens: a missing hit, never a wrong one. That is a
 block whose parent was never seen, whose tokens do not line up with its keys, or whose size is no multiple of the
-canonical block size.
+canonical block size. A parent may come after its child in one message.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from kvatlas.bridge.events import Batch, Cleared, Limits, Removed, Stored
 from kvatlas.bridge.records import KeyedBatch, KeyedCleared, KeyedRemoved, KeyedStored
 
 _ROOTS_MAX: Final = 10_000
+
+#: Events of one message by the parent (its size, its engine key) that it has not named yet, with their place in it.
+_Waiting = dict[tuple[int, bytes], list[tuple[int, Stored]]]
 
 
 class KnownBlocks:
@@ -113,31 +116,58 @@ class Stripper:
         except WireError as error:
             return Stripped(KeyedBatch(timestamp=0.0), [str(error)], 0)
         rejected = [item.reason for item in batch.rejected]
-        events: list[KeyedStored | KeyedRemoved | KeyedCleared] = []
-        keyless = 0
+        places: list[list[KeyedStored | KeyedRemoved | KeyedCleared]] = []
+        waiting: _Waiting = {}
         for event in batch.events:
             if isinstance(event, Stored):
                 try:
-                    parts = list(self._stored(event))
+                    check_extra(event.extra)
                 except WireError as error:
                     rejected.append(str(error))
                     continue
-                keyless += sum(len(part.engine_keys) for part in parts if not part.keys_per_block)
-                events += parts
+                places.append([])
+                self._place(event, places, waiting)
             elif isinstance(event, Removed):
                 for engine_key in event.keys:
                     self.known.removed(engine_key)
-                events.append(KeyedRemoved(engine_keys=event.keys, tier=int(event.tier), group=event.group))
+                places.append([KeyedRemoved(engine_keys=event.keys, tier=int(event.tier), group=event.group)])
             elif isinstance(event, Cleared):
-                events.append(KeyedCleared())
+                places.append([KeyedCleared()])
+        events = [part for parts in places for part in parts]
+        keyless = sum(len(p.engine_keys) for p in events if isinstance(p, KeyedStored) and not p.keys_per_block)
         return Stripped(KeyedBatch(timestamp=batch.timestamp, dp_rank=batch.dp_rank, events=events), rejected, keyless)
+
+    def _place(
+        self, event: Stored, places: list[list[KeyedStored | KeyedRemoved | KeyedCleared]], waiting: _Waiting
+    ) -> None:
+        """Put an event in the last place, and fill the places of earlier ones that waited for its blocks.
+
+        An event keeps its place among removals and clears: a child that came before its parent is keyed late, not
+        moved.
+        """
+        ready = [(len(places) - 1, event)]
+        while ready:
+            number, event = ready.pop()
+            parts = list(self._stored(event))
+            places[number] = list(parts)
+            parent, size = event.parent, event.block_size_tokens
+            if parent is not None and self._chains(event) and self.known.get(size, parent) is None:
+                waiting.setdefault((size, parent), []).append((number, event))
+            if waiting:
+                for part in parts:
+                    for engine_key in part.engine_keys if part.keys_per_block else ():
+                        ready += waiting.pop((size, engine_key), ())
+
+    def _chains(self, event: Stored) -> bool:
+        """Tell whether block keys can be computed at all, given the parent's."""
+        size = event.block_size_tokens
+        return bool(event.tokens) and not event.masked and size > 0 and size % self._canonical == 0
 
     def _stored(self, event: Stored) -> Iterator[KeyedStored]:
         size, known = event.block_size_tokens, self.known
-        if not event.tokens or event.masked or size <= 0 or size % self._canonical:
+        if not self._chains(event):
             yield _part(event, 0, len(event.keys), b"", 0)
             return
-        check_extra(event.extra)
         per = size // self._canonical
         start, packed = 0, b""
         before = self._root(event) if event.parent is None else known.get(size, event.parent)
