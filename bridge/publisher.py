@@ -125,12 +125,16 @@ class Publisher:
             retry_backoff_ms=100,
         )
         pace_metadata(producer.client)
+        started = False
         try:
             await producer.start()
         except KafkaError as error:
-            with contextlib.suppress(KafkaError):
-                await producer.stop()
             raise LogError(f"cannot reach Kafka at {self._settings.brokers}: {error}") from error
+        else:
+            started = True
+        finally:
+            if not started:  # whatever ended it, a cancelled task too
+                await _close(producer, 1.0)
         return producer
 
     async def partitions(self, topic: str) -> int:
@@ -162,10 +166,9 @@ class Publisher:
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
-        if self._producer is not None:
-            with contextlib.suppress(TimeoutError, KafkaError):
-                # A producer without a broker would wait for ever.
-                await asyncio.wait_for(self._producer.stop(), 2.0)
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            await _close(producer, 2.0)
 
     async def _run(self, place: tuple[str, int]) -> None:
         queue, wake = self._queues[place], self._wake[place]
@@ -217,8 +220,7 @@ class Publisher:
         async with self._replacing:
             if self._producer is not failed:
                 return
-            with contextlib.suppress(KafkaError, TimeoutError):
-                await asyncio.wait_for(failed.stop(), 1.0)
+            await _close(failed, 1.0)
             while True:
                 try:
                     self._producer = await self._connect()
@@ -227,3 +229,20 @@ class Publisher:
                     await asyncio.sleep(_RETRY_SECONDS)
                 else:
                     return
+
+
+async def _close(producer: Any, seconds: float) -> None:
+    """Close a producer and its connections, whether or not a broker is there."""
+    try:
+        # Called here, not in a task of its own: a task that is cancelled before it begins would close nothing.
+        async with asyncio.timeout(seconds):
+            await producer.stop()
+    except (TimeoutError, KafkaError):
+        # It waits for what it still holds to be sent; that is in our queues too.
+        sender = producer._sender.sender_task
+        if sender is not None:
+            sender.cancel()
+        with contextlib.suppress(TimeoutError, KafkaError):
+            await asyncio.wait_for(producer.client.close(), seconds)
+        if sender is not None:
+            await asyncio.wait([sender], timeout=seconds)

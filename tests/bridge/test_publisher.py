@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 from typing import Any
 
 import msgspec
 import pytest
+from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaConnectionError
 
 from kvatlas.bridge.adapters.fields import count_events
@@ -100,6 +102,26 @@ async def test_no_broker_at_start_is_an_error() -> None:
     publisher = Publisher(KafkaSettings(brokers="127.0.0.1:1"))
     with pytest.raises(LogError, match=r"127\.0\.0\.1:1"):
         await publisher.start()
+
+
+async def test_a_start_that_is_cancelled_leaves_no_producer_open() -> None:
+    """A producer whose start is cancelled while a broker keeps silent is closed."""
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(1024):
+            pass
+        writer.close()
+
+    server = await asyncio.start_server(silent, "127.0.0.1", 0)
+    publisher = Publisher(KafkaSettings(brokers=f"127.0.0.1:{server.sockets[0].getsockname()[1]}"))
+    starting = asyncio.create_task(publisher.start())
+    await asyncio.sleep(0.1)
+    made = [found for found in gc.get_objects() if isinstance(found, AIOKafkaProducer) and not found._closed]
+    assert len(made) == 1
+    starting.cancel()
+    await asyncio.gather(starting, return_exceptions=True)
+    assert made[0]._closed
+    server.close()
 
 
 def test_buckets_count_up_to_their_bounds() -> None:
