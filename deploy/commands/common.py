@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -55,21 +55,22 @@ def installed_sections() -> list[str]:
     return [name for name, (module, _) in SECTIONS.items() if importlib.util.find_spec(module)]
 
 
-def add_sections(parser: argparse.ArgumentParser, *names: str, prefixed: bool = False) -> None:
+def add_sections(parser: argparse.ArgumentParser, *names: str, prefixed: bool | Collection[str] = False) -> None:
     """Add ``--config`` and the flags of the sections.
 
     Args:
         parser: a subcommand's parser.
         names: sections, as in :data:`SECTIONS`.
-        prefixed: put the section's name before its flags (``--bridge-...``), for commands that run several services;
-            ``kafka`` and ``log`` keep their names.
+        prefixed: put the section's name before its flags (``--bridge-...``), for commands that run several services:
+            of the sections named, or of all, where ``kafka`` and ``log`` keep their names.
     """
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help=f"TOML file with one section per service [{ENV_FILE}]"
     )
     prefixes = {}
     for name in names:
-        prefix = _PREFIXES.get(name, f"{name}_" if prefixed and name != "kafka" else "")
+        chosen = name in prefixed if isinstance(prefixed, Collection) else prefixed and name != "kafka"
+        prefix = _PREFIXES.get(name, f"{name}_" if chosen else "")
         prefixes[name] = prefix
         settings.add_flags(parser, name, section_class(name), prefix)
     parser.set_defaults(sections=names)
