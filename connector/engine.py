@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -12,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 
 from kvatlas.connector.errors import CapacityError, ClosedError
-from kvatlas.connector.filetier import FileTier, Results
+from kvatlas.connector.filetier import FileTier
+from kvatlas.connector.gather import Gather
 from kvatlas.connector.host import HostTier, Lease
 from kvatlas.connector.metrics import Metrics
-from kvatlas.connector.outcome import Outcome, Result, Tier
+from kvatlas.connector.outcome import Outcome, Result, Results, Tier
 from kvatlas.connector.policies import POLICIES
 from kvatlas.connector.pool import IoPool, Task
 from kvatlas.connector.segments import Block
@@ -265,7 +265,7 @@ class OffloadEngine:
         writes: bool,
     ) -> Future[Results]:
         pieces = [tuple(items[at : at + self._chunk]) for at in range(0, len(items), self._chunk)]
-        job = _Gather(len(pieces))
+        job = Gather(len(pieces))
         after = self._mover.mark() if pieces else None
         for piece in pieces:
             task = self._task(job, piece, work, after)
@@ -279,7 +279,7 @@ class OffloadEngine:
                 task.cancel()
         return job.future
 
-    def _task(self, job: _Gather, piece: Sequence[Item], work: Any, after: Any) -> Task:
+    def _task(self, job: Gather, piece: Sequence[Item], work: Any, after: Any) -> Task:
         def run() -> None:
             try:
                 work(piece, after, job.add)
@@ -291,23 +291,3 @@ class OffloadEngine:
             job.add({item.key: Result(Outcome.CANCELLED, "the engine closed") for item in piece})
 
         return Task(run, cancel, sum(self.kv.block_bytes(item.group) for item in piece))
-
-
-class _Gather:
-    """Collects the chunks' results into one future."""
-
-    def __init__(self, chunks: int) -> None:
-        self.future: Future[Results] = Future()
-        self._results: Results = {}
-        self._left = chunks
-        self._lock = threading.Lock()
-        if not chunks:
-            self.future.set_result({})
-
-    def add(self, results: Results) -> None:
-        with self._lock:
-            self._results.update(results)
-            self._left -= 1
-            last = self._left == 0
-        if last:
-            self.future.set_result(self._results)

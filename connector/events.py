@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple, Protocol
 
-from kvatlas.connector.filetier import Change
+from kvatlas.connector.holdings import Change
 
 MEDIUM: Final = "STORAGE"
 

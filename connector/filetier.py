@@ -13,91 +13,23 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import NamedTuple
 
-from kvatlas.connector import layout, scan
+from kvatlas.connector import directory, layout, scan
 from kvatlas.connector.buffers import AlignedPool
-from kvatlas.connector.catalog import Budget, Catalog, Found, Victim
-from kvatlas.connector.errors import ClosedError, LayoutError
-from kvatlas.connector.fs import FileSystem, PosixFileSystem, probe_direct, probe_links, read_full, write_full
+from kvatlas.connector.capacity import Capacity
+from kvatlas.connector.errors import ClosedError
+from kvatlas.connector.file_settings import FileTierSettings
+from kvatlas.connector.fs import FileSystem, PosixFileSystem, probe_direct, probe_links
+from kvatlas.connector.gather import Gather
+from kvatlas.connector.holdings import Change, Holdings, error_text
 from kvatlas.connector.layout import Fingerprint
 from kvatlas.connector.metrics import Metrics
-from kvatlas.connector.outcome import Outcome, Result, Tier
+from kvatlas.connector.outcome import Outcome, Result, Results, Tier
 from kvatlas.connector.pool import IoPool, Task
 from kvatlas.connector.segments import Block, Corrupt, Missing, SegmentFiles, Written
 from kvatlas.connector.usage import UsageLog
-
-Results = dict[bytes, Result]
-
-
-class Change(NamedTuple):
-    """Blocks that became readable (``removed`` False) or stopped being so."""
-
-    removed: bool
-    keys: tuple[bytes, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileTierSettings:
-    """Settings of the file tier.
-
-    Attributes:
-        root: directory that engines and evictors may share.
-        blocks_per_file: blocks of one store that go into one file.
-        threads: I/O threads.
-        write_threads: how many of them may write at once; 0 means half, at least one.
-        queued_write_bytes: stores waiting beyond this are shed.
-        bounce_bytes: aligned memory for what direct I/O cannot take as it lies.
-        direct: use direct I/O where a probe says that it works.
-        fsync: bring each segment to the medium before it is announced. Without it a power cut may lose or tear
-            what was stored last; a torn file fails its checksum and is a miss.
-        budget: how much the tier may take.
-        cpus: CPUs of the I/O threads; empty leaves placement to the system.
-        quarantine_files: damaged files kept for inspection.
-        stale_seconds: age at which a temporary file counts as abandoned.
-        distrust_seconds: how long a block that failed with an I/O error is reported absent.
-        usage_flush_seconds: how often uses are written to the sidecar at the least, while there are any.
-    """
-
-    root: Path
-    blocks_per_file: int = 1
-    threads: int = 8
-    write_threads: int = 0
-    queued_write_bytes: int = 1 << 30
-    bounce_bytes: int = 256 << 20
-    direct: bool = True
-    fsync: bool = False
-    budget: Budget = field(default_factory=Budget)
-    cpus: tuple[int, ...] = ()
-    quarantine_files: int = 64
-    stale_seconds: float = 3600.0
-    distrust_seconds: float = 30.0
-    usage_flush_seconds: float = 10.0
-
-
-class _Job:
-    """Collects per-key results from several tasks into one future."""
-
-    def __init__(self, tasks: int) -> None:
-        self.future: Future[Results] = Future()
-        self.future.set_running_or_notify_cancel()
-        self._results: Results = {}
-        self._left = tasks
-        self._lock = threading.Lock()
-        if not tasks:
-            self.future.set_result({})
-
-    def add(self, results: Mapping[bytes, Result]) -> None:
-        with self._lock:
-            self._results.update(results)
-            self._left -= 1
-            last = self._left == 0
-        if last:
-            self.future.set_result(self._results)
 
 
 class FileTier:
@@ -135,17 +67,10 @@ class FileTier:
         self._fs = fs or PosixFileSystem()
         self._clock_ns = clock_ns
         self._monotonic = monotonic
-        self._listener = listener
         self._writer = f"{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
-        self._catalog = Catalog()
-        self._lock = threading.Lock()
-        self._distrusted: dict[bytes, float] = {}
-        self._evicting = threading.Lock()
-        self._flush_due = 0.0
-        self._flush_queued = False
-        self.read_only = not self._prepare()
-        direct = settings.direct and not self.read_only
+        self.read_only = not directory.prepare(self._fs, self.directory, fingerprint, self._writer)
         staging = self.directory / layout.STAGING
+        direct = settings.direct and not self.read_only
         self.direct = direct and probe_direct(self._fs, staging, self._writer)
         links = settings.blocks_per_file > 1 and not self.read_only
         #: Without hard links a segment can only have one name, so it holds one block.
@@ -160,6 +85,26 @@ class FileTier:
             writer=self._writer,
         )
         self._usage = UsageLog(self._fs, self.directory / layout.USAGE, self._writer)
+        self._holdings = Holdings(
+            self._fs,
+            self._segments,
+            self.metrics,
+            read_only=self.read_only,
+            distrust_seconds=settings.distrust_seconds,
+            monotonic=monotonic,
+            listener=listener,
+        )
+        self._capacity = Capacity(
+            self._fs,
+            self.directory,
+            settings.budget,
+            self._holdings,
+            quarantine_files=settings.quarantine_files,
+            monotonic=monotonic,
+        )
+        self._flush_lock = threading.Lock()
+        self._flush_due = 0.0
+        self._flush_queued = False
         self._pool = IoPool(
             threads=settings.threads,
             write_threads=settings.write_threads or max(1, settings.threads // 2),
@@ -168,58 +113,10 @@ class FileTier:
         )
         self.metrics.gauges["queued_reads"] = lambda: float(self._pool.queued[0])
         self.metrics.gauges["queued_writes"] = lambda: float(self._pool.queued[1])
-        self.metrics.gauges["file_used_bytes"] = lambda: float(self._catalog.used_bytes)
+        self.metrics.gauges["file_used_bytes"] = lambda: float(self._holdings.used_bytes)
         #: Set once the first scan of the directory ended.
         self.scanned = threading.Event()
         self._pool.read(Task(self.rescan, self.scanned.set, 0))
-
-    # -- opening ---------------------------------------------------------------------------------------------
-
-    def _prepare(self) -> bool:
-        """Make the directories and the manifest; False when the root cannot be written."""
-        manifest = self.directory / layout.MANIFEST_NAME
-        try:
-            for name in (layout.BLOCKS, layout.STAGING, layout.QUARANTINE, layout.USAGE):
-                self._fs.mkdir(self.directory / name)
-        except OSError as error:
-            if error.errno not in _REFUSED:
-                raise LayoutError(f"{self.directory}: cannot be made ({error}); check the root") from error
-            self._check_manifest(manifest)
-            return False
-        if self._check_manifest(manifest):
-            return True
-        temporary = self.directory / layout.STAGING / f"{self._writer}-manifest.tmp"
-        try:
-            fd = self._fs.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-            try:
-                write_full(self._fs, fd, [memoryview(layout.encode_manifest(self.fingerprint))], 0)
-                self._fs.fsync(fd)
-            finally:
-                self._fs.close(fd)
-            self._fs.replace(temporary, manifest)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                self._fs.unlink(temporary)
-            if error.errno in _REFUSED:
-                return False
-            raise LayoutError(f"{manifest}: cannot be written ({error})") from error
-        return True
-
-    def _check_manifest(self, path: Path) -> bool:
-        """Return whether a manifest is there; it is this fingerprint's then."""
-        try:
-            fd = self._fs.open(path, os.O_RDONLY)
-        except OSError:
-            return False
-        try:
-            memory = bytearray(self._fs.fstat(fd).st_size)
-            got = read_full(self._fs, fd, [memoryview(memory)], 0) if memory else 0
-        except OSError as error:
-            raise LayoutError(f"{path}: cannot be read ({error})") from error
-        finally:
-            self._fs.close(fd)
-        layout.check_manifest(bytes(memory[:got]), self.fingerprint, str(path))
-        return True
 
     # -- store -----------------------------------------------------------------------------------------------
 
@@ -231,12 +128,12 @@ class FileTier:
         """
         step = self.blocks_per_file
         pieces = [tuple(blocks[at : at + step]) for at in range(0, len(blocks), step)]
-        job = _Job(len(pieces))
+        job = Gather(len(pieces))
         for piece in pieces:
             self._submit_store(job, piece)
         return job.future
 
-    def _submit_store(self, job: _Job, piece: Sequence[Block]) -> None:
+    def _submit_store(self, job: Gather, piece: Sequence[Block]) -> None:
         cancelled = {block.key: Result(Outcome.CANCELLED, "the tier closed") for block in piece}
         task = Task(
             lambda: job.add(self._guarded(self._store_piece, piece)),
@@ -275,24 +172,17 @@ class FileTier:
         return results
 
     def _already_there(self, key: bytes) -> bool:
-        if self._is_distrusted(key):
+        if self._holdings.is_distrusted(key):
             return False
         try:
             written = self._segments.probe(key)
         except (Missing, OSError):
             return False
         except Corrupt as error:
-            self._drop_corrupt(key, error)
+            self._holdings.drop_corrupt(key, error)
             return False
-        self._note_found(key, written)
+        self._holdings.note_found(key, written, self._usage.tick(self._clock_ns()))
         return True
-
-    def _note_found(self, key: bytes, written: Written) -> None:
-        """Learn of a block that another process published."""
-        now = self._usage.tick(self._clock_ns())
-        with self._lock:
-            if self._catalog.inode_of(key) != written.inode:
-                self._catalog.add(Found(key, written.inode, written.size_bytes, now))
 
     def _write_fresh(self, fresh: Sequence[Block]) -> Results:
         keys = [block.key for block in fresh]
@@ -300,7 +190,7 @@ class FileTier:
         if self.read_only:
             self.metrics.count("failed", len(fresh))
             return dict.fromkeys(keys, Result(Outcome.FAILED, "the root is read-only"))
-        if not self._make_room(size + layout.header_bytes(len(fresh))):
+        if not self._capacity.make_room(size + layout.header_bytes(len(fresh))):
             self.metrics.count("shed", len(fresh))
             return dict.fromkeys(keys, Result(Outcome.SHED, "the budget is used up"))
         begin = time.perf_counter()
@@ -327,30 +217,18 @@ class FileTier:
                     results[key] = Result(Outcome.STORED, tier=Tier.FILE)
         failed = [key for key in keys if key not in results]
         self.metrics.count("failed", len(failed))
-        results.update(dict.fromkeys(failed, Result(Outcome.FAILED, _text(error))))
+        results.update(dict.fromkeys(failed, Result(Outcome.FAILED, error_text(error))))
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             self._queue_eviction()
         return results
 
     def _admit(self, written: Written) -> frozenset[bytes]:
-        """Make a published segment known, as far as its names still lead to it; returns those blocks."""
         now = self._usage.tick(self._clock_ns())
-        admitted: list[bytes] = []
-        with self._lock:
-            # Under the lock, so that an eviction of the same block comes wholly before or wholly after: whoever
-            # hears "stored" last finds the block.
-            for key in written.keys:
-                with contextlib.suppress(OSError):
-                    found = self._fs.stat(self._segments.path(key))
-                    self._catalog.add(Found(key, found.st_ino, found.st_size, now))
-                    self._distrusted.pop(key, None)
-                    admitted.append(key)
-            self._announce(removed=False, keys=tuple(admitted))
-            used = self._catalog.used_bytes
-        self._touch(admitted, now)
-        if self._excess(used):
+        admitted = self._holdings.admit(written, now)
+        self._note_flush(self._usage.touch(admitted, now))
+        if self._capacity.exceeded():
             self._queue_eviction()
-        return frozenset(admitted)
+        return admitted
 
     # -- load ------------------------------------------------------------------------------------------------
 
@@ -365,7 +243,7 @@ class FileTier:
             A future that always ends, with one result per key: LOADED, MISS, FAILED or CANCELLED.
         """
         pieces = [tuple(blocks[at : at + per_task]) for at in range(0, len(blocks), per_task)]
-        job = _Job(len(pieces))
+        job = Gather(len(pieces))
         for piece in pieces:
             cancelled = {block.key: Result(Outcome.CANCELLED, "the tier closed") for block in piece}
             task = Task(
@@ -382,13 +260,8 @@ class FileTier:
     def read_now(self, piece: Sequence[Block]) -> Results:
         """Read blocks on the calling thread."""
         keys = [block.key for block in piece]
-        with self._lock:
-            pinned = self._catalog.pin(keys)
-        try:
+        with self._holdings.pinned(keys):
             results = {block.key: self._read_block(block) for block in piece}
-        finally:
-            with self._lock:
-                self._catalog.unpin(pinned)
         self._note_use(key for key, result in results.items() if result.ok)
         return results
 
@@ -398,17 +271,16 @@ class FileTier:
             self._segments.read(block)
         except Missing as error:
             self.metrics.count("misses")
-            self._vanished(block.key)
+            self._holdings.vanished(block.key)
             return Result(Outcome.MISS, str(error))
         except Corrupt as error:
             self.metrics.count("misses")
-            self._drop_corrupt(block.key, error)
+            self._holdings.drop_corrupt(block.key, error)
             return Result(Outcome.MISS, f"not usable: {error}")
         except OSError as error:
             self.metrics.count("failed")
-            with self._lock:
-                self._distrust(block.key)
-            return Result(Outcome.FAILED, _text(error))
+            self._holdings.distrust(block.key)
+            return Result(Outcome.FAILED, error_text(error))
         seconds = time.perf_counter() - begin
         self.metrics.moved("file", "load", blocks=1, size_bytes=block.size_bytes, seconds=seconds)
         self.metrics.count("hits")
@@ -423,7 +295,7 @@ class FileTier:
         for key in keys:
             found[key] = self._already_there(key)
             if not found[key]:
-                self._vanished(key)
+                self._holdings.vanished(key)
         return found
 
     def lookup_async(self, keys: Sequence[bytes]) -> Future[dict[bytes, bool]]:
@@ -443,49 +315,6 @@ class FileTier:
             future.set_result(absent)
         return future
 
-    def _is_distrusted(self, key: bytes) -> bool:
-        with self._lock:
-            until = self._distrusted.get(key)
-            if until is None:
-                return False
-            if self._monotonic() < until:
-                return True
-            del self._distrusted[key]
-            return False
-
-    def _vanished(self, key: bytes) -> None:
-        """Announce a block that was known and whose file is gone."""
-        if self._is_distrusted(key):
-            return
-        with self._lock:
-            if key not in self._catalog:
-                return
-            try:
-                self._fs.stat(self._segments.path(key))
-            except FileNotFoundError:
-                self._catalog.remove(key)
-                self.metrics.count("vanished")
-                self._announce(removed=True, keys=(key,))
-            except OSError:
-                return
-
-    def _drop_corrupt(self, key: bytes, error: Corrupt) -> None:
-        self.metrics.count("corrupt")
-        with self._lock:
-            try:
-                if self.read_only:
-                    self._distrust(key)
-                elif not self._segments.quarantine(key, error.inode):
-                    return  # another writer has replaced it meanwhile
-            except OSError:
-                self._distrust(key)
-            self._catalog.remove(key)
-            # An earlier run may have announced the file, so its end is announced even if this one did not.
-            self._announce(removed=True, keys=(key,))
-
-    def _distrust(self, key: bytes) -> None:
-        self._distrusted[key] = self._monotonic() + self.settings.distrust_seconds
-
     # -- use, capacity ---------------------------------------------------------------------------------------
 
     def touch(self, keys: Iterable[bytes]) -> None:
@@ -496,13 +325,11 @@ class FileTier:
         listed = list(keys)
         if listed:
             now = self._usage.tick(self._clock_ns())
-            with self._lock:
-                self._catalog.touch(listed, now)
-            self._touch(listed, now)
+            self._holdings.touch(listed, now)
+            self._note_flush(self._usage.touch(listed, now))
 
-    def _touch(self, keys: Iterable[bytes], now: int) -> None:
-        due = self._usage.touch(keys, now)
-        with self._lock:
+    def _note_flush(self, due: bool) -> None:
+        with self._flush_lock:
             moment = self._monotonic()
             if self.read_only or self._flush_queued or not (due or moment >= self._flush_due):
                 return
@@ -512,71 +339,26 @@ class FileTier:
             self._pool.write(Task(self._flush_usage, lambda: None, 0), force=True)
 
     def _flush_usage(self) -> None:
-        with self._lock:
+        with self._flush_lock:
             self._flush_queued = False
         self._usage.flush()
 
     @property
     def used_bytes(self) -> int:
         """Bytes of the files known, the directory's own scan and our stores together."""
-        with self._lock:
-            return self._catalog.used_bytes
+        return self._holdings.used_bytes
 
     def known(self) -> frozenset[bytes]:
         """Return the blocks that the last scan and our own stores found."""
-        with self._lock:
-            return frozenset(self._catalog.keys())
-
-    def _limit(self) -> int:
-        try:
-            total = self._fs.space(self.directory).total
-        except OSError:
-            return self.settings.budget.max_bytes or 1 << 62
-        return self.settings.budget.limit_bytes(total)
-
-    def _excess(self, used: int, incoming: int = 0) -> int:
-        return self.settings.budget.excess_bytes(used, self._limit(), incoming)
-
-    def _make_room(self, incoming: int) -> bool:
-        """Return whether ``incoming`` bytes fit the budget, after evicting if they would not."""
-        limit = self._limit()
-        if self.used_bytes + incoming <= limit:
-            return True
-        self.evict_excess(incoming)
-        return self.used_bytes + incoming <= limit
+        return self._holdings.known()
 
     def _queue_eviction(self) -> None:
         with contextlib.suppress(ClosedError):
-            self._pool.write(Task(lambda: _ignore(self.evict_excess(0)), lambda: None, 0), force=True)
+            self._pool.write(Task(lambda: _ignore(self.evict_excess()), lambda: None, 0), force=True)
 
     def evict_excess(self, incoming: int = 0) -> int:
         """Evict what was longest unused until the low watermark is met; returns the bytes freed."""
-        freed = 0
-        with self._evicting:
-            with self._lock:
-                excess = self._excess(self._catalog.used_bytes, incoming)
-                victims = self._catalog.victims(excess)
-            if excess:
-                scan.empty_quarantine(self._fs, self.directory, self.settings.quarantine_files)
-            for victim in victims:
-                freed += self._evict_victim(victim)
-        return freed
-
-    def _evict_victim(self, victim: Victim) -> int:
-        gone: list[bytes] = []
-        with self._lock:
-            for key in victim.keys:
-                with contextlib.suppress(OSError):
-                    self._segments.remove(key, victim.inode)
-                    if self._catalog.inode_of(key) == victim.inode:
-                        self._catalog.remove(key)
-                        gone.append(key)
-            self._announce(removed=True, keys=tuple(gone))
-        self.metrics.count("evicted", len(gone))
-        if len(gone) < len(victim.keys):
-            return 0
-        self.metrics.count("evicted_bytes", victim.size_bytes)
-        return victim.size_bytes
+        return self._capacity.evict_excess(incoming)
 
     def evict(self, keys: Iterable[bytes]) -> Results:
         """Remove blocks by name.
@@ -584,51 +366,23 @@ class FileTier:
         Returns:
             Per key MISS (it is not there any more, or was not) or FAILED (it could not be removed).
         """
-        results: Results = {}
-        with self._lock:
-            gone: list[bytes] = []
-            for key in keys:
-                try:
-                    removed = self._segments.remove(key)
-                except OSError as error:
-                    results[key] = Result(Outcome.FAILED, _text(error))
-                    continue
-                removed = self._catalog.remove(key) or removed
-                if removed:
-                    gone.append(key)
-                results[key] = Result(Outcome.MISS, "evicted" if removed else "was not there")
-            self._announce(removed=True, keys=tuple(gone))
-        self.metrics.count("evicted", len(gone))
-        return results
+        return self._holdings.evict(keys)
 
     def rescan(self) -> None:
         """Rebuild the catalog from the directory; stores that run meanwhile are kept."""
         try:
-            with self._lock:
-                before = frozenset(self._catalog.keys())
             now = self._clock_ns()
-            on_disk: set[bytes] = set()
-            for found in scan.scan_blocks(self._fs, self.directory, now):
-                on_disk.add(found.key)
-                self._usage.seen(found.last_use_ns)
-                with self._lock:
-                    self._catalog.add(found)
-            for key in before - on_disk:
-                self._vanished(key)
+            self._holdings.rescan(self.directory, now, self._usage.seen)
             if not self.read_only:
                 scan.remove_stale_staging(self._fs, self.directory, now, self.settings.stale_seconds)
         except OSError:
             self.metrics.count("scan_failed")
         finally:
             self.scanned.set()
-        if self._excess(self.used_bytes):
+        if self._capacity.exceeded():
             self._queue_eviction()
 
     # -- end -------------------------------------------------------------------------------------------------
-
-    def _announce(self, *, removed: bool, keys: tuple[bytes, ...]) -> None:
-        if self._listener is not None and keys:
-            self._listener(Change(removed, keys))
 
     def drain(self, timeout_seconds: float | None = None) -> bool:
         """Wait until no transfer is queued or running."""
@@ -645,13 +399,6 @@ class FileTier:
 
     def __exit__(self, *_: object) -> None:
         self.close(drain=True)
-
-
-_REFUSED = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
-
-
-def _text(error: OSError) -> str:
-    return f"{errno.errorcode.get(error.errno or 0, 'error')}: {error.strerror or error}"
 
 
 def _ignore(_: object) -> None:

@@ -57,3 +57,7 @@ class Result(NamedTuple):
     def ok(self) -> bool:
         """Whether the caller may rely on the transfer."""
         return self.outcome in _GOOD
+
+
+Results = dict[bytes, Result]
+"""One result per block key."""

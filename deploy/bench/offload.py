@@ -136,7 +136,8 @@ class _Plain:
 
 def _file_cases(args: argparse.Namespace, directory: Path, name: str, per_file: int) -> Iterator[dict[str, Any]]:
     from kvatlas.connector.catalog import Budget  # noqa: PLC0415 - `bench list` must not need the connector
-    from kvatlas.connector.filetier import FileTier, FileTierSettings  # noqa: PLC0415
+    from kvatlas.connector.file_settings import FileTierSettings  # noqa: PLC0415
+    from kvatlas.connector.filetier import FileTier  # noqa: PLC0415
     from kvatlas.connector.layout import Fingerprint  # noqa: PLC0415
     from kvatlas.connector.segments import Block  # noqa: PLC0415
 

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 from kvatlas.connector.catalog import Budget
-from kvatlas.connector.filetier import Change, FileTier, FileTierSettings
+from kvatlas.connector.file_settings import FileTierSettings
+from kvatlas.connector.filetier import FileTier
 from kvatlas.connector.fs import PosixFileSystem, Space
+from kvatlas.connector.holdings import Change
 from kvatlas.connector.layout import Fingerprint
 from kvatlas.connector.segments import Block
 

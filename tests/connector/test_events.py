@@ -11,7 +11,7 @@ from kvatlas.bridge.adapters import adapter
 from kvatlas.bridge.adapters.fields import encode_batch
 from kvatlas.bridge.events import Limits, Removed, Stored, Tier
 from kvatlas.connector.events import BlockMeta, StorageEvents, default_meta
-from kvatlas.connector.filetier import Change
+from kvatlas.connector.holdings import Change
 from tests.connector.conftest import Fleet, block, key
 
 
@@ -31,7 +31,7 @@ def test_stored_and_removed_are_told_with_what_is_known(fleet: Fleet) -> None:
     recorder = Recorder()
     events = StorageEvents(recorder, locality="REMOTE", clock=lambda: 5.0)
     tier = fleet.tier()
-    tier._listener = events
+    tier._holdings._listener = events
     events.describe({key(1): BlockMeta(77, parent_hash=76, token_ids=(1, 2, 3, 4), group=2)})
     tier.store([block(1), block(2)]).result(10)
     tier.evict([key(1)])

@@ -17,7 +17,8 @@ WRITER = """
 import itertools, sys
 from pathlib import Path
 from kvatlas.connector.catalog import Budget
-from kvatlas.connector.filetier import FileTier, FileTierSettings
+from kvatlas.connector.file_settings import FileTierSettings
+from kvatlas.connector.filetier import FileTier
 from tests.connector.conftest import FINGERPRINT, block
 tier = FileTier(
     FileTierSettings(root=Path(sys.argv[1]), blocks_per_file=4, threads=4, budget=Budget(max_bytes=4_000_000)),

@@ -18,7 +18,7 @@ import yaml
 
 from kvatlas.bridge.identity import parse_topic
 from kvatlas.connector.catalog import Budget
-from kvatlas.connector.filetier import FileTierSettings
+from kvatlas.connector.file_settings import FileTierSettings
 from kvatlas.connector.vllm_version import SUPPORTED
 
 ROOT: Final = Path(__file__).parents[2]

@@ -123,7 +123,7 @@ def test_our_own_events_decode_with_vllms_structs() -> None:
 
     from kvatlas.bridge.adapters.fields import encode_batch
     from kvatlas.connector.events import BlockMeta, StorageEvents
-    from kvatlas.connector.filetier import Change
+    from kvatlas.connector.holdings import Change
 
     payloads: list[bytes] = []
 

@@ -1,0 +1,81 @@
+"""Opening a fingerprint's directory: its folders and its manifest."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from pathlib import Path
+from typing import Final
+
+from kvatlas.connector import layout
+from kvatlas.connector.errors import LayoutError
+from kvatlas.connector.fs import FileSystem, read_full, write_full
+from kvatlas.connector.layout import Fingerprint
+
+_REFUSED: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
+
+
+def prepare(fs: FileSystem, directory: Path, fingerprint: Fingerprint, writer: str) -> bool:
+    """Make the folders and the manifest of a directory, or check the manifest that is there.
+
+    Args:
+        fs: the file system.
+        directory: the fingerprint's directory.
+        fingerprint: what the manifest must say.
+        writer: makes the temporary name unique among processes that share the directory.
+
+    Returns:
+        Whether the directory can be written.
+
+    Raises:
+        LayoutError: it belongs to another fingerprint, or cannot be made for another reason than permission.
+    """
+    manifest = directory / layout.MANIFEST_NAME
+    try:
+        for name in (layout.BLOCKS, layout.STAGING, layout.QUARANTINE, layout.USAGE):
+            fs.mkdir(directory / name)
+    except OSError as error:
+        if error.errno not in _REFUSED:
+            raise LayoutError(f"{directory}: cannot be made ({error}); check the root") from error
+        check(fs, manifest, fingerprint)
+        return False
+    if check(fs, manifest, fingerprint):
+        return True
+    temporary = directory / layout.STAGING / f"{writer}-manifest.tmp"
+    try:
+        fd = fs.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        try:
+            write_full(fs, fd, [memoryview(layout.encode_manifest(fingerprint))], 0)
+            fs.fsync(fd)
+        finally:
+            fs.close(fd)
+        fs.replace(temporary, manifest)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            fs.unlink(temporary)
+        if error.errno in _REFUSED:
+            return False
+        raise LayoutError(f"{manifest}: cannot be written ({error}); check the root") from error
+    return True
+
+
+def check(fs: FileSystem, path: Path, fingerprint: Fingerprint) -> bool:
+    """Return whether a manifest is there; it is this fingerprint's then.
+
+    Raises:
+        LayoutError: it is another's, or cannot be read.
+    """
+    try:
+        fd = fs.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        memory = bytearray(fs.fstat(fd).st_size)
+        got = read_full(fs, fd, [memoryview(memory)], 0) if memory else 0
+    except OSError as error:
+        raise LayoutError(f"{path}: cannot be read ({error}); check the root") from error
+    finally:
+        fs.close(fd)
+    layout.check_manifest(bytes(memory[:got]), fingerprint, str(path))
+    return True
