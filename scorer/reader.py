@@ -94,6 +94,9 @@ class Lookups(Protocol):
     def unready(self) -> str | None:
         """Return why no lookup can be answered now, None when it can."""
 
+    async def forget_gone(self) -> None:
+        """Close connections to endpoints that nobody announces any more."""
+
     async def close(self) -> None:
         """Let connections go."""
 
@@ -128,6 +131,9 @@ class LocalLookups:
     def unready(self) -> str | None:
         """Return None: the tables are here."""
         return None
+
+    async def forget_gone(self) -> None:
+        """Do nothing: there is nothing to let go."""
 
     async def close(self) -> None:
         """Do nothing: there is nothing to let go."""
