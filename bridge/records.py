@@ -65,6 +65,30 @@ def changelog_topics(app: str) -> tuple[Topic, Topic]:
     )
 
 
+#: The index version that a deployment begins with; its topics have no suffix.
+BASE_VERSION: Final = "base"
+
+
+def blocks_topic(version: str) -> str:
+    """Return the topic of an index version's block updates: ``kv-blocks``, or ``kv-blocks.<version>``."""
+    return BLOCKS if version == BASE_VERSION else f"{BLOCKS}.{version}"
+
+
+def version_app(app: str, version: str) -> str:
+    """Return the app name of an index version: its consumer groups and changelogs begin with it."""
+    return app if version == BASE_VERSION else f"{app}.{version}"
+
+
+def version_topics(app: str, version: str) -> tuple[Topic, Topic, Topic]:
+    """Return the topics that belong to one index version alone: two changelogs and its block updates.
+
+    The first is by pod and has as many partitions as ``kv-events``; the others are by block.
+    """
+    blocks = next(topic for topic in TOPICS if topic.name == BLOCKS)
+    engine, index = changelog_topics(version_app(app, version))
+    return engine, index, msgspec.structs.replace(blocks, name=blocks_topic(version))
+
+
 # --- headers of kv-events and kv-events-dlq -----------------------------------------------------------------------
 
 H_SEQUENCE: Final = "sequence"  # decimal text, the publisher's counter
@@ -221,6 +245,12 @@ class PodRecord(msgspec.Struct, frozen=True, kw_only=True):
 WRITER_BRIDGE: Final = "bridge"
 WRITER_STREAMS: Final = "streams"
 
+
+def streams_writer(version: str) -> str:
+    """Return the writer in pod keys of an index version's resolve agents; each version counts clears on its own."""
+    return WRITER_STREAMS if version == BASE_VERSION else f"{WRITER_STREAMS}.{version}"
+
+
 LIVE: Final = "live"
 STALE: Final = "stale"
 GONE: Final = "gone"
@@ -271,6 +301,7 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
         offsets: partition -> offset of ``kv-blocks`` applied last.
         updated_ns: the worker's wall clock in ns.
         expires_ns: past this time the record is stale (the worker renews it).
+        index_version: the index version that it keeps.
     """
 
     v: int = SCHEMA_VERSION
@@ -286,6 +317,40 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     offsets: dict[int, int] = {}
     updated_ns: int = 0
     expires_ns: int = 0
+    index_version: str = BASE_VERSION
+
+
+#: Key of the catalog on ``kv-workers``; no worker id begins so.
+CATALOG_KEY: Final = b"|index-versions"
+
+
+class IndexVersion(msgspec.Struct, frozen=True, kw_only=True):
+    """One build of the index.
+
+    Attributes:
+        block_size_tokens: its canonical block size; 0 for the base version, whose workers say it.
+        partitions: of its ``kv-blocks`` topic; 0 for the base version.
+        created_ns: when it was begun, wall clock in ns.
+    """
+
+    block_size_tokens: int = 0
+    partitions: int = 0
+    created_ns: int = 0
+
+
+class IndexCatalog(msgspec.Struct, frozen=True, kw_only=True):
+    """The index versions of a deployment and the one that scorers read: one record, so that all move at one point.
+
+    Attributes:
+        active: the version that answers.
+        versions: all that exist, by name.
+        updated_ns: the writer's wall clock in ns.
+    """
+
+    v: int = SCHEMA_VERSION
+    active: str = BASE_VERSION
+    versions: dict[str, IndexVersion] = msgspec.field(default_factory=lambda: {BASE_VERSION: IndexVersion()})
+    updated_ns: int = 0
 
 
 class DecisionRecord(msgspec.Struct, frozen=True, kw_only=True):

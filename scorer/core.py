@@ -28,9 +28,32 @@ from kvatlas.scorer.v1 import scorer_pb2 as pb
 _GROWTH = 4
 
 
+class Index(NamedTuple):
+    """One index version as a core reads it; a request stays with the one that it began with.
+
+    Attributes:
+        pods: table that a follower feeds.
+        lookups: where block keys are looked up.
+        block_size: canonical block size in tokens, None while unknown.
+        partition_count: partitions of ``kv-blocks``, 0 while unknown.
+    """
+
+    pods: PodTable
+    lookups: Lookups
+    block_size: Callable[[], int | None]
+    partition_count: Callable[[], int] = lambda: 0
+
+    def unready(self, *, require_workers: bool) -> str | None:
+        """Return why no score can be given from it now, None when it can."""
+        if self.block_size() is None:
+            return "the canonical block size is not known yet: no worker has announced itself"
+        return self.lookups.unready() if require_workers else None
+
+
 class Scored(NamedTuple):
     """One scored prompt with what it was made of."""
 
+    source: Index
     response: pb.ScoreResponse
     keys: list[bytes]
     values: list[bytes | None]
@@ -42,6 +65,7 @@ class Remembered(NamedTuple):
 
     model: str
     keys: list[bytes]
+    block_size_tokens: int
     scores: dict[str, tuple[float, int]]
     partitions: dict[int, int]
 
@@ -50,7 +74,6 @@ class Core:
     """Scores prompts against the pods and the index.
 
     Attributes:
-        pods: the pods as ``kv-pods`` tells them.
         decisions: open decisions, which hold blocks speculatively.
     """
 
@@ -80,23 +103,28 @@ class Core:
             observe: told of each stage's duration in seconds.
             partition_count: partitions of ``kv-blocks``, 0 while unknown; for Explain.
         """
-        self.pods = pods
         self.decisions = decisions or Decisions(settings)
         self._settings = settings
-        self._lookups = lookups
-        self._block_size = block_size
+        self._index = Index(pods, lookups, block_size, partition_count)
         self._pool = pool
         self._clock_ns = clock_ns
         self._observe = observe
-        self._partition_count = partition_count
         self._weighing = Weighing(settings)
         self._remembered: OrderedDict[str, Remembered] = OrderedDict()
 
     def unready(self) -> str | None:
         """Return why no score can be given now, None when it can."""
-        if self._block_size() is None:
-            return "the canonical block size is not known yet: no worker has announced itself"
-        return self._lookups.unready() if self._settings.require_workers else None
+        return self._index.unready(require_workers=self._settings.require_workers)
+
+    @property
+    def pods(self) -> PodTable:
+        """The pods as ``kv-pods`` tells them."""
+        return self._index.pods
+
+    def use(self, index: Index) -> None:
+        """Read another index version from the next request on; those under way end with theirs."""
+        index.pods.adopt_watchers(self._index.pods)
+        self._index = index
 
     async def score(self, request: pb.ScoreRequest, deadline: float | None = None) -> pb.ScoreResponse:
         """Score one prompt; ``deadline`` in monotonic seconds.
@@ -114,20 +142,23 @@ class Core:
         """
         clock = time.perf_counter
         began = clock()
-        if (why := self.unready()) is not None:
+        index = self._index
+        if (why := index.unready(require_workers=self._settings.require_workers)) is not None:
             raise NotReadyError(f"not ready: {why}")
-        size = self._block_size() or 16
-        self.pods.set_block_size(size)
+        size = index.block_size() or 16
+        index.pods.set_block_size(size)
         strategy, weights = self._weighing.of(request.model, request.strategy)
         tokens = await inputs.tokens_of(request, self._settings, self._pool)
         tokenized = clock()
         keys = inputs.keys_of(request, tokens.packed, size)
         hashed = clock()
-        fleet = self.pods.fleet
         steps = Walk(
-            fleet.scene(request.model, weights), tokens.tokens, pods=request.pods, whole_prompt=not request.usable_only
+            index.pods.fleet.scene(request.model, weights),
+            tokens.tokens,
+            pods=request.pods,
+            whole_prompt=not request.usable_only,
         )
-        values, seen, looked = await self._walk(keys, steps, deadline, all_blocks=all_blocks)
+        values, seen, looked = await self._walk(index.lookups, keys, steps, deadline, all_blocks=all_blocks)
         matches = steps.matches()
         response = pb.ScoreResponse(
             prompt_tokens=tokens.tokens, block_size_tokens=size, blocks=len(keys), tokenizer=tokens.backend
@@ -147,10 +178,10 @@ class Core:
         observe("score", done - hashed - looked)
         if request.request_id:
             self._remember(request, keys, response, seen)
-        return Scored(response, keys, values, matches)
+        return Scored(index, response, keys, values, matches)
 
     async def _walk(
-        self, keys: list[bytes], steps: Walk, deadline: float | None, *, all_blocks: bool
+        self, lookups: Lookups, keys: list[bytes], steps: Walk, deadline: float | None, *, all_blocks: bool
     ) -> tuple[list[bytes | None], dict[int, Seen], float]:
         """Look up and walk in rounds that grow, until no pod is walking; returns values, partitions, seconds."""
         settings = self._settings
@@ -165,7 +196,7 @@ class Core:
         while len(values) < len(keys) and (walking or all_blocks):
             part = keys[len(values) : len(values) + chunk]
             began = time.perf_counter()
-            answers = await self._lookups.lookup(part, deadline)
+            answers = await lookups.lookup(part, deadline)
             spent += time.perf_counter() - began
             _merge(seen, answers.partitions)
             found = self.decisions.overlay(part, answers.values, now_ns)
@@ -224,6 +255,7 @@ class Core:
         self._remembered[request.request_id] = Remembered(
             request.model,
             keys,
+            response.block_size_tokens,
             {pod: (entry.score, entry.matched_blocks) for pod, entry in best},
             {number: state.applied_offset for number, state in seen.items()},
         )
@@ -272,8 +304,8 @@ class Core:
             ScorerError: the prompt cannot be scored.
         """
         scored = await self.run(request, deadline, all_blocks=True)
-        fleet = self.pods.fleet
-        count = self._partition_count()
+        fleet = scored.source.pods.fleet
+        count = scored.source.partition_count()
         response = pb.ExplainResponse(
             blocks=block_infos(scored.keys, scored.values, fleet, lambda key: partition_of(key, count) if count else 0),
             scored=scored.response,
@@ -318,7 +350,7 @@ class Core:
             pod=request.pod,
             model=known.model,
             keys=known.keys,
-            block_size_tokens=self._block_size() or 16,
+            block_size_tokens=known.block_size_tokens,
             scores=known.scores,
             partitions=known.partitions,
             policy=request.policy,
@@ -356,10 +388,13 @@ class Core:
 
     async def judge(self, record: DecisionRecord) -> DecisionRecord:
         """Compare a decision with what the index shows now; returns its outcome record."""
+        index = self._index
+        if record.block_size_tokens != index.block_size():  # of another index version: its keys mean nothing here
+            return msgspec.structs.replace(record, kind=OUTCOME, keys=b"", decided_ns=self._clock_ns())
         keys = [record.keys[at : at + KEY_BYTES] for at in range(0, len(record.keys), KEY_BYTES)]
         _, weights = self._weighing.of(record.model)
         steps = Walk(
-            self.pods.fleet.scene(record.model, weights),
+            index.pods.fleet.scene(record.model, weights),
             len(keys) * record.block_size_tokens,
             pods=[record.pod],
             whole_prompt=True,
@@ -367,13 +402,13 @@ class Core:
         at, chunk = 0, self._settings.lookup_chunk_blocks
         deadline = time.monotonic() + self._settings.deadline_ms / 1e3
         while at < len(keys):
-            answers = await self._lookups.lookup(keys[at : at + chunk], deadline)
+            answers = await index.lookups.lookup(keys[at : at + chunk], deadline)
             if not steps.feed(answers.values):
                 break
             at += chunk
         found = steps.matches()
         real = found[0].blocks if found else 0
-        outcome = "" if steps.partial else judge(record, real, self.pods.merged.get(record.pod))
+        outcome = "" if steps.partial else judge(record, real, index.pods.merged.get(record.pod))
         return msgspec.structs.replace(
             record, kind=OUTCOME, keys=b"", real_blocks=real, outcome=outcome, decided_ns=self._clock_ns()
         )

@@ -24,6 +24,10 @@ class ScorerSettings(Section, frozen=True, kw_only=True):
     compat: Annotated[bool, Meta(description="serve llm-d's indexer.v1 and tokenization services as well")] = True
     name: Annotated[str, Meta(description="this scorer's name in decisions; empty: host and process")] = ""
 
+    index_version: Annotated[
+        str,
+        Meta(description="answer from this index version; empty: the active one of `kvatlas reindex`"),
+    ] = ""
     block_size_tokens: Annotated[
         int, Meta(description="tokens in a canonical block; 0 takes it from the workers", ge=0, le=4096)
     ] = 0

@@ -15,6 +15,7 @@ from typing import Final
 
 from kvatlas.bridge.errors import WireError
 from kvatlas.bridge.records import (
+    BASE_VERSION,
     GONE,
     WRITER_BRIDGE,
     WRITER_STREAMS,
@@ -22,12 +23,12 @@ from kvatlas.bridge.records import (
     decode,
     merge_pod,
     pod_ref,
+    streams_writer,
 )
 from kvatlas.scorer.score import Fleet
 
 log = logging.getLogger(__name__)
 
-_WRITERS: Final = (WRITER_BRIDGE, WRITER_STREAMS)
 _WATCH_QUEUE: Final = 10_000
 
 
@@ -47,7 +48,7 @@ def _meaning(record: PodRecord) -> tuple[object, ...]:
 
 
 class PodTable:
-    """All pods known, by pod id.
+    """All pods known, by pod id, as one index version tells what their events mean.
 
     Attributes:
         merged: pod id -> both writers' records joined.
@@ -55,7 +56,8 @@ class PodTable:
         rejected: records that could not be read.
     """
 
-    def __init__(self, block_size_tokens: int = 16) -> None:
+    def __init__(self, block_size_tokens: int = 16, index_version: str = BASE_VERSION) -> None:
+        self._streams = streams_writer(index_version)
         self.merged: dict[str, PodRecord] = {}
         self.clashes: set[str] = set()
         self.rejected = 0
@@ -82,9 +84,13 @@ class PodTable:
     def apply(self, key: bytes | None, value: bytes | None) -> None:
         """Apply one ``kv-pods`` record; one that cannot be read is counted and left out."""
         writer, _, name = (key or b"").decode("utf-8", "replace").partition("|")
-        if writer not in _WRITERS or not name:
+        if writer.partition(".")[0] not in (WRITER_BRIDGE, WRITER_STREAMS) or not name:
             self._reject(f"kv-pods: key {key!r} is not <writer>|<pod id>")
             return
+        if writer == self._streams:
+            writer = WRITER_STREAMS
+        elif writer != WRITER_BRIDGE:
+            return  # of another index version
         if not value:
             self._remove(writer, name)
             return
@@ -151,6 +157,12 @@ class PodTable:
             yield queue
         finally:
             self._watchers.discard(queue)
+
+    def adopt_watchers(self, other: PodTable) -> None:
+        """Let the watchers of another table hear of changes here too: it is about to be replaced by this one."""
+        # One set for both: a watcher that leaves one table leaves the other.
+        self._watchers |= other._watchers
+        other._watchers = self._watchers
 
     def names(self) -> Iterable[str]:
         """Return all pod ids."""

@@ -129,13 +129,16 @@ class Replica:
         """Return None: a follower goes on after every error."""
         return None
 
-    def _worker(self, _key: bytes | None, value: bytes | None) -> None:
-        if not value:
+    def _worker(self, key: bytes | None, value: bytes | None) -> None:
+        if not value or key == records.CATALOG_KEY:
             return
         try:
-            self._set_block_size(records.decode(records.WorkerRecord, value).block_size_tokens)
+            worker = records.decode(records.WorkerRecord, value)
         except WireError as error:
             log.warning("kv-workers: %s", error)
+            return
+        if worker.index_version == records.BASE_VERSION:
+            self._set_block_size(worker.block_size_tokens)
 
     def _blocks(self, _key: bytes | None, value: bytes | None) -> None:
         try:

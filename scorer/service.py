@@ -29,6 +29,7 @@ from kvatlas.scorer import compat, errors, metrics
 from kvatlas.scorer.core import Core
 from kvatlas.scorer.decisions import Decisions
 from kvatlas.scorer.follow import Follower
+from kvatlas.scorer.local import LocalTables, TableLookups
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.pods import PodTable
 from kvatlas.scorer.reader import Lookups, PartitionRouter
@@ -37,6 +38,7 @@ from kvatlas.scorer.status import ROLE_OF, code_of
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.tokenization.pool import TokenizerPool
 from kvatlas.scorer.v1 import scorer_pb2 as pb
+from kvatlas.scorer.versions import VersionReader, Versions
 from kvatlas.scorer.workers import WorkerTable
 
 log = logging.getLogger(__name__)
@@ -182,8 +184,7 @@ class ScorerService:
         kafka: KafkaSettings,
         *,
         tokenizer: TokenizerSettings | None = None,
-        lookups: Lookups | None = None,
-        layout: tuple[int, int] | None = None,
+        local: LocalTables | None = None,
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         """Put a scorer together; nothing is opened yet.
@@ -192,8 +193,8 @@ class ScorerService:
             settings: of the scorer.
             kafka: how to reach Kafka.
             tokenizer: where tokenizers come from; None for the defaults.
-            lookups: lookups in this process; None asks the workers that ``kv-workers`` names.
-            layout: partitions of ``kv-blocks`` and canonical block size, with ``lookups``.
+            local: the index of a worker in this process; what is not there, or of another index version, is asked
+                of the workers that ``kv-workers`` names.
             clock_ns: wall clock in ns.
 
         Raises:
@@ -207,32 +208,32 @@ class ScorerService:
         self._settings = settings
         self._kafka = kafka
         self._clock_ns = clock_ns
-        self._layout = layout
-        self.workers = WorkerTable(clock_ns)
-        self.pods = PodTable()
-        self._local = lookups is not None
-        self.lookups: Lookups = lookups or PartitionRouter(
-            self.workers,
-            hedge_seconds=settings.hedge_ms / 1e3,
-            credentials=worker_credentials(settings),
-            on_event=lambda event: metrics.LOOKUP_EVENTS.labels(event).inc(),
-        )
+        self._credentials = worker_credentials(settings)
+        self._local = local
+        self._versions = Versions(self._reader, settings.index_version, lambda reader: self.core.use(reader.index))
         self._pool = TokenizerPool(tokenizer or TokenizerSettings())
         self._decisions = Decisions(settings, self._publish)
+        index = self._versions.used.index
         self.core = Core(
             settings,
-            self.pods,
-            self.lookups,
-            block_size=self._block_size,
+            index.pods,
+            index.lookups,
+            block_size=index.block_size,
             pool=self._pool,
             decisions=self._decisions,
             clock_ns=clock_ns,
             observe=lambda stage, seconds: metrics.STAGE[stage].observe(seconds),
-            partition_count=self._partition_count,
+            partition_count=index.partition_count,
         )
         self._guard = Guard.from_settings(settings)
         self._telemetry = Telemetry(settings.telemetry_listen)
-        self._followers: dict[str, Follower] = {}
+        self._decided = Follower(
+            kafka,
+            records.DECISIONS,
+            self._take_decision,
+            client_id=f"kvatlas-scorer-{settings.name}",
+            from_end=True,
+        )
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
         self._http: Any = None
@@ -240,17 +241,41 @@ class ScorerService:
         self._producer_lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    def _block_size(self) -> int | None:
-        if self._settings.block_size_tokens:
-            return self._settings.block_size_tokens
-        if self._layout is not None:
-            return self._layout[1]
-        return self.workers.layout.block_size_tokens if self.workers.layout else None
+    def _reader(self, name: str) -> VersionReader:
+        return VersionReader(
+            name,
+            self._kafka,
+            client_id=f"kvatlas-scorer-{self._settings.name}",
+            clock_ns=self._clock_ns,
+            lookups=lambda workers: self._lookups(name, workers),
+            block_size_tokens=self._settings.block_size_tokens if name == records.BASE_VERSION else 0,
+        )
 
-    def _partition_count(self) -> int:
-        if self._layout is not None:
-            return self._layout[0]
-        return self.workers.layout.partition_count if self.workers.layout else 0
+    def _lookups(self, index_version: str, workers: WorkerTable) -> Lookups:
+        router = PartitionRouter(
+            workers,
+            hedge_seconds=self._settings.hedge_ms / 1e3,
+            credentials=self._credentials,
+            on_event=lambda event: metrics.LOOKUP_EVENTS.labels(event).inc(),
+        )
+        if self._local is None or self._local.index_version != index_version:
+            return router
+        return TableLookups(self._local, router)
+
+    @property
+    def index_version(self) -> str:
+        """Name of the index version that answers."""
+        return self._versions.used.name
+
+    @property
+    def pods(self) -> PodTable:
+        """The pods, as the index version in use tells them."""
+        return self._versions.used.pods
+
+    @property
+    def workers(self) -> WorkerTable:
+        """The workers of the index version in use."""
+        return self._versions.used.workers
 
     async def start(self) -> None:
         """Open everything: server first (not ready yet), then the followers.
@@ -263,26 +288,12 @@ class ScorerService:
         self._telemetry.add_check("scores", self.unready)
         await self._serve()
         await self._set_health(serving=False)
-        self._follow()
-        for name in ("pods", "workers"):
-            if name in self._followers:
-                await self._followers[name].wait(self._settings.start_timeout_seconds)
+        self._decided.start()
+        await self._versions.start(self._settings.start_timeout_seconds)
+        self._spawn(self._versions.run())
         self._spawn(self._housekeeping())
         if self.unready() is None:
             await self._become_ready()
-
-    def _follow(self) -> None:
-        name = self._settings.name
-        parts: dict[str, tuple[str, Any, bool]] = {
-            "pods": (records.PODS, self.pods.apply, False),
-            "decisions": (records.DECISIONS, self._take_decision, True),
-        }
-        if not self._local:
-            parts["workers"] = (records.WORKERS, self.workers.apply, False)
-        for part, (topic, apply, from_end) in parts.items():
-            follower = Follower(self._kafka, topic, apply, client_id=f"kvatlas-scorer-{name}", from_end=from_end)
-            follower.start()
-            self._followers[part] = follower
 
     def _take_decision(self, _key: bytes | None, value: bytes | None) -> None:
         self._decisions.apply(value, self._clock_ns())
@@ -330,12 +341,8 @@ class ScorerService:
 
     def unready(self) -> str | None:
         """Return why scores cannot be asked for, None when they can."""
-        for name in ("pods", "workers"):
-            follower = self._followers.get(name)
-            if follower is not None and not follower.caught_up.is_set():
-                return f"kv-{name} is being read"
-        if not self._followers:
-            return "starting"
+        if (why := self._versions.used.unread()) is not None:
+            return why
         return self.core.unready()
 
     async def _set_health(self, *, serving: bool) -> None:
@@ -360,8 +367,8 @@ class ScorerService:
             metrics.PODS.set(len(self.pods.merged))
             metrics.OPEN_DECISIONS.set(len(self._decisions.open))
             metrics.UNCOVERED.set(len(self.workers.uncovered()))
-            if isinstance(self.lookups, PartitionRouter):
-                await self.lookups.forget_gone()
+            for reader in list(self._versions.readers.values()):
+                await reader.lookups.forget_gone()
             await asyncio.sleep(_HOUSEKEEPING_SECONDS if why is None else 0.05)
 
     def _publish(self, record: records.DecisionRecord) -> None:
@@ -419,8 +426,7 @@ class ScorerService:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-        await asyncio.gather(*(follower.stop() for follower in self._followers.values()))
-        await self.lookups.close()
+        await asyncio.gather(self._decided.stop(), self._versions.stop())
         if self._producer is not None:
             with contextlib.suppress(KafkaError):
                 await self._producer.stop()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from kvatlas.bridge.block_key import KEY_VERSION
 from kvatlas.bridge.errors import WireError
-from kvatlas.bridge.records import WorkerRecord, decode
+from kvatlas.bridge.records import BASE_VERSION, CATALOG_KEY, IndexCatalog, WorkerRecord, decode
 
 log = logging.getLogger(__name__)
 
@@ -36,21 +36,25 @@ _NOWHERE = Route((), ())
 
 
 class WorkerTable:
-    """All workers known, by worker id.
+    """All workers known of one index version, by worker id.
 
     Attributes:
+        catalog: the index versions and the active one, as last announced.
         records: worker id -> its newest record.
         refused: worker id -> why its announcement is not used.
         rejected: records that could not be read.
         version: grows with every change; caches of routes compare it.
     """
 
-    def __init__(self, clock_ns: Callable[[], int]) -> None:
+    def __init__(self, clock_ns: Callable[[], int], index_version: str = BASE_VERSION) -> None:
         """Start empty.
 
         Args:
             clock_ns: wall clock in ns, as the workers' expiry is.
+            index_version: workers of other versions are passed over.
         """
+        self.catalog = IndexCatalog()
+        self._index_version = index_version
         self.records: dict[str, WorkerRecord] = {}
         self.refused: dict[str, str] = {}
         self.rejected = 0
@@ -62,6 +66,9 @@ class WorkerTable:
 
     def apply(self, key: bytes | None, value: bytes | None) -> None:
         """Apply one ``kv-workers`` record; one that cannot be read is counted and left out."""
+        if key == CATALOG_KEY:
+            self._take_catalog(value)
+            return
         name = (key or b"").decode("utf-8", "replace")
         self.version += 1
         self._routes_until_ns = 0
@@ -75,8 +82,18 @@ class WorkerTable:
                 self.rejected += 1
                 log.warning("kv-workers: record of %s: %s", name, error)
                 return
-            self.records[name] = record
+            if record.index_version == self._index_version:
+                self.records[name] = record
+            else:
+                self.records.pop(name, None)
         self._settle()
+
+    def _take_catalog(self, value: bytes | None) -> None:
+        try:
+            self.catalog = decode(IndexCatalog, value) if value else IndexCatalog()
+        except WireError as error:
+            self.rejected += 1
+            log.warning("kv-workers: catalog of index versions: %s", error)
 
     @property
     def layout(self) -> Layout | None:
@@ -145,6 +162,11 @@ class WorkerTable:
     def endpoints(self) -> set[str]:
         """Return every endpoint that a route may name."""
         return {record.endpoint for record in self.records.values() if record.endpoint}
+
+    @property
+    def covered(self) -> bool:
+        """Whether every partition has an owner that answers for it now."""
+        return self._layout is not None and not self.uncovered()
 
     def uncovered(self) -> list[int]:
         """Return partitions that no owner answers for now."""

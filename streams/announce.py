@@ -20,22 +20,30 @@ logger = get_logger(__name__)
 
 
 class WorkerBook:
-    """What ``kv-workers`` says: who owns which partition of ``kv-blocks``."""
+    """What ``kv-workers`` says: who owns which partition of ``kv-blocks``, in one index version."""
 
-    def __init__(self, clock: Callable[[], int] = time.time_ns) -> None:
+    def __init__(self, clock: Callable[[], int] = time.time_ns, version: str = records.BASE_VERSION) -> None:
+        self._version = version
         self._records: dict[str, WorkerRecord] = {}
         self._clock = clock
 
     def apply(self, key: bytes | None, value: bytes | None) -> None:
         """Take a ``kv-workers`` record over; a tombstone removes the worker."""
+        if key == records.CATALOG_KEY:
+            return
         worker = (key or b"").decode(errors="replace")
         if value is None:
             self._records.pop(worker, None)
             return
         try:
-            self._records[worker] = records.decode(WorkerRecord, value)
+            record = records.decode(WorkerRecord, value)
         except WireError as error:
             logger.warning("kv-workers: record of %r cannot be read: %s", worker, error)
+            return
+        if record.index_version == self._version:
+            self._records[worker] = record
+        else:
+            self._records.pop(worker, None)
 
     def owner(self, partition: int, besides: str) -> str:
         """Return the endpoint of the newest other worker that owns a partition, empty when nobody says so."""

@@ -161,7 +161,8 @@ def resolve_options(settings: WorkerSettings) -> ResolveOptions:
 
 def group_of(settings: WorkerSettings) -> str:
     """Return the consumer group: one for whole workers, one per agent when they run apart."""
-    return settings.app if settings.role == "all" else f"{settings.app}-{settings.role}"
+    app = settings.versioned_app
+    return app if settings.role == "all" else f"{app}-{settings.role}"
 
 
 def build_app(
@@ -219,10 +220,12 @@ def build_app(
     app.publisher = None
     app.flows, app.sources = {}, {}
     budget = RocksBudget(settings.rocksdb_cache_bytes, settings.write_buffer_bytes)
-    engine_changelog, index_changelog = (kafka.topic(topic.name) for topic in records.changelog_topics(settings.app))
+    engine_changelog, index_changelog = (
+        kafka.topic(topic.name) for topic in records.changelog_topics(settings.versioned_app)
+    )
     output = Output(
         app.aiokafka_producer,
-        (kafka.topic(records.BLOCKS), partitions[records.BLOCKS]),
+        (kafka.topic(settings.blocks_topic), partitions[settings.blocks_topic]),
         (kafka.topic(records.DLQ), partitions[records.DLQ]),
         kafka.topic(records.EVENTS),
     )
@@ -272,10 +275,11 @@ def _add_resolve(parts: _Parts, table: BulkTable) -> None:
         app.aiokafka_producer,
         (kafka.topic(records.PODS), partitions[records.PODS]),
         settings.pod_record_interval_seconds,
+        writer=records.streams_writer(settings.index_version),
     )
 
     def make_stage(partition: int) -> ResolveStage:
-        resolver = Resolver(options, partitions[records.BLOCKS], parts.clock)
+        resolver = Resolver(options, partitions[settings.blocks_topic], parts.clock)
         return ResolveStage(table, partition, resolver, output=parts.output, pods=publisher, settings=settings)
 
     app.publisher = publisher
@@ -285,7 +289,7 @@ def _add_resolve(parts: _Parts, table: BulkTable) -> None:
 def _add_index(parts: _Parts, table: BulkTable) -> None:
     _add_flows(
         parts,
-        parts.kafka.topic(records.BLOCKS),
+        parts.kafka.topic(parts.settings.blocks_topic),
         "index",
         table,
         lambda partition: IndexStage(table, partition, parts.output, parts.settings),

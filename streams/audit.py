@@ -65,22 +65,25 @@ class PodAudit(msgspec.Struct, frozen=True, kw_only=True):
     examples: list[str] = []
 
 
-async def audit(kafka: KafkaSettings, truth: Truth, *, app: str = "kvatlas") -> list[PodAudit]:
+async def audit(
+    kafka: KafkaSettings, truth: Truth, *, app: str = "kvatlas", version: str = records.BASE_VERSION
+) -> list[PodAudit]:
     """Compare the index that the workers serve with a truth. The log must have been drained.
 
     Args:
         kafka: how to reach the brokers.
         truth: what the pods hold; pods that are not in it are expected to hold nothing.
         app: name of the workers' app.
+        version: the index version that is compared.
 
     Raises:
         StreamsError: a partition is not answered by any worker.
     """
-    pods, workers = PodBook(), WorkerBook()
+    pods, workers = PodBook(version), WorkerBook(version=version)
     await read_topic(kafka, records.PODS, lambda key, value, _: pods.apply(key, value))
     await read_topic(kafka, records.WORKERS, lambda key, value, _: workers.apply(key, value))
     keys: set[bytes] = {key for tiers in truth.values() for held in tiers.values() for key in held}
-    changelog = records.changelog_topics(app)[1].name
+    changelog = records.changelog_topics(records.version_app(app, version))[1].name
 
     def note(key: bytes | None, value: bytes | None, _: int) -> None:
         if key is not None and value is not None and len(key) == KEY_BYTES:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from kvatlas.bridge import records
 from kvatlas.bridge.settings import Section
 
 MIB = 1024 * 1024
@@ -17,6 +18,13 @@ class WorkerSettings(Section, frozen=True, kw_only=True):
     app: Annotated[str, Meta(description="name of the app: consumer group and prefix of the changelog topics")] = (
         "kvatlas"
     )
+    index_version: Annotated[
+        str,
+        Meta(
+            description="index version that this worker keeps, see `kvatlas reindex`",
+            pattern=r"^[a-z0-9][a-z0-9-]{0,31}$",
+        ),
+    ] = records.BASE_VERSION
     role: Annotated[
         Literal["all", "resolve", "index"],
         Meta(description="agents of this worker; one deployment runs either only `all` or the two others"),
@@ -92,6 +100,16 @@ class WorkerSettings(Section, frozen=True, kw_only=True):
     sweep_entries_per_second: Annotated[
         int, Meta(description="entries that the sweep looks at in a second; 0 turns it off", ge=0)
     ] = 20_000
+
+    @property
+    def versioned_app(self) -> str:
+        """Name that this index version's consumer groups and changelogs begin with."""
+        return records.version_app(self.app, self.index_version)
+
+    @property
+    def blocks_topic(self) -> str:
+        """Topic of this index version's block updates, before the deployment's prefix."""
+        return records.blocks_topic(self.index_version)
 
     def __post_init__(self) -> None:
         """Check settings against each other.

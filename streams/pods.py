@@ -24,9 +24,18 @@ class PodPublisher:
         producer: returns the started ``AIOKafkaProducer``.
         topic: ``kv-pods`` and its number of partitions.
         interval_seconds: least time between two unhurried records of one pod.
+        writer: writer in the records' keys, of the worker's index version.
     """
 
-    def __init__(self, producer: Callable[[], Any], topic: tuple[str, int], interval_seconds: float) -> None:
+    def __init__(
+        self,
+        producer: Callable[[], Any],
+        topic: tuple[str, int],
+        interval_seconds: float,
+        *,
+        writer: str = records.WRITER_STREAMS,
+    ) -> None:
+        self._writer = writer
         self._producer = producer
         self._topic, self._partitions = topic
         self._interval = interval_seconds
@@ -83,7 +92,7 @@ class PodPublisher:
         return await self._producer().send(
             self._topic,
             records.encode(record),
-            key=records.pod_key(records.WRITER_STREAMS, pod),
+            key=records.pod_key(self._writer, pod),
             partition=records.pod_partition(pod, self._partitions),
         )
 
@@ -91,11 +100,15 @@ class PodPublisher:
 class PodBook:
     """What ``kv-pods`` says, both writers merged.
 
+    Args:
+        version: index version whose resolve agents count; those of other versions are passed over.
+
     Attributes:
         bad: records that could not be read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, version: str = records.BASE_VERSION) -> None:
+        self._streams = records.streams_writer(version)
         self._records: dict[tuple[str, str], PodRecord] = {}
         self.bad = 0
 
@@ -104,6 +117,8 @@ class PodBook:
         writer, _, pod = (key or b"").decode(errors="replace").partition("|")
         if not pod:
             self.bad += 1
+            return None
+        if writer not in (records.WRITER_BRIDGE, self._streams):
             return None
         if value is None:
             self._records.pop((writer, pod), None)
@@ -119,7 +134,7 @@ class PodBook:
     def merged(self, pod: str) -> PodRecord | None:
         """Return what both writers know of a pod, None when neither knows it."""
         bridge = self._records.get((records.WRITER_BRIDGE, pod))
-        streams = self._records.get((records.WRITER_STREAMS, pod))
+        streams = self._records.get((self._streams, pod))
         return None if bridge is None and streams is None else records.merge_pod(bridge, streams)
 
     def pods(self) -> list[PodRecord]:

@@ -65,12 +65,12 @@ class WorkerService:
     ) -> None:
         self.ready = asyncio.Event()
         self.address = ""
-        self.pods = PodBook()
+        self.pods = PodBook(settings.index_version)
         self.worker_id = ""
         self._settings = settings
         self._kafka = kafka
         self._clock = clock
-        self._workers = WorkerBook(clock)
+        self._workers = WorkerBook(clock, settings.index_version)
         self._partitions: dict[str, int] = {}
         self._app: WorkerApp | None = None
         self._crashed: asyncio.Future[BaseException] | None = None
@@ -152,7 +152,7 @@ class WorkerService:
     async def _serve(self) -> None:
         service = LookupService(
             self.worker_id,
-            partition_count=self._partitions[records.BLOCKS],
+            partition_count=self._partitions[self._settings.blocks_topic],
             max_keys=self._settings.max_lookup_keys,
             state_of=self._state_of,
             lag_of=self._lag_of,
@@ -258,7 +258,7 @@ class WorkerService:
         state = self._state_of(partition)
         if app is None or state is None:
             return -1
-        return source_lag(app, self._kafka.topic(records.BLOCKS), partition, state.meta.source_offset)
+        return source_lag(app, self._kafka.topic(self._settings.blocks_topic), partition, state.meta.source_offset)
 
     def _roles_changed(self, restored: bool) -> None:
         if self._app is None:
@@ -285,7 +285,7 @@ class WorkerService:
             partitions=having(Role.ACTIVE),
             standby=having(Role.STANDBY),
             restoring=having(Role.RESTORING),
-            partition_count=self._partitions[records.BLOCKS],
+            partition_count=self._partitions[self._settings.blocks_topic],
             block_size_tokens=self._settings.block_size_tokens,
             key_version=KEY_VERSION,
             generation=max(self._app.consumer_generation_id, 0) if self._app is not None else 0,
@@ -294,8 +294,9 @@ class WorkerService:
 
     async def _discover(self) -> dict[str, int]:
         """Return the partitions of every topic, waiting until they all exist."""
-        changelogs = {topic.name: topic for topic in records.changelog_topics(self._settings.app)}
-        names = [topic.name for topic in records.TOPICS] + list(changelogs)
+        changelogs = {topic.name: topic for topic in records.changelog_topics(self._settings.versioned_app)}
+        blocks = self._settings.blocks_topic
+        names = [t.name for t in records.TOPICS if t.name != records.BLOCKS] + [blocks, *changelogs]
         consumer = AIOKafkaConsumer(**client_config(self._kafka, f"kvatlas-worker-{self.worker_id}"))
         counts: dict[str, int] = {}
         deadline = time.monotonic() + _TOPICS_WAIT_SECONDS
@@ -309,12 +310,13 @@ class WorkerService:
                 if not missing:
                     break
                 if time.monotonic() > deadline:
+            index_version=self._settings.index_version,
                     raise TopicsError(f"topics {', '.join(missing)} do not exist; create them with `kvatlas topics`")
                 await asyncio.sleep(0.5)
         finally:
             await consumer.stop()
         engine, index = changelogs
-        for source, changelog in ((records.EVENTS, engine), (records.BLOCKS, index)):
+        for source, changelog in ((records.EVENTS, engine), (blocks, index)):
             if counts[source] != counts[changelog]:
                 raise TopicsError(
                     f"{self._kafka.topic(source)} has {counts[source]} partitions and "

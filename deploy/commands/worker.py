@@ -20,6 +20,7 @@ from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.bridge.telemetry import configure_logging
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.deploy.commands import common
+from kvatlas.deploy.reindex.catalog import configured
 from kvatlas.streams.options import WorkerSettings
 from kvatlas.streams.service import WorkerService
 
@@ -68,9 +69,17 @@ def shifted(address: str, number: int) -> str:
     return f"{host}:{int(port) + number}" if host and port.isdigit() and int(port) else address
 
 
+def topics_of(settings: WorkerSettings) -> tuple[records.Topic, ...]:
+    """Return the topics that a worker makes where they are missing; `kvatlas reindex` makes those of new versions."""
+    if settings.index_version == records.BASE_VERSION:
+        return (*records.TOPICS, *records.changelog_topics(settings.app))
+    return tuple(topic for topic in records.TOPICS if topic.name != records.BLOCKS)
+
+
 async def _serve(settings: WorkerSettings, kafka: KafkaSettings) -> int:
     if kafka.create_topics:
-        await ensure_topics(kafka, (*records.TOPICS, *records.changelog_topics(settings.app)))
+        await ensure_topics(kafka, topics_of(settings))
+    settings = await configured(kafka, settings)
     stop = common.async_stop_event()
     service = WorkerService(settings, kafka)
     with common.leaving("worker"):  # Faust's tasks and threads outlive a stop while the brokers are away

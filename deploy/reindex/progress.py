@@ -1,0 +1,158 @@
+"""How far an index version is: what its workers cover, and how far they are behind the log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import msgspec
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import KafkaError
+
+from kvatlas.bridge import records
+from kvatlas.bridge.errors import LogError
+from kvatlas.bridge.kafka import client_config
+from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.deploy.reindex.catalog import admin_of
+from kvatlas.scorer.follow import Follower
+from kvatlas.scorer.workers import WorkerTable
+
+_CLIENT_ID: Final = "kvatlas-reindex"
+_READ_SECONDS: Final = 20.0
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """One index version, as of one look.
+
+    Attributes:
+        version: its name.
+        active: whether scorers answer from it.
+        block_size_tokens, partitions: as its workers announce them; 0 while there is none.
+        workers: workers that announce themselves now.
+        uncovered: partitions that no worker answers for.
+        events_total, events_lag: records of ``kv-events`` on the log, and those not resolved yet.
+        blocks_lag: records of its block updates that are not in its index yet.
+    """
+
+    version: str
+    active: bool
+    block_size_tokens: int
+    partitions: int
+    workers: int
+    uncovered: list[int]
+    events_total: int
+    events_lag: int
+    blocks_lag: int
+
+    def behind(self, max_lag_records: int) -> str | None:
+        """Return why it cannot take over now, None when it can."""
+        if not self.workers:
+            return f"no worker keeps it; start some with `kvatlas worker --index-version {self.version}`"
+        if self.uncovered:
+            return f"no worker answers for {len(self.uncovered)} of {self.partitions} partitions"
+        if self.events_lag > max_lag_records:
+            return f"{self.events_lag} of {self.events_total} kv-events records are still to be resolved"
+        if self.blocks_lag > max_lag_records:
+            return f"{self.blocks_lag} records of block updates are still to be applied"
+        return None
+
+
+class ProgressReader:
+    """Looks at index versions; use as ``async with``."""
+
+    def __init__(self, kafka: KafkaSettings, app: str, clock_ns: Callable[[], int] = time.time_ns) -> None:
+        self._kafka = kafka
+        self._app = app
+        self._clock_ns = clock_ns
+        self._tables: dict[str, WorkerTable] = {}
+        self._newest: dict[bytes | None, bytes | None] = {}
+        self._follower = Follower(kafka, records.WORKERS, self._apply, client_id=_CLIENT_ID)
+        self._consumer: Any = AIOKafkaConsumer(**client_config(kafka, _CLIENT_ID), enable_auto_commit=False)
+
+    async def __aenter__(self) -> ProgressReader:
+        """Read what is there.
+
+        Raises:
+            LogError: Kafka does not answer, or the topics are missing.
+        """
+        self._follower.start()
+        try:
+            await self._follower.wait(_READ_SECONDS)
+            await self._consumer.start()
+        except (KafkaError, OSError) as error:
+            await self.__aexit__()
+            raise LogError(f"cannot reach Kafka at {self._kafka.brokers}: {error!r}") from error
+        except LogError:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        """Disconnect."""
+        await self._follower.stop()
+        await self._consumer.stop()
+
+    def _apply(self, key: bytes | None, value: bytes | None) -> None:
+        self._newest[key] = value
+        for table in self._tables.values():
+            table.apply(key, value)
+
+    def _table(self, version: str) -> WorkerTable:
+        if version not in self._tables:
+            table = self._tables[version] = WorkerTable(self._clock_ns, version)
+            for key, value in self._newest.items():
+                table.apply(key, value)
+        return self._tables[version]
+
+    @property
+    def catalog(self) -> records.IndexCatalog:
+        """The catalog as it was read last."""
+        return self._table(records.BASE_VERSION).catalog
+
+    async def look(self, version: str) -> Progress:
+        """Return the state of a version now.
+
+        Raises:
+            LogError: Kafka does not answer.
+        """
+        table = self._table(version)
+        layout = table.layout
+        now = self._clock_ns()
+        app = records.version_app(self._app, version)
+        total, events_lag = await self._lag(records.EVENTS, (app, f"{app}-resolve"))
+        _, blocks_lag = await self._lag(records.blocks_topic(version), (app, f"{app}-index"))
+        return Progress(
+            version=version,
+            active=version == self.catalog.active,
+            block_size_tokens=layout.block_size_tokens if layout else 0,
+            partitions=layout.partition_count if layout else 0,
+            workers=sum(record.expires_ns > now for record in table.records.values()),
+            uncovered=table.uncovered(),
+            events_total=total,
+            events_lag=events_lag,
+            blocks_lag=blocks_lag,
+        )
+
+    async def _lag(self, topic: str, groups: tuple[str, ...]) -> tuple[int, int]:
+        """Return the records of a topic and how many of them no group has committed.
+
+        A worker commits about once a second, so this is at most a second's records too high and never too low.
+        """
+        name = self._kafka.topic(topic)
+        try:
+            numbers = (await self._consumer._client.fetch_all_metadata()).partitions_for_topic(name) or ()
+            partitions = [TopicPartition(name, number) for number in sorted(numbers)]
+            starts = await self._consumer.beginning_offsets(partitions)
+            ends = await self._consumer.end_offsets(partitions)
+        except KafkaError as error:
+            raise LogError(f"offsets of {name} cannot be read: {error!r}") from error
+        done = dict(starts)
+        async with admin_of(self._kafka) as admin:
+            for group in groups:
+                found = await admin.list_consumer_group_offsets(self._kafka.topic(group))
+                for partition in partitions:
+                    if (meta := found.get(partition)) is not None:
+                        done[partition] = max(done[partition], meta.offset)
+        total = sum(ends[p] - starts[p] for p in partitions)
+        return total, sum(max(ends[p] - done[p], 0) for p in partitions)
