@@ -29,6 +29,11 @@ class BridgeCollector(Collector):
         yield GaugeMetricFamily("kvatlas_bridge_buffer_bytes", "Waiting for Kafka", value=publisher.pending_bytes)
         yield CounterMetricFamily("kvatlas_bridge_events", "Events in messages forwarded", value=shared.events)
         yield CounterMetricFamily("kvatlas_bridge_keyless_blocks", "Stripped without keys", value=shared.keyless)
+        yield CounterMetricFamily(
+            "kvatlas_bridge_conflicts", "Endpoints left out because another has their pod", value=shared.conflicts
+        )
+        waiting = sum(stream.waiting for stream in list(self._streams.values()))
+        yield GaugeMetricFamily("kvatlas_bridge_waiting_endpoints", "Heard and held elsewhere", value=waiting)
         latency = publisher.latency
         yield HistogramMetricFamily(
             "kvatlas_bridge_kafka_seconds",

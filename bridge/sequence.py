@@ -208,6 +208,13 @@ class Tracker:
         # Held messages are only the upper bound when nothing above them was dropped.
         return Request(start, min(self._held) if self._held and not self._catch_up else None)
 
+    def position(self) -> Position:
+        """Return where the stream stands, for another tracker to go on from."""
+        last = self.expected - 1
+        first = max(self._digest_floor, last - DIGESTS + 1, 0)
+        known = ((sequence, self._digests[sequence & (DIGESTS - 1)]) for sequence in range(first, last + 1))
+        return Position(self.incarnation, last, self._last_ts, tuple(item for item in known if item[1]))
+
     def begin(self) -> list[Output]:
         """Return what a stream without history starts with."""
         if self.incarnation:

@@ -10,11 +10,12 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from prometheus_client import CollectorRegistry
 
 from kvatlas.bridge import records
+from kvatlas.bridge.absent import Absent
 from kvatlas.bridge.discovery import discover
 from kvatlas.bridge.errors import EngineError, KvatlasError
 from kvatlas.bridge.inbound import Inbound
@@ -73,6 +74,7 @@ class BridgeService:
         self.streams: dict[str, PodStream] = {}
         self._resolved: dict[str, list[EngineSpec]] = {}
         self._missing: dict[str, float] = {}
+        self._complete = False
         self._inbound: list[Inbound] = []
         self._pods: PodWatch | None = None
         self._look = asyncio.Event()
@@ -142,8 +144,13 @@ class BridgeService:
 
     async def run_until(self, stop: asyncio.Event) -> None:
         """Work until ``stop`` is set; a task that fails ends the service with its error."""
-        waiter = asyncio.create_task(stop.wait())
-        done, _ = await asyncio.wait([waiter, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
+        waiter: asyncio.Future[Any] = asyncio.create_task(stop.wait())
+        assert self._publisher is not None
+        assert self._ownership is not None
+        ends: list[asyncio.Future[None]] = [waiter, *self._tasks, *self._ownership.tasks]
+        if self._publisher.failed is not None:
+            ends.append(self._publisher.failed)
+        done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         waiter.cancel()
         for task in done - {waiter}:
             task.result()
@@ -185,23 +192,19 @@ class BridgeService:
             known_records=settings.strip_recover_records,
         )
         self._shared.recovered.update(found)
-        for stream in self.streams.values():
-            stream.beat()
 
     async def _lost(self, partitions: list[int]) -> None:
         assert self._shared is not None
         assert self._publisher is not None
-        count = self._shared.partitions
-        leaving = [k for k, s in self.streams.items() if s.record and records.pod_partition(s.pod, count) in partitions]
-        specs = []
-        for key in leaving:
-            stream = self.streams.pop(key)
-            await stream.close()
-            stream.write_record()
-            specs.append(stream.spec)
+        shared, streams = self._shared, self.streams.values()
+        for stream in streams:
+            if stream.record is not None and records.pod_partition(stream.pod, shared.partitions) in partitions:
+                stream.write_record()
+                stream.hand_over()
+        for pod in list(shared.recovered):
+            if records.pod_partition(pod, shared.partitions) in partitions:
+                del shared.recovered[pod]
         await self._publisher.flush(2.0)
-        for spec in specs:
-            self._open(spec)
 
     def _open(self, spec: EngineSpec) -> None:
         assert self._shared is not None
@@ -212,6 +215,8 @@ class BridgeService:
 
     async def _found(self) -> list[EngineSpec]:
         specs = await discover(self._settings, self._resolved)
+        kubernetes = self._pods is None or self._pods.listed.is_set()
+        self._complete = kubernetes and all(name in self._resolved for name in self._settings.dns)
         return specs + (self._pods.specs() if self._pods is not None else [])
 
     def _bind(self) -> None:
@@ -225,7 +230,10 @@ class BridgeService:
             if key not in self.streams:
                 self._open(spec)
         for key, stream in self.streams.items():
-            if key not in wanted and not stream.spec.bound:
+            if stream.spec.bound:
+                continue
+            stream.leaving = key not in wanted
+            if stream.leaving:
                 self._missing.setdefault(key, time.monotonic())
 
     async def _discover(self) -> None:
@@ -240,9 +248,12 @@ class BridgeService:
             for key, since in list(self._missing.items()):
                 if time.monotonic() - since >= self._settings.gone_seconds:
                     del self._missing[key]
-                    stream = self.streams.pop(key)
-                    await stream.close()
-                    stream.end()
+                    await self._end(self.streams[key])
+
+    async def _end(self, stream: PodStream) -> None:
+        self.streams.pop(stream.spec.key, None)
+        await stream.close()
+        stream.end()
 
     def _until_next_look(self) -> float:
         """Seconds to the next look: not past the time when a missing endpoint is gone."""
@@ -262,13 +273,21 @@ class BridgeService:
                 self._look.set()
 
     async def _tick(self) -> None:
+        assert self._shared is not None
         settings, beats, written = self._settings, dict[str, int](), 0.0
+        absent = Absent(self._shared)
         while True:
             await asyncio.sleep(_TICK_SECONDS)
             now, due = self._clock(), time.monotonic() - written >= settings.record_seconds
             if due:
                 written = time.monotonic()
+                if self._complete:
+                    absent.look(written, self.streams)
+            for inbound in self._inbound:
+                for stream in inbound.left(time.monotonic(), settings.gone_seconds):
+                    await self._end(stream)
             for key, stream in list(self.streams.items()):
+                stream.retry()
                 silent = (now - stream.heard_ns) / 1e9
                 stream.mark(records.STALE if silent >= settings.stale_seconds else records.LIVE)
                 if silent >= settings.heartbeat_seconds and now - beats.get(key, 0) >= settings.heartbeat_seconds * 1e9:

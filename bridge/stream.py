@@ -3,116 +3,49 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
+from collections import deque
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
-import zmq
 
 from kvatlas.bridge import records
 from kvatlas.bridge.adapters.fields import count_events, peek_rank
 from kvatlas.bridge.identity import Identity, identify
-from kvatlas.bridge.options import BridgeSettings, EngineSpec
-from kvatlas.bridge.publisher import Item, Publisher
+from kvatlas.bridge.options import EngineSpec
+from kvatlas.bridge.publisher import Item
 from kvatlas.bridge.records import Control, PodRecord
 from kvatlas.bridge.recovery import Recovered, apply_control, read_ts
 from kvatlas.bridge.replay import replay
-from kvatlas.bridge.sequence import Forward, Message, Output, Tracker, Turn
+from kvatlas.bridge.sequence import Forward, Message, Output, Position, Tracker, Turn
+from kvatlas.bridge.shared import Shared, open_socket
 from kvatlas.bridge.strip import KnownBlocks, Stripper
-from kvatlas.bridge.subscriber import Subscriber
 
 _SEQUENCE_MAX: Final = 1 << 48
-_DLQ_BYTES: Final = 1024 * 1024
 
 log = logging.getLogger(__name__)
 
 
-class Shared:
-    """What all streams of a bridge use, and what they count.
+class Handover(NamedTuple):
+    """What the next stream of a pod goes on from."""
 
-    Attributes:
-        dead: messages that were dead-lettered, by reason.
-        oversized: messages over the size limit.
-        keyless: blocks forwarded without keys, where tokens are stripped.
-        messages, bytes, events: forwarded.
-    """
-
-    def __init__(
-        self, settings: BridgeSettings, publisher: Publisher, topic: Callable[[str], str], now_ns: Callable[[], int]
-    ) -> None:
-        """Gather what the streams need."""
-        self.settings = settings
-        self.publisher = publisher
-        self.topic = topic
-        self.now_ns = now_ns
-        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.recovered: dict[str, Recovered] = {}
-        self.partitions = 1
-        self.replays = asyncio.Semaphore(settings.replay_parallel)
-        self.owns: Callable[[int], bool] = lambda _: True
-        self.dead: dict[str, int] = {}
-        self.oversized = 0
-        self.keyless = 0
-        self.events = 0
-        self.messages = 0
-        self.acknowledged = 0
-        self.observe: Callable[[int], None] | None = None
-        self.bytes = 0
-
-    def room(self) -> bool:
-        """Whether the buffer for Kafka takes more."""
-        return self.publisher.pending_bytes < self.settings.buffer_bytes
-
-    def dead_letter(self, pod: str, frames: list[bytes], reason: str, origin: str) -> None:
-        """Put what cannot be tracked on the DLQ, cut to a bounded size."""
-        label = reason.partition(":")[0]
-        self.dead[label] = self.dead.get(label, 0) + 1
-        log.warning("%s: %s", origin, reason)
-        if not self.room():
-            return
-        if self.settings.strip_tokens:
-            frames = [b""]  # what cannot be read may hold tokens
-        value = (
-            frames[-1] if len(frames) == 3 else msgspec.msgpack.encode([frame[:_DLQ_BYTES] for frame in frames[:16]])
-        )
-        headers = [(records.H_REASON, reason.encode()), (records.H_ORIGIN, origin.encode())]
-        number = records.pod_partition(pod, self.partitions)
-        item = Item(pod.encode(), value[:_DLQ_BYTES], headers, None)
-        self.publisher.send(self.topic(records.DLQ), number, item)
-
-
-def open_socket(
-    shared: Shared,
-    address: str,
-    receive: Callable[[list[bytes]], None],
-    reconnected: Callable[[], None],
-    *,
-    bind: bool = False,
-) -> Subscriber:
-    """Open a SUB socket as the settings say.
-
-    Raises:
-        EngineError: the address cannot be used.
-    """
-    return Subscriber(
-        shared.context,
-        address,
-        receive,
-        reconnected=reconnected,
-        topic_filter=shared.settings.topic_filter,
-        hwm=shared.settings.receive_hwm,
-        max_bytes=shared.settings.socket_message_bytes,
-        bind=bind,
-    )
+    record: PodRecord
+    position: Position
+    blocks: KnownBlocks | None
 
 
 class PodStream:
     """The stream of one endpoint. Its pod is known with the first message.
 
+    A pod is one stream's at a time. An endpoint whose pod another bridge owns, or another endpoint holds, *waits*: it
+    is subscribed and leaves out what it hears, and asks its engine for nothing.
+
     Attributes:
-        record: the pod's record as acknowledged, None before the first message.
+        record: the pod's record as acknowledged, None while there is no pod.
         changed: whether ``record`` is newer than what ``kv-pods`` has.
+        leaving: whether the endpoint is no longer listed; another one may take its pod then.
     """
 
     def __init__(self, spec: EngineSpec, shared: Shared) -> None:
@@ -124,10 +57,14 @@ class PodStream:
         self.spec = spec
         self.record: PodRecord | None = None
         self.changed = False
+        self.leaving = False
         self.tracker: Tracker | None = None
         self.heard_ns = shared.now_ns()
         self._shared = shared
         self._identity: Identity | None = None
+        self._waiting: Identity | None = None
+        self._turns: deque[Control] = deque()  # not acknowledged yet
+        self._era = 0  # pods held before this one; acknowledgements of theirs say nothing of it
         self._partition = 0
         self._fixed: records.Headers = []
         self._stripper: Stripper | None = None
@@ -135,7 +72,9 @@ class PodStream:
         self._topic = b""
         self._wake = asyncio.Event()
         self._probe = True
-        self._socket = None if spec.bound else open_socket(shared, spec.live, self.received, self.reconnected)
+        self._socket = (
+            None if spec.bound else open_socket(shared, spec.live, self.received, reconnected=self.reconnected)
+        )
         self._task = asyncio.create_task(self._repair(), name=f"replay-{spec.live}") if spec.replay else None
 
     async def close(self) -> None:
@@ -149,20 +88,62 @@ class PodStream:
     @property
     def pod(self) -> str:
         """The pod id, or the endpoint's own name before it is known."""
-        return self._identity.pod_id if self._identity else self.spec.fallback_pod
+        found = self._identity or self._waiting
+        return found.pod_id if found else self.spec.fallback_pod
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the pod is known and held elsewhere."""
+        return self._waiting is not None
 
     def beat(self) -> None:
         """Ask a silent engine for its tail: a lost last message leaves no hole, and an answer is a sign of life."""
+        if self._waiting is not None:
+            return  # it would send its whole buffer, each time, for nothing
         if self.tracker is not None:
             self.tracker.probe()
         self._probe = True
         self._wake.set()
 
+    def retry(self) -> None:
+        """Take the pod that was held elsewhere as soon as it is free, and ask for what was missed."""
+        if self._waiting is not None and self._claim(self._waiting, self._topic) is not None:
+            self._wake.set()
+
+    def hand_over(self) -> Handover | None:
+        """Give the pod away and wait for it; None when there is none.
+
+        What was forwarded and is not acknowledged yet still goes out, ahead of what the pod's next stream forwards.
+        """
+        tracker, record = self.tracker, self._final()
+        if tracker is None or record is None:
+            return None
+        blocks = self._stripper.known if self._stripper is not None else None
+        self._waiting = self._identity
+        self._let_go()
+        return Handover(record, tracker.position(), blocks)
+
     def end(self) -> None:
         """Record that the pod is gone."""
-        if self.tracker is not None and self.record is not None:
-            incarnation = self._next_incarnation(self.tracker.incarnation)
-            self._control(Control(type="gone", incarnation=incarnation, reason="no longer listed by discovery"))
+        tracker, record, shared = self.tracker, self._final(), self._shared
+        if tracker is None or record is None:
+            return
+        incarnation = shared.next_incarnation(tracker.incarnation)
+        control = Control(type="gone", incarnation=incarnation, reason="no longer listed by discovery")
+        self._let_go()
+        shared.recovered[record.pod] = Recovered(shared.put_gone(record, control, self._fixed[1:]))
+
+    def _final(self) -> PodRecord | None:
+        """Return the record as it will be once everything is acknowledged, but for its position."""
+        record = self._settled()
+        return None if record is None else functools.reduce(apply_control, self._turns, record)
+
+    def _let_go(self) -> None:
+        if self._shared.claims.get(self.pod) is self:
+            del self._shared.claims[self.pod]
+        self._turns.clear()
+        self.tracker = self.record = self._identity = self._stripper = None
+        self._era += 1
 
     # --- live ----------------------------------------------------------------------------------------------------
 
@@ -183,7 +164,8 @@ class PodStream:
         now = self.heard_ns = shared.now_ns()
         tracker = self.tracker
         if tracker is None or topic != self._topic:
-            tracker = self._known(topic, payload)
+            waits = self._waiting is not None and topic == self._topic
+            tracker = None if waits else self._known(topic, payload)
         if tracker is None:
             return
         if not shared.room():
@@ -207,7 +189,7 @@ class PodStream:
         return Message(sequence, topic, None, now, source)
 
     def _known(self, topic: bytes, payload: bytes) -> Tracker | None:
-        """Find out whose stream it is; None when it is another bridge's."""
+        """Find out whose stream it is; None when its pod is held elsewhere."""
         found = identify(topic, peek_rank(payload), self.spec)
         if self._identity is not None and found.pod_id == self._identity.pod_id:
             self._topic = topic
@@ -215,11 +197,35 @@ class PodStream:
         if self._identity is not None:
             log.info("%s: pod %s became %s", self.spec.live, self._identity.pod_id, found.pod_id)
             self.end()
-            self.tracker = None
+        return self._claim(found, topic)
+
+    def _claim(self, found: Identity, topic: bytes) -> Tracker | None:
+        """Take a pod, or wait for it while another stream or another bridge holds it."""
         shared = self._shared
-        self._identity, self._topic = found, topic
+        self._topic = topic
+        partition = records.pod_partition(found.pod_id, shared.partitions)
+        other = shared.claims.get(found.pod_id)
+        if not shared.owns(partition):
+            self._waiting = found
+            return None
+        if other is not None and other is not self and not other.leaving:
+            if self._waiting != found:
+                shared.conflicts += 1
+                log.error(
+                    "%s: its pod %s is already heard at %s; left out until that one leaves. Give every engine a name "
+                    "of its own, and list each once",
+                    *(self.spec.live, found.pod_id, other.spec.live),
+                )
+            self._waiting = found
+            return None
+        known = other.hand_over() if other is not None else None
+        if known is None and (logged := shared.recovered.pop(found.pod_id, None)) is not None:
+            known = Handover(logged.record, logged.position(), logged.blocks)
+        if known is None:
+            known = Handover(PodRecord(pod=found.pod_id, writer=records.WRITER_BRIDGE), Position(), None)
+        shared.claims[found.pod_id] = self
+        self._waiting, self._identity, self._partition = None, found, partition
         self._key = found.pod_id.encode()
-        self._partition = records.pod_partition(found.pod_id, shared.partitions)
         content = records.CONTENT_KEYS if shared.settings.strip_tokens else records.CONTENT_ENGINE
         self._fixed = [
             (records.H_CONTENT_TYPE, content.encode()),
@@ -229,13 +235,8 @@ class PodStream:
         for name, value in ((records.H_STORE, self.spec.store), (records.H_ANNOUNCEMENTS, self.spec.announcements)):
             if value:
                 self._fixed.append((name, value.encode()))
-        if not shared.owns(self._partition):
-            self._identity = None
-            return None
-        known = shared.recovered.pop(found.pod_id, None)
-        base = known.record if known else PodRecord(pod=found.pod_id, writer=records.WRITER_BRIDGE)
         self.record = msgspec.structs.replace(
-            base,
+            known.record,
             state=records.LIVE,
             model=found.model,
             engine=self.spec.engine,
@@ -243,15 +244,16 @@ class PodStream:
             dp_rank=found.rank,
             store=self.spec.store,
         )
+        self.changed = True
         settings = shared.settings
         if settings.strip_tokens:
-            blocks = known.blocks if known and known.blocks is not None else KnownBlocks(settings.strip_blocks)
+            blocks = known.blocks if known.blocks is not None else KnownBlocks(settings.strip_blocks)
             self._stripper = Stripper(
                 self.spec.engine, found.model, settings.block_size_tokens, settings.limits(), blocks
             )
         self.tracker = Tracker(
-            known.position() if known else Recovered(base).position(),
-            next_incarnation=self._next_incarnation,
+            known.position,
+            next_incarnation=self._shared.next_incarnation,
             read_ts=read_ts,
             tries=settings.replay_tries,
             hold_messages=settings.hold_messages,
@@ -262,11 +264,10 @@ class PodStream:
         log.info("%s: pod %s from sequence %d", self.spec.live, found.pod_id, self.tracker.expected)
         return self.tracker
 
-    def _next_incarnation(self, previous: int) -> int:
-        return max(previous + 1, self._shared.now_ns() // 1_000_000_000)
-
     def reconnected(self) -> None:
         """Note that the connection was down."""
+        if self._waiting is not None:
+            return
         if self.tracker is not None:
             self.tracker.reconnected()
         self._probe = True
@@ -297,9 +298,12 @@ class PodStream:
         shared.bytes += len(payload)
         shared.events += count_events(payload)
 
+        era = self._era
+
         def acknowledged(offset: int) -> None:
-            self._acknowledged = (message, offset)
-            self.changed = True
+            if era == self._era:
+                self._acknowledged = (message, offset)
+                self.changed = True
             shared.acknowledged += 1
             if shared.observe is not None:
                 shared.observe(message.receive_ns)
@@ -335,15 +339,13 @@ class PodStream:
         )
 
     def _control(self, control: Control) -> None:
-        shared = self._shared
-        headers = [
-            (records.H_CONTENT_TYPE, records.CONTENT_CONTROL.encode()),
-            (records.H_INCARNATION, b"%d" % control.incarnation),
-            (records.H_RECEIVE_NS, b"%d" % shared.now_ns()),
-            *self._fixed[1:],
-        ]
+        era = self._era
+        self._turns.append(control)
 
         def acknowledged(offset: int) -> None:
+            if era != self._era:
+                return
+            self._turns.popleft()
             current = self._settled()
             if current is not None:
                 self.record = msgspec.structs.replace(
@@ -351,8 +353,7 @@ class PodStream:
                 )
                 self.write_record()
 
-        item = Item(self._key, records.encode(control), headers, acknowledged)
-        shared.publisher.send(shared.topic(records.EVENTS), self._partition, item)
+        self._shared.put_control(self.pod, control, self._fixed[1:], acknowledged)
 
     def _settled(self) -> PodRecord | None:
         """Fold the newest acknowledged message into the record."""
@@ -382,10 +383,7 @@ class PodStream:
         if record is None:
             return
         self.changed = False
-        shared = self._shared
-        value = records.encode(msgspec.structs.replace(record, updated_ns=shared.now_ns()))
-        key = records.pod_key(records.WRITER_BRIDGE, record.pod)
-        shared.publisher.send(shared.topic(records.PODS), self._partition, Item(key, value, [], None))
+        self._shared.put_record(record)
 
     # --- replay --------------------------------------------------------------------------------------------------
 
@@ -437,3 +435,6 @@ class PodStream:
             return tracker.counts.restarts == before  # a restart asks again from the start
 
         return take
+
+
+__all__ = ["PodStream", "Shared"]

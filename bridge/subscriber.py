@@ -7,6 +7,7 @@ is received, counted and left out alone.
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import Callable
 
 import zmq
@@ -15,7 +16,11 @@ from kvatlas.bridge.errors import EngineError
 
 _BURST = 200
 
+_EVENT = struct.Struct("=HI")
+
 Receive = Callable[[list[bytes]], None]
+#: Gets a connection's number and whether it is there from now on, or no longer.
+Connection = Callable[[int, bool], None]
 
 
 class Subscriber:
@@ -28,12 +33,23 @@ class Subscriber:
         receive: Receive,
         *,
         reconnected: Callable[[], None] = lambda: None,
+        connection: Connection | None = None,
         topic_filter: str = "",
         hwm: int = 100_000,
         max_bytes: int = -1,
-        bind: bool = False,
     ) -> None:
         """Open the socket and read from it.
+
+        Args:
+            context: the ZMQ context.
+            address: where to connect, or to bind.
+            receive: gets the frames of each message.
+            reconnected: called with each (re)connect.
+            connection: told of peers that come and go; given, the socket binds. A peer is told before its first message
+                and after its last one, but for what ZMQ had received and not handed out when the peer left.
+            topic_filter: prefix of the topics wanted.
+            hwm: messages queued per peer.
+            max_bytes: largest message; a peer that sends a larger one is dropped.
 
         Raises:
             EngineError: the address cannot be used.
@@ -42,8 +58,10 @@ class Subscriber:
         self._reconnected = reconnected
         self._loop = asyncio.get_running_loop()
         self._closed = False
-        #: Peer address of the message being received, only for sockets that bind.
-        self.peer = ""
+        #: Address and connection of the peer whose message is being received, only for sockets that bind.
+        self.peer, self.number = "", -1
+        self._connection = connection
+        bind = connection is not None
         self._socket = context.socket(zmq.SUB)
         self._socket.setsockopt(zmq.RCVHWM, hwm)
         self._socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
@@ -51,7 +69,9 @@ class Subscriber:
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
         self._socket.setsockopt_string(zmq.SUBSCRIBE, topic_filter)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        self._monitor = self._socket.get_monitor_socket(
+            zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED if bind else zmq.EVENT_HANDSHAKE_SUCCEEDED
+        )
         try:
             (self._socket.bind if bind else self._socket.connect)(address)
         except zmq.ZMQError as error:
@@ -91,6 +111,10 @@ class Subscriber:
 
     def _read_from(self, flags: int) -> list[bytes]:
         frames = self._socket.recv_multipart(flags, copy=False)
+        number = int(frames[0].get(zmq.SRCFD))
+        if number != self.number:
+            self.number = number
+            self._watch()  # it may be new
         try:
             self.peer = str(frames[0].get("Peer-Address"))
         except zmq.ZMQError:  # transports without addresses
@@ -100,7 +124,11 @@ class Subscriber:
     def _watch(self) -> None:
         while not self._closed:
             try:
-                self._monitor.recv_multipart(zmq.NOBLOCK)
+                event, _ = self._monitor.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._reconnected()
+            if self._connection is None:
+                self._reconnected()
+                continue
+            kind, number = _EVENT.unpack(event)
+            self._connection(number, kind == zmq.EVENT_ACCEPTED)
