@@ -60,17 +60,27 @@ def block_keys_of(record: BlocksRecord) -> list[bytes]:
     return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
 
 
-def apply_blocks(view: View, record: BlocksRecord, counts: Counter[str]) -> None:
+def table_keys_of(record: BlocksRecord) -> list[bytes]:
+    """Return every table key that applying a record reads: its block keys in order, then its pods' positions."""
+    return [*block_keys_of(record), *(meta_key(run.pod_ref) for run in record.runs)]
+
+
+def apply_blocks(
+    view: View, record: BlocksRecord, counts: Counter[str], *, table_keys: list[bytes] | None = None
+) -> None:
     """Apply one ``kv-blocks`` record.
 
     Args:
         view: the partition that the record belongs to.
         record: from :func:`kvatlas.streams.codec.decode_blocks`.
+        table_keys: from :func:`table_keys_of`, when the view has fetched them already.
         counts: ``updates`` and ``runs`` applied, ``updates_late`` and ``runs_late`` dropped,
             ``unchanged`` updates that found the index as they would leave it.
     """
-    keys = block_keys_of(record)
-    view.prefetch([*keys, *(meta_key(run.pod_ref) for run in record.runs)])
+    keys = table_keys
+    if keys is None:
+        keys = table_keys_of(record)
+        view.prefetch(keys)
     at = 0
     for run in record.runs:
         end = at + run.updates

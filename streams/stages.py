@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 from mode import get_logger
 
@@ -14,9 +15,9 @@ from kvatlas.bridge import records
 from kvatlas.bridge.errors import WireError
 from kvatlas.bridge.records import PodRecord
 from kvatlas.streams import metrics
-from kvatlas.streams.codec import decode_blocks
+from kvatlas.streams.codec import BlocksRecord, decode_blocks
 from kvatlas.streams.effects import DeadLetter, Effects
-from kvatlas.streams.index import apply_blocks
+from kvatlas.streams.index import apply_blocks, table_keys_of
 from kvatlas.streams.message import parse_message
 from kvatlas.streams.options import WorkerSettings
 from kvatlas.streams.pods import PodPublisher
@@ -24,8 +25,6 @@ from kvatlas.streams.resolve import Resolver
 from kvatlas.streams.table import BulkTable, PartitionView
 
 logger = get_logger(__name__)
-
-_UPDATE_BYTES: Final = 41  # key 16, operation 1, holder 24: how large a kv-blocks record is per update
 
 
 class Output:
@@ -204,22 +203,29 @@ class IndexStage:
         view = self._table.view(self._partition)
         counts: Counter[str] = Counter()
         dead: list[tuple[int, bytes, str]] = []
-        count, last, size, sliced, receive_ns = 0, -1, 0, 0, 0
+        taken: list[tuple[BlocksRecord, list[bytes]]] = []
+        count, last, updates, receive_ns = 0, -1, 0, 0
         while count < self._settings.flush_records and (event := take()) is not None:
             value, last = event.message.value, event.message.offset
+            count += 1
             try:
                 record = decode_blocks(value or b"")
-                apply_blocks(view, record, counts)
-                receive_ns = max(receive_ns, record.receive_ns)
             except WireError as error:
                 dead.append((last, value or b"", str(error)))
                 counts["dead"] += 1
-            count += 1
-            size += len(value or b"") // _UPDATE_BYTES
-            if size >= self._settings.flush_updates:
+                continue
+            taken.append((record, table_keys_of(record)))
+            receive_ns = max(receive_ns, record.receive_ns)
+            updates += len(record.ops)
+            if updates >= self._settings.flush_updates:
                 break
-            if size - sliced >= self._settings.slice_updates:
-                sliced = size
+        await view.prefetch_apart(itertools.chain.from_iterable(keys for _, keys in taken))
+        applied = 0
+        for record, keys in taken:
+            apply_blocks(view, record, counts, table_keys=keys)
+            applied += len(record.ops)
+            if applied >= self._settings.slice_updates:
+                applied = 0
                 await asyncio.sleep(0)
         if last < 0:
             return None

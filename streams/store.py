@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import enum
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,6 +32,11 @@ logger = get_logger(__name__)
 #: Where Faust looks for the changelog offset that the local state reflects.
 OFFSET_KEY: Final[bytes] = rocksdb.Store.offset_key
 RESERVED: Final = frozenset({OFFSET_KEY, META_KEY})
+
+#: RocksDB lets go of the interpreter, so larger reads and writes run beside the event loop; for fewer keys the
+#: way to a thread and back costs more than it frees.
+_APART_KEYS: Final = 256
+_THREADS: Final = 2
 
 
 class Role(enum.Enum):
@@ -55,13 +62,22 @@ class PartitionState:
         lock: held by whoever reads, changes and commits; there is one writer at a time.
     """
 
-    def __init__(self, partition: int, path: Path, budget: RocksBudget, cache_bytes: int) -> None:
+    def __init__(
+        self,
+        partition: int,
+        path: Path,
+        budget: RocksBudget,
+        cache_bytes: int,
+        threads: ThreadPoolExecutor | None = None,
+    ) -> None:
         self.partition = partition
         self.path = path
         self.cache = BytesCache(cache_bytes)
         self.role = Role.RESTORING
         self.lock = asyncio.Lock()
         self._budget = budget
+        self._threads = threads
+        self._apart = threading.Lock()  # held while a thread is in the database: it must not be closed then
         self._db: Any = None
         self._open()
 
@@ -93,6 +109,20 @@ class PartitionState:
         """Return values straight from the database in one multi-get; the caller looked into the cache."""
         values: list[bytes | None] = self._db.get(list(keys))
         return values
+
+    async def fetch_apart(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Return values straight from the database like :meth:`fetch`, in a thread when there are many keys.
+
+        Only for whoever holds ``lock``: what comes back may be put into the cache, and must not be older than it.
+        """
+        if self._threads is None or len(keys) < _APART_KEYS:
+            return self.fetch(keys)
+        work = self._threads.submit(self._locked, self.fetch, keys)
+        try:
+            return await asyncio.wrap_future(work)
+        except asyncio.CancelledError:
+            wait([work])
+            raise
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """Return the values of keys in order: cache first, one multi-get for the rest."""
@@ -128,6 +158,29 @@ class PartitionState:
 
     def write(self, writes: Mapping[bytes, bytes | None], changelog_offset: int, meta: Meta) -> None:
         """Write a flush: values, changelog offset and meta record in one batch, then the cache."""
+        self._db.write(self._batch(writes, changelog_offset, meta))
+        self._took(writes, changelog_offset, meta)
+
+    async def write_apart(self, writes: Mapping[bytes, bytes | None], changelog_offset: int, meta: Meta) -> None:
+        """Write a flush like :meth:`write`, in a thread when it is large; only for whoever holds ``lock``.
+
+        Until it returns, readers may see a part of the flush and never a value that was not true.
+        """
+        if self._threads is None or len(writes) < _APART_KEYS:
+            self.write(writes, changelog_offset, meta)
+            return
+        work = self._threads.submit(self._locked, self._db.write, self._batch(writes, changelog_offset, meta))
+        try:
+            await asyncio.wrap_future(work)
+        except asyncio.CancelledError:
+            wait([work])
+            if not work.cancelled() and work.exception() is None:
+                self._took(writes, changelog_offset, meta)
+            raise
+        self._took(writes, changelog_offset, meta)
+
+    @staticmethod
+    def _batch(writes: Mapping[bytes, bytes | None], changelog_offset: int, meta: Meta) -> Any:
         batch = rocksdict.WriteBatch(raw_mode=True)
         put, delete = batch.put, batch.delete
         for key, value in writes.items():
@@ -137,10 +190,16 @@ class PartitionState:
                 put(key, value)
         put(META_KEY, encode_meta(meta))
         put(OFFSET_KEY, b"%d" % changelog_offset)
-        self._db.write(batch)
+        return batch
+
+    def _took(self, writes: Mapping[bytes, bytes | None], changelog_offset: int, meta: Meta) -> None:
         self.changelog_offset = changelog_offset
         self.meta = meta
         self.cache.apply(dict(writes) if not isinstance(writes, dict) else writes)
+
+    def _locked(self, work: Callable[..., Any], *args: Any) -> Any:
+        with self._apart:
+            return work(*args)
 
     def load(self, records: Iterable[tuple[bytes, bytes | None]], changelog_offset: int) -> None:
         """Write what the changelog says (restore, standby): values and the changelog offset in one batch.
@@ -180,7 +239,8 @@ class PartitionState:
     def close(self) -> None:
         """Close the database; a rocksdict handle must not stay referenced anywhere, or its lock stays."""
         if self._db is not None:
-            self._db.close()
+            with self._apart:
+                self._db.close()
             self._db = None
 
 
@@ -191,6 +251,7 @@ class BulkStore(rocksdb.Store):
         super().__init__(*args, **kwargs)
         self._budget = budget
         self._cache_bytes = cache_bytes
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix=f"rocksdb-{self.table_name}")
         self.states: dict[int, PartitionState] = {}
         self.on_closed: Callable[[int], None] | None = None
 
@@ -200,7 +261,7 @@ class BulkStore(rocksdb.Store):
         """Return a partition's state, opening it at first use."""
         state = self.states.get(partition)
         if state is None:
-            state = PartitionState(partition, self.partition_path(partition), self._budget, 0)
+            state = PartitionState(partition, self.partition_path(partition), self._budget, 0, self._threads)
             self.states[partition] = state
             self._share_cache()
         return state
@@ -269,6 +330,7 @@ class BulkStore(rocksdb.Store):
         """Close everything."""
         for partition in list(self.states):
             self.close_partition(partition)
+        self._threads.shutdown(wait=True)
 
     def reset_state(self) -> None:
         """Throw all local state away; Kafka keeps the changelog."""

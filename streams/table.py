@@ -36,49 +36,60 @@ class PartitionView:
         writes: what the flush changed, in the order of the first write of each key; None removes.
     """
 
-    __slots__ = ("_fetched", "_state", "writes")
+    __slots__ = ("_known", "_state", "writes")
 
     def __init__(self, state: PartitionState) -> None:
         self._state = state
-        self._fetched: dict[bytes, bytes | None] = {}
+        self._known: dict[bytes, bytes | None] = {}  # what was fetched ahead, and every write on top of it
         self.writes: dict[bytes, bytes | None] = {}
 
     def get(self, key: bytes) -> bytes | None:
         """Return the value under ``key``, None when there is none."""
-        value: Any = self.writes.get(key, _ABSENT)
-        if value is not _ABSENT:
-            return value  # type: ignore[no-any-return]
-        value = self._state.cache.get(key)
-        if value is not None:
-            return value  # type: ignore[no-any-return]
-        value = self._fetched.get(key, _ABSENT)
-        if value is not _ABSENT:
-            return value  # type: ignore[no-any-return]
-        return self._state.get(key)
+        value: Any = self._known.get(key, _ABSENT)
+        if value is _ABSENT:
+            value = self._state.get(key)
+        return value  # type: ignore[no-any-return]
 
     def put(self, key: bytes, value: bytes) -> None:
         """Write a value; visible at once to reads of this view."""
-        self.writes[key] = value
+        self.writes[key] = self._known[key] = value
 
     def delete(self, key: bytes) -> None:
         """Remove a key; no effect when it is not there."""
-        self.writes[key] = None
+        self.writes[key] = self._known[key] = None
 
     def prefetch(self, keys: Iterable[bytes]) -> None:
         """Fetch what is neither cached nor written in one multi-get."""
-        cache = self._state.cache
-        young, old, writes, fetched = cache.young, cache.old, self.writes, self._fetched
-        missing = [
-            key for key in keys if key not in young and key not in writes and key not in fetched and key not in old
-        ]
-        if not missing:
-            return
-        put = cache.put
-        for key, value in zip(missing, self._state.fetch(missing), strict=True):
-            if value is None:
-                fetched[key] = None
+        missing = self._missing(keys)
+        if missing:
+            self._known.update(zip(missing, self._state.fetch(missing), strict=True))
+
+    async def prefetch_apart(self, keys: Iterable[bytes]) -> None:
+        """Fetch like :meth:`prefetch`, beside the event loop when there are many; the caller holds the lock."""
+        missing = self._missing(keys)
+        if missing:
+            self._known.update(zip(missing, await self._state.fetch_apart(missing), strict=True))
+
+    def _missing(self, keys: Iterable[bytes]) -> list[bytes]:
+        """Return the keys that only the database can tell; what the cache holds becomes known on the way."""
+        known, cache = self._known, self._state.cache
+        hits, young = 0, cache.young  # looked into directly: a call a key is what this loop would cost otherwise
+        missing = []
+        for key in keys:
+            if key in known:
+                continue
+            value = young.get(key)
+            if value is not None:
+                hits += 1
+                known[key] = value
+            elif key in cache.old:
+                known[key] = cache.get(key)
+                young = cache.young
             else:
-                put(key, value)
+                missing.append(key)
+        cache.hits += hits
+        cache.misses += len(missing)
+        return missing
 
 
 class BulkTable(faust.Table[bytes, bytes]):
@@ -147,4 +158,4 @@ class BulkTable(faust.Table[bytes, bytes]):
         app: Any = self.app
         producer = app.producer._ensure_producer()
         offset = await send_batch(producer, self._changelog, partition, view.writes, encode_meta(meta))
-        state.write(view.writes, offset, meta)
+        await state.write_apart(view.writes, offset, meta)

@@ -114,14 +114,23 @@ class Load:
         pods: pods that hold the blocks.
         partitions: partitions of ``kv-blocks``.
         seed: makes the same load again.
+        updates_per_record: about how many updates share a ``kv-blocks`` record; 1 for a record of its own each.
+
+    Attributes:
+        refs: references of the pods.
+        epoch: the pods' epoch.
+        sequence: of the last message; a second load of the same pods goes on behind it.
     """
 
-    def __init__(self, pods: int, partitions: int, seed: int = 7) -> None:
+    def __init__(
+        self, pods: int, partitions: int, seed: int = 7, *, updates_per_record: int = UPDATES_PER_RECORD
+    ) -> None:
+        self._updates_per_record = updates_per_record
         self._random = random.Random(seed)  # noqa: S311 # load, not secrets
         self._numbers = np.random.default_rng(seed)
         self.refs = [records.pod_ref(f"bench-{number}") for number in range(pods)]
         self.epoch = records.epoch_of(1_700_000_000)
-        self._sequence = 0
+        self.sequence = 0
         self._partitions = partitions
 
     def keys(self, blocks: int) -> np.ndarray[Any, Any]:
@@ -133,14 +142,14 @@ class Load:
         holder = pack_holder(self.refs[pod], 0, int(Tier.GPU), 0, 0, self.epoch)
         heads = np.ascontiguousarray(keys[:, :4]).view(">u4")[:, 0].astype(np.uint32) % np.uint32(self._partitions)
         made = []
-        step = UPDATES_PER_RECORD * self._partitions
+        step = self._updates_per_record * self._partitions if self._updates_per_record > 1 else 1
         for start in range(0, len(keys), step):
-            self._sequence += 1
+            self.sequence += 1
             part, where = keys[start : start + step], heads[start : start + step]
             for partition in range(self._partitions):
                 rows = part[where == partition]
                 if len(rows):
-                    run = Run(self.refs[pod], self.epoch, self._sequence, self._sequence, len(rows))
+                    run = Run(self.refs[pod], self.epoch, self.sequence, self.sequence, len(rows))
                     packed = encode_blocks(
                         [run], rows.tobytes(), bytes([op]) * len(rows), holder * len(rows), time.time_ns()
                     )
