@@ -9,7 +9,8 @@
     │   ├── LimitError           larger, longer or deeper than the limits allow
     │   └── VersionError         a record of ours with a schema version that is not known here
     ├── EngineError              an engine's socket does not do what its protocol says
-    └── LogError                 Kafka refused or did not answer (retriable)
+    ├── LogError                 Kafka refused or did not answer (retriable)
+    └── RightsError              the account may not do on Kafka what the service needs
 """
 
 from __future__ import annotations
@@ -51,3 +52,7 @@ class LogError(KvatlasError):
     """Kafka refused a request or did not answer in time."""
 
     retriable = True
+
+
+class RightsError(KvatlasError):
+    """The Kafka account lacks a right; the text names topic or group, and operation where Kafka says it."""

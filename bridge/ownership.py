@@ -14,7 +14,7 @@ from aiokafka.errors import KafkaError
 
 from kvatlas.bridge import records
 from kvatlas.bridge.errors import LogError
-from kvatlas.bridge.kafka import client_config
+from kvatlas.bridge.kafka import client_config, lost_right
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.settings import KafkaSettings
 
@@ -47,6 +47,7 @@ class Ownership(ConsumerRebalanceListener):  # type: ignore[misc]
 
         Raises:
             LogError: Kafka does not answer.
+            RightsError: the account may not be in the group.
         """
         if self._settings.ownership == "all":
             await self._gained(self._all)
@@ -66,9 +67,21 @@ class Ownership(ConsumerRebalanceListener):  # type: ignore[misc]
         try:
             await self._consumer.start()
         except KafkaError as error:
-            raise LogError(f"cannot join group {self._settings.group} at {self._kafka.brokers}: {error}") from error
+            raise lost_right(error, self._kafka) or self._unjoined(error) from error
         self._pump = asyncio.create_task(self._keep())
-        await self._first.wait()
+        first = asyncio.ensure_future(self._first.wait())
+        await asyncio.wait({first, self._pump}, return_when=asyncio.FIRST_COMPLETED)
+        first.cancel()
+        if self._pump.done():
+            self._pump.result()
+
+    @property
+    def tasks(self) -> list[asyncio.Task[None]]:
+        """Tasks whose end is the end of the membership."""
+        return [self._pump] if self._pump is not None else []
+
+    def _unjoined(self, error: KafkaError) -> LogError:
+        return LogError(f"cannot be in group {self._settings.group} at {self._kafka.brokers}: {error!r}")
 
     async def stop(self) -> None:
         """Leave the group, so that another takes over at once."""
@@ -98,7 +111,10 @@ class Ownership(ConsumerRebalanceListener):  # type: ignore[misc]
     async def _keep(self) -> None:
         # A consumer that never polls is put out of its group; every partition is paused, so this reads nothing.
         while True:
-            await self._consumer.getmany(timeout_ms=1000)
+            try:
+                await self._consumer.getmany(timeout_ms=1000)
+            except KafkaError as error:
+                raise lost_right(error, self._kafka) or self._unjoined(error) from error
 
 
 async def _nothing(_: list[int]) -> None:

@@ -21,11 +21,13 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.errors import LogError
-from kvatlas.bridge.kafka import client_config, pace_metadata
+from kvatlas.bridge.kafka import client_config, lost_right, pace_metadata
 from kvatlas.bridge.records import Headers
 from kvatlas.bridge.settings import KafkaSettings
 
 _RETRY_SECONDS: Final = 0.5
+#: A right that is taken away and given back at once, as a tool that writes all of them anew does, ends nothing.
+_RIGHT_TRIES: Final = 6
 _OVERHEAD_BYTES: Final = 256
 
 log = logging.getLogger(__name__)
@@ -77,6 +79,7 @@ class Publisher:
         sent: records acknowledged.
         failures: batches that had to be sent again by us.
         latency: how long batches took from send to acknowledgement, each record counted.
+        failed: gets a :class:`RightsError` once Kafka keeps on refusing a topic to the account.
     """
 
     def __init__(
@@ -105,6 +108,7 @@ class Publisher:
         self.sent = 0
         self.failures = 0
         self.latency = Buckets()
+        self.failed: asyncio.Future[None] | None = None
 
     async def start(self) -> None:
         """Connect.
@@ -112,6 +116,7 @@ class Publisher:
         Raises:
             LogError: no broker answers.
         """
+        self.failed = asyncio.get_running_loop().create_future()
         self._producer = await self._connect()
 
     async def _connect(self) -> AIOKafkaProducer:
@@ -181,6 +186,7 @@ class Publisher:
             await self._send_head(place, queue)
 
     async def _send_head(self, place: tuple[str, int], queue: deque[Item]) -> None:
+        tries = 0
         while True:
             producer = self._producer
             assert producer is not None
@@ -193,6 +199,8 @@ class Publisher:
             except (KafkaError, TimeoutError) as error:
                 self.failures += 1
                 log.warning("Kafka did not take a batch for %s/%d (%s); sending it again", *place, error)
+                tries += 1
+                self._note_refusal(error, tries)
                 await asyncio.sleep(_RETRY_SECONDS)
                 if not getattr(error, "retriable", False):
                     await self._replace(producer)
@@ -203,6 +211,11 @@ class Publisher:
             if item.acknowledged is not None:
                 item.acknowledged(base.offset + number)
         self.sent += count
+
+    def _note_refusal(self, error: BaseException, tries: int) -> None:
+        refused = lost_right(error, self._settings) if tries >= _RIGHT_TRIES else None
+        if refused is not None and self.failed is not None and not self.failed.done():
+            self.failed.set_exception(refused)
 
     @staticmethod
     def _build(producer: AIOKafkaProducer, queue: deque[Item]) -> tuple[Any, int]:

@@ -12,7 +12,7 @@ from xxhash import xxh3_64_intdigest
 
 from kvatlas.bridge import records
 from kvatlas.bridge.errors import LogError, WireError
-from kvatlas.bridge.kafka import client_config
+from kvatlas.bridge.kafka import client_config, lost_right
 from kvatlas.bridge.records import Control, KeyedBatch, PodRecord
 from kvatlas.bridge.sequence import DIGESTS, Position
 from kvatlas.bridge.settings import KafkaSettings
@@ -139,6 +139,7 @@ async def recover(
 
     Raises:
         LogError: Kafka does not answer.
+        RightsError: the account may not read a topic.
     """
     consumer = AIOKafkaConsumer(
         **client_config(settings, "kvatlas-bridge-recovery"),
@@ -167,7 +168,9 @@ async def recover(
                 place = (message.partition, message.offset)
                 fold(pods, message.key, message.value or b"", dict(message.headers), place, known_blocks=known_blocks)
     except KafkaError as error:
-        raise LogError(f"cannot read pod positions from {settings.brokers}: {error}") from error
+        raise lost_right(error, settings) or LogError(
+            f"cannot read pod positions from {settings.brokers}: {error}"
+        ) from error
     finally:
         await consumer.stop()
     return pods

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from kvatlas.bridge.errors import KvatlasError, SettingsError
+from kvatlas.bridge.errors import KvatlasError, RightsError, SettingsError
 
 #: Subcommand -> what its line in the overview says.
 COMMANDS: Final = {
@@ -42,7 +42,7 @@ COMMANDS: Final = {
     "version": "print the version and what it runs on",
 }
 
-_EXIT_USAGE: Final = 2
+EXIT_USAGE: Final = 2
 _EXIT_INTERRUPTED: Final = 130
 
 
@@ -52,7 +52,7 @@ def available() -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``kvatlas``; returns the exit code: 0 done, 1 failed, 2 wrong use or settings, 130 interrupted."""
+    """Run ``kvatlas``; returns the exit code: 0 done, 1 failed, 2 wrong use, settings or rights, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in arguments if not word.startswith("-")), None)
     names = available()
@@ -69,9 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         return int(args.run(args))
-    except SettingsError as error:
+    except (SettingsError, RightsError) as error:
         print(f"kvatlas {args.command}: {error}", file=sys.stderr)
-        return _EXIT_USAGE
+        return EXIT_USAGE
     except KvatlasError as error:
         print(f"kvatlas {args.command}: {error}", file=sys.stderr)
         return 1

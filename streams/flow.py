@@ -15,11 +15,14 @@ from aiokafka.errors import KafkaError
 from mode import get_logger
 
 from kvatlas.bridge.errors import KvatlasError
+from kvatlas.bridge.kafka import refusal_in
 
 logger = get_logger(__name__)
 
 _BACKOFF_FIRST_SECONDS: Final = 0.1
 _BACKOFF_MOST_SECONDS: Final = 2.0
+#: Commits that Kafka may refuse for want of a right before the flow ends, about 3 s.
+_REFUSALS: Final = 6
 
 
 class Work(Protocol):
@@ -130,11 +133,15 @@ class Flow:
     async def _commit(self, work: Work) -> bool:
         """Commit until it succeeds; False when the flow was stopped before that."""
         backoff = _BACKOFF_FIRST_SECONDS
+        refusals = 0
         while True:
             try:
                 await work.commit()
             except (KvatlasError, KafkaError) as error:
                 if isinstance(error, KvatlasError) and not error.retriable:
+                    raise
+                refusals += refusal_in(error) is not None
+                if refusals >= _REFUSALS:
                     raise
                 if self._stopping:
                     self._on_taken(len(self._taken))

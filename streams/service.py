@@ -19,7 +19,7 @@ from mode import get_logger
 from kvatlas.bridge import records
 from kvatlas.bridge.block_key import KEY_VERSION
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.bridge.kafka import client_config
+from kvatlas.bridge.kafka import client_config, lost_right
 from kvatlas.bridge.records import WorkerRecord
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.bridge.telemetry import Telemetry
@@ -104,7 +104,11 @@ class WorkerService:
         await self._start_app()
 
     async def run_until(self, stop: asyncio.Event) -> None:
-        """Run until ``stop`` is set; a Faust app that died is replaced by a new one."""
+        """Run until ``stop`` is set; a Faust app that died is replaced by a new one.
+
+        Raises:
+            RightsError: it died because the account may not do on Kafka what it must.
+        """
         while not stop.is_set():
             assert self._crashed is not None
             waiter = asyncio.create_task(stop.wait())
@@ -113,6 +117,8 @@ class WorkerService:
             waiter.cancel()
             if stop.is_set():
                 return
+            if (refused := lost_right(crashed.result(), self._kafka)) is not None:
+                raise refused
             logger.error("the stream app died, a new one is started: %r", crashed.result())
             metrics.RESTARTS.inc()
             await self._stop_app()

@@ -14,6 +14,7 @@ from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.bridge.telemetry import configure_logging
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.deploy.commands import common
+from kvatlas.deploy.rights import START_SECONDS, check_rights, rights_of
 
 HELP: Final = "subscribe to engines and put their events on Kafka"
 
@@ -38,8 +39,12 @@ async def _serve(settings: BridgeSettings, kafka: KafkaSettings) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    service = BridgeService(settings, kafka)  # first, since it finds wrong settings without Kafka
+    groups = [settings.group] if settings.ownership == "group" else []
+    check = check_rights(kafka, rights_of("bridge", kafka, groups=groups), wait_seconds=START_SECONDS)
+    if not await common.unless_stopped(stop, check):
+        return 0
     await ensure_topics(kafka, [topic for topic in TOPICS if topic.name in (EVENTS, DLQ, PODS)])
-    service = BridgeService(settings, kafka)
     try:
         await service.start()
         calm_collector()

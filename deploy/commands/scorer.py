@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from kvatlas.bridge.telemetry import configure_logging
 from kvatlas.deploy.commands import common
+from kvatlas.deploy.rights import check_rights, rights_of
 from kvatlas.scorer.service import ScorerService
 
 HELP: Final = "answer which pod holds a prompt's prefix"
@@ -40,7 +41,11 @@ def run(args: argparse.Namespace) -> int:
 
 async def _serve(sections: dict[str, Any]) -> None:
     stop = common.async_stop_event()
-    service = ScorerService(sections["scorer"], sections["kafka"], tokenizer=sections.get("tokenizer"))
+    kafka, wait_seconds = sections["kafka"], sections["scorer"].start_timeout_seconds
+    service = ScorerService(sections["scorer"], kafka, tokenizer=sections.get("tokenizer"))
+    check = check_rights(kafka, rights_of("scorer", kafka), wait_seconds=wait_seconds)
+    if not await common.unless_stopped(stop, check):
+        return
     try:
         await service.start()
         ready = asyncio.ensure_future(service.ready.wait())

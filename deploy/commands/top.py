@@ -15,6 +15,7 @@ from rich.text import Text
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.deploy.commands.common import add_sections, async_stop_event, load_sections
 from kvatlas.deploy.history.watch import Picture, Watch
+from kvatlas.deploy.rights import check_rights, rights_of
 
 HELP: Final = "live view of fleet and workers"
 
@@ -35,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
 async def _run(args: argparse.Namespace, kafka: KafkaSettings) -> int:
     stop = async_stop_event()
+    await check_rights(kafka, rights_of("top", kafka))
     async with Watch(kafka) as watch:
         picture = await watch.look()
         if args.once:

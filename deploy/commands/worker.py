@@ -19,8 +19,11 @@ from kvatlas.bridge import records
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.bridge.telemetry import configure_logging
 from kvatlas.deploy.brokers.topics import ensure_topics
+from kvatlas.deploy.cli import EXIT_USAGE
 from kvatlas.deploy.commands import common
 from kvatlas.deploy.reindex.catalog import configured
+from kvatlas.deploy.rights import START_SECONDS, check_rights, rights_of
+from kvatlas.streams.app import group_of
 from kvatlas.streams.options import WorkerSettings
 from kvatlas.streams.service import WorkerService
 
@@ -77,10 +80,14 @@ def topics_of(settings: WorkerSettings) -> tuple[records.Topic, ...]:
 
 
 async def _serve(settings: WorkerSettings, kafka: KafkaSettings) -> int:
+    version, groups = settings.index_version, [group_of(settings)]
+    rights = rights_of("worker", kafka, app=settings.app, version=version, groups=groups)
+    stop = common.async_stop_event()
+    if not await common.unless_stopped(stop, check_rights(kafka, rights, wait_seconds=START_SECONDS)):
+        return 0
     if kafka.create_topics:
         await ensure_topics(kafka, topics_of(settings))
     settings = await configured(kafka, settings)
-    stop = common.async_stop_event()
     service = WorkerService(settings, kafka)
     with common.leaving("worker"):  # Faust's tasks and threads outlive a stop while the brokers are away
         try:
@@ -125,7 +132,11 @@ class Supervisor:
         self._stopping = False
 
     def run(self) -> int:
-        """Run until SIGTERM or Ctrl-C; returns 0 when all children ended cleanly, else 1."""
+        """Run until SIGTERM or Ctrl-C, or until a child finds its settings or rights wrong.
+
+        Returns:
+            0 when all children ended cleanly, 2 after wrong settings or rights, else 1.
+        """
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, lambda *_: self._stop())
         for number in range(len(self._children)):
@@ -146,7 +157,9 @@ class Supervisor:
         for number, child in enumerate(self._children):
             if child is None or child.poll() is None or self._stopping:
                 continue
-            if time.monotonic() - self._started[number] >= _RESTART_SECONDS:
+            if child.returncode == EXIT_USAGE:  # it said what is wrong, and would say so for ever
+                self._stop()
+            elif time.monotonic() - self._started[number] >= _RESTART_SECONDS:
                 print(
                     f"worker process {number} ended with {child.returncode}, started anew", file=sys.stderr, flush=True
                 )
@@ -169,4 +182,6 @@ class Supervisor:
             except subprocess.TimeoutExpired:
                 os.killpg(child.pid, signal.SIGKILL)
                 codes.append(child.wait())
+        if EXIT_USAGE in codes:
+            return EXIT_USAGE
         return 0 if all(code == 0 for code in codes) else 1

@@ -11,9 +11,10 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.errors import LogError, SettingsError
-from kvatlas.bridge.kafka import client_config
+from kvatlas.bridge.kafka import client_config, lost_right
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.deploy.history.moment import Moment, offsets_at
+from kvatlas.deploy.rights import account, contact
 
 _FETCH_BYTES: Final = 16 * 1024 * 1024
 
@@ -71,8 +72,10 @@ class LogReader:
         """Connect.
 
         Raises:
+            SettingsError: TLS or SASL settings are refused.
             LogError: Kafka cannot be reached.
         """
+        (await contact(self._kafka)).close()  # its errors say which setting is refused, the consumer's do not
         try:
             await self._consumer.start()
         except (KafkaError, OSError) as error:
@@ -95,7 +98,10 @@ class LogReader:
         client = self._consumer._client
         found = (await client.fetch_all_metadata()).partitions_for_topic(name)
         if not found:
-            raise LogError(f"topic {name} does not exist on {self._kafka.brokers}; `kvatlas topics` creates it")
+            raise LogError(
+                f"topic {name} does not exist on {self._kafka.brokers}, or {account(self._kafka)} may not see it; "
+                "`kvatlas topics` creates it, docs/security.md lists the rights"
+            )
         await client.add_topic(name)  # what was read before may be all that the client keeps track of
         return [TopicPartition(name, partition) for partition in sorted(found)]
 
@@ -116,7 +122,7 @@ class LogReader:
             starts = await offsets_at(self._consumer, tps, since)
             ends = await offsets_at(self._consumer, tps, until)
         except KafkaError as error:
-            raise LogError(f"cannot find offsets of {topic}: {error}") from error
+            raise lost_right(error, self._kafka) or LogError(f"cannot find offsets of {topic}: {error}") from error
         return Range(topic, {tp.partition: (starts[tp], max(starts[tp], ends[tp])) for tp in tps})
 
     async def read(self, span: Range) -> AsyncIterator[list[Record]]:
@@ -145,7 +151,7 @@ class LogReader:
                         yield chunk
                 await self._close_ended(open_ends)
             except KafkaError as error:
-                raise LogError(f"reading {span.topic} stopped: {error}") from error
+                raise lost_right(error, self._kafka) or LogError(f"reading {span.topic} stopped: {error}") from error
 
     async def _close_ended(self, open_ends: dict[TopicPartition, int]) -> None:
         """Drop partitions whose position passed the end: their last offsets may hold no record."""
