@@ -252,6 +252,19 @@ class WorkerService:
             raise StoreError("this worker has no block_index table: it is stopped, or its role is resolve")
         return table
 
+    def index_state(self, partition: int) -> PartitionState | None:
+        """Return the local state of a partition of ``block_index``, None when it is not here."""
+        return self._state_of(partition)
+
+    @property
+    def partition_count(self) -> int:
+        """Partitions of the index; 0 before :meth:`start`."""
+        return self._partitions.get(self._settings.blocks_topic, 0)
+
+    def add_check(self, name: str, check: Callable[[], str | None]) -> None:
+        """Make ``/readyz`` depend on one more check: None when it is passed, else why not."""
+        self._telemetry.add_check(name, check)
+
     def _index_states(self) -> dict[int, PartitionState]:
         table = self._app.bulk_table(BLOCK_INDEX) if self._app is not None else None
         return table.store.states if table is not None else {}

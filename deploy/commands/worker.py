@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -23,9 +23,13 @@ from kvatlas.deploy.cli import EXIT_USAGE
 from kvatlas.deploy.commands import common
 from kvatlas.deploy.reindex.catalog import configured
 from kvatlas.deploy.rights import START_SECONDS, check_rights, rights_of
+from kvatlas.scorer.options import ScorerSettings
 from kvatlas.streams.app import group_of
 from kvatlas.streams.options import WorkerSettings
 from kvatlas.streams.service import WorkerService
+
+if TYPE_CHECKING:
+    from kvatlas.deploy.colocated import ScoringWorker
 
 HELP: Final = "materialise the block index and answer lookups"
 
@@ -37,12 +41,19 @@ _POLL_SECONDS: Final = 0.1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this subcommand."""
-    common.add_sections(parser, "kafka", "worker", "log")
+    common.add_sections(parser, "kafka", "worker", "log", "scorer", "tokenizer", prefixed=("scorer",))
+    parser.add_argument(
+        "--with-scorer", action="store_true", help="also serve scores, read from this worker's tables without a hop"
+    )
     parser.add_argument(_CHILD, type=int, default=-1, help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run a worker until SIGTERM or Ctrl-C; prints ``ready worker=HOST:PORT`` once its partitions are restored."""
+    """Run a worker until SIGTERM or Ctrl-C.
+
+    Prints ``ready worker=HOST:PORT`` once its partitions are restored; with a scorer, `` scorer=HOST:PORT`` follows and
+    scores can be asked for too.
+    """
     sections = common.load_sections(args)
     settings: WorkerSettings = sections["worker"]
     configure_logging(sections["log"], "worker")
@@ -50,8 +61,9 @@ def run(args: argparse.Namespace) -> int:
         return Supervisor(settings.processes, _arguments()).run()
     if args.child >= 0:
         settings = child_settings(settings, args.child)
+        sections["scorer"] = child_scorer(sections["scorer"], args.child)
     _use_uvloop()
-    return asyncio.run(_serve(settings, sections["kafka"]))
+    return asyncio.run(_serve(settings, sections["kafka"], sections if args.with_scorer else None))
 
 
 def child_settings(settings: WorkerSettings, number: int) -> WorkerSettings:
@@ -63,6 +75,18 @@ def child_settings(settings: WorkerSettings, number: int) -> WorkerSettings:
         listen=shifted(settings.listen, number),
         telemetry_listen=shifted(settings.telemetry_listen, number),
         advertise=shifted(settings.advertise, number),
+    )
+
+
+def child_scorer(settings: ScorerSettings, number: int) -> ScorerSettings:
+    """Return the settings of the scorer in one of several worker processes: its own name, socket and ports."""
+    return msgspec.structs.replace(
+        settings,
+        name=f"{settings.name}-{number}" if settings.name else "",
+        listen=shifted(settings.listen, number),
+        socket=f"{settings.socket}.{number}" if settings.socket else "",
+        http_listen=shifted(settings.http_listen, number),
+        telemetry_listen=shifted(settings.telemetry_listen, number),
     )
 
 
@@ -79,16 +103,18 @@ def topics_of(settings: WorkerSettings) -> tuple[records.Topic, ...]:
     return tuple(topic for topic in records.TOPICS if topic.name != records.BLOCKS)
 
 
-async def _serve(settings: WorkerSettings, kafka: KafkaSettings) -> int:
+async def _serve(settings: WorkerSettings, kafka: KafkaSettings, scorer: dict[str, Any] | None) -> int:
     version, groups = settings.index_version, [group_of(settings)]
     rights = rights_of("worker", kafka, app=settings.app, version=version, groups=groups)
+    if scorer is not None:
+        rights += rights_of("scorer", kafka)
     stop = common.async_stop_event()
     if not await common.unless_stopped(stop, check_rights(kafka, rights, wait_seconds=START_SECONDS)):
         return 0
     if kafka.create_topics:
         await ensure_topics(kafka, topics_of(settings))
     settings = await configured(kafka, settings)
-    service = WorkerService(settings, kafka)
+    service = _service(settings, kafka, scorer)
     with common.leaving("worker"):  # Faust's tasks and threads outlive a stop while the brokers are away
         try:
             await service.start()
@@ -100,9 +126,20 @@ async def _serve(settings: WorkerSettings, kafka: KafkaSettings) -> int:
     return 0
 
 
-async def _say_ready(service: WorkerService) -> None:
+def _service(
+    settings: WorkerSettings, kafka: KafkaSettings, scorer: dict[str, Any] | None
+) -> WorkerService | ScoringWorker:
+    if scorer is None:
+        return WorkerService(settings, kafka)
+    from kvatlas.deploy.colocated import ScoringWorker  # noqa: PLC0415 - a worker alone needs no tokenizers
+
+    return ScoringWorker(settings, kafka, scorer["scorer"], scorer["tokenizer"])
+
+
+async def _say_ready(service: WorkerService | ScoringWorker) -> None:
     await service.ready.wait()
-    print(f"ready worker={service.address}", flush=True)
+    scorer = getattr(service, "scorer_address", "")
+    print(f"ready worker={service.address}" + (f" scorer={scorer}" if scorer else ""), flush=True)
 
 
 def _use_uvloop() -> None:
