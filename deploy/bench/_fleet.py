@@ -95,12 +95,14 @@ class LogFleet:
             clock=time.time,
         )
 
-    def serve(self, requests: int) -> None:
-        """Run requests to their end on random pods."""
-        for request in islice(self._traffic, requests):
+    def serve(self, requests: int) -> list[Request]:
+        """Run requests to their end on random pods; returns them."""
+        served = list(islice(self._traffic, requests))
+        for request in served:
             pod = self._random.choice(list(self.pods.values()))
             pod.submit(request)
             pod.drain()
+        return served
 
     def disturb(self, clear: float, restart: float) -> None:
         """Clear or restart a random pod with these probabilities."""

@@ -1,0 +1,94 @@
+"""A scorer inside a worker on the real Kafka: scores are the oracle's, with and without the other workers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvatlas.scorer.client import AsyncScorerClient
+from tests.integration.scorer_support import ScoringFleet, addresses_of, until_right
+from tests.integration.streams_support import WorkerProcess, make_topics, producing
+
+_SCORER = ("--with-scorer", "--scorer-listen=127.0.0.1:0")
+_SESSION = ("--session-timeout-seconds=4", "--heartbeat-seconds=1")
+
+
+@pytest.fixture
+def workers() -> Iterator[list[WorkerProcess]]:
+    started: list[WorkerProcess] = []
+    yield started
+    for worker in started:
+        worker.close()
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+async def test_one_process_ingests_and_scores(
+    brokers: str, topic_prefix: str, tmp_path: Path, workers: list[WorkerProcess], free_port: int
+) -> None:
+    """Every score of a worker with a scorer is the oracle's, its HTTP front answers, and it stops in time."""
+    kafka = await make_topics(brokers, topic_prefix)
+    fleet = ScoringFleet(kafka, pods=4)
+    http = f"--scorer-http-listen=127.0.0.1:{free_port}"
+    workers.append(WorkerProcess(kafka, tmp_path / "w", *_SCORER, http, *_SESSION))
+    lookups, scorer = addresses_of(await workers[0].ready())
+    async with producing(kafka) as producer, AsyncScorerClient(scorer) as client:
+        for _ in range(3):
+            await fleet.serve(producer, 30)
+            answers = await until_right(client, fleet)
+            seen = {(part.role, part.worker) for answer in answers for part in answer.freshness.partitions}
+            assert len(seen) == 1, seen
+            assert seen.pop()[0] == "active"
+        assert fleet.hits() > 50
+        asked = urllib.request.Request(
+            f"http://127.0.0.1:{free_port}/v1/score",
+            json.dumps({"model": fleet.model, "tokens": fleet.prompts[-1].tokens}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        body = await asyncio.to_thread(lambda: urllib.request.urlopen(asked, timeout=10).read())
+        assert json.loads(body)["scores"].keys() == fleet.expected(fleet.prompts[-1]).keys()
+    assert lookups != scorer
+    code, seconds = workers[0].terminate()
+    assert (code, seconds < 8.0) == (0, True), (seconds, workers[0].tail())
+
+
+async def test_partitions_of_another_worker_are_one_hop_away(
+    brokers: str, topic_prefix: str, tmp_path: Path, workers: list[WorkerProcess]
+) -> None:
+    """With two workers, one of them with a scorer, scores stay the oracle's while the other joins, owns and leaves."""
+    kafka = await make_topics(brokers, topic_prefix)
+    fleet = ScoringFleet(kafka, pods=4)
+    workers.append(WorkerProcess(kafka, tmp_path / "w0", *_SCORER, *_SESSION))
+    _, scorer = addresses_of(await workers[0].ready())
+    async with producing(kafka) as producer, AsyncScorerClient(scorer) as client:
+        await fleet.serve(producer, 60)
+        await until_right(client, fleet)
+        workers.append(WorkerProcess(kafka, tmp_path / "w1", *_SESSION))
+        await workers[1].ready()
+        await fleet.serve(producer, 40)
+
+        async def owners() -> set[str]:
+            answers = await until_right(client, fleet)
+            return {part.worker for answer in answers for part in answer.freshness.partitions}
+
+        async with asyncio.timeout(60):
+            while len(await owners()) != 2:
+                await asyncio.sleep(0.3)
+        code, _ = workers[1].terminate()
+        assert code == 0
+        await fleet.serve(producer, 20)
+        async with asyncio.timeout(60):
+            while len(await owners()) != 1:
+                await asyncio.sleep(0.3)
+    assert fleet.hits() > 50
