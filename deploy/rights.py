@@ -249,7 +249,7 @@ async def _missing_topics(connection: AIOKafkaConnection, rights: list[Right]) -
         if topic["error_code"] == TopicAuthorizationFailedError.errno:
             missing.append(right)
         elif topic["error_code"] == 0:
-            missing += _lacking(right, topic["authorized_operations"])
+            missing += lacking(right, topic["authorized_operations"])
     return missing
 
 
@@ -269,14 +269,15 @@ async def _missing_group(connection: AIOKafkaConnection, kafka: KafkaSettings, r
     group = reply["groups"][0]
     if group["error_code"] == GroupAuthorizationFailedError.errno:
         return [right]
-    return [] if group["error_code"] else _lacking(right, group["authorized_operations"])
+    return [] if group["error_code"] else lacking(right, group["authorized_operations"])
 
 
-def _lacking(right: Right, bits: int) -> list[Right]:
+def lacking(right: Right, bits: int) -> list[Right]:
+    """Return what a right lacks, from the authorized-operations field; nothing where the broker did not tell."""
     if bits == _NOT_TOLD:
         return []
-    lacking = tuple(name for name in right.operations if not bits >> OPERATIONS[name] & 1)
-    return [right._replace(operations=lacking)] if lacking else []
+    absent = tuple(name for name in right.operations if not bits >> OPERATIONS[name] & 1)
+    return [right._replace(operations=absent)] if absent else []
 
 
 # --- the two requests in the versions that tell rights: Kafka protocol guide, Metadata v8 and DescribeGroups v3 ---

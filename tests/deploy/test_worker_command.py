@@ -69,3 +69,15 @@ def test_the_supervisor_revives_children_and_hands_sigterm_on(tmp_path: Path, co
             signal.signal(number, handler)
     assert (tmp_path / "starts-0").read_text() == "x"
     assert (tmp_path / "starts-1").read_text() == "xx"
+
+
+def test_the_supervisor_ends_when_a_child_finds_its_settings_wrong(tmp_path: Path) -> None:
+    """What is wrong now is wrong for ever: the children are not started anew and the exit code is handed on."""
+    script = tmp_path / "child.py"
+    script.write_text("import sys, time\nif sys.argv[-1] == '0': sys.exit(2)\ntime.sleep(60)\n")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        assert Supervisor(2, [sys.executable, str(script)]).run() == 2
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

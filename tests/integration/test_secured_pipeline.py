@@ -123,7 +123,9 @@ def test_the_pipeline_scores_with_the_rights_of_the_table(accounts, services, en
     for service in services:
         service.signal(signal.SIGTERM)
         assert service.wait() == 0, service.tail()
-        assert "AuthorizationFailed" not in service.log.read_text()
+        log = service.log.read_text()
+        assert "AuthorizationFailed" not in log
+        assert "-secret" not in log, "a password is in the log"
 
 
 def _report_decision(address: str) -> None:
