@@ -1,217 +1,143 @@
-"""``kvatlas bench score``: time of a score, over gRPC and in process, beside an empty call to the same server.
+"""``kvatlas bench score``: time of a score against a running worker on Kafka, beside an empty call to the same server.
 
-The server runs in a process of its own over a table of a million blocks in memory; ``hop`` cases put the table into a
-third process behind the lookup protocol. ``inprocess`` leaves gRPC out.
+Cases: ``grpc-N`` asks the scorer inside the worker (no hop) with N token ids, ``packed`` as bytes and ``repeated`` as
+the field of numbers; ``hop-8192`` a scorer in a process of its own; ``inprocess-8192`` leaves gRPC out;
+``load-460`` asks 460 times a second while block updates are ingested. All pods hold all of the prompt.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import functools
-import multiprocessing
-import os
-import signal
+import gc
 import statistics
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Final
 
 import grpc
-import grpc.aio
 
-from kvatlas.bridge.block_key import KEY_BYTES, block_keys, partition_of, root_key
-from kvatlas.bridge.records import WRITER_STREAMS, PodRecord, WorkerRecord, encode, pod_ref
-from kvatlas.scorer.core import Core
+from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.deploy.bench import _rig, _serving
+from kvatlas.deploy.bench._score_load import under_load
+from kvatlas.deploy.colocated import ScoringWorker
 from kvatlas.scorer.options import ScorerSettings
-from kvatlas.scorer.pods import PodTable
-from kvatlas.scorer.reader import LocalLookups, Lookups, PartitionRouter, Seen
-from kvatlas.scorer.security import Guard
-from kvatlas.scorer.service import ScorerFront
+from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.v1 import scorer_pb2 as pb
-from kvatlas.scorer.workers import WorkerTable
-from kvatlas.streams.codec import pack_holder
-from kvatlas.streams.lookups import answer_columns
-from kvatlas.streams.v1 import block_index_pb2 as index_pb
-from kvatlas.streams.v1 import block_index_pb2_grpc as index_grpc
+from kvatlas.streams.options import WorkerSettings
 
-HELP: Final = "milliseconds per score: gRPC, with a hop, in process, beside an empty call"
+HELP: Final = "milliseconds per score: gRPC, with a hop, in process, beside an empty call; and under load"
 
-_MODEL: Final = "bench"
-_PODS: Final = 8
-_PARTITIONS: Final = 8
-_SIZES: Final = (8192, 32768, 131072)
+_SIZES: Final = (8_192, 32_768, 131_072)
+_CASES: Final = ("grpc", "repeated", "hop", "inprocess", "load")
+_WARM_CALLS: Final = 30
+_READY_SECONDS: Final = 120.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this benchmark."""
-    parser.add_argument("--blocks", type=int, default=1_000_000, help="blocks in the table")
-    parser.add_argument("--calls", type=int, default=400, help="calls per case at 8,192 tokens, fewer above")
+    _serving.add_arguments(parser)
+    parser.add_argument("--calls", type=int, default=1_000, help="calls per case at 8,192 tokens, fewer above")
+    parser.add_argument("--case", action="append", choices=_CASES, help="these alone, repeatable")
+    parser.add_argument("--rate", type=float, default=460.0, help="requests/s of the load case")
+    parser.add_argument("--updates", type=int, default=20_000, help="block updates/s of the load case")
+    parser.add_argument("--seconds", type=float, default=60.0, help="length of the load case")
 
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield the figures."""
-    context = multiprocessing.get_context("spawn")
-    for kind in ("grpc", "hop"):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(kind, args.blocks, theirs))
-        process.start()
-        try:
-            yield from _over_grpc(kind, ours.recv(), args.calls)
-        finally:
-            process.terminate()
-            process.join()
-    yield asyncio.run(_in_process(args))
+    cases = args.case or _CASES
+    blocks = max(int(args.blocks * args.scale), 20_000)
+    with _rig.broker(args) as (bootstrap, folder):
+        kafka = asyncio.run(_rig.topics(bootstrap, args.partitions))
+        load = _rig.Load(_serving.PODS, args.partitions)
+        with _serving.scoring_worker(kafka, folder) as addresses:
+            beside = _serving.others(load, blocks)
+            _serving.until_filled(addresses["scorer"], asyncio.run(_serving.fill(kafka, load, beside)))
+            yield from _over_grpc(cases, addresses["scorer"], args.calls)
+            if "hop" in cases:
+                command = ("scorer", "--listen=127.0.0.1:0", *_serving.flags(kafka))
+                with _serving.Service(folder / "scorer.log", *command) as apart:
+                    yield _compared("hop-8192", apart.ready()["scorer"], _SIZES[0], args.calls)
+            if "load" in cases:
+                yield from under_load(kafka, addresses["scorer"], load, beside, args)
+        if "inprocess" in cases:
+            yield asyncio.run(_in_process(kafka, folder, args.calls))
 
 
-def _tokens(count: int) -> bytes:
-    return array("I", range(1, count + 1)).tobytes()
+def _over_grpc(cases: Sequence[str], address: str, calls: int) -> Iterator[dict[str, Any]]:
+    for size in _SIZES:
+        count = max(calls * _SIZES[0] // size, 100)
+        if "grpc" in cases:
+            yield _compared(f"grpc-{size}", address, size, count)
+        if "repeated" in cases:
+            yield _compared(f"grpc-{size}-repeated", address, size, count, repeated=True)
 
 
-def _table(blocks: int) -> dict[bytes, bytes]:
-    held = b"".join(sorted(pack_holder(pod_ref(f"pod-{n}"), 0, 1, 0, 0, 0) for n in range(_PODS)))
-    table = dict.fromkeys(block_keys(root_key(_MODEL), _tokens(max(_SIZES)), 16), held)
-    other = 0
-    while len(table) < blocks:
-        keys = block_keys(root_key(f"other-{other}"), _tokens(max(_SIZES)), 16)
-        table.update(dict.fromkeys(keys[: blocks - len(table)], held))
-        other += 1
-    return table
-
-
-def _pods() -> PodTable:
-    pods = PodTable()
-    for number in range(_PODS):
-        name = f"pod-{number}"
-        pods.put(WRITER_STREAMS, name, PodRecord(pod=name, writer=WRITER_STREAMS, model=_MODEL, block_size_tokens=16))
-    return pods
-
-
-def _local(blocks: int) -> Lookups:
-    table = _table(blocks)
-    seen = {number: Seen("active", "bench", 0, 0) for number in range(_PARTITIONS)}
-    return LocalLookups(lambda keys: [table.get(key, b"") for key in keys], lambda: seen)
-
-
-class _Index(index_grpc.BlockIndexServicer):
-    def __init__(self, blocks: int) -> None:
-        self._table = _table(blocks)
-
-    async def Lookup(self, request: index_pb.LookupRequest, _context: Any) -> index_pb.LookupResponse:  # noqa: N802
-        packed = request.keys
-        keys = [packed[at : at + KEY_BYTES] for at in range(0, len(packed), KEY_BYTES)]
-        values, index = answer_columns([self._table.get(key) for key in keys])
-        touched = {partition_of(key, _PARTITIONS) for key in keys}
-        states = [index_pb.PartitionState(partition=p, role=index_pb.PartitionState.ACTIVE) for p in touched]
-        return index_pb.LookupResponse(values=values, index=index, partitions=states, worker="bench")
-
-
-async def _index_server(blocks: int, pipe: Connection) -> None:
-    server = grpc.aio.server()
-    index_grpc.add_BlockIndexServicer_to_server(_Index(blocks), server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    pipe.send(f"127.0.0.1:{port}")
-    await server.wait_for_termination()
-
-
-def _run(work: Callable[[], Any]) -> None:
-    import uvloop  # noqa: PLC0415 - in the child only
-
-    uvloop.run(work())
-
-
-def _serve_index(blocks: int, pipe: Connection) -> None:
-    _run(lambda: _index_server(blocks, pipe))
-
-
-def _serve(kind: str, blocks: int, pipe: Connection) -> None:
-    if kind == "grpc":
-        lookups = _local(blocks)
-        _run(lambda: _score_server(lookups, pipe))
-        return
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    worker = context.Process(target=_serve_index, args=(blocks, theirs))
-    worker.start()
-
-    # Terminated by the parent: take the worker along.
-    def leave(_number: int, _frame: object) -> None:
-        worker.kill()
-        os._exit(0)
-
-    signal.signal(signal.SIGTERM, leave)
-    workers = WorkerTable(time.time_ns)
-    now = time.time_ns()
-    record = WorkerRecord(
-        worker="bench",
-        endpoint=ours.recv(),
-        partitions=list(range(_PARTITIONS)),
-        partition_count=_PARTITIONS,
-        updated_ns=now,
-        expires_ns=now + 3_600_000_000_000,
-    )
-    workers.apply(b"bench", encode(record))
-    _run(lambda: _score_server(PartitionRouter(workers), pipe))
-
-
-async def _score_server(lookups: Lookups, pipe: Connection) -> None:
-    settings = ScorerSettings()
-    core = Core(settings, _pods(), lookups, block_size=lambda: 16)
-    server = grpc.aio.server(options=[("grpc.max_receive_message_length", settings.max_message_bytes)])
-    server.add_generic_rpc_handlers((ScorerFront(core, settings, Guard()).handler(),))
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    pipe.send(f"127.0.0.1:{port}")
-    await server.wait_for_termination()
-
-
-def _over_grpc(kind: str, address: str, calls: int) -> Iterator[dict[str, Any]]:
+def _compared(case: str, address: str, size: int, count: int, *, repeated: bool = False) -> dict[str, Any]:
+    """Time a score and an empty call in turn, so that both meet the same machine."""
+    request = pb.ScoreRequest(model=_serving.MODEL)
+    if repeated:
+        request.tokens.extend(array("I", _serving.tokens(size)))
+    else:
+        request.tokens_packed = _serving.tokens(size)
     with grpc.insecure_channel(address, options=[("grpc.max_send_message_length", -1)]) as channel:
-        call = channel.unary_unary(
-            "/kvatlas.v1.Scorer/Score",
-            request_serializer=pb.ScoreRequest.SerializeToString,
-            response_deserializer=pb.ScoreResponse.FromString,
-        )
-        empty = pb.ScoreRequest(model=_MODEL)
-        for size in _SIZES if kind == "grpc" else _SIZES[:1]:
-            request = pb.ScoreRequest(model=_MODEL, tokens_packed=_tokens(size))
-            count = max(calls * _SIZES[0] // size, 50)
-            answer = call(request, timeout=60)
-            assert answer.scores["pod-3"].matched_tokens == size
-            baseline = _timed(functools.partial(call, empty), count)
-            times = _timed(functools.partial(call, request), count)
-            yield _figure(f"{kind}-{size}", times, statistics.median(baseline))
+        ask: Any = channel.unary_unary("/kvatlas.v1.Scorer/Score", response_deserializer=pb.ScoreResponse.FromString)
+        # The time is the server's and the wire's: a router builds its message once, in its own language.
+        full, empty = request.SerializeToString(), pb.ScoreRequest(model=_serving.MODEL).SerializeToString()
+        answer = ask(full, timeout=60)
+        assert all(answer.scores[_serving.pod_name(n)].matched_tokens == size for n in range(_serving.PODS))
+        times, baseline = _in_turn((lambda: ask(full, timeout=60), lambda: ask(empty, timeout=60)), count)
+    return figure(case, times, statistics.median(baseline))
 
 
-async def _in_process(args: argparse.Namespace) -> dict[str, Any]:
-    core = Core(ScorerSettings(), _pods(), _local(args.blocks), block_size=lambda: 16)
-    request = pb.ScoreRequest(model=_MODEL, tokens_packed=_tokens(_SIZES[0]))
-    times = []
-    for _ in range(args.calls):
-        began = time.perf_counter()
-        await core.score(request)
-        times.append((time.perf_counter() - began) * 1e3)
-    return _figure(f"inprocess-{_SIZES[0]}", times, None)
-
-
-def _timed(call: Callable[[], Any], count: int) -> list[float]:
-    for _ in range(20):
-        call()
-    times = []
-    for _ in range(count):
-        began = time.perf_counter()
-        call()
-        times.append((time.perf_counter() - began) * 1e3)
+def _in_turn(calls: Sequence[Callable[[], Any]], count: int) -> list[list[float]]:
+    """Return the milliseconds of each call, made in turn."""
+    times: list[list[float]] = [[] for _ in calls]
+    gc.collect()
+    gc.disable()  # of the caller, which is not what is measured
+    try:
+        for number in range(_WARM_CALLS + count):
+            for call, found in zip(calls, times, strict=True):
+                began = time.perf_counter()
+                call()
+                if number >= _WARM_CALLS:
+                    found.append((time.perf_counter() - began) * 1e3)
+    finally:
+        gc.enable()
     return times
 
 
-def _figure(case: str, times: Sequence[float], baseline: float | None) -> dict[str, Any]:
+async def _in_process(kafka: KafkaSettings, folder: Path, calls: int) -> dict[str, Any]:
+    """Time the operation behind the RPC, in a worker that takes over the tables of the one before."""
+    service = ScoringWorker(
+        WorkerSettings(state_dir=str(folder / "state")),
+        kafka,
+        ScorerSettings(listen="127.0.0.1:0"),
+        TokenizerSettings(),
+    )
+    await service.start()
+    try:
+        await asyncio.wait_for(service.ready.wait(), _READY_SECONDS)
+        request = pb.ScoreRequest(model=_serving.MODEL, tokens_packed=_serving.tokens(_SIZES[0]))
+        times = []
+        for _ in range(_WARM_CALLS + calls):
+            began = time.perf_counter()
+            await service.core.score(request)
+            times.append((time.perf_counter() - began) * 1e3)
+            await asyncio.sleep(0)
+    finally:
+        await service.stop()
+    return figure(f"inprocess-{_SIZES[0]}", times[_WARM_CALLS:], None)
+
+
+def figure(case: str, times: Sequence[float], baseline: float | None) -> dict[str, Any]:
+    """Return a figure of milliseconds."""
     ordered = sorted(times)
     p50 = statistics.median(ordered)
-    figure: dict[str, Any] = {
+    found: dict[str, Any] = {
         "bench": "score",
         "case": case,
         "value": round(p50, 3),
@@ -220,5 +146,5 @@ def _figure(case: str, times: Sequence[float], baseline: float | None) -> dict[s
         "p99": round(ordered[min(int(len(ordered) * 0.99), len(ordered) - 1)], 3),
     }
     if baseline is not None:
-        figure |= {"baseline": round(baseline, 3), "ratio": round(p50 / baseline, 2)}
-    return figure
+        found |= {"baseline": round(baseline, 3), "ratio": round(p50 / baseline, 2)}
+    return found
