@@ -97,9 +97,11 @@ class Inbound:
                 )
             return False
         peer.connection = number
-        peer.stream.leaving = False
-        if peer.left_seconds is not None:
-            peer.left_seconds = None
+        again, peer.left_seconds, peer.stream.leaving = peer.stream.leaving, None, False
+        if (number, place) in self._refused:
+            self._refused.discard((number, place))
+            peer.stream.replaced()  # the two were there at one time, so they are not one engine
+        elif again:
             peer.stream.reconnected()
         return True
 

@@ -227,6 +227,10 @@ class Tracker:
         self._catch_up = True
         self._verify = self.expected > 0
 
+    def replaced(self, reason: str) -> list[Output]:
+        """Take note that another engine publishes from now on."""
+        return self._restart(None, reason)
+
     def probe(self) -> None:
         """Ask for the stream's tail although nothing seems to be missing (a lost last message leaves no hole)."""
         self.reconnected()

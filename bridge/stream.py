@@ -273,6 +273,12 @@ class PodStream:
         self._probe = True
         self._wake.set()
 
+    def replaced(self) -> None:
+        """Note that another engine has the pod's name from now on."""
+        if self.tracker is not None:
+            self._take(self.tracker.replaced("another engine, connected before this one left, has its name now"))
+        self.reconnected()
+
     # --- to the log ----------------------------------------------------------------------------------------------
 
     def _take(self, outputs: list[Output]) -> None:
@@ -392,6 +398,8 @@ class PodStream:
         while True:
             tracker = self.tracker
             request = tracker.request if tracker is not None else None
+            if self._waiting is not None:
+                self._probe = False
             if request is None and not self._probe:
                 self._wake.clear()
                 await self._wake.wait()

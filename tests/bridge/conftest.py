@@ -1,0 +1,98 @@
+"""Streams of a bridge over real sockets, with a log in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any, cast
+
+import msgspec
+import pytest
+
+from kvatlas.bridge import records
+from kvatlas.bridge.options import BridgeSettings
+from kvatlas.bridge.publisher import Item, Publisher
+from kvatlas.bridge.shared import Shared
+from kvatlas.bridge.stream import PodStream
+
+
+class MemoryLog:
+    """Keeps what is sent; acknowledges at once, or when told to."""
+
+    pending_bytes = 0
+
+    def __init__(self) -> None:
+        self.records: list[tuple[str, Item]] = []
+        self.holding = False
+        self._acknowledged = 0
+
+    def send(self, topic: str, _partition: int, item: Item) -> None:
+        """Take a record."""
+        self.records.append((topic, item))
+        if not self.holding:
+            self.acknowledge()
+
+    def acknowledge(self) -> None:
+        """Acknowledge all."""
+        self.holding = False
+        while self._acknowledged < len(self.records):
+            offset, self._acknowledged = self._acknowledged, self._acknowledged + 1
+            item = self.records[offset][1]
+            if item.acknowledged is not None:
+                item.acknowledged(offset)
+
+    def messages(self, pod: str) -> list[tuple[int, int]]:
+        """Return (incarnation, sequence) of a pod's messages, in order."""
+        found = [dict(item.headers) for _, item in self.records if item.key == pod.encode()]
+        return [(int(h["incarnation"]), int(h["sequence"])) for h in found if h["content_type"] == b"engine"]
+
+    def controls(self, pod: str) -> list[records.Control]:
+        """Return a pod's turns, in order."""
+        found = [item for _, item in self.records if item.key == pod.encode()]
+        return [
+            records.decode(records.Control, item.value)
+            for item in found
+            if dict(item.headers)["content_type"] == b"control"
+        ]
+
+    def pod(self, name: str) -> records.PodRecord:
+        """Return a pod's newest record."""
+        key = records.pod_key(records.WRITER_BRIDGE, name)
+        return records.decode(records.PodRecord, [item.value for _, item in self.records if item.key == key][-1])
+
+
+class Bridge:
+    """What streams share, and the streams, which are closed at the end."""
+
+    def __init__(self) -> None:
+        self.log = MemoryLog()
+        self.streams: dict[str, PodStream] = {}
+        self.shared = self.share(BridgeSettings(replay_timeout_seconds=0.5, replay_backoff_seconds=0.05))
+
+    def share(self, settings: BridgeSettings) -> Shared:
+        """Begin anew with other settings, on the same log."""
+        clock = iter(range(10**18, 2 * 10**18, 10**6))  # every look a millisecond later
+        self.shared = Shared(settings, cast("Publisher", self.log), lambda topic: topic, lambda: next(clock))
+        return self.shared
+
+    def change(self, **settings: Any) -> Shared:
+        """Begin anew with some settings changed."""
+        return self.share(msgspec.structs.replace(self.shared.settings, **settings))
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for something."""
+        async with asyncio.timeout(10):
+            while not condition():
+                for stream in self.streams.values():
+                    stream.retry()
+                await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+async def bridge() -> AsyncIterator[Bridge]:
+    """A bridge of one test."""
+    bridge = Bridge()
+    yield bridge
+    for stream in bridge.streams.values():
+        await stream.close()
+    bridge.shared.context.destroy(linger=0)

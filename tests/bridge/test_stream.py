@@ -1,0 +1,172 @@
+"""Whose a pod is: endpoints of other bridges, pods listed twice, pods that move, change their name or leave."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from kvatlas.bridge import records
+from kvatlas.bridge.engine_publisher import EnginePublisher
+from kvatlas.bridge.options import parse_engine
+from kvatlas.bridge.recovery import Recovered
+from kvatlas.bridge.stream import PodStream
+
+_CLEAR = [{"type": "AllBlocksCleared"}]
+
+
+class Engine(EnginePublisher):
+    """An engine that counts how often its replay socket is asked."""
+
+    def __init__(self, pod: str = "pod-x") -> None:
+        super().__init__("tcp://127.0.0.1:*", "tcp://127.0.0.1:*", topic=f"kv@{pod}@m")
+        self.asked: list[int] = []
+        self.start()
+
+    def _answer(self, router: Any, identity: bytes, start: int) -> None:
+        self.asked.append(start)
+        super()._answer(router, identity, start)
+
+    def say(self, first: int, end: int) -> None:
+        """Publish messages; their timestamps tell them apart."""
+        for number in range(first, end):
+            self.publish(_CLEAR, timestamp=float(number))
+
+
+@pytest.fixture
+def engines() -> Iterator[list[Engine]]:
+    """Engines that are closed at the end."""
+    made: list[Engine] = []
+    yield made
+    for engine in made:
+        engine.close()
+
+
+def _open(bridge: Any, engine: EnginePublisher, host: str = "127.0.0.1") -> PodStream:
+    text = f"{engine.endpoint},{engine.replay_endpoint}".replace("127.0.0.1", host)
+    stream = PodStream(parse_engine(text)[0], bridge.shared)
+    bridge.streams[stream.spec.key] = stream
+    return stream
+
+
+async def test_a_pod_of_another_bridge_is_not_asked_again(bridge: Any, engines: list[Engine]) -> None:
+    """It is asked once to learn its name, then neither heartbeats nor its own messages lead to a replay."""
+    engine = Engine()
+    engines.append(engine)
+    engine.say(0, 5)
+    bridge.shared.owns = lambda _: False
+    stream = _open(bridge, engine)
+    await bridge.until(lambda: stream.waiting)
+    for number in range(5, 15):
+        stream.beat()
+        engine.say(number, number + 1)
+        await asyncio.sleep(0.03)
+    assert engine.asked == [0]
+    assert bridge.log.records == []
+    assert stream.pod == "pod-x"
+
+
+async def test_a_pod_taken_over_goes_on_where_the_log_ends(bridge: Any, engines: list[Engine]) -> None:
+    """Once the pod is ours, only what the log lacks is asked for, under the incarnation of before."""
+    engine = Engine()
+    engines.append(engine)
+    engine.say(0, 8)
+    bridge.shared.owns = lambda _: False
+    stream = _open(bridge, engine)
+    await bridge.until(lambda: stream.waiting)
+    epoch = records.epoch_of(77)
+    record = records.PodRecord(pod="pod-x", writer="bridge", epoch=epoch, last_sequence=4, last_event_ns=4 * 10**9)
+    bridge.shared.recovered["pod-x"] = Recovered(record)
+    bridge.shared.owns = lambda _: True
+    await bridge.until(lambda: len(bridge.log.messages("pod-x")) == 3)
+    assert bridge.log.messages("pod-x") == [(77, 5), (77, 6), (77, 7)]
+    assert engine.asked == [0, 4]
+    assert bridge.log.controls("pod-x") == []
+
+
+async def test_one_engine_under_two_addresses_is_on_the_log_once(bridge: Any, engines: list[Engine]) -> None:
+    """The second endpoint of a pod is left out, counted once, and goes on with the pod once the first leaves."""
+    engine = Engine()
+    engines.append(engine)
+    first = _open(bridge, engine)
+    engine.say(0, 3)
+    await bridge.until(lambda: len(bridge.log.messages("pod-x")) == 3)
+    second = _open(bridge, engine, "localhost")
+    await bridge.until(lambda: second.waiting)
+    engine.say(3, 6)
+    await bridge.until(lambda: len(bridge.log.messages("pod-x")) == 6)
+    assert bridge.shared.conflicts == 1
+    first.leaving = True
+    await bridge.until(lambda: not second.waiting)
+    engine.say(6, 9)
+    await bridge.until(lambda: len(bridge.log.messages("pod-x")) == 9)
+    first.end()
+    found = bridge.log.messages("pod-x")
+    assert [sequence for _, sequence in found] == list(range(9))
+    assert len({incarnation for incarnation, _ in found}) == 1
+    assert [control.type for control in bridge.log.controls("pod-x")] == ["start"]
+    second.write_record()
+    assert bridge.log.pod("pod-x").endpoint == second.spec.live
+
+
+async def test_a_pod_that_moved_restarts_and_is_not_gone(bridge: Any, engines: list[Engine]) -> None:
+    """A new engine of the same name elsewhere is a restart; the old address, which ends later, changes nothing."""
+    old, new = Engine(), Engine()
+    engines += [old, new]
+    first = _open(bridge, old)
+    old.say(0, 4)
+    await bridge.until(lambda: len(bridge.log.messages("pod-x")) == 4)
+    first.leaving = True
+    new.say(100, 106)
+    _open(bridge, new)
+    await bridge.until(lambda: len(bridge.log.messages("pod-x")) == 10)
+    first.end()
+    found = bridge.log.messages("pod-x")
+    assert [sequence for _, sequence in found] == [*range(4), *range(6)]
+    assert found[4][0] > found[3][0]
+    assert [control.type for control in bridge.log.controls("pod-x")] == ["start", "restart"]
+    assert bridge.log.pod("pod-x").state == records.LIVE
+
+
+async def test_a_pod_that_comes_back_is_above_its_end(bridge: Any, engines: list[Engine]) -> None:
+    """Gone is recorded with a raised epoch, and what comes later goes on above it, from the first message."""
+    engine = Engine()
+    engines.append(engine)
+    stream = _open(bridge, engine)
+    engine.say(0, 3)
+    await bridge.until(lambda: len(bridge.log.messages("pod-x")) == 3)
+    await stream.close()
+    stream.end()
+    stream.end()
+    gone = bridge.log.pod("pod-x")
+    assert (gone.state, gone.valid_from, gone.last_sequence) == (records.GONE, gone.epoch, -1)
+    again = _open(bridge, engine)
+    await bridge.until(lambda: len(bridge.log.messages("pod-x")) == 6)
+    again.write_record()
+    found = bridge.log.messages("pod-x")
+    assert [sequence for _, sequence in found[3:]] == [0, 1, 2]
+    assert {incarnation for incarnation, _ in found[3:]} == {records.incarnation_of(gone.epoch)}
+    assert gone.epoch > records.epoch_of(found[0][0])
+    assert [control.type for control in bridge.log.controls("pod-x")] == ["start", "gone"]
+    assert bridge.log.pod("pod-x").state == records.LIVE
+
+
+async def test_late_acknowledgements_say_nothing_of_the_next_pod(bridge: Any, engines: list[Engine]) -> None:
+    """An endpoint whose pod changes its name: what Kafka acknowledges later counts for the pod that it was."""
+    bridge.log.holding = True
+    engine = Engine("pod-a")
+    engines.append(engine)
+    stream = _open(bridge, engine)
+    engine.say(0, 3)
+    await bridge.until(lambda: len(bridge.log.messages("pod-a")) == 3)
+    engine._topic = b"kv@pod-b@m"
+    engine.say(3, 4)
+    await bridge.until(lambda: len(bridge.log.messages("pod-b")) >= 1)
+    bridge.log.acknowledge()
+    stream.write_record()
+    assert bridge.log.pod("pod-a").state == records.GONE
+    assert bridge.log.pod("pod-b").state == records.LIVE
+    assert bridge.log.pod("pod-b").last_sequence == bridge.log.messages("pod-b")[-1][1]
+    assert bridge.log.controls("pod-b")[0].type == "start"
