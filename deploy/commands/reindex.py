@@ -26,6 +26,7 @@ from kvatlas.scorer.options import ScorerSettings
 HELP: Final = "build a new index version beside the live one"
 
 _SEED: Final = 1
+_COMMIT_SECONDS: Final = 2.0
 _SHOWN_DIFFERENCES: Final = 20
 
 
@@ -53,7 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         waiting = step(name, text)
         waiting.add_argument("--timeout-seconds", type=float, default=3600.0, help="give up after so long")
         waiting.add_argument(
-            "--max-lag-records", type=int, default=1000, help="records on the way that count as caught up"
+            "--max-lag-records",
+            type=int,
+            default=100,
+            help="records on the way that count as caught up; the traffic of the last seconds always does",
         )
     check = step("compare", "score prompts of the log on two versions; exit code 1 when they differ")
     check.add_argument("--against", default="", metavar="VERSION", help="the other one; default: the active one")
@@ -184,9 +188,13 @@ async def _caught_up(args: argparse.Namespace, kafka: KafkaSettings) -> Progress
     deadline = time.monotonic() + args.timeout_seconds
     async with ProgressReader(kafka, args.app) as reader:
         _check_known(reader.catalog, args.version)
+        first: tuple[float, int] | None = None
         while True:
             found = await reader.look(args.version)
-            why = found.behind(args.max_lag_records)
+            # Workers commit once a second: what came since is on the way, not behind.
+            first = first or (time.monotonic(), found.events_end)
+            rate = (found.events_end - first[1]) / max(time.monotonic() - first[0], 0.2)
+            why = found.behind(max(args.max_lag_records, round(rate * _COMMIT_SECONDS)))
             if why is None:
                 return found
             _tell(f"{args.version}: {why}")

@@ -9,6 +9,7 @@ answer that differs is asked for again, and counts only when it keeps differing.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
 
@@ -22,8 +23,7 @@ from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 from kvatlas.scorer.versions import VersionReader
 
-_TRIES: Final = 6
-_PAUSE_SECONDS: Final = 0.5
+_ROUNDS: Final = 10
 
 
 class Matched(NamedTuple):
@@ -137,44 +137,62 @@ def _matched(response: pb.ScoreResponse) -> Matched:
 
 
 async def compare(
-    versions: Versions, prompts: Sequence[Prompt], progress: Callable[[int], None] = lambda _done: None
+    versions: Versions,
+    prompts: Sequence[Prompt],
+    progress: Callable[[int], None] = lambda _done: None,
+    pause_seconds: float = 0.5,
 ) -> Comparison:
-    """Ask both versions for every prompt.
+    """Ask both versions for every prompt, and again, some seconds long, for those on which they differ.
+
+    Args:
+        versions: the old one and the new one.
+        prompts: what to ask for.
+        progress: called with the number of prompts that are settled.
+        pause_seconds: between two rounds of questions.
 
     Raises:
         ScorerError: a version cannot answer at all.
     """
-    pairs: dict[str, list[int]] = {}
-    differences: list[Difference] = []
-    unanswered = 0
-    for done, prompt in enumerate(prompts, 1):
-        old, new = await versions.ask(prompt)
-        wrong = differing(old, new)
-        for _ in range(_TRIES - 1):
-            if not wrong and not (old.partial or new.partial):
-                break
-            await asyncio.sleep(_PAUSE_SECONDS)
-            old, new = await versions.ask(prompt)
-            # A pod that agreed once was right at that moment; only one that never does is different.
-            wrong = [pod for pod in differing(old, new) if pod in wrong] if wrong else differing(old, new)
-        unanswered += old.partial or new.partial
-        for pod in old.tokens.keys() | new.tokens.keys():
-            pairs.setdefault(pod, [0, 0])[0] += 1
-        for pod in wrong:
-            pairs.setdefault(pod, [1, 0])[1] += 1
-            differences.append(
-                Difference(
-                    pod=pod,
-                    prompt_tokens=len(prompt.tokens) // TOKEN_BYTES,
-                    before=old.tokens.get(pod, 0),
-                    after=new.tokens.get(pod, 0),
-                )
-            )
-        progress(done)
+    asked = {prompt: await versions.ask(prompt) for prompt in prompts}
+    pairs = Counter(pod for old, new in asked.values() for pod in old.tokens.keys() | new.tokens.keys())
+    # Pods that have not agreed on a prompt so far: one that agreed once was right at that moment.
+    open_pods = {prompt: _open(*answers) for prompt, answers in asked.items()}
+    for _ in range(_ROUNDS):
+        again = [prompt for prompt in prompts if open_pods[prompt] or incomplete(*asked[prompt])]
+        progress(len(prompts) - len(again))
+        if not again:
+            break
+        await asyncio.sleep(pause_seconds)
+        for prompt in again:
+            answers = asked[prompt] = await versions.ask(prompt)
+            open_pods[prompt] &= _open(*answers)
+    missing = [prompt for prompt in prompts if incomplete(*asked[prompt])]
+    for prompt in missing:
+        open_pods[prompt] &= set(differing(*asked[prompt]))
+    bad = Counter(pod for pods in open_pods.values() for pod in pods)
     return Comparison(
         prompts=len(prompts),
-        unanswered=unanswered,
-        matches=sum(count for count, _ in pairs.values()),
-        differences=differences,
-        pods={pod: (count, bad) for pod, (count, bad) in sorted(pairs.items())},
+        unanswered=len(missing),
+        matches=pairs.total(),
+        differences=[
+            Difference(
+                pod=pod,
+                prompt_tokens=len(prompt.tokens) // TOKEN_BYTES,
+                before=asked[prompt][0].tokens.get(pod, 0),
+                after=asked[prompt][1].tokens.get(pod, 0),
+            )
+            for prompt, pods in open_pods.items()
+            for pod in sorted(pods)
+        ],
+        pods={pod: (pairs[pod], bad[pod]) for pod in sorted(pairs.keys() | bad.keys())},
     )
+
+
+def _open(old: Matched, new: Matched) -> set[str]:
+    """Return the pods on which nothing says yet that the versions agree."""
+    return set(old.tokens.keys() | new.tokens.keys()) if incomplete(old, new) else set(differing(old, new))
+
+
+def incomplete(old: Matched, new: Matched) -> bool:
+    """Tell whether a version had no answer for some partitions."""
+    return old.partial or new.partial

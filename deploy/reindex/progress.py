@@ -31,7 +31,8 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
         block_size_tokens, partitions: as its workers announce them; 0 while there is none.
         workers: workers that announce themselves now.
         uncovered: partitions that no worker answers for.
-        events_total, events_lag: records of ``kv-events`` on the log, and those not resolved yet.
+        events_end: records that ``kv-events`` ever had.
+        events_total, events_lag: those on the log now, and those of them that are not resolved yet.
         blocks_lag: records of its block updates that are not in its index yet.
     """
 
@@ -41,6 +42,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     partitions: int
     workers: int
     uncovered: list[int]
+    events_end: int
     events_total: int
     events_lag: int
     blocks_lag: int
@@ -120,8 +122,8 @@ class ProgressReader:
         layout = table.layout
         now = self._clock_ns()
         app = records.version_app(self._app, version)
-        total, events_lag = await self._lag(records.EVENTS, (app, f"{app}-resolve"))
-        _, blocks_lag = await self._lag(records.blocks_topic(version), (app, f"{app}-index"))
+        end, total, events_lag = await self._lag(records.EVENTS, (app, f"{app}-resolve"))
+        _, _, blocks_lag = await self._lag(records.blocks_topic(version), (app, f"{app}-index"))
         return Progress(
             version=version,
             active=version == self.catalog.active,
@@ -129,13 +131,14 @@ class ProgressReader:
             partitions=layout.partition_count if layout else 0,
             workers=sum(record.expires_ns > now for record in table.records.values()),
             uncovered=table.uncovered(),
+            events_end=end,
             events_total=total,
             events_lag=events_lag,
             blocks_lag=blocks_lag,
         )
 
-    async def _lag(self, topic: str, groups: tuple[str, ...]) -> tuple[int, int]:
-        """Return the records of a topic and how many of them no group has committed.
+    async def _lag(self, topic: str, groups: tuple[str, ...]) -> tuple[int, int, int]:
+        """Return the end of a topic, its records, and how many of them no group has committed.
 
         A worker commits about once a second, so this is at most a second's records too high and never too low.
         """
@@ -154,5 +157,5 @@ class ProgressReader:
                 for partition in partitions:
                     if (meta := found.get(partition)) is not None:
                         done[partition] = max(done[partition], meta.offset)
-        total = sum(ends[p] - starts[p] for p in partitions)
-        return total, sum(max(ends[p] - done[p], 0) for p in partitions)
+        end = sum(ends[p] for p in partitions)
+        return end, end - sum(starts[p] for p in partitions), sum(max(ends[p] - done[p], 0) for p in partitions)
