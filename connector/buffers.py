@@ -20,7 +20,7 @@ def is_aligned(buffer: Buffer) -> bool:
 
 def address(buffer: Buffer) -> int:
     """Return the address of the first byte; 0 for an empty buffer."""
-    return int(np.frombuffer(buffer, dtype=np.uint8).ctypes.data) if len(buffer) else 0
+    return int(np.frombuffer(buffer, dtype=np.uint8).__array_interface__["data"][0]) if len(buffer) else 0
 
 
 class AlignedPool:

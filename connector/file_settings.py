@@ -15,15 +15,16 @@ class FileTierSettings:
     Attributes:
         root: directory that engines and evictors may share.
         blocks_per_file: blocks of one store that go into one file.
-        threads: I/O threads.
-        write_threads: how many of them may write at once; 0 means half, at least one.
+        threads: transfers that use the disk at once.
+        write_threads: how many of them may be writes; 0 means half, at least one.
+        checksum_threads: further threads, which compute checksums while others use the disk.
         queued_write_bytes: stores waiting beyond this are shed.
         bounce_bytes: aligned memory for what direct I/O cannot take as it lies.
         direct: use direct I/O where a probe says that it works.
         fsync: bring each segment to the medium before it is announced. Without it a power cut may lose or tear
             what was stored last; a torn file fails its checksum and is a miss.
         budget: how much the tier may take.
-        cpus: CPUs of the I/O threads; empty leaves placement to the system.
+        cpus: CPUs of all these threads; empty leaves placement to the system.
         quarantine_files: damaged files kept for inspection.
         stale_seconds: age at which a temporary file counts as abandoned.
         distrust_seconds: how long a block that failed with an I/O error is reported absent.
@@ -34,6 +35,7 @@ class FileTierSettings:
     blocks_per_file: int = 1
     threads: int = 8
     write_threads: int = 0
+    checksum_threads: int = 2
     queued_write_bytes: int = 1 << 30
     bounce_bytes: int = 256 << 20
     direct: bool = True

@@ -22,6 +22,7 @@ from kvatlas.connector.capacity import Capacity
 from kvatlas.connector.errors import ClosedError
 from kvatlas.connector.file_settings import FileTierSettings
 from kvatlas.connector.fs import FileSystem, PosixFileSystem, probe_direct, probe_links
+from kvatlas.connector.gate import IoGate
 from kvatlas.connector.gather import Gather
 from kvatlas.connector.holdings import Change, Holdings, error_text
 from kvatlas.connector.layout import Fingerprint
@@ -69,6 +70,7 @@ class FileTier:
         self._monotonic = monotonic
         self._writer = f"{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
         self.read_only = not directory.prepare(self._fs, self.directory, fingerprint, self._writer)
+        writes = settings.write_threads or max(1, settings.threads // 2)
         staging = self.directory / layout.STAGING
         direct = settings.direct and not self.read_only
         self.direct = direct and probe_direct(self._fs, staging, self._writer)
@@ -82,6 +84,7 @@ class FileTier:
             direct=self.direct,
             fsync=settings.fsync,
             pool=AlignedPool(settings.bounce_bytes),
+            gate=IoGate(settings.threads, writes),
             writer=self._writer,
         )
         self._usage = UsageLog(self._fs, self.directory / layout.USAGE, self._writer)
@@ -106,8 +109,8 @@ class FileTier:
         self._flush_due = 0.0
         self._flush_queued = False
         self._pool = IoPool(
-            threads=settings.threads,
-            write_threads=settings.write_threads or max(1, settings.threads // 2),
+            threads=settings.threads + settings.checksum_threads,
+            write_threads=writes + settings.checksum_threads,
             queued_write_bytes=settings.queued_write_bytes,
             cpus=settings.cpus,
         )

@@ -18,6 +18,8 @@ ALIGNMENT: Final = 4096
 O_DIRECT: Final = getattr(os, "O_DIRECT", 0)
 
 Buffer = memoryview
+#: Names of blocks' files are plain text: making and joining paths costs more than the calls they are for.
+StrPath = str | Path
 
 
 class Space(NamedTuple):
@@ -37,7 +39,7 @@ class Entry(NamedTuple):
 class FileSystem(Protocol):
     """Calls the file tier makes; sizes and offsets are bytes."""
 
-    def open(self, path: Path, flags: int, mode: int = 0o644) -> int:
+    def open(self, path: StrPath, flags: int, mode: int = 0o644) -> int:
         """Open a file and return its descriptor."""
 
     def close(self, fd: int) -> None:
@@ -55,32 +57,32 @@ class FileSystem(Protocol):
     def fstat(self, fd: int) -> os.stat_result:
         """Return what an open file is."""
 
-    def stat(self, path: Path) -> os.stat_result:
+    def stat(self, path: StrPath) -> os.stat_result:
         """Return what a name stands for."""
 
-    def replace(self, source: Path, target: Path) -> None:
+    def replace(self, source: StrPath, target: StrPath) -> None:
         """Give ``source`` the name ``target``, atomically."""
 
-    def link(self, source: Path, target: Path) -> None:
+    def link(self, source: StrPath, target: StrPath) -> None:
         """Give a file a second name."""
 
-    def unlink(self, path: Path) -> None:
+    def unlink(self, path: StrPath) -> None:
         """Remove a name."""
 
-    def mkdir(self, path: Path) -> None:
+    def mkdir(self, path: StrPath) -> None:
         """Create a directory and its parents; an existing one is fine."""
 
-    def listdir(self, path: Path) -> Iterator[Entry]:
+    def listdir(self, path: StrPath) -> Iterator[Entry]:
         """Yield the names in a directory; a missing directory has none."""
 
-    def space(self, path: Path) -> Space:
+    def space(self, path: StrPath) -> Space:
         """Return the size of the file system that holds ``path``."""
 
 
 class PosixFileSystem:
     """The operating system's own calls."""
 
-    def open(self, path: Path, flags: int, mode: int = 0o644) -> int:  # noqa: D102
+    def open(self, path: StrPath, flags: int, mode: int = 0o644) -> int:  # noqa: D102
         return os.open(path, flags | os.O_CLOEXEC, mode)
 
     def close(self, fd: int) -> None:  # noqa: D102
@@ -98,29 +100,29 @@ class PosixFileSystem:
     def fstat(self, fd: int) -> os.stat_result:  # noqa: D102
         return os.fstat(fd)
 
-    def stat(self, path: Path) -> os.stat_result:  # noqa: D102
-        return path.lstat()
+    def stat(self, path: StrPath) -> os.stat_result:  # noqa: D102
+        return os.lstat(path)
 
-    def replace(self, source: Path, target: Path) -> None:  # noqa: D102
-        source.replace(target)
+    def replace(self, source: StrPath, target: StrPath) -> None:  # noqa: D102
+        os.replace(source, target)  # noqa: PTH105 - see StrPath
 
-    def link(self, source: Path, target: Path) -> None:  # noqa: D102
-        target.hardlink_to(source)
+    def link(self, source: StrPath, target: StrPath) -> None:  # noqa: D102
+        os.link(source, target)
 
-    def unlink(self, path: Path) -> None:  # noqa: D102
-        path.unlink()
+    def unlink(self, path: StrPath) -> None:  # noqa: D102
+        os.unlink(path)  # noqa: PTH108 - see StrPath
 
-    def mkdir(self, path: Path) -> None:  # noqa: D102
-        path.mkdir(parents=True, exist_ok=True)
+    def mkdir(self, path: StrPath) -> None:  # noqa: D102
+        Path(path).mkdir(parents=True, exist_ok=True)
 
-    def listdir(self, path: Path) -> Iterator[Entry]:  # noqa: D102
+    def listdir(self, path: StrPath) -> Iterator[Entry]:  # noqa: D102
         try:
             with os.scandir(path) as names:
                 yield from (Entry(item.name, item.is_dir(follow_symlinks=False)) for item in names)
         except (FileNotFoundError, NotADirectoryError):
             return
 
-    def space(self, path: Path) -> Space:  # noqa: D102
+    def space(self, path: StrPath) -> Space:  # noqa: D102
         found = os.statvfs(path)
         return Space(found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize)
 

@@ -66,7 +66,9 @@ class IoPool:
     ) -> None:
         self._reads: deque[Task] = deque()
         self._writes: deque[Task] = deque()
-        self._changed = threading.Condition()
+        lock = threading.Lock()
+        self._changed = threading.Condition(lock)
+        self._idle = threading.Condition(lock)
         self._write_threads = write_threads
         self._limit = queued_write_bytes
         self._queued_write_bytes = 0
@@ -118,10 +120,11 @@ class IoPool:
 
     def drain(self, timeout_seconds: float | None = None) -> bool:
         """Wait until nothing is queued or running; False when that took longer than the timeout."""
-        with self._changed:
-            return self._changed.wait_for(
-                lambda: not self._reads and not self._writes and not self._busy, timeout_seconds
-            )
+        with self._idle:
+            return self._idle.wait_for(self._nothing_left, timeout_seconds)
+
+    def _nothing_left(self) -> bool:
+        return not self._reads and not self._writes and not self._busy
 
     def close(self, *, drain: bool = False) -> None:
         """End the threads after what they run now; queued tasks are cancelled unless ``drain``."""
@@ -134,6 +137,8 @@ class IoPool:
             self._writes.clear()
             self._queued_write_bytes = 0
             self._changed.notify_all()
+            if self._nothing_left():
+                self._idle.notify_all()
         for task in waiting:
             task.cancel()
         for thread in self._threads:
@@ -178,4 +183,6 @@ class IoPool:
                 with self._changed:
                     self._busy -= 1
                     self._writing -= writing
-                    self._changed.notify_all()
+                    # This thread takes the next task itself; another one is woken only by what came meanwhile.
+                    if self._nothing_left():
+                        self._idle.notify_all()

@@ -7,7 +7,7 @@ import errno
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from kvatlas.connector import layout
 from kvatlas.connector.buffers import AlignedPool, is_aligned
 from kvatlas.connector.errors import LayoutError
 from kvatlas.connector.fs import ALIGNMENT, O_DIRECT, Buffer, FileSystem, read_full, write_full
+from kvatlas.connector.gate import IoGate
 from kvatlas.connector.layout import Header, Slot, round_up
 
 
@@ -72,6 +73,7 @@ class SegmentFiles:
         direct: use direct I/O (the directory was probed for it).
         fsync: bring a segment to the medium before it gets its names.
         pool: aligned memory for headers and for payloads that direct I/O cannot take as they lie.
+        gate: how many transfers may be in I/O at once; checksums are computed outside it.
         writer: makes temporary names unique among processes that share the directory.
         random_bytes: source of segment ids.
     """
@@ -85,24 +87,28 @@ class SegmentFiles:
         direct: bool,
         fsync: bool,
         pool: AlignedPool,
+        gate: IoGate,
         writer: str,
         random_bytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self._fs = fs
-        self._directory = directory
+        self._blocks = f"{directory}/"
+        self._staging = str(directory / layout.STAGING)
+        self._quarantine = str(directory / layout.QUARANTINE)
         self._fingerprint = fingerprint
         self._direct = direct
         self._flags = O_DIRECT if direct else 0
         self._fsync = fsync
         self._pool = pool
+        self._gate = gate
         self._writer = writer
         self._random = random_bytes
         self._numbers = itertools.count()
-        self._made: set[Path] = set()
+        self._made: set[str] = set()
 
-    def path(self, key: bytes) -> Path:
+    def path(self, key: bytes) -> str:
         """Return the name of a block's file."""
-        return self._directory / layout.block_path(key)
+        return self._blocks + layout.block_path(key)
 
     # -- writing ---------------------------------------------------------------------------------------------
 
@@ -118,18 +124,19 @@ class SegmentFiles:
         slot_bytes = round_up(max(block.size_bytes for block in blocks))
         slots = [Slot(block.key, block.size_bytes, payload_sum(block.parts)) for block in blocks]
         header = layout.encode_header(self._fingerprint, self._random(16), slot_bytes, slots)
-        self._ensure(self._directory / layout.STAGING)
-        temporary = self._directory / layout.STAGING / f"{self._writer}-{next(self._numbers)}.tmp"
+        self._ensure(self._staging)
+        temporary = f"{self._staging}/{self._writer}-{next(self._numbers)}.tmp"
         size = len(header) + slot_bytes * len(blocks)
         try:
-            fd = self._fs.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | self._flags)
-            try:
-                self._write_body(fd, header, slot_bytes, blocks)
-                if self._fsync:
-                    self._fs.fsync(fd)
-                found = self._fs.fstat(fd)
-            finally:
-                self._fs.close(fd)
+            with self._gate.writing():
+                fd = self._fs.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | self._flags)
+                try:
+                    self._write_body(fd, header, slot_bytes, blocks)
+                    if self._fsync:
+                        self._fs.fsync(fd)
+                    found = self._fs.fstat(fd)
+                finally:
+                    self._fs.close(fd)
             if found.st_size != size:
                 raise OSError(errno.EIO, f"segment has {found.st_size} bytes after writing {size}")
             keys = self._publish(temporary, [block.key for block in blocks])
@@ -165,18 +172,18 @@ class SegmentFiles:
     def _fits(block: Block, slot_bytes: int) -> bool:
         return block.size_bytes == slot_bytes and all(is_aligned(part) for part in block.parts)
 
-    def _publish(self, temporary: Path, keys: Sequence[bytes]) -> tuple[bytes, ...]:
+    def _publish(self, temporary: str, keys: Sequence[bytes]) -> tuple[bytes, ...]:
         """Give the file its names; the last one by renaming, which also removes the temporary name."""
         done: list[bytes] = []
         try:
             for number, key in enumerate(keys):
                 target = self.path(key)
-                self._ensure(target.parent)
+                self._ensure(target.rpartition("/")[0])
                 if number == len(keys) - 1:
                     self._fs.replace(temporary, target)
                 else:
                     # A link cannot replace a name, so it gets a passing one and is renamed over.
-                    passing = temporary.with_suffix(f".{number}.tmp")
+                    passing = f"{temporary[:-4]}.{number}.tmp"
                     self._fs.link(temporary, passing)
                     try:
                         self._fs.replace(passing, target)
@@ -190,7 +197,7 @@ class SegmentFiles:
             raise
         return tuple(done)
 
-    def _ensure(self, parent: Path) -> None:
+    def _ensure(self, parent: str) -> None:
         if parent not in self._made:
             self._fs.mkdir(parent)
             self._made.add(parent)
@@ -205,41 +212,49 @@ class SegmentFiles:
             Corrupt: there is, and it is not this block; the buffers are undefined.
             OSError: the system failed; the buffers are undefined.
         """
-        with self._opened(block.key) as (fd, info):
-            size = block.size_bytes
-            slot_bytes = round_up(size)
-            if info.st_size == layout.header_bytes(1) + slot_bytes:
-                self._read_single(fd, info.st_ino, block, slot_bytes)
-                return
-            header = self._read_header(fd, info.st_ino, info.st_size)
-            number = header.find(block.key)
-            if number is None:
-                raise Corrupt("the file holds other blocks", info.st_ino)
-            slot = header.slots[number]
-            self._check_length(slot, size)
-            at = header.header_bytes + number * header.slot_bytes
-            in_place = not self._direct or self._fits(block, slot_bytes)
-            with nullcontext() if in_place else self._pool.take(slot_bytes) as memory:
-                parts = block.parts if memory is None else [memory]
-                self._fill(fd, parts, at, info.st_ino)
-                self._finish(block, slot, memory, info.st_ino)
+        with contextlib.ExitStack() as held:
+            with self._gate.reading(), self._opened(block.key) as (fd, info):
+                slot, memory = self._fetch(fd, info, block, held)
+            self._finish(block, slot, memory, info.st_ino)
 
-    def _read_single(self, fd: int, inode: int, block: Block, slot_bytes: int) -> None:
+    def _fetch(
+        self, fd: int, info: os.stat_result, block: Block, held: contextlib.ExitStack
+    ) -> tuple[Slot, Buffer | None]:
+        """Read a block's slot into its buffers, or where direct I/O cannot, into memory that ``held`` gives back."""
+        slot_bytes = round_up(block.size_bytes)
+        in_place = not self._direct or self._fits(block, slot_bytes)
+        if info.st_size == layout.header_bytes(1) + slot_bytes:
+            return self._fetch_single(fd, info.st_ino, block, held, slot_bytes=slot_bytes, in_place=in_place)
+        header = self._read_header(fd, info.st_ino, info.st_size)
+        number = header.find(block.key)
+        if number is None:
+            raise Corrupt("the file holds other blocks", info.st_ino)
+        slot = header.slots[number]
+        self._check_length(slot, block.size_bytes)
+        memory = None if in_place else held.enter_context(self._pool.take(slot_bytes))
+        at = header.header_bytes + number * header.slot_bytes
+        self._fill(fd, block.parts if memory is None else [memory], at, info.st_ino)
+        return slot, memory
+
+    def _fetch_single(
+        self, fd: int, inode: int, block: Block, held: contextlib.ExitStack, *, slot_bytes: int, in_place: bool
+    ) -> tuple[Slot, Buffer | None]:
         """Read header and payload of a one-block segment with one call."""
         head = layout.header_bytes(1)
-        in_place = not self._direct or self._fits(block, slot_bytes)
-        with self._pool.take(head if in_place else head + slot_bytes) as memory:
-            page = memory[:head]
-            rest = None if in_place else memory[head:]
-            parts: Sequence[Buffer] = block.parts if rest is None else [rest]
-            self._fill(fd, [page, *parts], 0, inode)
-            header = self._decode(page, inode)
-            if header.file_bytes != head + slot_bytes:
-                raise Corrupt("the file's size is not what its header says", inode)
-            if header.find(block.key) is None:
-                raise Corrupt("the file holds other blocks", inode)
-            self._check_length(header.slots[0], block.size_bytes)
-            self._finish(block, header.slots[0], rest, inode)
+        memory = held.enter_context(self._pool.take(head if in_place else head + slot_bytes))
+        page, rest = memory[:head], None if in_place else memory[head:]
+        # The pool wants its memory back without views on it.
+        held.callback(page.release)
+        if rest is not None:
+            held.callback(rest.release)
+        self._fill(fd, [page, *(block.parts if rest is None else [rest])], 0, inode)
+        header = self._decode(page, inode)
+        if header.file_bytes != head + slot_bytes:
+            raise Corrupt("the file's size is not what its header says", inode)
+        if header.find(block.key) is None:
+            raise Corrupt("the file holds other blocks", inode)
+        self._check_length(header.slots[0], block.size_bytes)
+        return header.slots[0], rest
 
     @staticmethod
     def _finish(block: Block, slot: Slot, memory: Buffer | None, inode: int) -> None:
@@ -326,7 +341,7 @@ class SegmentFiles:
         try:
             if self._fs.stat(path).st_ino != inode:
                 return False
-            target = self._directory / layout.QUARANTINE / f"{key.hex()}.{self._writer}-{next(self._numbers)}"
+            target = f"{self._quarantine}/{key.hex()}.{self._writer}-{next(self._numbers)}"
             try:
                 self._fs.replace(path, target)
             except FileNotFoundError:
@@ -339,7 +354,7 @@ class SegmentFiles:
 
 
 @contextlib.contextmanager
-def _open(fs: FileSystem, path: Path, flags: int) -> Iterator[tuple[int, os.stat_result]]:
+def _open(fs: FileSystem, path: str, flags: int) -> Iterator[tuple[int, os.stat_result]]:
     try:
         fd = fs.open(path, flags)
     except FileNotFoundError as error:

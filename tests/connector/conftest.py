@@ -16,7 +16,7 @@ import pytest
 from kvatlas.connector.catalog import Budget
 from kvatlas.connector.file_settings import FileTierSettings
 from kvatlas.connector.filetier import FileTier
-from kvatlas.connector.fs import PosixFileSystem, Space
+from kvatlas.connector.fs import PosixFileSystem, Space, StrPath
 from kvatlas.connector.holdings import Change
 from kvatlas.connector.layout import Fingerprint
 from kvatlas.connector.segments import Block
@@ -49,7 +49,7 @@ class FaultyFileSystem(PosixFileSystem):
         fault = self.faults.get(name)
         return fault(*args) if fault else None
 
-    def open(self, path: Path, flags: int, mode: int = 0o644) -> int:
+    def open(self, path: StrPath, flags: int, mode: int = 0o644) -> int:
         found = self._ask("open", path, flags)
         return super().open(path, flags, mode) if found is None else found
 
@@ -61,19 +61,19 @@ class FaultyFileSystem(PosixFileSystem):
         found = self._ask("pwritev", fd, buffers, offset)
         return super().pwritev(fd, buffers, offset) if found is None else found
 
-    def replace(self, source: Path, target: Path) -> None:
+    def replace(self, source: StrPath, target: StrPath) -> None:
         self._ask("replace", source, target)
         super().replace(source, target)
 
-    def link(self, source: Path, target: Path) -> None:
+    def link(self, source: StrPath, target: StrPath) -> None:
         self._ask("link", source, target)
         super().link(source, target)
 
-    def mkdir(self, path: Path) -> None:
+    def mkdir(self, path: StrPath) -> None:
         self._ask("mkdir", path)
         super().mkdir(path)
 
-    def unlink(self, path: Path) -> None:
+    def unlink(self, path: StrPath) -> None:
         self._ask("unlink", path)
         super().unlink(path)
 
@@ -81,7 +81,7 @@ class FaultyFileSystem(PosixFileSystem):
         self._ask("fsync", fd)
         super().fsync(fd)
 
-    def space(self, path: Path) -> Space:
+    def space(self, path: StrPath) -> Space:
         return Space(self.total_bytes, self.total_bytes) if self.total_bytes else super().space(path)
 
 
@@ -135,7 +135,7 @@ class Fleet:
 
 
 @pytest.fixture
-def fleet(tmp_path: Path) -> Iterator[Fleet]:
+def fleet(tmp_path: StrPath) -> Iterator[Fleet]:
     """Tiers on one fresh root."""
     made = Fleet(tmp_path / "root")
     yield made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def test_a_block_that_is_not_loaded_is_not_touched(fleet: Fleet, device: str) ->
     first, second = items(range(2))
     engine.store([first]).result(WAIT)
     engine.store([second]).result(WAIT)
-    path = files._segments.path(first.key)
+    path = Path(files._segments.path(first.key))
     data = bytearray(path.read_bytes())
     data[5000] ^= 4
     path.write_bytes(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import pytest
 
@@ -55,7 +56,7 @@ def test_a_block_stored_again_meanwhile_is_left(fleet: Fleet) -> None:
     tier = filled(fleet, 3)
 
     def progress(_: str) -> None:
-        path = tier._segments.path(key(0))
+        path = Path(tier._segments.path(key(0)))
         data = path.read_bytes()
         spare = path.with_suffix(".new")
         spare.write_bytes(data)

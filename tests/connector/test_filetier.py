@@ -458,7 +458,7 @@ def test_a_failure_between_two_names_keeps_the_whole_blocks(fleet: Fleet) -> Non
     last = file_of(tier, 2)
 
     def refuse(source, destination):
-        if destination == last:
+        if Path(destination) == last:
             raise OSError(EIO, "injected")
 
     real["replace"] = refuse
