@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Final, NamedTuple, cast
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final, NamedTuple, cast
 
 import faust
-from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 from mode import get_logger
 from yarl import URL
@@ -22,6 +21,7 @@ from kvatlas.streams.recovery import BulkTableManager
 from kvatlas.streams.resolve import ResolveOptions, Resolver
 from kvatlas.streams.restore import BulkReader
 from kvatlas.streams.rocks import RocksBudget
+from kvatlas.streams.sources import SourceConsumer, SourceTransport, Waiting
 from kvatlas.streams.stages import IndexStage, Output, ResolveStage
 from kvatlas.streams.store import Role
 from kvatlas.streams.table import BulkTable
@@ -33,55 +33,6 @@ BLOCK_INDEX: Final = "block_index"
 
 _MAX_POLL_SECONDS: Final = 7 * 24 * 3600.0  # a restore may take long without a poll; heartbeats go on meanwhile
 _DRAIN_SECONDS: Final = 3.0
-
-
-class SourceConsumerThread(driver.AIOKafkaConsumerThread):
-    """Faust's consumer thread with a fetch wait of ours: Faust's is fixed at 1.5 s.
-
-    A fetch over several partitions also waits that long on the embedded broker, and aiokafka holds fetches back for
-    as long when one partition's records are not taken, as those of changelogs are.
-    """
-
-    app: Any
-
-    def _create_worker_consumer(self, transport: Any) -> Any:
-        consumer = super()._create_worker_consumer(transport)
-        consumer._fetch_max_wait_ms = self.app.fetch_wait_ms
-        return consumer
-
-
-class SourceConsumer(driver.Consumer):
-    """Faust's consumer, which starts where the tables end.
-
-    What the table reflects is stored in it, so that is the position; the group's committed offset is only a hint
-    that may be behind (a crash before the commit) or ahead (the table's state was lost and is to be rebuilt).
-    """
-
-    app: Any
-
-    def _new_consumer_thread(self) -> Any:
-        return SourceConsumerThread(self, loop=self.loop, beacon=self.beacon)
-
-    async def perform_seek(self) -> None:
-        """Seek to the committed offsets, then to the tables' own where they differ."""
-        await super().perform_seek()
-        wanted = {
-            tp: offset
-            for tp, offset in self.app.source_positions(self.assignment()).items()
-            if self._committed_offset.get(tp) not in (offset, None if offset == 0 else offset)
-        }
-        if wanted:
-            logger.info(
-                "seek to the tables' source offsets: %s", {f"{tp.topic}/{tp.partition}": o for tp, o in wanted.items()}
-            )
-            await self.seek_wait(wanted)
-            self._committed_offset.update(wanted)
-
-
-class SourceTransport(driver.Transport):
-    """Faust's aiokafka transport with :class:`SourceConsumer`."""
-
-    Consumer: ClassVar[Any] = SourceConsumer
 
 
 class WorkerApp(faust.App):
@@ -118,6 +69,26 @@ class WorkerApp(faust.App):
             if table is not None and (state := table.store.states.get(tp.partition)) is not None:
                 positions[tp] = state.meta.source_offset + 1
         return positions
+
+    def source_consumer(self) -> SourceConsumer:
+        """Return Faust's consumer."""
+        return cast("SourceConsumer", self.consumer)
+
+    def waiting(self) -> Iterator[Waiting]:
+        """Yield the source partitions whose flows wait for a record."""
+        for topic, table in self.sources.items():
+            flows = self.flows[topic]
+            for partition in list(table.store.states):
+                if (wanted := flows.waiting(partition)) is not None:
+                    yield Waiting(TP(topic, partition), wanted)
+
+    def source_end(self, tp: TP) -> int | None:
+        """Return the end of a source partition as seen last, None when unknown."""
+        try:
+            end = self.consumer.highwater(tp)
+        except Exception:  # noqa: BLE001 # not assigned, or not fetched yet: Faust and aiokafka raise many kinds
+            return None
+        return None if end is None else int(end)
 
     def aiokafka_producer(self) -> Any:
         """Return the ``AIOKafkaProducer`` inside Faust's producer."""
@@ -303,6 +274,8 @@ def _add_flows(parts: _Parts, source: str, name: str, table: BulkTable, make_sta
         lambda partition: _applied(table, partition),
         parts.settings.buffer_records,
         parts.on_crash,
+        rewind=lambda partition, offset: parts.app.source_consumer().rewind(TP(source, partition), offset),
+        pass_hole=lambda partition, offset: parts.app.source_consumer().pass_hole(TP(source, partition), offset),
     )
     parts.app.sources[source] = table
     parts.app.flows[source] = flows

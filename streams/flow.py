@@ -7,6 +7,7 @@ applies all of it as the next one. So flushes grow with load and stay small, and
 from __future__ import annotations
 
 import asyncio
+import enum
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, Protocol
@@ -21,6 +22,7 @@ logger = get_logger(__name__)
 
 _BACKOFF_FIRST_SECONDS: Final = 0.1
 _BACKOFF_MOST_SECONDS: Final = 2.0
+_READINGS: Final = 2
 #: Commits that Kafka may refuse for want of a right before the flow ends, about 3 s.
 _REFUSALS: Final = 6
 
@@ -50,6 +52,44 @@ class Stage(Protocol):
         """Apply records until ``take`` returns None or the flush is large enough; None for nothing to commit."""
 
 
+class Verdict(enum.Enum):
+    """What to do with a record that does not follow the last one."""
+
+    DROP = "drop"
+    READ_AGAIN = "read again"
+    ACCEPT = "accept"
+
+
+class Hole:
+    """Judges whether records that are missing were lost on their way, or are not in the topic.
+
+    Records of one reading come with rising offsets; one that is not above the last begins another reading. When two
+    readings that began where the hole begins have nothing there, retention took the records.
+    """
+
+    def __init__(self) -> None:
+        self._after = -2
+        self._seen = self._first = -1
+        self._readings = 0
+
+    def judge(self, last: int, offset: int) -> Verdict:
+        """Judge a record.
+
+        Args:
+            last: offset of the last record that was taken.
+            offset: offset of the one that came, beyond the next.
+        """
+        if last != self._after:
+            self._after, self._seen, self._first, self._readings = last, offset, offset, 0
+            return Verdict.READ_AGAIN
+        same_reading, self._seen = offset > self._seen, offset
+        if same_reading:
+            return Verdict.DROP
+        self._readings = self._readings + 1 if offset == self._first else 0
+        self._first = offset
+        return Verdict.ACCEPT if self._readings >= _READINGS else Verdict.READ_AGAIN
+
+
 class Flow:
     """One partition of an agent.
 
@@ -69,6 +109,7 @@ class Flow:
     ) -> None:
         self.name = name
         self.last_offset = -1
+        self.hole = Hole()
         self._stage = stage
         self._on_taken = on_taken
         self._queue: deque[Any] = deque()
@@ -87,6 +128,11 @@ class Flow:
 
     def __len__(self) -> int:
         return len(self._queue)
+
+    @property
+    def idle(self) -> bool:
+        """Return whether everything that came is committed."""
+        return not self._queue and not self._taken
 
     async def stop(self, grace_seconds: float) -> None:
         """Finish the flush in progress, drop what is queued (it is read again), and end.
@@ -129,6 +175,7 @@ class Flow:
             for event in self._taken:
                 event.ack()
             self._on_taken(len(self._taken))
+            self._taken = []
 
     async def _commit(self, work: Work) -> bool:
         """Commit until it succeeds; False when the flow was stopped before that."""
@@ -162,6 +209,13 @@ class Flows:
         source_offset: partition -> last source offset that the table reflects, None when it is not ours to write.
         buffer_records: records held in all queues together before the agent waits.
         on_failed: called with the error that ended a flow: the app must not go on without it.
+        rewind: has a partition read again from an offset.
+        pass_hole: told of a partition and the offset before which the topic has lost records.
+
+    Attributes:
+        skipped: records that came again after they were applied.
+        rewinds: times that records were lost on their way here and read again.
+        missed: records that the topic does not have any more, though they were not applied.
     """
 
     def __init__(
@@ -171,9 +225,16 @@ class Flows:
         source_offset: Callable[[int], int | None],
         buffer_records: int,
         on_failed: Callable[[BaseException], None],
+        *,
+        rewind: Callable[[int, int], None],
+        pass_hole: Callable[[int, int], None],
     ) -> None:
         self.name = name
         self.skipped = 0
+        self.rewinds = 0
+        self.missed = 0
+        self._rewind = rewind
+        self._pass_hole = pass_hole
         self._paused = False
         self._make_stage = make_stage
         self._source_offset = source_offset
@@ -194,10 +255,22 @@ class Flows:
         flow = self._flows.get(partition)
         return len(flow) if flow else 0
 
+    def waiting(self, partition: int) -> int | None:
+        """Return the offset that a partition waits for; None when it has work, or is not ours to write."""
+        if self._paused or not self._space.is_set():
+            return None
+        flow = self._flows.get(partition)
+        if flow is not None:
+            return flow.last_offset + 1 if flow.idle else None
+        applied = self._source_offset(partition)
+        return None if applied is None else applied + 1
+
     async def offer(self, event: Any) -> None:
         """Hand a source record to its partition's flow; waits while too many are queued.
 
-        A record at or below the offset that the table already reflects is acknowledged and dropped.
+        A record at or below the offset that the table already reflects is acknowledged and dropped. One that does
+        not follow the last is not taken: what lies between was lost on its way, and is read again. Records that come
+        between a revocation and the next restore are dropped: the restore ends with a seek to the tables' offsets.
         """
         message = event.message
         if self._paused:
@@ -215,11 +288,32 @@ class Flows:
             self.skipped += 1
             event.ack()
             return
+        if message.offset != flow.last_offset + 1 and not self._passes(flow, message.partition, message.offset):
+            return
         self._held += 1
         flow.offer(event)
         if self._held >= self._limit:
             self._space.clear()
             await self._space.wait()
+
+    def _passes(self, flow: Flow, partition: int, offset: int) -> bool:
+        """Return whether a record that does not follow the last may be taken all the same."""
+        verdict = flow.hole.judge(flow.last_offset, offset)
+        wanted = flow.last_offset + 1
+        if verdict is Verdict.READ_AGAIN:
+            self.rewinds += 1
+            logger.info("%s: record %d came where %d was expected; read again from there", flow.name, offset, wanted)
+            self._rewind(partition, wanted)
+        elif verdict is Verdict.ACCEPT:
+            self.missed += offset - wanted
+            logger.warning(
+                "%s: records %d to %d are not in the topic any more: retention took them before they were applied",
+                flow.name,
+                wanted,
+                offset - 1,
+            )
+            self._pass_hole(partition, offset)
+        return verdict is Verdict.ACCEPT
 
     async def stop(self, grace_seconds: float) -> None:
         """Stop all flows, each after its flush in progress; records are dropped until :meth:`resume`."""

@@ -47,6 +47,16 @@ class BulkRecovery(Recovery):
             self._restore_then_recover(assigned, newly_assigned, generation_id), name="bulk-restore"
         )
 
+    async def on_recovery_completed(self, generation_id: int = 0) -> None:
+        """Let the streams run, then have the sources read from the tables' offsets once more.
+
+        Faust's own seek comes before it empties the streams' queues, in which records may be that were read
+        meanwhile; they would be lost.
+        """
+        await super().on_recovery_completed(generation_id)
+        if self.app.consumer_generation_id == generation_id:
+            await self._wait(self.app.source_consumer().seek_to_tables(), timeout=self.app.conf.broker_request_timeout)
+
     async def on_stop(self) -> None:
         """Stop restoring and following."""
         await self._cancel()

@@ -34,6 +34,7 @@ from kvatlas.streams.index import sweep_index
 from kvatlas.streams.options import WorkerSettings
 from kvatlas.streams.pods import PodBook
 from kvatlas.streams.query import LookupServer, LookupService
+from kvatlas.streams.sources import Watchdog
 from kvatlas.streams.store import PartitionState, Role
 from kvatlas.streams.sweeper import Sweeper
 from kvatlas.streams.table import BulkTable
@@ -206,6 +207,7 @@ class WorkerService:
         self._watch(self._announcer.run())
         self._watch(_report_crash(app, on_crash))
         self._watch(Gauges(app, self._lag_of).run())
+        self._watch(Watchdog(app.waiting, app.source_end, app.source_consumer().rewind).run())
         if app.publisher is not None:
             self._watch(app.publisher.run())
         for name, sweep in ((BLOCK_INDEX, sweep_index), (ENGINE_BLOCKS, sweep_engine_blocks)):
@@ -309,6 +311,7 @@ class WorkerService:
             key_version=KEY_VERSION,
             generation=max(self._app.consumer_generation_id, 0) if self._app is not None else 0,
             offsets={number: state.meta.source_offset for number, state in states.items()},
+            index_version=self._settings.index_version,
         )
 
     async def _discover(self) -> dict[str, int]:
@@ -329,7 +332,6 @@ class WorkerService:
                 if not missing:
                     break
                 if time.monotonic() > deadline:
-            index_version=self._settings.index_version,
                     raise TopicsError(f"topics {', '.join(missing)} do not exist; create them with `kvatlas topics`")
                 await asyncio.sleep(0.5)
         finally:
@@ -368,11 +370,8 @@ async def _report_crash(app: WorkerApp, on_crash: Callable[[BaseException], None
 
 def source_lag(app: WorkerApp, topic: str, partition: int, applied: int) -> int:
     """Return how many source records a partition is behind the end that was seen last; -1 when none was."""
-    try:
-        end = app.consumer.highwater(TP(topic, partition))
-    except Exception:  # noqa: BLE001 # not assigned, or not fetched yet: Faust and aiokafka raise many kinds
-        return -1
-    return -1 if end is None else max(int(end) - applied - 1, 0)
+    end = app.source_end(TP(topic, partition))
+    return -1 if end is None else max(end - applied - 1, 0)
 
 
 def worker_id(folder: Path) -> str:

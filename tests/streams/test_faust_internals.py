@@ -16,7 +16,7 @@ from faust.transport import consumer
 from faust.transport.drivers import aiokafka as driver
 
 from kvatlas.streams import recovery, store, table
-from kvatlas.streams.app import SourceConsumer, SourceConsumerThread, SourceTransport
+from kvatlas.streams.sources import SourceConsumer, SourceConsumerThread, SourceTransport
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,7 @@ from kvatlas.streams.app import SourceConsumer, SourceConsumerThread, SourceTran
         (rocksdb.Store, "_set", ["key", "value"]),
         (rocksdb.Store, "_del", ["key"]),
         (Recovery, "on_rebalance", ["assigned", "revoked", "newly_assigned", "generation_id"]),
+        (Recovery, "on_recovery_completed", ["generation_id"]),
         (consumer.Consumer, "perform_seek", []),
         (consumer.ThreadDelegateConsumer, "seek_wait", ["partitions"]),
         (driver.AIOKafkaConsumerThread, "_create_worker_consumer", ["transport"]),
@@ -72,6 +73,14 @@ def test_the_offset_key_is_fausts() -> None:
     """Faust's recovery reads the changelog offset under this key."""
     assert store.OFFSET_KEY == b"__faust\0offset__"
     assert issubclass(table.BulkTable, faust.Table)
+
+
+def test_the_note_of_delivered_offsets_is_where_we_replace_it() -> None:
+    """Faust drops what is below its note of delivered offsets; ours says that there is none."""
+    source = inspect.getsource(consumer.Consumer._drain_messages)
+    assert "get_read_offset = self._read_offset.__getitem__" in source
+    assert "if r_offset is None or" in source
+    assert "self._read_offset" in inspect.getsource(consumer.Consumer.__init__)
 
 
 def test_consumer_state_that_a_seek_sets() -> None:

@@ -46,11 +46,26 @@ class FakeStage:
 
 
 def flows_of(
-    log: list[Any], gate: asyncio.Event, *failures: Exception, applied: int | None = -1, limit: int = 100
+    log: list[Any],
+    gate: asyncio.Event,
+    *failures: Exception,
+    applied: int | None = -1,
+    limit: int = 100,
+    seeks: list[Any] | None = None,
 ) -> tuple[Flows, list[BaseException]]:
     failed: list[BaseException] = []
     pending = list(failures)
-    return Flows("t", lambda _: FakeStage(log, gate, pending), lambda _: applied, limit, failed.append), failed
+    asked = [] if seeks is None else seeks
+    flows = Flows(
+        "t",
+        lambda _: FakeStage(log, gate, pending),
+        lambda _: applied,
+        limit,
+        failed.append,
+        rewind=lambda partition, offset: asked.append((partition, offset)),
+        pass_hole=lambda partition, offset: asked.append(("hole", partition, offset)),
+    )
+    return flows, failed
 
 
 async def settle() -> None:
@@ -138,9 +153,10 @@ async def test_a_stop_finishes_the_flush_and_drops_the_queue_until_resumed() -> 
     assert log == [("commit", (0,)), ("ack", 0)]
     assert flows.held == 0
     flows.resume()
-    await flows.offer(Event(3, log))
+    for offset in range(2):
+        await flows.offer(Event(offset, log))
     await settle()
-    assert log[2:] == [("commit", (3,)), ("ack", 3)]
+    assert log[2:] == [("commit", (0, 1)), ("ack", 0), ("ack", 1)]
     await flows.stop(1.0)
 
 
@@ -169,3 +185,53 @@ async def test_the_agent_waits_while_too_much_is_queued() -> None:
     gate.set()
     await asyncio.wait_for(waiting, 1.0)
     await flows.stop(1.0)
+
+
+async def test_records_lost_on_their_way_are_read_again() -> None:
+    """A record beyond the next one is not taken: its partition is read from the next one on, once."""
+    log: list[Any] = []
+    seeks: list[Any] = []
+    gate = asyncio.Event()
+    gate.set()
+    flows, _ = flows_of(log, gate, applied=9, seeks=seeks)
+    for offset in (10, 14, 15, 16, 11, 12, 13, 14):
+        await flows.offer(Event(offset, log))
+        await settle()
+    assert [entry for entry in log if entry[0] == "commit"] == [("commit", (offset,)) for offset in range(10, 15)]
+    assert seeks == [(0, 11)]
+    assert flows.rewinds == 1
+    await flows.stop(1.0)
+
+
+async def test_records_that_the_topic_has_lost_are_passed_over_after_two_readings() -> None:
+    """When reading again begins behind the hole twice, the records are gone: the flow goes on and counts them."""
+    log: list[Any] = []
+    seeks: list[Any] = []
+    gate = asyncio.Event()
+    gate.set()
+    flows, _ = flows_of(log, gate, applied=-1, seeks=seeks)
+    for offset in (50, 51, 50, 51, 50, 51):
+        await flows.offer(Event(offset, log))
+    await settle()
+    assert seeks == [(0, 0), (0, 0), ("hole", 0, 50)]
+    assert [entry for entry in log if entry[0] == "ack"] == [("ack", 50), ("ack", 51)]
+    assert flows.missed == 50
+    await flows.stop(1.0)
+
+
+async def test_a_flow_tells_what_it_waits_for() -> None:
+    """The next offset when it is idle, nothing while it works or is stopped, or the partition is not ours."""
+    log: list[Any] = []
+    gate = asyncio.Event()
+    flows, _ = flows_of(log, gate, applied=4)
+    assert flows.waiting(0) == 5
+    await flows.offer(Event(5, log))
+    await settle()
+    assert flows.waiting(0) is None
+    gate.set()
+    await settle()
+    assert flows.waiting(0) == 6
+    await flows.stop(1.0)
+    assert flows.waiting(0) is None
+    elsewhere, _ = flows_of(log, gate, applied=None)
+    assert elsewhere.waiting(0) is None

@@ -1,0 +1,172 @@
+"""Reading the source topics: where reading begins, and reading again what was lost on its way to a flow.
+
+Between the brokers and an agent, Faust may drop records that the consumer has already moved past: a rebalance empties
+the streams' queues, and cuts off the delivery in progress. What an agent has not seen is then never read again. So
+nothing here trusts the consumer's position: it is set to what the tables reflect after every restore, a flow that
+sees a hole has it read again, and a :class:`Watchdog` does the same when nothing comes although there is something.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, Final, NamedTuple
+
+from aiokafka.errors import IllegalStateError
+from faust.transport.drivers import aiokafka as driver
+from faust.types import TP
+from mode import get_logger
+
+logger = get_logger(__name__)
+
+_WATCH_SECONDS: Final = 1.0
+_STUCK_SECONDS: Final = 5.0
+
+
+class _NoPositions(dict[TP, int | None]):
+    """Faust's note of the newest offset that it has delivered, which it uses to drop what is read again.
+
+    It may be ahead of what arrived, and a delivery in progress moves it on after a seek; flows drop what they have.
+    """
+
+    def __getitem__(self, tp: TP) -> None:
+        return None
+
+
+class SourceConsumerThread(driver.AIOKafkaConsumerThread):
+    """Faust's consumer thread with a fetch wait of ours: Faust's is fixed at 1.5 s.
+
+    A fetch over several partitions also waits that long on the embedded broker, and aiokafka holds fetches back for
+    as long when one partition's records are not taken, as those of changelogs are.
+    """
+
+    app: Any
+
+    def _create_worker_consumer(self, transport: Any) -> Any:
+        consumer = super()._create_worker_consumer(transport)
+        consumer._fetch_max_wait_ms = self.app.fetch_wait_ms
+        return consumer
+
+    def rewind(self, tp: TP, offset: int) -> None:
+        """Read a partition from ``offset`` on, soon; no effect when it is not assigned any more."""
+        self.thread_loop.call_soon_threadsafe(self._rewind, tp, offset)
+
+    def _rewind(self, tp: TP, offset: int) -> None:
+        try:
+            self._ensure_consumer().seek(tp, offset)
+        except IllegalStateError:
+            logger.debug("%s/%d: not read again from %d, it is not ours any more", tp.topic, tp.partition, offset)
+
+
+class SourceConsumer(driver.Consumer):
+    """Faust's consumer, which starts where the tables end.
+
+    What the table reflects is stored in it, so that is the position; the group's committed offset is only a hint
+    that may be behind (a crash before the commit) or ahead (the table's state was lost and is to be rebuilt).
+    """
+
+    app: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._read_offset = _NoPositions()
+
+    def _new_consumer_thread(self) -> Any:
+        return SourceConsumerThread(self, loop=self.loop, beacon=self.beacon)
+
+    async def perform_seek(self) -> None:
+        """Seek to the committed offsets, then to the tables' own."""
+        await super().perform_seek()
+        await self.seek_to_tables()
+
+    async def seek_to_tables(self) -> None:
+        """Read every source partition from where its table ends, whatever the position is now."""
+        wanted = dict(self.app.source_positions(self.assignment()))
+        if wanted:
+            await self.seek_wait(wanted)
+            self._committed_offset.update(wanted)
+
+    def rewind(self, tp: TP, offset: int) -> None:
+        """Read a partition from ``offset`` on, soon."""
+        thread: Any = self._thread
+        thread.rewind(tp, offset)
+
+    def pass_hole(self, tp: TP, offset: int) -> None:
+        """Take note that the topic has no records just before ``offset``: commits wait for none of them."""
+        self._committed_offset[tp] = offset
+
+
+class SourceTransport(driver.Transport):
+    """Faust's aiokafka transport with :class:`SourceConsumer`."""
+
+    Consumer: ClassVar[Any] = SourceConsumer
+
+
+class Waiting(NamedTuple):
+    """A source partition whose flow has nothing to do.
+
+    Attributes:
+        tp: the partition.
+        wanted: offset of the record that the flow waits for.
+    """
+
+    tp: TP
+    wanted: int
+
+
+class Watchdog:
+    """Has a partition read again when its flow waits for a record that the topic has.
+
+    Args:
+        waiting: yields the partitions whose flows wait.
+        end_of: partition -> end of its topic as seen last, None when unknown.
+        rewind: reads a partition again from an offset.
+        clock: monotonic, seconds.
+
+    Attributes:
+        rewinds: how often it had to.
+    """
+
+    def __init__(
+        self,
+        waiting: Callable[[], Iterator[Waiting]],
+        end_of: Callable[[TP], int | None],
+        rewind: Callable[[TP, int], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.rewinds = 0
+        self._waiting = waiting
+        self._end_of = end_of
+        self._rewind = rewind
+        self._clock = clock
+        self._since: Mapping[TP, tuple[int, float]] = {}
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            self.look()
+
+    def look(self) -> None:
+        """Look once."""
+        now = self._clock()
+        since: dict[TP, tuple[int, float]] = {}
+        for tp, wanted in self._waiting():
+            end = self._end_of(tp)
+            if end is None or end <= wanted:
+                continue
+            before, began = self._since.get(tp, (wanted, now))
+            since[tp] = (wanted, began if before == wanted else now)
+            if now - since[tp][1] >= _STUCK_SECONDS:
+                since[tp] = (wanted, now)
+                self.rewinds += 1
+                logger.warning(
+                    "%s/%d: waits for record %d although the topic ends at %d; read again from there",
+                    tp.topic,
+                    tp.partition,
+                    wanted,
+                    end,
+                )
+                self._rewind(tp, wanted)
+        self._since = since
