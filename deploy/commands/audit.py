@@ -14,6 +14,7 @@ import msgspec
 
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.deploy.commands import common
+from kvatlas.deploy.reindex.catalog import configured
 from kvatlas.deploy.rights import check_rights, rights_of
 from kvatlas.streams.app import resolve_options
 from kvatlas.streams.audit import PodAudit, Truth, audit, fold_events, read_truth
@@ -47,8 +48,9 @@ def run(args: argparse.Namespace) -> int:
 
 async def _audit(args: argparse.Namespace, kafka: KafkaSettings, worker: WorkerSettings) -> list[PodAudit]:
     await check_rights(kafka, rights_of("audit", kafka, app=worker.app))
+    worker = await configured(kafka, worker)
     truth = await fold_events(kafka, resolve_options(worker)) if args.events else fetch_truth(args.truth)
-    return await audit(kafka, truth, app=worker.app)
+    return await audit(kafka, truth, app=worker.app, version=worker.index_version)
 
 
 def fetch_truth(url: str) -> Truth:

@@ -12,11 +12,12 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from kvatlas.bridge import records
 from kvatlas.bridge.kafka import client_config
 from kvatlas.bridge.settings import KafkaSettings
-from kvatlas.scorer.follow import Follower
 from kvatlas.scorer.pods import PodTable
+from kvatlas.scorer.versions import VersionReader, Versions
 from kvatlas.scorer.workers import WorkerTable
 
 _NS_PER_MS: Final = 1_000_000
+_READ_SECONDS: Final = 15.0
 
 
 class PodRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,17 +66,14 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Watch:
-    """Follows ``kv-pods`` and ``kv-workers``; use as ``async with``."""
+    """Follows ``kv-pods`` and ``kv-workers``, of the index version that answers; use as ``async with``."""
 
     def __init__(self, kafka: KafkaSettings, clock_ns: Callable[[], int] = time.time_ns) -> None:
         self._kafka = kafka
         self._clock_ns = clock_ns
-        self._pods = PodTable()
-        self._workers = WorkerTable(clock_ns)
-        self._followers = [
-            Follower(kafka, records.PODS, self._pods.apply, client_id="kvatlas-top"),
-            Follower(kafka, records.WORKERS, self._workers.apply, client_id="kvatlas-top"),
-        ]
+        self._versions = Versions(
+            lambda name: VersionReader(name, kafka, client_id="kvatlas-top", clock_ns=clock_ns), "", lambda _used: None
+        )
         self._consumer: Any = AIOKafkaConsumer(**client_config(kafka, "kvatlas-top"), enable_auto_commit=False)
         self._before: tuple[float, dict[str, int], dict[str, int]] = (time.monotonic(), {}, {})
 
@@ -85,11 +83,8 @@ class Watch:
         Raises:
             LogError: Kafka does not answer, or the topics are missing.
         """
-        for follower in self._followers:
-            follower.start()
         try:
-            for follower in self._followers:
-                await follower.wait(15.0)
+            await self._versions.start(_READ_SECONDS)
             await self._consumer.start()
         except BaseException:
             await self.__aexit__()
@@ -98,12 +93,12 @@ class Watch:
 
     async def __aexit__(self, *exc: object) -> None:
         """Disconnect."""
-        for follower in self._followers:
-            await follower.stop()
+        await self._versions.stop()
         await self._consumer.stop()
 
     async def look(self) -> Picture:
         """Return the state now; rates are since the look before, 0 at the first."""
+        await self._versions.settle()
         now = self._clock_ns()
         moment = time.monotonic()
         before, sequences, offsets = self._before
@@ -120,11 +115,19 @@ class Watch:
         )
         return Picture(pods=pods, workers=workers, unserved=sorted(self._workers.uncovered()))
 
+    @property
+    def _pods(self) -> PodTable:
+        return self._versions.used.pods
+
+    @property
+    def _workers(self) -> WorkerTable:
+        return self._versions.used.workers
+
     async def _ends(self) -> dict[int, int]:
         layout = self._workers.layout
         if layout is None:
             return {}
-        topic = self._kafka.topic(records.BLOCKS)
+        topic = self._kafka.topic(records.blocks_topic(self._versions.used.name))
         found = await self._consumer.end_offsets(
             [TopicPartition(topic, part) for part in range(layout.partition_count)]
         )
