@@ -302,6 +302,8 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
         updated_ns: the worker's wall clock in ns.
         expires_ns: past this time the record is stale (the worker renews it).
         index_version: the index version that it keeps.
+        blocks: pod, or ``store:NAME``, -> tier -> blocks in its active partitions, as counted last; from a sample
+            where there are many. Nothing before the first count.
     """
 
     v: int = SCHEMA_VERSION
@@ -318,6 +320,7 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     updated_ns: int = 0
     expires_ns: int = 0
     index_version: str = BASE_VERSION
+    blocks: dict[str, dict[str, int]] = {}
 
 
 #: Key of the catalog on ``kv-workers``; no worker id begins so.

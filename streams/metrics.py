@@ -54,6 +54,9 @@ RESTORE_RATE: Final = Gauge("kvatlas_worker_restore_entries_per_second", "Speed 
 STANDBY_LAG: Final = Gauge(
     "kvatlas_worker_standby_lag_entries", "Changelog entries that standbys are behind", ["table"]
 )
+BLOCKS: Final = Gauge(
+    "kvatlas_worker_blocks", "Blocks that a pod holds in this worker's partitions, from a sample", ["pod", "tier"]
+)
 LOOKUPS: Final = Counter("kvatlas_worker_lookups_total", "Lookups by outcome", ["outcome"])
 LOOKUP_KEYS: Final = Counter("kvatlas_worker_lookup_keys_total", "Keys asked for")
 LOOKUP_SECONDS: Final = Histogram(

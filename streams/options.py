@@ -96,6 +96,9 @@ class WorkerSettings(Section, frozen=True, kw_only=True):
     ] = 0.2
     announce_seconds: Annotated[float, Meta(description="how often the worker announces itself", gt=0)] = 2.0
     announce_expiry_seconds: Annotated[float, Meta(description="how long an announcement holds", gt=0)] = 10.0
+    census_seconds: Annotated[
+        float, Meta(description="how often the blocks per pod and tier are counted; 0 turns it off", ge=0)
+    ] = 10.0
     sweep_interval_seconds: Annotated[float, Meta(description="pause between two sweeps of a partition", gt=0)] = 60.0
     sweep_entries_per_second: Annotated[
         int, Meta(description="entries that the sweep looks at in a second; 0 turns it off", ge=0)

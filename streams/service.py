@@ -26,6 +26,7 @@ from kvatlas.bridge.telemetry import Telemetry
 from kvatlas.streams import metrics
 from kvatlas.streams.announce import Announcer, WorkerBook
 from kvatlas.streams.app import BLOCK_INDEX, ENGINE_BLOCKS, WorkerApp, build_app
+from kvatlas.streams.census import Census
 from kvatlas.streams.engine_sweep import sweep_engine_blocks
 from kvatlas.streams.errors import StoreError, TopicsError, WorkerCrashError
 from kvatlas.streams.follow import TopicFollower, partitions_of
@@ -78,6 +79,7 @@ class WorkerService:
         self._server: LookupServer | None = None
         self._announcer: Announcer | None = None
         self._telemetry = Telemetry(settings.telemetry_listen)
+        self._census = Census(self._index_states, self.pods.pods, interval_seconds=settings.census_seconds)
         self._followers: list[TopicFollower] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._app_tasks: list[asyncio.Task[None]] = []
@@ -207,6 +209,8 @@ class WorkerService:
         self._watch(self._announcer.run())
         self._watch(_report_crash(app, on_crash))
         self._watch(Gauges(app, self._lag_of).run())
+        if self._settings.census_seconds:
+            self._watch(self._census.run())
         self._watch(Watchdog(app.waiting, app.source_end, app.source_consumer().rewind).run())
         if app.publisher is not None:
             self._watch(app.publisher.run())
@@ -312,6 +316,7 @@ class WorkerService:
             generation=max(self._app.consumer_generation_id, 0) if self._app is not None else 0,
             offsets={number: state.meta.source_offset for number, state in states.items()},
             index_version=self._settings.index_version,
+            blocks=self._census.holdings,
         )
 
     async def _discover(self) -> dict[str, int]:
