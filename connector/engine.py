@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kvatlas.connector.blocks import Block
 from kvatlas.connector.errors import CapacityError, ClosedError
 from kvatlas.connector.filetier import FileTier
 from kvatlas.connector.gather import Gather
@@ -18,7 +19,6 @@ from kvatlas.connector.metrics import Metrics
 from kvatlas.connector.outcome import Outcome, Result, Results, Tier
 from kvatlas.connector.policies import POLICIES
 from kvatlas.connector.pool import IoPool, Task
-from kvatlas.connector.segments import Block
 from kvatlas.connector.transfer import Mover, PagedKV, Placement
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 
 from kvatlas.connector import directory, layout, scan
+from kvatlas.connector.blocks import Block, Corrupt, Missing, Written
 from kvatlas.connector.buffers import AlignedPool
 from kvatlas.connector.capacity import Capacity
 from kvatlas.connector.errors import ClosedError
@@ -29,7 +30,7 @@ from kvatlas.connector.layout import Fingerprint
 from kvatlas.connector.metrics import Metrics
 from kvatlas.connector.outcome import Outcome, Result, Results, Tier
 from kvatlas.connector.pool import IoPool, Task
-from kvatlas.connector.segments import Block, Corrupt, Missing, SegmentFiles, Written
+from kvatlas.connector.segments import SegmentFiles
 from kvatlas.connector.usage import UsageLog
 
 
@@ -87,7 +88,13 @@ class FileTier:
             gate=IoGate(settings.threads, writes),
             writer=self._writer,
         )
-        self._usage = UsageLog(self._fs, self.directory / layout.USAGE, self._writer)
+        self._usage = UsageLog(
+            self._fs,
+            self.directory / layout.USAGE,
+            self._writer,
+            flush_seconds=settings.usage_flush_seconds,
+            monotonic=monotonic,
+        )
         self._holdings = Holdings(
             self._fs,
             self._segments,
@@ -105,9 +112,6 @@ class FileTier:
             quarantine_files=settings.quarantine_files,
             monotonic=monotonic,
         )
-        self._flush_lock = threading.Lock()
-        self._flush_due = 0.0
-        self._flush_queued = False
         self._pool = IoPool(
             threads=settings.threads + settings.checksum_threads,
             write_threads=writes + settings.checksum_threads,
@@ -228,23 +232,26 @@ class FileTier:
     def _admit(self, written: Written) -> frozenset[bytes]:
         now = self._usage.tick(self._clock_ns())
         admitted = self._holdings.admit(written, now)
-        self._note_flush(self._usage.touch(admitted, now))
+        self._use(admitted, now)
         if self._capacity.exceeded():
             self._queue_eviction()
         return admitted
 
     # -- load ------------------------------------------------------------------------------------------------
 
-    def load(self, blocks: Sequence[Block], *, per_task: int = 1) -> Future[Results]:
+    def load(self, blocks: Sequence[Block], *, per_task: int = 0) -> Future[Results]:
         """Fill the blocks' buffers; a buffer is undefined unless its block's result is LOADED.
 
         Args:
             blocks: where each block is to go.
-            per_task: blocks that one thread reads in a row.
+            per_task: blocks that one thread reads, with one call where they are one file's; 0 takes as many as a
+                file holds when every thread gets some then, else one, so that few blocks come from all threads.
 
         Returns:
             A future that always ends, with one result per key: LOADED, MISS, FAILED or CANCELLED.
         """
+        if not per_task:
+            per_task = self.blocks_per_file if len(blocks) >= self.blocks_per_file * self.settings.threads else 1
         pieces = [tuple(blocks[at : at + per_task]) for at in range(0, len(blocks), per_task)]
         job = Gather(len(pieces))
         for piece in pieces:
@@ -264,9 +271,29 @@ class FileTier:
         """Read blocks on the calling thread."""
         keys = [block.key for block in piece]
         with self._holdings.pinned(keys):
-            results = {block.key: self._read_block(block) for block in piece}
+            results = self._read_together(piece) if len(piece) > 1 else {}
+            for block in piece:
+                if block.key not in results:
+                    results[block.key] = self._read_block(block)
         self._note_use(key for key, result in results.items() if result.ok)
         return results
+
+    def _read_together(self, piece: Sequence[Block]) -> Results:
+        """Read blocks that share a file with one call; what is left out is for :meth:`_read_block` to judge."""
+        begin = time.perf_counter()
+        try:
+            good = self._segments.read_whole(piece)
+        except (Missing, Corrupt, OSError):
+            return {}
+        size = sum(block.size_bytes for block in piece if block.key in good)
+        if good:
+            self._moved(len(good), size, begin)
+        return dict.fromkeys(good, Result(Outcome.LOADED, tier=Tier.FILE))
+
+    def _moved(self, blocks: int, size: int, begin: float) -> None:
+        seconds = time.perf_counter() - begin
+        self.metrics.moved("file", "load", blocks=blocks, size_bytes=size, seconds=seconds)
+        self.metrics.count("hits", blocks)
 
     def _read_block(self, block: Block) -> Result:
         begin = time.perf_counter()
@@ -284,9 +311,7 @@ class FileTier:
             self.metrics.count("failed")
             self._holdings.distrust(block.key)
             return Result(Outcome.FAILED, error_text(error))
-        seconds = time.perf_counter() - begin
-        self.metrics.moved("file", "load", blocks=1, size_bytes=block.size_bytes, seconds=seconds)
-        self.metrics.count("hits")
+        self._moved(1, block.size_bytes, begin)
         return Result(Outcome.LOADED, tier=Tier.FILE)
 
     def lookup(self, keys: Iterable[bytes]) -> dict[bytes, bool]:
@@ -301,23 +326,6 @@ class FileTier:
                 self._holdings.vanished(key)
         return found
 
-    def lookup_async(self, keys: Sequence[bytes]) -> Future[dict[bytes, bool]]:
-        """Do :meth:`lookup` on an I/O thread; the future always ends, with False for what was not answered."""
-        future: Future[dict[bytes, bool]] = Future()
-        absent = dict.fromkeys(keys, False)
-
-        def run() -> None:
-            try:
-                future.set_result(self.lookup(keys))
-            except Exception:  # noqa: BLE001 - an unanswered lookup is a miss
-                future.set_result(absent)
-
-        try:
-            self._pool.read(Task(run, lambda: future.set_result(absent), 0))
-        except ClosedError:
-            future.set_result(absent)
-        return future
-
     # -- use, capacity ---------------------------------------------------------------------------------------
 
     def touch(self, keys: Iterable[bytes]) -> None:
@@ -329,22 +337,12 @@ class FileTier:
         if listed:
             now = self._usage.tick(self._clock_ns())
             self._holdings.touch(listed, now)
-            self._note_flush(self._usage.touch(listed, now))
+            self._use(listed, now)
 
-    def _note_flush(self, due: bool) -> None:
-        with self._flush_lock:
-            moment = self._monotonic()
-            if self.read_only or self._flush_queued or not (due or moment >= self._flush_due):
-                return
-            self._flush_due = moment + self.settings.usage_flush_seconds
-            self._flush_queued = True
-        with contextlib.suppress(ClosedError):
-            self._pool.write(Task(self._flush_usage, lambda: None, 0), force=True)
-
-    def _flush_usage(self) -> None:
-        with self._flush_lock:
-            self._flush_queued = False
-        self._usage.flush()
+    def _use(self, keys: Iterable[bytes], now: int) -> None:
+        if self._usage.touch(keys, now) and not self.read_only:
+            with contextlib.suppress(ClosedError):
+                self._pool.write(Task(self._usage.flush, lambda: None, 0), force=True)
 
     @property
     def used_bytes(self) -> int:
@@ -357,7 +355,7 @@ class FileTier:
 
     def _queue_eviction(self) -> None:
         with contextlib.suppress(ClosedError):
-            self._pool.write(Task(lambda: _ignore(self.evict_excess()), lambda: None, 0), force=True)
+            self._pool.write(Task(self.evict_excess, lambda: None, 0), force=True)
 
     def evict_excess(self, incoming: int = 0) -> int:
         """Evict what was longest unused until the low watermark is met; returns the bytes freed."""
@@ -402,7 +400,3 @@ class FileTier:
 
     def __exit__(self, *_: object) -> None:
         self.close(drain=True)
-
-
-def _ignore(_: object) -> None:
-    return None

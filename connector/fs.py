@@ -15,6 +15,8 @@ from typing import Final, NamedTuple, Protocol
 
 #: Alignment of addresses, offsets and lengths that direct I/O needs everywhere we know of (bytes).
 ALIGNMENT: Final = 4096
+#: Buffers that one call takes on Linux; more are an error there, not a short transfer.
+IOV_MAX: Final = 1024
 O_DIRECT: Final = getattr(os, "O_DIRECT", 0)
 
 Buffer = memoryview
@@ -136,7 +138,7 @@ def read_full(fs: FileSystem, fd: int, buffers: Sequence[Buffer], offset: int) -
     rest = list(buffers)
     wanted = sum(len(part) for part in rest)
     while done < wanted:
-        got = fs.preadv(fd, rest, offset + done)
+        got = fs.preadv(fd, rest[:IOV_MAX], offset + done)
         if got <= 0:
             break
         done += got
@@ -153,15 +155,11 @@ def write_full(fs: FileSystem, fd: int, buffers: Sequence[Buffer], offset: int) 
     done = 0
     rest = list(buffers)
     while rest:
-        # IOV_MAX is 1024 on Linux; a longer list is an error there, not a short write.
-        taken = fs.pwritev(fd, rest[:_IOV_MAX], offset + done)
+        taken = fs.pwritev(fd, rest[:IOV_MAX], offset + done)
         if taken <= 0:
             raise OSError(5, "write made no progress")
         done += taken
         rest = _advance(rest, taken)
-
-
-_IOV_MAX: Final = 1024
 
 
 def _advance(buffers: list[Buffer], count: int) -> list[Buffer]:

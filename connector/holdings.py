@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvatlas.connector import scan
+from kvatlas.connector.blocks import Corrupt, Written
 from kvatlas.connector.catalog import Catalog, Found, Victim
 from kvatlas.connector.fs import FileSystem
 from kvatlas.connector.metrics import Metrics
 from kvatlas.connector.outcome import Outcome, Result, Results
-from kvatlas.connector.segments import Corrupt, SegmentFiles, Written
+from kvatlas.connector.segments import SegmentFiles
 
 
 class Change(NamedTuple):

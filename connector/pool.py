@@ -22,8 +22,8 @@ class Task(NamedTuple):
         cost_bytes: what it moves, for the queue bounds.
     """
 
-    run: Callable[[], None]
-    cancel: Callable[[], None]
+    run: Callable[[], object]
+    cancel: Callable[[], object]
     cost_bytes: int
 
 

@@ -9,58 +9,14 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple
-
-import xxhash
 
 from kvatlas.connector import layout
+from kvatlas.connector.blocks import Block, Corrupt, Missing, Written, copy_in, copy_out, payload_sum
 from kvatlas.connector.buffers import AlignedPool, is_aligned
 from kvatlas.connector.errors import LayoutError
-from kvatlas.connector.fs import ALIGNMENT, O_DIRECT, Buffer, FileSystem, read_full, write_full
+from kvatlas.connector.fs import ALIGNMENT, IOV_MAX, O_DIRECT, Buffer, FileSystem, read_full, write_full
 from kvatlas.connector.gate import IoGate
 from kvatlas.connector.layout import Header, Slot, round_up
-
-
-class Block(NamedTuple):
-    """A block's key and where its bytes are, or are to go: buffers that follow each other."""
-
-    key: bytes
-    parts: Sequence[Buffer]
-
-    @property
-    def size_bytes(self) -> int:
-        """Payload bytes."""
-        return sum(len(part) for part in self.parts)
-
-
-class Written(NamedTuple):
-    """A published segment: its inode and size, and the keys whose names lead to it."""
-
-    inode: int
-    size_bytes: int
-    keys: tuple[bytes, ...]
-
-
-class Missing(Exception):  # noqa: N818 - an answer, not an error
-    """No file has the block's name, or the block in it has another size than was asked for."""
-
-
-class Corrupt(Exception):  # noqa: N818 - an answer, not an error
-    """A file has the block's name and is not the block; ``inode`` is that file."""
-
-    def __init__(self, reason: str, inode: int) -> None:
-        super().__init__(reason)
-        self.inode = inode
-
-
-def payload_sum(parts: Sequence[Buffer]) -> int:
-    """Return the XXH3-64 over buffers that follow each other."""
-    if len(parts) == 1:
-        return layout.checksum(parts[0])
-    total = xxhash.xxh3_64()
-    for part in parts:
-        total.update(part)
-    return total.intdigest()
 
 
 class SegmentFiles:
@@ -256,6 +212,35 @@ class SegmentFiles:
         self._check_length(header.slots[0], block.size_bytes)
         return header.slots[0], rest
 
+    def read_whole(self, blocks: Sequence[Block]) -> frozenset[bytes]:
+        """Fill the buffers of blocks that are exactly one file's, in its order, with one call.
+
+        Returns:
+            The keys whose bytes verified; :meth:`read` says about each of the others, of which there may be many
+            (the blocks lie otherwise) or one (it is damaged).
+
+        Raises:
+            Missing, Corrupt, OSError: as :meth:`read`, for all of them.
+        """
+        slot_bytes = round_up(blocks[0].size_bytes)
+        head = layout.header_bytes(len(blocks))
+        parts = [part for block in blocks for part in block.parts]
+        even = all(block.size_bytes == slot_bytes for block in blocks) and len(parts) < IOV_MAX
+        if not even or (self._direct and not all(map(is_aligned, parts))):
+            return frozenset()
+        with contextlib.ExitStack() as held:
+            with self._gate.reading(), self._opened(blocks[0].key) as (fd, info):
+                if info.st_size != head + slot_bytes * len(blocks):
+                    return frozenset()
+                page = held.enter_context(self._pool.take(head))
+                self._fill(fd, [page, *parts], 0, info.st_ino)
+            slots = self._decode(page, info.st_ino).slots
+        return frozenset(
+            block.key
+            for block, slot in zip(blocks, slots, strict=False)
+            if slot.key == block.key and slot.length == block.size_bytes and payload_sum(block.parts) == slot.sum
+        )
+
     @staticmethod
     def _finish(block: Block, slot: Slot, memory: Buffer | None, inode: int) -> None:
         parts = block.parts if memory is None else [memory[: slot.length]]
@@ -363,21 +348,3 @@ def _open(fs: FileSystem, path: str, flags: int) -> Iterator[tuple[int, os.stat_
         yield fd, fs.fstat(fd)
     finally:
         fs.close(fd)
-
-
-def copy_in(target: Buffer, parts: Sequence[Buffer]) -> None:
-    """Lay ``parts`` one after the other into ``target`` and clear what is left of it."""
-    at = 0
-    for part in parts:
-        target[at : at + len(part)] = part
-        at += len(part)
-    if at < len(target):
-        target[at:] = bytes(len(target) - at)
-
-
-def copy_out(source: Buffer, parts: Sequence[Buffer]) -> None:
-    """Fill ``parts`` one after the other from ``source``."""
-    at = 0
-    for part in parts:
-        part[:] = source[at : at + len(part)]
-        at += len(part)

@@ -14,7 +14,8 @@ import contextlib
 import os
 import struct
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
 
@@ -91,16 +92,30 @@ class UsageLog:
         fs: the file system.
         directory: the fingerprint's ``usage`` directory.
         writer: name of this writer's file, unique among engines and evictors.
-        flush_records: append as soon as this many blocks were used.
+        flush_records: a flush is due as soon as this many blocks were used.
+        flush_seconds: or when the last one is this long ago.
+        monotonic: seconds that never go back.
     """
 
-    def __init__(self, fs: FileSystem, directory: Path, writer: str, *, flush_records: int = 4096) -> None:
+    def __init__(
+        self,
+        fs: FileSystem,
+        directory: Path,
+        writer: str,
+        *,
+        flush_records: int = 4096,
+        flush_seconds: float = 10.0,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._fs = fs
         self._path = directory / f"{writer}{SUFFIX}"
         self._pending: dict[bytes, int] = {}
         self._latest_ns = 0
-        self._written = 0
         self._flush_records = flush_records
+        self._flush_seconds = flush_seconds
+        self._monotonic = monotonic
+        self._flush_at = 0.0
+        self._asked = False
         self._lock = threading.Lock()
         self._io = threading.Lock()
 
@@ -116,17 +131,24 @@ class UsageLog:
             self._latest_ns = max(self._latest_ns, used_ns)
 
     def touch(self, keys: Iterable[bytes], used_ns: int) -> bool:
-        """Note a use; returns whether a flush is due."""
+        """Note a use; returns whether a flush is due, once until the next :meth:`flush`."""
+        moment = self._monotonic()
         with self._lock:
             for key in keys:
                 self._pending[usage_key(key)] = used_ns
-            return len(self._pending) >= self._flush_records
+            due = len(self._pending) >= self._flush_records or moment >= self._flush_at
+            if not due or self._asked or not self._pending:
+                return False
+            self._asked = True
+            self._flush_at = moment + self._flush_seconds
+            return True
 
     def flush(self) -> bool:
         """Append what was collected; False when the file system refused (it is kept for the next time)."""
         with self._io:
             with self._lock:
                 pending, self._pending = self._pending, {}
+                self._asked = False
             if not pending:
                 return True
             try:
@@ -142,5 +164,4 @@ class UsageLog:
                 with self._lock:
                     self._pending = {**pending, **self._pending}
                 return False
-            self._written += len(pending)
             return True

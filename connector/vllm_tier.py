@@ -46,6 +46,7 @@ from vllm.v1.kv_offload.tiering.base import (  # noqa: E402
     TransferJob,
 )
 
+from kvatlas.connector.blocks import Block  # noqa: E402
 from kvatlas.connector.catalog import Budget  # noqa: E402
 from kvatlas.connector.file_settings import FileTierSettings  # noqa: E402
 from kvatlas.connector.filetier import FileTier  # noqa: E402
@@ -53,7 +54,6 @@ from kvatlas.connector.holdings import Change  # noqa: E402
 from kvatlas.connector.layout import Fingerprint  # noqa: E402
 from kvatlas.connector.outcome import Outcome, Results  # noqa: E402
 from kvatlas.connector.pool import numa_cpus  # noqa: E402
-from kvatlas.connector.segments import Block  # noqa: E402
 
 _METRIC_PREFIX = "vllm:kvatlas_file_"
 _COUNTERS = {

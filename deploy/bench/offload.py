@@ -24,14 +24,15 @@ HELP: Final = "KV offload: file tier beside pwritev/preadv, GPU copies beside on
 _MB: Final = 1 << 20
 _BLOCK_BYTES: Final = 2 * _MB
 _CASES: Final = {"2MB": 1, "16MB": 8}
+_ORDERS: Final = (("plain-store", "store", "plain-load", "load"), ("store", "plain-store", "load", "plain-load"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the benchmark's flags."""
     parser.add_argument("--directory", type=Path, help="where to write (default: a new temporary directory)")
     parser.add_argument("--megabytes", type=int, default=256, help="bytes per round and case in MB (default 256)")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds, tier and plain in turns (default 7)")
-    parser.add_argument("--threads", type=int, default=4, help="I/O threads of either side (default 4)")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds, tier and plain in turns (default 9)")
+    parser.add_argument("--threads", type=int, default=4, help="transfers in I/O at once on either side (default 4)")
     parser.add_argument("--buffered", action="store_true", help="page cache instead of direct I/O, on either side")
     parser.add_argument("--cases", default="file,others,gpu", help="what to run (default file,others,gpu)")
 
@@ -135,11 +136,11 @@ class _Plain:
 
 
 def _file_cases(args: argparse.Namespace, directory: Path, name: str, per_file: int) -> Iterator[dict[str, Any]]:
+    from kvatlas.connector.blocks import Block  # noqa: PLC0415
     from kvatlas.connector.catalog import Budget  # noqa: PLC0415 - `bench list` must not need the connector
     from kvatlas.connector.file_settings import FileTierSettings  # noqa: PLC0415
     from kvatlas.connector.filetier import FileTier  # noqa: PLC0415
     from kvatlas.connector.layout import Fingerprint  # noqa: PLC0415
-    from kvatlas.connector.segments import Block  # noqa: PLC0415
 
     size = args.megabytes * _MB
     memory = _memory(size)
@@ -165,15 +166,17 @@ def _file_cases(args: argparse.Namespace, directory: Path, name: str, per_file: 
     with FileTier(settings, fingerprint) as tier:
         tier.scanned.wait()
         plain = _Plain(directory / f"plain-{name}", memory, per_file * _BLOCK_BYTES, args.threads, direct=tier.direct)
+        works: dict[str, Callable[[], object]] = {
+            "plain-store": plain.store,
+            "store": lambda: _good(tier.store(blocks).result()),
+            "plain-load": plain.load,
+            "load": lambda: _good(tier.load(blocks, per_task=per_file).result()),
+        }
         for number in range(args.rounds + 1):
-            took = {
-                "plain-store": _timed(plain.store),
-                "store": _timed(lambda: _good(tier.store(blocks).result())),
-                "plain-load": _timed(plain.load),
-                "load": _timed(lambda: _good(tier.load(blocks, per_task=per_file).result())),
-            }
-            if number:  # the first round warms up
-                for key, seconds in took.items():
+            # Who goes first changes every round: the disk is not the same right after files were removed.
+            for key in _ORDERS[number % 2]:
+                seconds = _timed(works[key])
+                if number:  # the first round warms up
                     times[key].append(seconds)
             plain.clear()
             tier.evict([block.key for block in blocks])

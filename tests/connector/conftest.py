@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import random
 import threading
@@ -13,13 +14,13 @@ from typing import Any
 
 import pytest
 
+from kvatlas.connector.blocks import Block
 from kvatlas.connector.catalog import Budget
 from kvatlas.connector.file_settings import FileTierSettings
 from kvatlas.connector.filetier import FileTier
 from kvatlas.connector.fs import PosixFileSystem, Space, StrPath
 from kvatlas.connector.holdings import Change
 from kvatlas.connector.layout import Fingerprint
-from kvatlas.connector.segments import Block
 
 FINGERPRINT = Fingerprint(
     engine="test",
@@ -162,6 +163,12 @@ def target(number: int, size: int = 8192) -> tuple[Block, bytearray]:
     """Return a block to load and the memory it goes to."""
     memory = bytearray(b"\xaa" * size)
     return Block(key(number), [memoryview(memory)]), memory
+
+
+def aligned_target(number: int, size: int = 8192) -> tuple[Block, memoryview]:
+    """Return a block to load and the page-aligned memory it goes to, as an engine's host memory is."""
+    memory = memoryview(mmap.mmap(-1, size))
+    return Block(key(number), [memory]), memory
 
 
 ENOSPC, EIO, EROFS = errno.ENOSPC, errno.EIO, errno.EROFS

@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 
 from kvatlas.connector import layout
+from kvatlas.connector.blocks import Block
 from kvatlas.connector.catalog import Budget
 from kvatlas.connector.errors import LayoutError
 from kvatlas.connector.outcome import Outcome
-from kvatlas.connector.segments import Block
 from tests.connector.conftest import (
     EIO,
     ENOSPC,
     EROFS,
     FINGERPRINT,
     Fleet,
+    aligned_target,
     block,
     fail,
     key,
@@ -481,3 +482,46 @@ def test_evicting_by_name_removes_and_announces(fleet: Fleet) -> None:
     assert {result.outcome for result in results.values()} == {Outcome.MISS}
     assert fleet.announced() == {key(2)}
     assert fleet.changes[-1].keys == (key(1),)
+
+
+def test_blocks_of_one_file_come_with_one_call(fleet: Fleet) -> None:
+    """Loads of a whole file's blocks open it once and read it once, and every byte is right."""
+    tier = fleet.tier(blocks_per_file=4, threads=2)
+    store(tier, range(8))
+    reads: list[int] = []
+    fleet.fs.faults["preadv"] = lambda fd, buffers, offset: reads.append(offset)
+    wanted = [aligned_target(number) for number in range(8)]
+    results = tier.load([one for one, _ in wanted]).result(WAIT)
+    assert reads == [0, 0]
+    assert {result.outcome for result in results.values()} == {Outcome.LOADED}
+    assert [bytes(memory) for _, memory in wanted] == [payload(number) for number in range(8)]
+    assert tier.metrics.counts["hits"] == 8
+
+
+@pytest.mark.parametrize("damage", ["bit", "header", "cut", "gone", "order"])
+def test_damage_in_a_file_read_as_a_whole_is_found_per_block(fleet: Fleet, damage: str) -> None:
+    """Of a file that is read as a whole, sound blocks are loaded and the others are misses; never wrong bytes."""
+    tier = fleet.tier(blocks_per_file=4)
+    store(tier, range(4))
+    path = file_of(tier, 2)
+    data = bytearray(path.read_bytes())
+    if damage in {"bit", "header"}:
+        with path.open("r+b") as file:
+            at = 100 if damage == "header" else 4096 + 2 * 8192 + 5
+            file.seek(at)
+            file.write(bytes([data[at] ^ 2]))
+    elif damage == "cut":
+        os.truncate(path, len(data) - 4096)
+    elif damage == "gone":
+        for number in range(4):
+            file_of(tier, number).unlink()
+    numbers = [3, 2, 1, 0] if damage == "order" else [0, 1, 2, 3]
+    wanted = [aligned_target(number) for number in numbers]
+    results = tier.load([one for one, _ in wanted], per_task=4).result(WAIT)
+    good = {"bit": {0, 1, 3}, "order": {0, 1, 2, 3}}.get(damage, set())
+    assert {number for number in numbers if results[key(number)].ok} == good
+    assert {results[key(number)].outcome for number in numbers if number not in good} <= {Outcome.MISS}
+    for number, (_, memory) in zip(numbers, wanted, strict=True):
+        if number in good:
+            assert bytes(memory) == payload(number)
+    assert fleet.announced() == {key(number) for number in good}

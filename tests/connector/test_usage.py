@@ -74,15 +74,32 @@ def test_several_writers_are_merged(tmp_path: Path) -> None:
 def test_a_refused_flush_is_made_up_for(tmp_path: Path) -> None:
     """Uses that the disk refused are written with the next flush, without overwriting newer ones."""
     fs = FaultyFileSystem()
-    log = UsageLog(fs, tmp_path, "a", flush_records=2)
-    assert not log.touch([b"x"], 1)
-    assert log.touch([b"y"], 2)
+    log = UsageLog(fs, tmp_path, "a")
+    log.touch([b"x", b"y"], 1)
+    log.touch([b"y"], 2)
     fs.faults["pwritev"] = fail(ENOSPC)
     assert not log.flush()
     log.touch([b"x"], 3)
     fs.faults.clear()
     assert log.flush()
     assert usage.read_usage(fs, tmp_path) == {usage_key(b"x"): 3, usage_key(b"y"): 2}
+
+
+def test_a_flush_is_due_by_number_or_by_time_and_asked_for_once(tmp_path: Path) -> None:
+    """Many uses or a long time make a flush due; until it happened it is not asked for again."""
+    now = [100.0]
+    log = UsageLog(FaultyFileSystem(), tmp_path, "a", flush_records=3, flush_seconds=10.0, monotonic=lambda: now[0])
+    assert not log.touch([], 1)
+    assert log.touch([b"0"], 1)
+    assert not log.touch([b"1", b"2", b"3"], 2)
+    assert log.flush()
+    now[0] += 9
+    assert not log.touch([b"4", b"5"], 3)
+    assert log.touch([b"6"], 4)
+    assert log.flush()
+    assert not log.touch([b"7"], 5)
+    now[0] += 10
+    assert log.touch([b"8"], 6)
 
 
 @pytest.mark.parametrize("torn", [1, 31, 33])
