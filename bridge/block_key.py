@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
+from struct import iter_unpack
 from typing import Final
 
 import msgspec
@@ -88,19 +89,13 @@ def block_keys(
         extra: block number -> bytes from :func:`encode_extra`, for the blocks that have any.
     """
     step = block_size_tokens * TOKEN_BYTES
+    # Cut in C: half of the time of slices, and hashing a block takes less than cutting it off did.
+    blocks = iter_unpack(f"{step}s", memoryview(packed)[: len(packed) // step * step])
     digest = _digest
-    keys: list[bytes] = []
-    append = keys.append
     key = parent
     if not extra:
-        for start in range(0, len(packed) - step + 1, step):
-            key = digest(key + packed[start : start + step])
-            append(key)
-        return keys
-    for number, start in enumerate(range(0, len(packed) - step + 1, step)):
-        key = digest(key + packed[start : start + step] + extra.get(number, b""))
-        append(key)
-    return keys
+        return [key := digest(key + block) for (block,) in blocks]
+    return [key := digest(key + block + extra.get(number, b"")) for number, (block,) in enumerate(blocks)]
 
 
 def partition_of(key: bytes, partitions: int) -> int:

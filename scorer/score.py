@@ -173,6 +173,8 @@ class Walk:
         Returns:
             Whether any pod is still walking, so that more blocks can change the answer.
         """
+        if values and values.count(values[0]) == len(values):  # the common case, counted in C
+            return self._run(values[0], len(values))
         count = 0
         current: bytes | None = b""
         for value in values:

@@ -33,6 +33,7 @@ from kvatlas.scorer.local import LocalTables, TableLookups
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.pods import PodTable
 from kvatlas.scorer.reader import Lookups, PartitionRouter
+from kvatlas.scorer.repeated import score_request
 from kvatlas.scorer.security import Guard, server_credentials, worker_credentials
 from kvatlas.scorer.status import ROLE_OF, code_of
 from kvatlas.scorer.tokenization.options import TokenizerSettings
@@ -62,20 +63,20 @@ class ScorerFront:
     def handler(self) -> grpc.GenericRpcHandler:
         """Return the handler to add to a server."""
         unary: dict[str, tuple[Any, Any]] = {
-            "Score": (self._score, pb.ScoreRequest),
-            "ScoreBatch": (self._batch, pb.ScoreBatchRequest),
-            "Pick": (self._pick, pb.PickRequest),
-            "Explain": (self._explain, pb.ScoreRequest),
-            "ReportDecision": (self._report, pb.ReportDecisionRequest),
-            "ListPods": (self._list, pb.ListPodsRequest),
+            "Score": (self._score, score_request),
+            "ScoreBatch": (self._batch, pb.ScoreBatchRequest.FromString),
+            "Pick": (self._pick, pb.PickRequest.FromString),
+            "Explain": (self._explain, score_request),
+            "ReportDecision": (self._report, pb.ReportDecisionRequest.FromString),
+            "ListPods": (self._list, pb.ListPodsRequest.FromString),
         }
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             name: grpc.unary_unary_rpc_method_handler(
                 self._guarded(name, work),
-                request_deserializer=kind.FromString,
+                request_deserializer=parse,
                 response_serializer=_serialize,
             )
-            for name, (work, kind) in unary.items()
+            for name, (work, parse) in unary.items()
         }
         methods["WatchPods"] = grpc.unary_stream_rpc_method_handler(
             self._watch, request_deserializer=pb.ListPodsRequest.FromString, response_serializer=_serialize
