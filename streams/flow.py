@@ -17,6 +17,7 @@ from mode import get_logger
 
 from kvatlas.bridge.errors import KvatlasError
 from kvatlas.bridge.kafka import refusal_in
+from kvatlas.streams.errors import UncertainError
 
 logger = get_logger(__name__)
 
@@ -98,6 +99,7 @@ class Flow:
         stage: applies records.
         on_taken: called with the number of records that left the queue.
         on_failed: called with the error that ended the flow.
+        may_commit: whether this worker is sure to own the partition.
     """
 
     def __init__(
@@ -106,25 +108,38 @@ class Flow:
         stage: Stage,
         on_taken: Callable[[int], None],
         on_failed: Callable[[BaseException], None],
+        may_commit: Callable[[], bool],
     ) -> None:
         self.name = name
         self.last_offset = -1
+        self._may_commit = may_commit
         self.hole = Hole()
         self._stage = stage
         self._on_taken = on_taken
         self._queue: deque[Any] = deque()
         self._taken: list[Any] = []
+        self._unacknowledged: deque[tuple[int, Any]] = deque()
         self._wake = asyncio.Event()
         self._stopping = False
         self._on_failed = on_failed
         self._task = asyncio.create_task(self._run(), name=f"flow-{name}")
         self._task.add_done_callback(self._ended)
 
-    def offer(self, event: Any) -> None:
-        """Queue one source record; its acknowledgement follows the commit of its flush."""
-        self.last_offset = event.message.offset
-        self._queue.append(event)
+    def offer(self, record: Any) -> None:
+        """Queue one source record."""
+        self.last_offset = record.offset
+        self._queue.append(record)
         self._wake.set()
+
+    def acknowledge(self, event: Any) -> None:
+        """Acknowledge an event once everything that is queued now is committed."""
+        self._unacknowledged.append((self.last_offset, event))
+        if self.idle:
+            self._acknowledge(self.last_offset)
+
+    def _acknowledge(self, committed: int) -> None:
+        while self._unacknowledged and self._unacknowledged[0][0] <= committed:
+            self._unacknowledged.popleft()[1].ack()
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -157,9 +172,9 @@ class Flow:
     def _take(self) -> Any | None:
         if not self._queue:
             return None
-        event = self._queue.popleft()
-        self._taken.append(event)
-        return event
+        record = self._queue.popleft()
+        self._taken.append(record)
+        return record
 
     async def _run(self) -> None:
         while not self._stopping:
@@ -172,10 +187,10 @@ class Flow:
                 work = await self._stage.apply(self._take)
                 if work is not None and not await self._commit(work):
                     return
-            for event in self._taken:
-                event.ack()
-            self._on_taken(len(self._taken))
-            self._taken = []
+            taken, self._taken = self._taken, []
+            if taken:
+                self._acknowledge(taken[-1].offset)
+            self._on_taken(len(taken))
 
     async def _commit(self, work: Work) -> bool:
         """Commit until it succeeds; False when the flow was stopped before that."""
@@ -183,6 +198,8 @@ class Flow:
         refusals = 0
         while True:
             try:
+                if not self._may_commit():
+                    raise UncertainError("the group has not answered for a session; it may have others write this")
                 await work.commit()
             except (KvatlasError, KafkaError) as error:
                 if isinstance(error, KvatlasError) and not error.retriable:
@@ -209,6 +226,7 @@ class Flows:
         source_offset: partition -> last source offset that the table reflects, None when it is not ours to write.
         buffer_records: records held in all queues together before the agent waits.
         on_failed: called with the error that ended a flow: the app must not go on without it.
+        may_commit: whether this worker is sure to own its partitions; commits wait while it is not.
         rewind: has a partition read again from an offset.
         pass_hole: told of a partition and the offset before which the topic has lost records.
 
@@ -226,6 +244,7 @@ class Flows:
         buffer_records: int,
         on_failed: Callable[[BaseException], None],
         *,
+        may_commit: Callable[[], bool],
         rewind: Callable[[int, int], None],
         pass_hole: Callable[[int, int], None],
     ) -> None:
@@ -233,6 +252,7 @@ class Flows:
         self.skipped = 0
         self.rewinds = 0
         self.missed = 0
+        self._may_commit = may_commit
         self._rewind = rewind
         self._pass_hole = pass_hole
         self._paused = False
@@ -266,32 +286,36 @@ class Flows:
         return None if applied is None else applied + 1
 
     async def offer(self, event: Any) -> None:
-        """Hand a source record to its partition's flow; waits while too many are queued.
+        """Hand the records of one event to their partition's flow; waits while too many are queued.
 
-        A record at or below the offset that the table already reflects is acknowledged and dropped. One that does
-        not follow the last is not taken: what lies between was lost on its way, and is read again. Records that come
-        between a revocation and the next restore are dropped: the restore ends with a seek to the tables' offsets.
+        A record at or below the offset that the table already reflects is dropped. One that does not follow the last
+        is not taken: what lies between was lost on its way, and is read again. Records that come between a
+        revocation and the next restore are dropped: the restore ends with a seek to the tables' offsets. The event
+        is acknowledged when what was taken before and with it is committed.
+
+        Args:
+            event: with ``message.partition`` and ``message.records``, in order of their offsets.
         """
-        message = event.message
+        partition = event.message.partition
         if self._paused:
             return
-        flow = self._flows.get(message.partition)
+        flow = self._flows.get(partition)
         if flow is None:
-            applied = self._source_offset(message.partition)
+            applied = self._source_offset(partition)
             if applied is None:
                 return
-            stage = self._make_stage(message.partition)
-            flow = Flow(f"{self.name}-{message.partition}", stage, self._on_taken, self._on_failed)
+            stage = self._make_stage(partition)
+            flow = Flow(f"{self.name}-{partition}", stage, self._on_taken, self._on_failed, self._may_commit)
             flow.last_offset = applied
-            self._flows[message.partition] = flow
-        if message.offset <= flow.last_offset:
-            self.skipped += 1
-            event.ack()
-            return
-        if message.offset != flow.last_offset + 1 and not self._passes(flow, message.partition, message.offset):
-            return
-        self._held += 1
-        flow.offer(event)
+            self._flows[partition] = flow
+        for record in event.message.records:
+            if record.offset <= flow.last_offset:
+                self.skipped += 1
+            elif record.offset == flow.last_offset + 1 or self._passes(flow, partition, record.offset):
+                self._held += 1
+                flow.offer(record)
+        if event.message.offset <= flow.last_offset:
+            flow.acknowledge(event)
         if self._held >= self._limit:
             self._space.clear()
             await self._space.wait()

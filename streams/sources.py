@@ -4,24 +4,54 @@ Between the brokers and an agent, Faust may drop records that the consumer has a
 the streams' queues, and cuts off the delivery in progress. What an agent has not seen is then never read again. So
 nothing here trusts the consumer's position: it is set to what the tables reflect after every restore, a flow that
 sees a hole has it read again, and a :class:`Watchdog` does the same when nothing comes although there is something.
+
+Faust carries what one fetch brought for a partition as one message, a :class:`Batch`: two tasks, an event and an
+acknowledgement a record are most of what a worker would do otherwise.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final, NamedTuple
 
 from aiokafka.errors import IllegalStateError
 from faust.transport.drivers import aiokafka as driver
-from faust.types import TP
+from faust.types import TP, ConsumerMessage
 from mode import get_logger
 
 logger = get_logger(__name__)
 
 _WATCH_SECONDS: Final = 1.0
 _STUCK_SECONDS: Final = 5.0
+
+
+class Batch(ConsumerMessage):
+    """Records of one source partition that came together; its offset is that of the last.
+
+    Attributes:
+        records: what aiokafka read, in order of their offsets.
+    """
+
+    records: Sequence[Any]
+
+    def __init__(self, tp: TP, records: Sequence[Any], generation_id: int) -> None:
+        last = records[-1]
+        super().__init__(
+            tp.topic,
+            tp.partition,
+            last.offset,
+            last.timestamp / 1000,
+            last.timestamp_type,
+            [],
+            None,
+            None,
+            None,
+            tp=tp,
+            generation_id=generation_id,
+        )
+        self.records = records
 
 
 class _NoPositions(dict[TP, int | None]):
@@ -47,6 +77,21 @@ class SourceConsumerThread(driver.AIOKafkaConsumerThread):
         consumer = super()._create_worker_consumer(transport)
         consumer._fetch_max_wait_ms = self.app.fetch_wait_ms
         return consumer
+
+    async def on_start(self) -> None:
+        """Start the consumer, and have each heartbeat that the group accepts renew the lease."""
+        await super().on_start()
+        coordinator, lease = self._ensure_consumer()._coordinator, self.app.lease
+        heartbeat = coordinator._do_heartbeat
+
+        async def heartbeat_and_renew() -> bool:
+            began = lease.now()
+            accepted: bool = await heartbeat()
+            if accepted:
+                lease.renew(began)
+            return accepted
+
+        coordinator._do_heartbeat = heartbeat_and_renew
 
     def rewind(self, tp: TP, offset: int) -> None:
         """Read a partition from ``offset`` on, soon; no effect when it is not assigned any more."""
@@ -74,6 +119,47 @@ class SourceConsumer(driver.Consumer):
 
     def _new_consumer_thread(self) -> Any:
         return SourceConsumerThread(self, loop=self.loop, beacon=self.beacon)
+
+    async def getmany(self, timeout: float) -> AsyncIterator[tuple[TP, ConsumerMessage]]:
+        """Yield what is there: a :class:`Batch` for each source partition, other records one by one."""
+        found, active = await self._wait_next_records(timeout)
+        if found is None or self.should_stop:
+            return
+        if not self.flow_active:
+            await self.perform_seek()
+            return
+        generation = self.app.consumer_generation_id
+        others: dict[TP, Any] = {}
+        for topic_partition, fetched in found.items():
+            tp = TP(topic_partition.topic, topic_partition.partition)
+            if tp.topic not in self.app.sources:
+                others[tp] = fetched
+            elif fetched and (active is None or tp in active):
+                if not self._current(generation):
+                    return
+                self.app.monitor.track_tp_end_offset(tp, self.highwater(tp))
+                yield tp, Batch(tp, fetched, generation)
+        for tp, record in self.scheduler.iterate(others):
+            if not self._current(generation):
+                return
+            if active is None or tp in active or tp in self._buffered_partitions:
+                yield tp, self._to_message(tp, record)
+
+    def _current(self, generation: int) -> bool:
+        """Tell whether what was fetched is still ours to deliver."""
+        return bool(self.flow_active and self.app.consumer_generation_id == generation)
+
+    def _new_offset(self, tp: TP) -> int | None:
+        """Return the offset to commit: flows acknowledge in order, so all before the newest is done."""
+        if tp.topic not in self.app.sources:
+            return super()._new_offset(tp)
+        acked = self._acked[tp]
+        if not acked:
+            return None
+        newest = max(acked)
+        self._acked_index[tp].difference_update(acked)
+        acked.clear()
+        return newest + 1
 
     async def perform_seek(self) -> None:
         """Seek to the committed offsets, then to the tables' own."""

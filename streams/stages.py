@@ -120,10 +120,10 @@ class ResolveStage:
         view = self._table.view(self._partition)
         effects = Effects(self._output.blocks_partitions)
         count, last, sliced = 0, -1, 0
-        while count < self._settings.flush_records and (event := take()) is not None:
-            self._one(view, event.message, effects)
+        while count < self._settings.flush_records and (message := take()) is not None:
+            self._one(view, message, effects)
             count += 1
-            last = event.message.offset
+            last = message.offset
             updates = effects.updates
             if updates >= self._settings.flush_updates:
                 break
@@ -205,8 +205,8 @@ class IndexStage:
         dead: list[tuple[int, bytes, str]] = []
         taken: list[tuple[BlocksRecord, list[bytes]]] = []
         count, last, updates, receive_ns = 0, -1, 0, 0
-        while count < self._settings.flush_records and (event := take()) is not None:
-            value, last = event.message.value, event.message.offset
+        while count < self._settings.flush_records and (message := take()) is not None:
+            value, last = message.value, message.offset
             count += 1
             try:
                 record = decode_blocks(value or b"")

@@ -15,7 +15,8 @@ from kvatlas.streams.flow import Flows
 
 class Event:
     def __init__(self, offset: int, log: list[Any], partition: int = 0) -> None:
-        self.message = SimpleNamespace(offset=offset, partition=partition)
+        record = SimpleNamespace(offset=offset, partition=partition)
+        self.message = SimpleNamespace(offset=offset, partition=partition, records=[record])
         self._log = log
 
     def ack(self) -> None:
@@ -31,8 +32,8 @@ class FakeStage:
 
     async def apply(self, take: Callable[[], Any | None]) -> Any:
         offsets = []
-        while (event := take()) is not None:
-            offsets.append(event.message.offset)
+        while (record := take()) is not None:
+            offsets.append(record.offset)
         log, gate, failures = self._log, self._gate, self._failures
 
         class Work:
