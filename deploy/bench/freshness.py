@@ -1,116 +1,58 @@
-"""``kvatlas bench freshness``: how long after an engine message is on the log a lookup sees it, under half load."""
+"""``kvatlas bench freshness``: from an engine's publish call to the score that counts its blocks, under load.
+
+Kafka, bridge, one worker process, scorer and the engines share the machine. The load is half of what the worker is
+built for, in messages as engines with full caches send them, see :mod:`kvatlas.deploy.bench._system`.
+"""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import statistics
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Final
 
-import grpc
+from kvatlas.deploy.bench import _rig, _system
 
-from kvatlas.bridge import records
-from kvatlas.bridge.adapters.fields import encode_batch
-from kvatlas.bridge.block_key import block_keys, pack_tokens, root_key
-from kvatlas.deploy.bench import _rig
-from kvatlas.deploy.bench.index import engine_messages
-from kvatlas.streams.v1 import block_index_pb2 as pb
-from kvatlas.streams.v1 import block_index_pb2_grpc as pb_grpc
-
-HELP: Final = "from an engine message on the log to its blocks in a lookup, while others are ingested (ms)"
+HELP: Final = "from an engine's message on ZMQ to its blocks in a score, while other blocks are ingested (ms)"
 
 _LOAD_BLOCKS_PER_SECOND: Final = 20_000
-_PROBES: Final = 200
-_TICK_SECONDS: Final = 0.01
-
-aio: Any = getattr(grpc, "aio")  # noqa: B009 # the stubs of grpc leave out its asyncio half
+_PROBES: Final = 300
+_SETTLE_SECONDS: Final = 3.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this benchmark."""
     _rig.add_arguments(parser)
     parser.add_argument("--load", type=int, default=_LOAD_BLOCKS_PER_SECOND, help="blocks/s ingested meanwhile")
+    parser.add_argument("--probes", type=int, default=_PROBES, help="messages whose way is timed")
 
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield the figures."""
-    with _rig.broker(args) as (bootstrap, folder):
-        fresh, lookups = asyncio.run(_measure(bootstrap, folder / "state", args))
-        for case, found in (("log to lookup", fresh), ("lookup of 512 keys", lookups)):
-            cuts = statistics.quantiles(found, n=100)
-            yield {
-                "bench": "freshness",
-                "case": case,
-                "value": round(cuts[49], 2),
-                "unit": "ms",
-                "p50": round(cuts[49], 2),
-                "p99": round(cuts[98], 2),
-            }
+    """Yield the figures.
 
-
-async def _measure(bootstrap: str, folder: Path, args: argparse.Namespace) -> tuple[list[float], list[float]]:
-    kafka = await _rig.topics(bootstrap, args.partitions)
-    probes = max(int(_PROBES * args.scale), 20)
-    topic = kafka.topic(records.EVENTS)
-    fresh: list[float] = []
-    lookups: list[float] = []
-    async with _rig.producer(kafka) as target, _rig.worker(kafka, folder) as service:
-        load = asyncio.create_task(_load(target, topic, args.load, kafka.partitions))
-        async with aio.insecure_channel(service.address) as channel:
-            stub: Any = pb_grpc.BlockIndexStub(channel)
-            for number in range(probes):
-                key, value, headers, keys = _probe(number)
-                partition = records.pod_partition(key.decode(), kafka.partitions)
-                began = time.perf_counter()
-                await target.send(topic, value, key=key, headers=headers, partition=partition)
-                while True:
-                    answer = await stub.Lookup(pb.LookupRequest(keys=keys))
-                    if b"\x00" * 4 not in {answer.index[at : at + 4] for at in range(0, len(answer.index), 4)}:
-                        break
-                    await asyncio.sleep(0.001)
-                fresh.append((time.perf_counter() - began) * 1e3)
-                began = time.perf_counter()
-                await stub.Lookup(pb.LookupRequest(keys=keys * 64))
-                lookups.append((time.perf_counter() - began) * 1e3)
-                await asyncio.sleep(0.02)
-        load.cancel()
-    return fresh, lookups
-
-
-async def _load(target: Any, topic: str, blocks_per_second: int, partitions: int) -> None:
-    """Send engine messages at a steady rate until cancelled."""
-    messages = engine_messages(10**9, 8, partitions)
-    sent, began = 0, time.monotonic()
-    while True:
-        due = (time.monotonic() - began) * blocks_per_second
-        while sent < due:
-            key, value, headers, partition = next(messages)
-            await target.send(topic, value, key=key, headers=headers, partition=partition)
-            sent += 64
-        await asyncio.sleep(_TICK_SECONDS)
-
-
-def _probe(number: int) -> tuple[bytes, bytes, list[tuple[str, bytes]], bytes]:
-    """Return key, value and headers of one small engine message, and the packed keys of its eight blocks."""
-    tokens = [(number << 8) + at for at in range(128)]
-    event = {
-        "type": "BlockStored",
-        "block_hashes": list(range(number * 8, number * 8 + 8)),
-        "parent_block_hash": None,
-        "token_ids": tokens,
-        "block_size": 16,
-        "medium": "GPU",
-    }
-    headers = [
-        (records.H_SEQUENCE, str(number).encode()),
-        (records.H_INCARNATION, b"1700000000"),
-        (records.H_RECEIVE_NS, str(time.time_ns()).encode()),
-        (records.H_ENGINE, b"vllm"),
-        (records.H_MODEL, b"probe"),
-        (records.H_CONTENT_TYPE, records.CONTENT_ENGINE.encode()),
-    ]
-    keys = b"".join(block_keys(root_key("probe"), pack_tokens(tokens), 16))
-    return b"probe", encode_batch(time.time(), [event], 0), headers, keys
+    Raises:
+        StalledError: what was published does not arrive.
+    """
+    rate = args.load / _system.BLOCKS_PER_MESSAGE
+    probes = max(int(args.probes * args.scale), 20)
+    # Made before the load begins: the engines' own work must not compete with what is measured.
+    ahead = int(rate * (_SETTLE_SECONDS + probes * 0.08))
+    with (
+        _rig.broker(args) as (bootstrap, folder),
+        _system.engines(max(ahead, _system.PODS)) as engines,
+        _system.probe() as probe,
+        _system.running(
+            "freshness", bootstrap, folder, args, [*engines.flags, f"{probe.endpoint},{probe.replay_endpoint}"]
+        ) as (address, metrics),
+    ):
+        _system.until(metrics, engines.filled)
+        began = engines.send(rate)
+        time.sleep(_SETTLE_SECONDS)
+        delays = sorted(_system.freshness(probe, address, probes))
+        lookups = sorted(_system.lookups(probe, address, probes))
+        carried = (_system.metric(metrics, _system.UPDATES) - engines.filled) / (time.time() - began)
+    for case, found in (("ZMQ to score", delays), ("lookup of 512 keys", lookups)):
+        p50, p99 = round(statistics.median(found), 2), round(found[int(len(found) * 0.99)], 2)
+        yield {"bench": "freshness", "case": case, "value": p50, "unit": "ms", "p50": p50, "p99": p99}
+    yield {"bench": "freshness", "case": "load meanwhile", "value": round(carried), "unit": "blocks/s"}
