@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, NamedTuple, cast
 
 import faust
+from aiokafka import TopicPartition
 from faust.types import TP
 from mode import get_logger
 from yarl import URL
@@ -14,6 +15,8 @@ from yarl import URL
 from kvatlas.bridge import records
 from kvatlas.bridge.kafka import password, ssl_context
 from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.streams.changelog import Meta, encode_meta, send_claim
+from kvatlas.streams.fence import Lease
 from kvatlas.streams.flow import Flows, Stage
 from kvatlas.streams.options import WorkerSettings
 from kvatlas.streams.pods import PodPublisher
@@ -44,6 +47,7 @@ class WorkerApp(faust.App):
         sources: source topic -> table that its agent writes.
         fetch_wait_ms: how long a fetch waits at the broker for records.
         roles_listener: called when roles changed, with whether all active partitions are caught up.
+        lease: whether the group surely counts this worker in.
         publisher: of pod records; None when the resolve agent does not run here.
     """
 
@@ -51,6 +55,7 @@ class WorkerApp(faust.App):
     flows: dict[str, Flows]
     sources: dict[str, BulkTable]
     fetch_wait_ms: int
+    lease: Lease
     publisher: PodPublisher | None
     roles_listener: Callable[[bool], None] | None
 
@@ -208,7 +213,14 @@ def build_app(
     if settings.role in ("all", "index"):
         tables[index_changelog] = BLOCK_INDEX
         _add_index(parts, _table(parts, BLOCK_INDEX, index_changelog))
-    app.reader = BulkReader(kafka, f"kvatlas-restore-{worker_id}", tables, settings.max_local_age_hours * 3600)
+
+    async def claim(at: TopicPartition, meta: Meta) -> int:
+        return await send_claim(app.aiokafka_producer(), at.topic, at.partition, encode_meta(meta))
+
+    app.reader = BulkReader(
+        kafka, f"kvatlas-restore-{worker_id}", tables, settings.max_local_age_hours * 3600, claim=claim
+    )
+    app.lease = Lease(settings.session_timeout_seconds)
 
     async def revoked(*_: Any, **__: Any) -> None:
         await app.quiesce()
@@ -275,6 +287,7 @@ def _add_flows(parts: _Parts, source: str, name: str, table: BulkTable, make_sta
         parts.settings.buffer_records,
         parts.on_crash,
         rewind=lambda partition, offset: parts.app.source_consumer().rewind(TP(source, partition), offset),
+        may_commit=lambda: parts.app.lease.valid,
         pass_hole=lambda partition, offset: parts.app.source_consumer().pass_hole(TP(source, partition), offset),
     )
     parts.app.sources[source] = table

@@ -90,7 +90,7 @@ async def audit(
             keys.add(key)
 
     await read_topic(kafka, changelog, note)
-    index = await _lookup(sorted(keys), workers)
+    index = await lookup_all(sorted(keys), workers)
     return compare(index, truth, pods.pods())
 
 
@@ -151,7 +151,19 @@ def _compare_pod(
     )
 
 
-async def _lookup(keys: Sequence[bytes], workers: WorkerBook) -> dict[bytes, bytes]:
+async def lookup_all(keys: Sequence[bytes], workers: WorkerBook) -> dict[bytes, bytes]:
+    """Ask the workers that announce themselves for the index values of keys.
+
+    Args:
+        keys: packed block keys.
+        workers: who answers for which partition.
+
+    Returns:
+        Key -> encoded value, of the keys that the index has.
+
+    Raises:
+        StreamsError: no worker is announced, or a partition is answered by none.
+    """
     live = [record for record in workers.workers() if record.partitions]
     count = max((record.partition_count for record in live), default=0)
     if not count:

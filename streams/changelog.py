@@ -1,14 +1,15 @@
 """The changelog of a table: one record batch per flush, and the meta record that ties it to its source.
 
 A flush is one Kafka record batch: one record per changed key (value None removes it), so that the topic stays
-compactable, and one meta record last, under a reserved key::
+compactable, between two meta records under a reserved key; the first repeats the meta of the flush before::
 
     key   = 00 'kvatlas' 00 'meta'
-    value = | version 1 | source offset 8 | receive time 8 | written 8 |      big-endian
+    value = | version 1 | source offset 8 | receive time 8 | written 8 | epoch 8 | owner 8 |      big-endian
 
 ``source offset`` is the last record of the source topic that the state reflects, ``receive time`` the bridge's clock
-(ns) in its newest message, ``written`` the worker's clock (ns). A broker stores a batch whole or not at all, so
-whoever restores the changelog has a state and the offset it belongs to.
+(ns) in its newest message, ``written`` the worker's clock (ns), ``epoch`` and ``owner`` the writer's claim, see
+``fence``. Version 1 ends before the epoch; version 2 is written. A broker stores a batch whole or not at all, so
+whoever restores the changelog has a state and the offset it belongs to, and knows at once whose records follow.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from aiokafka.errors import KafkaError
 from kvatlas.bridge.errors import VersionError
 from kvatlas.streams.errors import ChangelogError
 
-META_VERSION: Final = 1
+META_VERSION: Final = 2
 META_KEY: Final = b"\x00kvatlas\x00meta"
-_META: Final = struct.Struct(">Bqqq")
+_META: Final = struct.Struct(">Bqqqqq")
+_META_1: Final = struct.Struct(">Bqqq")
 
 
 class Meta(NamedTuple):
@@ -33,6 +35,24 @@ class Meta(NamedTuple):
     source_offset: int = -1
     receive_ns: int = 0
     written_ns: int = 0
+    epoch: int = 0
+    owner: int = 0
+
+
+class Placed(NamedTuple):
+    """Where a flush is in the changelog.
+
+    Attributes:
+        last: offset of its last record.
+        records: how many records it has.
+    """
+
+    last: int
+    records: int
+
+    def follows(self, before: int | None) -> bool:
+        """Return whether nothing lies between it and the offset ``before`` (None: the topic's start)."""
+        return self.last - self.records == (-1 if before is None else before)
 
 
 def encode_meta(meta: Meta) -> bytes:
@@ -46,52 +66,83 @@ def decode_meta(value: bytes) -> Meta:
     Raises:
         VersionError: another version, or not a meta record.
     """
+    if len(value) == _META_1.size and value[0] == 1:
+        return Meta(*_META_1.unpack(value)[1:])
     if len(value) != _META.size or value[0] != META_VERSION:
         raise VersionError(f"table meta record of {len(value)} bytes, version {value[:1]!r}; expected {META_VERSION}")
-    _, source_offset, receive_ns, written_ns = _META.unpack(value)
-    return Meta(source_offset, receive_ns, written_ns)
+    return Meta(*_META.unpack(value)[1:])
 
 
 async def send_batch(
-    producer: Any, topic: str, partition: int, writes: Mapping[bytes, bytes | None], meta: bytes
-) -> int:
+    producer: Any, topic: str, partition: int, writes: Mapping[bytes, bytes | None], *, before: bytes, after: bytes
+) -> Placed:
     """Send a flush as one record batch and wait until the brokers have it.
 
-    When the writes do not fit into one batch of the producer's largest size, they go in several, in order, and the
-    last one has the meta record: a state restored from the first ones alone is a prefix whose source records are
-    applied again, which changes nothing.
+    When the writes do not fit into one batch of the producer's largest size, they go in several, in order, each with
+    the meta record ``before`` at its head, and the last one with ``after`` at its end: a state restored from the
+    first ones alone is a prefix whose source records are applied again, which changes nothing.
 
     Args:
         producer: the started ``AIOKafkaProducer``.
         topic: changelog topic.
         partition: partition of the table.
         writes: key -> value, None to remove.
-        meta: the meta record's value.
+        before: meta record of the state before the flush.
+        after: meta record of the state with it.
 
     Returns:
-        Offset of the last record.
+        Where it is.
+
+    Raises:
+        ChangelogError: the brokers did not acknowledge it.
+    """
+    count = 0
+
+    async def send(batch: Any) -> int:
+        placed = await (await producer.send_batch(batch, topic, partition=partition))
+        last: int = placed.offset + batch.record_count() - 1
+        return last
+
+    def begin() -> Any:
+        batch = producer.create_batch()
+        batch.append(key=META_KEY, value=before, timestamp=None)
+        return batch
+
+    try:
+        batch = begin()
+        append = batch.append
+        for key, value in writes.items():
+            if append(key=key, value=value, timestamp=None) is None:
+                count += batch.record_count()
+                await send(batch)
+                batch = begin()
+                append = batch.append
+                append(key=key, value=value, timestamp=None)
+        if append(key=META_KEY, value=after, timestamp=None) is None:
+            count += batch.record_count()
+            await send(batch)
+            batch = begin()
+            batch.append(key=META_KEY, value=after, timestamp=None)
+        count += batch.record_count()
+        last = await send(batch)
+    except KafkaError as error:
+        raise ChangelogError(
+            f"changelog {topic}/{partition}: {len(writes)} entries not acknowledged: {error!r}; will be sent again"
+        ) from error
+    return Placed(last, count)
+
+
+async def send_claim(producer: Any, topic: str, partition: int, meta: bytes) -> int:
+    """Write a claim, a meta record alone, to the end of a changelog and return its offset.
 
     Raises:
         ChangelogError: the brokers did not acknowledge it.
     """
     try:
         batch = producer.create_batch()
-        append = batch.append
-        for key, value in writes.items():
-            if append(key=key, value=value, timestamp=None) is None:
-                await (await producer.send_batch(batch, topic, partition=partition))
-                batch = producer.create_batch()
-                append = batch.append
-                append(key=key, value=value, timestamp=None)
-        if append(key=META_KEY, value=meta, timestamp=None) is None:
-            await (await producer.send_batch(batch, topic, partition=partition))
-            batch = producer.create_batch()
-            batch.append(key=META_KEY, value=meta, timestamp=None)
-        count = batch.record_count()
+        batch.append(key=META_KEY, value=meta, timestamp=None)
         placed = await (await producer.send_batch(batch, topic, partition=partition))
     except KafkaError as error:
-        raise ChangelogError(
-            f"changelog {topic}/{partition}: {len(writes)} entries not acknowledged: {error!r}; will be sent again"
-        ) from error
-    last: int = placed.offset + count - 1
-    return last
+        raise ChangelogError(f"changelog {topic}/{partition}: claim not acknowledged: {error!r}") from error
+    offset: int = placed.offset
+    return offset

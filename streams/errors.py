@@ -7,8 +7,10 @@
         ├── TopicsError         topics are missing or their partition counts disagree
         ├── StoreError          the local RocksDB state cannot be used
         ├── ChangelogError      a changelog batch was not acknowledged (retriable)
+        ├── FencedError         another worker took a partition over while this one stood still
         ├── RestoreError        the changelog could not be read to its end (retriable)
-        └── WorkerCrashError         the Faust app died; the service starts a new one (retriable)
+        ├── UncertainError      this worker may have been counted out of its group (retriable)
+        └── WorkerCrashError    the Faust app died; the service starts a new one (retriable)
 """
 
 from __future__ import annotations
@@ -34,8 +36,18 @@ class ChangelogError(StreamsError):
     retriable = True
 
 
+class FencedError(StreamsError):
+    """Another worker has claimed a partition that this one still took for its own; its app must start anew."""
+
+
 class RestoreError(StreamsError):
     """The changelog could not be read to its end."""
+
+    retriable = True
+
+
+class UncertainError(StreamsError):
+    """The group has not answered for a session: this worker may have been counted out of it."""
 
     retriable = True
 

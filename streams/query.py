@@ -47,6 +47,8 @@ class LookupService(pb_grpc.BlockIndexServicer):
         state_of: partition -> local state of ``block_index``, None when it is not here.
         lag_of: partition -> records behind the end of ``kv-blocks``, -1 when unknown.
         others: who owns what is not here.
+        certain: whether the group surely counts this worker in; while it may not, what is active here is answered
+            as a standby's, since another worker may have newer.
     """
 
     def __init__(
@@ -58,7 +60,9 @@ class LookupService(pb_grpc.BlockIndexServicer):
         state_of: StateOf,
         lag_of: Callable[[int], int],
         others: WorkerBook,
+        certain: Callable[[], bool],
     ) -> None:
+        self._certain = certain
         self._worker = worker
         self._partition_count = partition_count
         self._max_keys = max_keys
@@ -109,8 +113,9 @@ class LookupService(pb_grpc.BlockIndexServicer):
             for partition in np.unique(where).tolist():
                 rows = np.nonzero(where == partition)[0].tolist()
                 state = self._state_of(partition)
-                states.append(self._describe(partition, state))
-                if state is None or state.role is Role.RESTORING or (state.role is Role.STANDBY and not allow_standby):
+                role = self._role(state)
+                states.append(self._describe(partition, state, role))
+                if state is None or role is Role.RESTORING or (role is Role.STANDBY and not allow_standby):
                     unanswered.extend(rows)
                     continue
                 self._fill(values, rows, state.get_many([keys[row] for row in rows]))
@@ -122,7 +127,12 @@ class LookupService(pb_grpc.BlockIndexServicer):
         for row, value in zip(rows, found, strict=True):
             values[row] = value
 
-    def _describe(self, partition: int, state: PartitionState | None) -> pb.PartitionState:
+    def _role(self, state: PartitionState | None) -> Role:
+        if state is None:
+            return Role.RESTORING
+        return Role.STANDBY if state.role is Role.ACTIVE and not self._certain() else state.role
+
+    def _describe(self, partition: int, state: PartitionState | None, role: Role) -> pb.PartitionState:
         if state is None:
             return pb.PartitionState(
                 partition=partition,
@@ -133,10 +143,10 @@ class LookupService(pb_grpc.BlockIndexServicer):
             )
         return pb.PartitionState(
             partition=partition,
-            role=_ROLES[state.role],
+            role=_ROLES[role],
             applied_offset=state.meta.source_offset,
             applied_receive_ns=state.meta.receive_ns,
-            lag_records=self._lag_of(partition) if state.role is Role.ACTIVE else -1,
+            lag_records=self._lag_of(partition) if role is Role.ACTIVE else -1,
         )
 
 

@@ -41,6 +41,7 @@ class BulkRecovery(Recovery):
     ) -> None:
         """Start the restore of what this worker is assigned now; returns at once."""
         metrics.REBALANCES.inc()
+        self.app.lease.renew(self.app.lease.now())  # the group has just said what is ours
         await self._cancel()
         self._revoked |= revoked
         self._turn = asyncio.create_task(

@@ -8,8 +8,9 @@ same code follows the changelogs of standby partitions for as long as they are s
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -19,6 +20,7 @@ from mode import get_logger
 from kvatlas.bridge.kafka import client_config
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.streams import metrics
+from kvatlas.streams.changelog import Meta
 from kvatlas.streams.errors import RestoreError
 from kvatlas.streams.store import PartitionState, Role
 
@@ -30,8 +32,10 @@ _POLL_RECORDS: Final = 20_000
 _REPORT_SECONDS: Final = 2.0
 _STALLED_SECONDS: Final = 120.0
 _RETRY_SECONDS: Final = 1.0
+_BETWEEN_SECONDS: Final = 30.0
 
 States = Mapping[TopicPartition, PartitionState]
+Claim = Callable[[TopicPartition, Meta], Awaitable[int]]
 
 
 class Progress(NamedTuple):
@@ -62,14 +66,21 @@ class BulkReader:
         tables: changelog topic -> name of the table, for metrics.
         max_local_age_seconds: local state written longer ago is rebuilt from nothing: a compacted topic forgets
             tombstones, so a copy that has missed them would keep entries that are gone.
+        claim: writes a claim to a changelog and returns its offset, see ``fence``; None reads without claiming.
     """
 
     def __init__(
-        self, kafka: KafkaSettings, client_id: str, tables: Mapping[str, str], max_local_age_seconds: float
+        self,
+        kafka: KafkaSettings,
+        client_id: str,
+        tables: Mapping[str, str],
+        max_local_age_seconds: float,
+        claim: Claim | None = None,
     ) -> None:
         self._kafka = kafka
         self._client_id = client_id
         self._tables = tables
+        self._claim = claim
         self._max_age_ns = int(max_local_age_seconds * 1e9)
 
     async def restore(self, states: States) -> Progress:
@@ -162,17 +173,22 @@ class BulkReader:
     async def _restore(self, consumer: Any, states: States, began: float) -> int:
         ends = await self._seek(consumer, states)
         open_ = {at: (await consumer.position(at)) for at in states}
+        claims: dict[TopicPartition, int] = {}
         entries = 0
         report = _Report(self._tables, began)
         last_record = time.monotonic()
         while True:
-            for at in [at for at, position in open_.items() if position >= ends[at]]:  # it shrinks
+            reached = [at for at, position in open_.items() if position >= ends[at]]
+            if reached:
                 # The former owner's last batch may have arrived since: look again before declaring it caught up.
-                ends[at] = (await consumer.end_offsets([at]))[at]
-                if open_[at] >= ends[at]:
+                ends.update(await consumer.end_offsets(reached))
+                reached = [at for at in reached if open_[at] >= ends[at]]
+                for at in [at for at in reached if self._owned(states[at], claims.get(at))]:
+                    reached.remove(at)
                     del open_[at]
                     consumer.pause(at)
                     self._ready(states[at], ends[at])
+                ends.update(await self._claim_all(reached, states, claims))
             if not open_:
                 report.end()
                 return entries
@@ -191,6 +207,50 @@ class BulkReader:
                 if time.monotonic() - last_record > _STALLED_SECONDS:
                     raise RestoreError(f"changelogs {sorted(map(str, open_))}: no record for {_STALLED_SECONDS} s")
             report.tick(entries, {at: ends[at] - position for at, position in open_.items()})
+
+    def _owned(self, state: PartitionState, claim: int | None) -> bool:
+        """Return whether our claim is in the changelog, and no other before it that counts more."""
+        return self._claim is None or claim == state.meta.owner
+
+    async def _claim_all(
+        self, partitions: Sequence[TopicPartition], states: States, claims: dict[TopicPartition, int]
+    ) -> dict[TopicPartition, int]:
+        """Claim partitions whose changelogs are read to the end; returns the new ends."""
+        if self._claim is None or not partitions:
+            return {}
+        metas = []
+        for at in partitions:
+            claims[at] = secrets.randbits(62) | 1
+            meta = states[at].meta
+            metas.append(meta._replace(written_ns=time.time_ns(), epoch=meta.epoch + 1, owner=claims[at]))
+        offsets = await asyncio.gather(*map(self._claim, partitions, metas))
+        return {at: offset + 1 for at, offset in zip(partitions, offsets, strict=True)}
+
+    async def between(self, at: TopicPartition, first: int, last: int) -> list[tuple[bytes, bytes | None]]:
+        """Return keys and values of the records ``first`` to ``last`` of a changelog.
+
+        Raises:
+            RestoreError: they cannot be read.
+        """
+        consumer = self._consumer()
+        found: list[tuple[bytes, bytes | None]] = []
+        deadline = time.monotonic() + _BETWEEN_SECONDS
+        try:
+            await consumer.start()
+            consumer.assign([at])
+            consumer.seek(at, first)
+            while await consumer.position(at) <= last:
+                if time.monotonic() > deadline:
+                    raise RestoreError(f"changelog {at.topic}/{at.partition}: records {first} to {last} do not come")
+                for batch in (await consumer.getmany(timeout_ms=_POLL_MS)).values():
+                    found += [(record.key, record.value) for record in batch if record.offset <= last]
+        except KafkaError as error:
+            raise RestoreError(
+                f"changelog {at.topic}/{at.partition}: cannot be read: {error!r}; tried again"
+            ) from error
+        finally:
+            await consumer.stop()
+        return found
 
     @staticmethod
     def _ready(state: PartitionState, end: int) -> None:

@@ -166,6 +166,7 @@ class WorkerService:
             state_of=self._state_of,
             lag_of=self._lag_of,
             others=self._workers,
+            certain=lambda: self._app is not None and self._app.lease.valid,
         )
         self._server = LookupServer(
             service,

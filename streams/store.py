@@ -25,6 +25,7 @@ from kvatlas.bridge.errors import VersionError
 from kvatlas.streams.cache import BytesCache
 from kvatlas.streams.changelog import META_KEY, Meta, decode_meta, encode_meta
 from kvatlas.streams.errors import StoreError
+from kvatlas.streams.fence import Filter
 from kvatlas.streams.rocks import RocksBudget, open_database
 
 logger = get_logger(__name__)
@@ -60,6 +61,7 @@ class PartitionState:
         changelog_offset: last changelog record in the state, None for none.
         meta: source offset and times that the state reflects.
         lock: held by whoever reads, changes and commits; there is one writer at a time.
+        foreign: keys that replaced writers wrote to the changelog; their true values have to be written once more.
     """
 
     def __init__(
@@ -75,6 +77,8 @@ class PartitionState:
         self.cache = BytesCache(cache_bytes)
         self.role = Role.RESTORING
         self.lock = asyncio.Lock()
+        self.foreign: set[bytes] = set()
+        self._dropping = False
         self._budget = budget
         self._threads = threads
         self._apart = threading.Lock()  # held while a thread is in the database: it must not be closed then
@@ -204,9 +208,23 @@ class PartitionState:
     def load(self, records: Iterable[tuple[bytes, bytes | None]], changelog_offset: int) -> None:
         """Write what the changelog says (restore, standby): values and the changelog offset in one batch.
 
-        The cache takes over only what it already holds: a restore must not push hot entries out.
+        Batches of writers that another has replaced are dropped; while one is being read, the changelog offset stays
+        where it was, so that a restart begins before it. The cache takes over only what it already holds: a restore
+        must not push hot entries out.
         """
-        latest = dict(records)
+        writers = Filter(self.meta)
+        writers.dropping = self._dropping
+        latest: dict[bytes, bytes | None] = {}
+        for key, value in records:
+            if key == META_KEY:
+                if writers.writer(decode_meta(value or b"")):
+                    latest[key] = value
+            elif writers.dropping:
+                self.foreign.add(key)
+            else:
+                latest[key] = value
+        self._dropping = writers.dropping
+        offset = self.changelog_offset if writers.dropping else changelog_offset
         batch = rocksdict.WriteBatch(raw_mode=True)
         put, delete = batch.put, batch.delete
         for key, value in latest.items():
@@ -214,9 +232,10 @@ class PartitionState:
                 delete(key)
             else:
                 put(key, value)
-        put(OFFSET_KEY, b"%d" % changelog_offset)
+        if offset is not None:
+            put(OFFSET_KEY, b"%d" % offset)
         self._db.write(batch)
-        self.changelog_offset = changelog_offset
+        self.changelog_offset = offset
         found = latest.pop(META_KEY, None)
         if found is not None:
             self.meta = decode_meta(found)
@@ -234,6 +253,8 @@ class PartitionState:
         self.close()
         shutil.rmtree(self.path, ignore_errors=True)
         self.cache.clear()
+        self.foreign.clear()
+        self._dropping = False
         self._open()
 
     def close(self) -> None:

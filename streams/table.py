@@ -17,14 +17,19 @@ kv-blocks runs that the index has applied are dropped by sequence, table writes 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, cast
 
 import faust
+from aiokafka import TopicPartition
+from mode import get_logger
 
-from kvatlas.streams.changelog import Meta, encode_meta, send_batch
+from kvatlas.streams.changelog import encode_meta, send_batch
+from kvatlas.streams.fence import examine
 from kvatlas.streams.rocks import RocksBudget
 from kvatlas.streams.store import BulkStore, PartitionState
+
+logger = get_logger(__name__)
 
 _ABSENT: Final = object()
 
@@ -93,12 +98,18 @@ class PartitionView:
 
 
 class BulkTable(faust.Table[bytes, bytes]):
-    """A table on :class:`BulkStore`; see the module's text for the order of a commit."""
+    """A table on :class:`BulkStore`; see the module's text for the order of a commit.
+
+    Attributes:
+        on_committed: told of every commit here, without waiting: partition, table keys written or removed, changelog
+            offset before and after.
+    """
 
     def __init__(self, app: Any, *, budget: RocksBudget, cache_bytes: int, changelog: str, **kwargs: Any) -> None:
         self._budget = budget
         self._cache_bytes = cache_bytes
         self._changelog = changelog
+        self.on_committed: Callable[[int, Iterable[bytes], int | None, int], None] | None = None
         super().__init__(
             app, key_type=bytes, value_type=bytes, store="rocksdb://", **{"recovery_buffer_size": 4096, **kwargs}
         )
@@ -152,10 +163,45 @@ class BulkTable(faust.Table[bytes, bytes]):
 
         Raises:
             ChangelogError: the changelog was not acknowledged; nothing is written locally, the flush can be repeated.
+            FencedError: another worker owns the partition now; nothing is written locally.
         """
         state = self.store.local(partition)
-        meta = Meta(source_offset, max(receive_ns, state.meta.receive_ns), time.time_ns())
+        old, before = state.meta, state.changelog_offset
+        meta = old._replace(
+            source_offset=source_offset, receive_ns=max(receive_ns, old.receive_ns), written_ns=time.time_ns()
+        )
         app: Any = self.app
-        producer = app.producer._ensure_producer()
-        offset = await send_batch(producer, self._changelog, partition, view.writes, encode_meta(meta))
-        await state.write_apart(view.writes, offset, meta)
+        placed = await send_batch(
+            app.producer._ensure_producer(),
+            self._changelog,
+            partition,
+            view.writes,
+            before=encode_meta(old),
+            after=encode_meta(meta),
+        )
+        if not placed.follows(before):
+            at = TopicPartition(self._changelog, partition)
+            between = await app.reader.between(at, 0 if before is None else before + 1, placed.last)
+            state.foreign |= examine(between, old, f"changelog {self._changelog}/{partition}")
+        await state.write_apart(view.writes, placed.last, meta)
+        if self.on_committed is not None:
+            self.on_committed(partition, view.writes, before, placed.last)
+        if state.foreign:
+            await self._write_again(partition, state)
+
+    async def _write_again(self, partition: int, state: PartitionState) -> None:
+        """Write the values of keys that a replaced writer overwrote in the changelog once more."""
+        view, keys = self.view(partition), state.foreign
+        logger.warning("%s/%d: %d keys of a replaced writer written again", self._changelog, partition, len(keys))
+        for key in keys:
+            value = state.get(key)
+            if value is None:
+                view.delete(key)
+            else:
+                view.put(key, value)
+        state.foreign = set()
+        try:
+            await self.commit(partition, view, state.meta.source_offset, state.meta.receive_ns)
+        except BaseException:
+            state.foreign |= keys
+            raise

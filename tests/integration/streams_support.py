@@ -53,7 +53,7 @@ class WorkerProcess:
             ],
             stdout=subprocess.PIPE,
             stderr=self._out,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**{k: v for k, v in os.environ.items() if not k.startswith("KVATLAS_")}, "PYTHONUNBUFFERED": "1"},
         )
 
     async def ready(self, timeout: float = 60.0) -> str:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import grpc
+import pytest
 from aiokafka import AIOKafkaProducer
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -23,8 +24,7 @@ from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.deploy.bench._fleet import LogFleet
 from kvatlas.deploy.brokers.kafka import KafkaNode
 from kvatlas.streams.announce import WorkerBook
-from kvatlas.streams.audit import _lookup as lookup_all
-from kvatlas.streams.audit import compare, read_topic
+from kvatlas.streams.audit import compare, lookup_all, read_topic
 from kvatlas.streams.errors import StreamsError
 from kvatlas.streams.follow import TopicFollower
 from kvatlas.streams.pods import PodBook
@@ -33,6 +33,7 @@ SECONDS = float(os.environ.get("KVATLAS_CHAOS_SECONDS", "40"))
 PODS = 16
 
 
+@pytest.mark.timeout(SECONDS + 240)
 async def test_the_index_is_true_after_chaos_and_never_credits_an_ended_epoch(
     own_kafka: KafkaNode, tmp_path: Path
 ) -> None:

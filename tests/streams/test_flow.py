@@ -53,6 +53,7 @@ def flows_of(
     applied: int | None = -1,
     limit: int = 100,
     seeks: list[Any] | None = None,
+    sure: asyncio.Event | None = None,
 ) -> tuple[Flows, list[BaseException]]:
     failed: list[BaseException] = []
     pending = list(failures)
@@ -63,6 +64,7 @@ def flows_of(
         lambda _: applied,
         limit,
         failed.append,
+        may_commit=lambda: sure is None or sure.is_set(),
         rewind=lambda partition, offset: asked.append((partition, offset)),
         pass_hole=lambda partition, offset: asked.append(("hole", partition, offset)),
     )
@@ -236,3 +238,20 @@ async def test_a_flow_tells_what_it_waits_for() -> None:
     assert flows.waiting(0) is None
     elsewhere, _ = flows_of(log, gate, applied=None)
     assert elsewhere.waiting(0) is None
+
+
+async def test_commits_wait_while_the_group_may_have_others_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flush is kept until this worker is sure again that its partitions are its own."""
+    monkeypatch.setattr("kvatlas.streams.flow._BACKOFF_FIRST_SECONDS", 0.001)
+    log: list[Any] = []
+    gate, sure = asyncio.Event(), asyncio.Event()
+    gate.set()
+    flows, failed = flows_of(log, gate, sure=sure)
+    await flows.offer(Event(0, log))
+    await asyncio.sleep(0.02)
+    assert log == []
+    sure.set()
+    await asyncio.sleep(0.05)
+    assert log == [("commit", (0,)), ("ack", 0)]
+    assert failed == []
+    await flows.stop(1.0)

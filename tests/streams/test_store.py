@@ -25,11 +25,13 @@ def state_of(folder: Path, budget: RocksBudget) -> PartitionState:
 
 def test_meta_record_bytes() -> None:
     """The meta record is what its drawing says, and another version is refused."""
-    packed = encode_meta(Meta(7, 8, 9))
-    assert packed.hex() == "01" + "0000000000000007" + "0000000000000008" + "0000000000000009"
-    assert decode_meta(packed) == Meta(7, 8, 9)
-    with pytest.raises(VersionError):
-        decode_meta(b"\x02" + packed[1:])
+    packed = encode_meta(Meta(7, 8, 9, 10, 11))
+    assert packed.hex() == "02" + "".join(f"{number:016x}" for number in (7, 8, 9, 10, 11))
+    assert decode_meta(packed) == Meta(7, 8, 9, 10, 11)
+    assert decode_meta(b"\x01" + packed[1:25]) == Meta(7, 8, 9, 0, 0)
+    for other in (b"\x03" + packed[1:], packed[:25], b""):
+        with pytest.raises(VersionError):
+            decode_meta(other)
 
 
 def test_a_flush_and_its_offsets_survive_a_reopen(tmp_path: Path, budget: RocksBudget) -> None:
