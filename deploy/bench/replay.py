@@ -1,7 +1,7 @@
 """How fast the log is read and past states are rebuilt, from a real Kafka.
 
-Cases: ``decode`` (messages/s of ``kv-events``, read, filtered by model and summarised; baseline: the same records read
-and dropped) and ``rebuild`` (block updates/s folded into a scratch index at the end of the log).
+Cases: ``decode`` (messages/s of ``kv-events``, read, decoded, filtered by model and event type; baseline: the same
+records read and dropped) and ``rebuild`` (block updates/s folded into a scratch index at the end of the log).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ async def _measure(args: argparse.Namespace, bootstrap: str, folder: Path) -> li
         plain = read / (time.perf_counter() - began)
         chosen = Filter(Wanted(models=frozenset({_MODEL}), types=frozenset({"stored", "removed"})))
         began = time.perf_counter()
-        matched = sum([1 async for record in _each(reader, span) if chosen.events(record)])
+        matched = sum([1 async for record in _each(reader, span) if chosen.message(record)])
         decoded = matched / (time.perf_counter() - began)
         assert matched == read == count
         began = time.perf_counter()

@@ -15,7 +15,7 @@ import msgspec
 from kvatlas.bridge import block_key, records
 from kvatlas.bridge.errors import WireError
 from kvatlas.deploy.history.log import Record
-from kvatlas.deploy.history.summary import MessageLine, message_line
+from kvatlas.deploy.history.summary import Message, MessageLine, number_of, read_message
 from kvatlas.streams.codec import decode_blocks
 from kvatlas.streams.effects import Effects
 from kvatlas.streams.message import parse_message
@@ -62,8 +62,8 @@ class Filter:
         self._views: dict[str, DictView] = {}
         self._resolver = Resolver(ResolveOptions(block_size_tokens=block_size_tokens), 1, lambda: 0)
 
-    def events(self, record: Record) -> MessageLine | None:
-        """Return the summary of a ``kv-events`` record that matches, None for one that does not."""
+    def message(self, record: Record) -> Message | None:
+        """Return a ``kv-events`` record that matches, decoded; None for one that does not."""
         wanted = self._wanted
         if self._pods and record.key not in self._pods:
             return None
@@ -72,16 +72,32 @@ class Filter:
         headers = dict(record.headers)
         if self._models and headers.get(records.H_MODEL) not in self._models:
             return None
-        line = message_line(record)
         first, last = wanted.sequences
-        if (first >= 0 and line.sequence < first) or (0 <= last < line.sequence):
-            return None
-        if wanted.types:
-            events = [event for event in line.events if event.type in wanted.types]
-            if not events:
+        if first >= 0 or last >= 0:
+            sequence = number_of(headers.get(records.H_SEQUENCE))
+            if (first >= 0 and sequence < first) or (0 <= last < sequence):
                 return None
-            line = msgspec.structs.replace(line, events=events)
-        return line
+        found = read_message(record, headers)
+        return found if not wanted.types or found.has_type(wanted.types) else None
+
+    def line(self, message: Message) -> MessageLine:
+        """Return what is printed of a message: the events of the wanted types."""
+        line = message.line()
+        if not self._wanted.types:
+            return line
+        return msgspec.structs.replace(
+            line, events=[event for event in line.events if event.type in self._wanted.types]
+        )
+
+    def events(self, record: Record) -> MessageLine | None:
+        """Return the summary of a ``kv-events`` record that matches, None for one that does not."""
+        found = self.message(record)
+        return None if found is None else self.line(found)
+
+    def types(self, message: Message) -> list[str]:
+        """Return the types of a message's events that are wanted."""
+        found = message.types()
+        return [name for name in found if name in self._wanted.types] if self._wanted.types else found
 
     def blocks(self, record: Record) -> bool:
         """Tell whether a ``kv-blocks`` record matches the pods and block keys."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
@@ -13,10 +13,9 @@ from aiokafka.errors import KafkaError
 from kvatlas.bridge.errors import LogError, SettingsError
 from kvatlas.bridge.kafka import client_config, lost_right
 from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.deploy.history.fetch import RangeFetcher, RecordBatch
 from kvatlas.deploy.history.moment import Moment, offsets_at
 from kvatlas.deploy.rights import account, contact
-
-_FETCH_BYTES: Final = 16 * 1024 * 1024
 
 
 class Record(NamedTuple):
@@ -63,9 +62,6 @@ class LogReader:
             **client_config(kafka, client_id),
             enable_auto_commit=False,
             auto_offset_reset="earliest",
-            max_partition_fetch_bytes=_FETCH_BYTES,
-            fetch_max_bytes=2 * _FETCH_BYTES,
-            check_crcs=False,
         )
 
     async def __aenter__(self) -> LogReader:
@@ -131,38 +127,16 @@ class LogReader:
         Raises:
             LogError: Kafka stopped answering.
         """
-        open_ends = {
-            TopicPartition(self._kafka.topic(span.topic), partition): end
-            for partition, (start, end) in span.bounds.items()
-            if start < end
-        }
-        self._consumer.assign(list(open_ends))
-        for tp in open_ends:
-            self._consumer.seek(tp, span.bounds[tp.partition][0])
-        while open_ends:
-            try:
-                fetched = await self._consumer.getmany(timeout_ms=1000, max_records=10_000)
-                for tp, messages in fetched.items():
-                    end = open_ends.get(tp)
-                    if end is None:
-                        continue
-                    chunk = [_record(span.topic, message) for message in messages if message.offset < end]
-                    if chunk:
-                        yield chunk
-                await self._close_ended(open_ends)
-            except KafkaError as error:
-                raise lost_right(error, self._kafka) or LogError(f"reading {span.topic} stopped: {error}") from error
-
-    async def _close_ended(self, open_ends: dict[TopicPartition, int]) -> None:
-        """Drop partitions whose position passed the end: their last offsets may hold no record."""
-        ended = [tp for tp, end in open_ends.items() if await self._consumer.position(tp) >= end]
-        for tp in ended:
-            del open_ends[tp]
-        if ended and open_ends:
-            positions = {tp: await self._consumer.position(tp) for tp in open_ends}
-            self._consumer.assign(list(open_ends))
-            for tp, position in positions.items():
-                self._consumer.seek(tp, position)
+        client: Any = self._consumer._client
+        name = self._kafka.topic(span.topic)
+        await client.add_topic(name)
+        async for partition, batches in RangeFetcher(client, name, span.bounds).batches():
+            first, end = span.bounds[partition]
+            chunk = [record for batch in batches for record in _records(span.topic, partition, batch)]
+            if chunk and not (first <= chunk[0].offset and chunk[-1].offset < end):
+                chunk = [record for record in chunk if first <= record.offset < end]
+            if chunk:
+                yield chunk
 
     async def read_in_time(self, span: Range) -> AsyncIterator[Record]:
         """Yield the records of a range in the order of their time, each partition's own order kept.
@@ -173,25 +147,37 @@ class LogReader:
         queues: dict[int, deque[Record]] = {
             partition: deque() for partition, (start, end) in span.bounds.items() if start < end
         }
-        done: set[int] = set()
+        heads: list[tuple[int, int]] = []  # (time, partition) of every queue that has records
+        awaited = set(queues)  # nothing can be given out before these have shown what they have
+        ended: set[int] = set()
         async for chunk in self.read(span):
             partition = chunk[0].partition
-            queues[partition].extend(chunk)
+            queue = queues[partition]
+            if not queue:
+                heapq.heappush(heads, (chunk[0].timestamp_ms, partition))
+            queue.extend(chunk)
+            awaited.discard(partition)
             if chunk[-1].offset >= span.bounds[partition][1] - 1:
-                done.add(partition)
-            while queues and all(queues.values()):
-                smallest = min(queues, key=lambda number: queues[number][0].timestamp_ms)
-                yield queues[smallest].popleft()
-                if smallest in done and not queues[smallest]:
-                    del queues[smallest]
+                ended.add(partition)
+            while heads and not awaited:
+                first = heads[0][1]
+                queue = queues[first]
+                yield queue.popleft()
+                if queue:
+                    heapq.heapreplace(heads, (queue[0].timestamp_ms, first))
+                else:
+                    heapq.heappop(heads)
+                    if first not in ended:
+                        awaited.add(first)
         for record in heapq.merge(*queues.values(), key=lambda found: found.timestamp_ms):
             yield record
 
 
-def _record(topic: str, message: Any) -> Record:
-    return Record(
-        topic, message.partition, message.offset, message.timestamp, message.key, message.value, message.headers
-    )
+def _records(topic: str, partition: int, batch: RecordBatch) -> list[Record]:
+    return [
+        Record(topic, partition, found.offset, found.timestamp, found.key, found.value, tuple(found.headers))
+        for found in batch
+    ]
 
 
 async def find_sequence(reader: LogReader, topic: str, partition: int, matches: Callable[[Record], bool]) -> int:

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import msgspec
 from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import KafkaError
 
 from kvatlas.bridge import records
-from kvatlas.bridge.kafka import client_config
+from kvatlas.bridge.errors import LogError
+from kvatlas.bridge.kafka import client_config, lost_right
 from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.deploy.top_scorers import ScorerRow, Scorers
 from kvatlas.scorer.pods import PodTable
 from kvatlas.scorer.versions import VersionReader, Versions
 from kvatlas.scorer.workers import WorkerTable
 
 _NS_PER_MS: Final = 1_000_000
 _READ_SECONDS: Final = 15.0
+_STORE: Final = "store:"
 
 
 class PodRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One pod: liveness, position, and how fast it moves."""
+    """One pod: liveness, position, how fast it moves, and what it holds.
+
+    Attributes:
+        epoch: ``incarnation << 32 | clears``.
+        messages_per_second: since the look before.
+        age_ms: since its last message was received; -1 before the first.
+        lost, first_lost, last_lost: messages that no replay repaired, and the newest such range.
+        blocks: tier -> blocks, as the workers counted them last, from a sample where there are many.
+    """
 
     pod: str
     state: str
@@ -33,6 +45,7 @@ class PodRow(msgspec.Struct, frozen=True, kw_only=True):
     lost: int
     first_lost: int
     last_lost: int
+    blocks: dict[str, int]
 
 
 class WorkerRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,19 +70,33 @@ class Picture(msgspec.Struct, frozen=True, kw_only=True):
     """One look at everything.
 
     Attributes:
+        version: of this layout; it changes only when a field's meaning does, new fields do not change it.
+        pods, workers, scorers: a row each; no scorers unless they were named.
+        stores: shared store -> blocks in it.
         unserved: partitions of ``kv-blocks`` that no worker answers for.
     """
 
+    version: int = 1
     pods: list[PodRow]
     workers: list[WorkerRow]
+    scorers: list[ScorerRow]
+    stores: dict[str, int]
     unserved: list[int]
 
 
 class Watch:
     """Follows ``kv-pods`` and ``kv-workers``, of the index version that answers; use as ``async with``."""
 
-    def __init__(self, kafka: KafkaSettings, clock_ns: Callable[[], int] = time.time_ns) -> None:
+    def __init__(
+        self, kafka: KafkaSettings, scorers: Sequence[str] = (), clock_ns: Callable[[], int] = time.time_ns
+    ) -> None:
+        """Describe what to look at; ``scorers`` are the host:port of their telemetry.
+
+        Raises:
+            SettingsError: one of them is no address.
+        """
         self._kafka = kafka
+        self._scorers = Scorers(scorers)
         self._clock_ns = clock_ns
         self._versions = Versions(
             lambda name: VersionReader(name, kafka, client_id="kvatlas-top", clock_ns=clock_ns), "", lambda _used: None
@@ -97,14 +124,22 @@ class Watch:
         await self._consumer.stop()
 
     async def look(self) -> Picture:
-        """Return the state now; rates are since the look before, 0 at the first."""
+        """Return the state now; rates are since the look before, 0 at the first.
+
+        Raises:
+            LogError: Kafka does not answer.
+        """
         await self._versions.settle()
         now = self._clock_ns()
         moment = time.monotonic()
         before, sequences, offsets = self._before
         seconds = max(moment - before, 1e-3)
         ends = await self._ends()
-        pods = [self._pod(record, now, sequences, seconds) for record in self._pods.listed(gone=True)]
+        held = self._held(now)
+        pods = [
+            self._pod(record, now, sequences, seconds, held.get(record.pod, {}))
+            for record in self._pods.listed(gone=True)
+        ]
         workers = [
             self._worker(record, now, ends, offsets, seconds) for _, record in sorted(self._workers.records.items())
         ]
@@ -113,7 +148,25 @@ class Watch:
             {row.pod: row.sequence for row in pods},
             {name: sum(record.offsets.values()) for name, record in self._workers.records.items()},
         )
-        return Picture(pods=pods, workers=workers, unserved=sorted(self._workers.uncovered()))
+        return Picture(
+            pods=pods,
+            workers=workers,
+            scorers=await self._scorers.look(),
+            stores={name.removeprefix(_STORE): sum(held[name].values()) for name in held if name.startswith(_STORE)},
+            unserved=sorted(self._workers.uncovered()),
+        )
+
+    def _held(self, now: int) -> dict[str, dict[str, int]]:
+        """Add up what the workers counted, each in its own partitions."""
+        held: dict[str, dict[str, int]] = {}
+        for record in self._workers.records.values():
+            if record.expires_ns and record.expires_ns < now:
+                continue  # its partitions are another's by now, who counts them too
+            for pod, tiers in record.blocks.items():
+                whole = held.setdefault(pod, {})
+                for tier, blocks in tiers.items():
+                    whole[tier] = whole.get(tier, 0) + blocks
+        return held
 
     @property
     def _pods(self) -> PodTable:
@@ -128,13 +181,20 @@ class Watch:
         if layout is None:
             return {}
         topic = self._kafka.topic(records.blocks_topic(self._versions.used.name))
-        found = await self._consumer.end_offsets(
-            [TopicPartition(topic, part) for part in range(layout.partition_count)]
-        )
+        try:
+            found = await self._consumer.end_offsets(
+                [TopicPartition(topic, part) for part in range(layout.partition_count)]
+            )
+        except KafkaError as error:
+            raise lost_right(error, self._kafka) or LogError(
+                f"{self._kafka.brokers} does not say how long {topic} is: {error!r}"
+            ) from error
         return {tp.partition: offset for tp, offset in found.items()}
 
     @staticmethod
-    def _pod(record: records.PodRecord, now: int, before: dict[str, int], seconds: float) -> PodRow:
+    def _pod(
+        record: records.PodRecord, now: int, before: dict[str, int], seconds: float, blocks: dict[str, int]
+    ) -> PodRow:
         moved = record.last_sequence - before.get(record.pod, record.last_sequence)
         return PodRow(
             pod=record.pod,
@@ -147,6 +207,7 @@ class Watch:
             lost=record.lost,
             first_lost=record.first_lost,
             last_lost=record.last_lost,
+            blocks=blocks,
         )
 
     @staticmethod
