@@ -32,6 +32,7 @@ from vllm.v1.kv_offload.base import (  # noqa: E402
     Medium,
     OffloadingCounterMetadata,
     OffloadingEvent,
+    OffloadingGaugeMetadata,
     OffloadingMetricMetadata,
     OffloadingSpec,
     OffloadKey,
@@ -68,6 +69,15 @@ _COUNTERS = {
     "file_load_bytes": "Bytes loaded.",
     "file_load_seconds": "Thread time of loads in seconds.",
 }
+_GAUGES = {
+    "queued_reads": "Loads and lookups that wait for a thread.",
+    "queued_writes": "Stores that wait for a thread.",
+    "file_used_bytes": "Bytes of the files known.",
+}
+
+
+def _metric(name: str) -> str:
+    return _METRIC_PREFIX + name.removeprefix("file_")
 
 
 def fingerprint_of(spec: OffloadingSpec, block_bytes: int) -> Fingerprint:
@@ -268,18 +278,20 @@ class FileTierManager(SecondaryTierManager):  # type: ignore[misc]
 
     @classmethod
     def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, OffloadingMetricMetadata]:  # noqa: ARG003
-        """Return the definitions of the tier's own counters."""
-        return {
-            _METRIC_PREFIX + name: OffloadingCounterMetadata(documentation=text) for name, text in _COUNTERS.items()
-        }
+        """Return the definitions of the tier's own metrics."""
+        counters = {_metric(name): OffloadingCounterMetadata(documentation=text) for name, text in _COUNTERS.items()}
+        return counters | {_metric(name): OffloadingGaugeMetadata(documentation=text) for name, text in _GAUGES.items()}
 
     def get_stats(self) -> OffloadingConnectorStats:
-        """Return the counters' growth since the last call."""
+        """Return the counters' growth, and the gauges that changed, since the last call."""
         stats = OffloadingConnectorStats()
         now = self.files.metrics.snapshot()
         for name in _COUNTERS:
             growth = now.get(name, 0.0) - self._reported.get(name, 0.0)
             if growth:
-                stats.increase_counter(_METRIC_PREFIX + name, growth)
+                stats.increase_counter(_metric(name), growth)
+        for name in _GAUGES:
+            if now[name] != self._reported.get(name):
+                stats.set_gauge(_metric(name), now[name])
         self._reported = now
         return stats

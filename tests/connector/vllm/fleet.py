@@ -26,6 +26,7 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
+from vllm.v1.kv_offload.base import LookupResult, make_offload_key
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
@@ -117,6 +118,8 @@ class Runner:
         self.blocks: dict[str, list[int]] = {}
         self.loaded = self.stored = 0
         self.events: list[Any] = []
+        self.stats: list[dict[str, Any]] = []
+        self.truth: dict[bytes, bytes] = {}
         self._hasher = get_request_block_hasher(BLOCK_TOKENS, sha256)
         self._number = 0
 
@@ -126,7 +129,12 @@ class Runner:
         self.tokens[name] = tokens
         parameters = SamplingParams(max_tokens=1, ignore_eos=True)
         parameters.update_from_generation_config({}, eos_token_id=50)
-        self.scheduler.add_request(Request(name, tokens, parameters, None, block_hasher=self._hasher))
+        request = Request(name, tokens, parameters, None, block_hasher=self._hasher)
+        for number, found in enumerate(request.block_hashes):
+            key = make_offload_key(found, 0)
+            if key not in self.truth:
+                self.truth[key] = content(tokens[: (number + 1) * BLOCK_TOKENS])
+        self.scheduler.add_request(request)
 
     def _transfer(self, metadata: Any, done: OffloadingWorkerMetadata) -> set[str]:
         received: set[str] = set()
@@ -183,7 +191,9 @@ class Runner:
                 finished_recving=received or None, kv_connector_worker_meta=done if done.completed_jobs else None
             ),
         )
-        self.scheduler.update_from_output(output, result)
+        for outputs in self.scheduler.update_from_output(output, result).values():
+            if outputs.scheduler_stats is not None and outputs.scheduler_stats.kv_connector_stats:
+                self.stats.append(outputs.scheduler_stats.kv_connector_stats)
         self.events.extend(self.scheduler.connector.take_events())
         if not names:
             time.sleep(0.0005)
@@ -196,6 +206,52 @@ class Runner:
             self.step()
             if on_step is not None:
                 on_step()
+
+
+class Witness:
+    """Compares host memory with the truth whenever the manager promises a block or our tier reports a load.
+
+    Attributes:
+        promised: lookups that said HIT.
+        loaded, failed: blocks of finished loads, as our tier reported them.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self.promised = self.loaded = self.failed = 0
+        self._runner = runner
+        manager, tier = runner.manager, runner.manager.secondary_tiers[0]
+        lookup, submit, finished = manager.lookup, tier.submit_load, tier.get_finished_jobs
+        jobs: dict[int, dict[bytes, int]] = {}
+
+        def watched_lookup(key: Any, context: Any, **more: Any) -> Any:
+            found = lookup(key, context, **more)
+            if found is LookupResult.HIT:
+                self.promised += 1
+                self._check(key, manager.primary_tier._policy.get(key).chunk_id)
+            return found
+
+        def watched_submit(job: Any) -> None:
+            jobs[job.job_id] = dict(zip(job.keys, map(int, job.chunk_ids), strict=True))
+            submit(job)
+
+        def watched_finished() -> list[Any]:
+            results = list(finished())
+            for result in results:
+                chunks = jobs.pop(result.job_id, {})
+                good = chunks if result.success else result.successful_keys or ()
+                for key in good:
+                    self._check(key, chunks[key])
+                self.loaded += len(good)
+                self.failed += len(chunks) - len(good)
+            return results
+
+        manager.lookup = watched_lookup
+        tier.submit_load = watched_submit
+        tier.get_finished_jobs = watched_finished
+
+    def _check(self, key: bytes, chunk: int) -> None:
+        found = self._runner.host[chunk, :PAGE_BYTES].tobytes()
+        assert found == self._runner.truth[key], "promised before it was verified"
 
 
 def prompts(seed: int, count: int, documents: int = 24) -> list[list[int]]:
