@@ -233,7 +233,9 @@ class BridgeSettings(Section, frozen=True, kw_only=True):
     buffer_bytes: Annotated[
         int, Meta(description="bytes waiting for Kafka; beyond it live messages are left to replay", ge=1024)
     ] = 256 * 1024 * 1024
-    linger_ms: Annotated[float, Meta(description="wait for more messages before a batch is sent", ge=0)] = 2.0
+    linger_ms: Annotated[
+        float, Meta(description="least time between two requests to a broker, in which messages gather", ge=0)
+    ] = 2.0
     batch_bytes: Annotated[int, Meta(description="largest record batch", ge=1024)] = 1024 * 1024
     compression: Annotated[Literal["none", "lz4", "zstd", "gzip", "snappy"], Meta(description="of record batches")] = (
         "lz4"

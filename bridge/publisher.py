@@ -1,8 +1,9 @@
 """Records to Kafka: per partition in order, at least once, in batches, within bounded memory.
 
-One batch per partition is in flight; what arrives meanwhile makes the next one, so batches grow with the load by
-themselves. The idempotent producer repeats a batch until the broker has it; when the producer itself fails, it is
-replaced and the batch sent again, so nothing that was accepted is dropped (readers drop repetitions by sequence).
+One request per broker is in flight, with a batch of every partition that has something; what arrives meanwhile makes
+the next one. So batches grow with the load by themselves, and a record waits for one request at most before its own.
+The idempotent producer repeats a batch until the broker has it; when the producer itself fails, it is replaced and the
+batch sent again, so nothing that was accepted is dropped (readers drop repetitions by sequence).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from itertools import accumulate
 from typing import Any, Final, NamedTuple
 
-from aiokafka import AIOKafkaProducer
+from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.errors import LogError
@@ -71,6 +72,40 @@ class Buckets:
         return list(zip(names, map(float, accumulate(self.counts)), strict=True))
 
 
+class Gate:
+    """Lets the batches for one broker go together: open while no request is in flight, and ``pause_seconds`` long shut.
+
+    The client sends one request at a time to a broker. A batch that is closed while another request is in flight waits
+    for it in vain; here it stays open until it can go.
+    """
+
+    def __init__(self, pause_seconds: float) -> None:
+        """Start open."""
+        self._pause = pause_seconds
+        self._open = asyncio.Event()
+        self._open.set()
+        self._flying = 0
+        self._until = 0.0
+
+    async def __aenter__(self) -> None:
+        """Wait until the next batches go."""
+        await self._open.wait()
+        if not self._flying:
+            self._until = time.monotonic() + self._pause
+        self._flying += 1
+        self._open.clear()
+
+    async def __aexit__(self, *_: object) -> None:
+        """Open when all that went together have come back, and no sooner than the pause says."""
+        self._flying -= 1
+        if not self._flying:
+            left = self._until - time.monotonic()
+            if left > 0:
+                asyncio.get_running_loop().call_later(left, self._open.set)
+            else:
+                self._open.set()
+
+
 class Publisher:
     """Sends records to one cluster.
 
@@ -103,6 +138,7 @@ class Publisher:
         self._queues: dict[tuple[str, int], deque[Item]] = {}
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._wake: dict[tuple[str, int], asyncio.Event] = {}
+        self._gates: dict[int | None, Gate] = {}
         self._replacing = asyncio.Lock()
         self.pending_bytes = 0
         self.sent = 0
@@ -181,8 +217,6 @@ class Publisher:
             if not queue:
                 wake.clear()
                 await wake.wait()
-            if self._linger:
-                await asyncio.sleep(self._linger)
             await self._send_head(place, queue)
 
     async def _send_head(self, place: tuple[str, int], queue: deque[Item]) -> None:
@@ -190,11 +224,12 @@ class Publisher:
         while True:
             producer = self._producer
             assert producer is not None
-            started = time.monotonic()
             try:
-                batch, count = self._build(producer, queue)
-                future = await producer.send_batch(batch, place[0], partition=place[1])
-                base: Any = await future
+                async with self._gate(producer, place):
+                    started = time.monotonic()
+                    batch, count = self._build(producer, queue)
+                    future = await producer.send_batch(batch, place[0], partition=place[1])
+                    base: Any = await future
                 break
             except (KafkaError, TimeoutError) as error:
                 self.failures += 1
@@ -211,6 +246,13 @@ class Publisher:
             if item.acknowledged is not None:
                 item.acknowledged(base.offset + number)
         self.sent += count
+
+    def _gate(self, producer: Any, place: tuple[str, int]) -> Gate:
+        leader: int | None = producer.client.cluster.leader_for_partition(TopicPartition(*place))
+        gate = self._gates.get(leader)
+        if gate is None:
+            gate = self._gates[leader] = Gate(self._linger)
+        return gate
 
     def _note_refusal(self, error: BaseException, tries: int) -> None:
         refused = lost_right(error, self._settings) if tries >= _RIGHT_TRIES else None

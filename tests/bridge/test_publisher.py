@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -14,7 +16,7 @@ from aiokafka.errors import KafkaConnectionError
 
 from kvatlas.bridge.adapters.fields import count_events
 from kvatlas.bridge.errors import LogError
-from kvatlas.bridge.publisher import Buckets, Item, Publisher
+from kvatlas.bridge.publisher import Buckets, Gate, Item, Publisher
 from kvatlas.bridge.settings import KafkaSettings
 
 
@@ -23,7 +25,15 @@ class Producer:
 
     def __init__(self) -> None:
         self.failing = False
+        self.leaders: dict[int, int] = {}
+        self.hold: asyncio.Event | None = None
         self.batches: list[tuple[str, int, list[bytes]]] = []
+
+    @property
+    def client(self) -> Any:
+        """Know every partition's leader."""
+        cluster = SimpleNamespace(leader_for_partition=lambda place: self.leaders.get(place.partition, 1))
+        return SimpleNamespace(cluster=cluster)
 
     def create_batch(self) -> Any:
         """Return a batch of three records at most."""
@@ -49,6 +59,8 @@ class Producer:
             raise KafkaConnectionError("away")
         offset = sum(len(values) for name, number, values in self.batches if (name, number) == (topic, partition))
         self.batches.append((topic, partition, list(batch.taken)))
+        if self.hold is not None:
+            await self.hold.wait()
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         future.set_result(type("Place", (), {"offset": offset}))
         return future
@@ -79,6 +91,32 @@ async def test_records_go_out_in_order_and_in_batches() -> None:
     assert max(len(batch) for _, _, batch in producer.batches) == 3
     assert (publisher.pending_bytes, publisher.sent) == (0, 14)
     await publisher.stop()
+
+
+async def test_batches_for_one_broker_go_together() -> None:
+    """While a request is in flight, records gather for its broker alone, and then go in one request."""
+    publisher, producer = _publisher()
+    producer.leaders, producer.hold = {0: 1, 1: 1, 2: 2}, asyncio.Event()
+    publisher.send("t", 0, Item(b"k", b"first", [], None))
+    await asyncio.sleep(0.02)
+    for partition in (0, 1, 2, 1):
+        publisher.send("t", partition, Item(b"k", b"later", [], None))
+        await asyncio.sleep(0.01)
+    assert producer.batches == [("t", 0, [b"first"]), ("t", 2, [b"later"])]
+    producer.hold.set()
+    assert await publisher.flush(5.0)
+    assert sorted(producer.batches[2:]) == [("t", 0, [b"later"]), ("t", 1, [b"later", b"later"])]
+    await publisher.stop()
+
+
+async def test_requests_keep_their_distance() -> None:
+    """What comes within the pause after a request waits for its end, then goes as one."""
+    gate, began = Gate(0.1), time.monotonic()
+    async with gate:
+        pass
+    assert time.monotonic() - began < 0.05
+    await asyncio.gather(*(gate.__aenter__() for _ in range(2)))
+    assert time.monotonic() - began >= 0.09
 
 
 async def test_nothing_is_dropped_while_the_broker_is_away() -> None:
