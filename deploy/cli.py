@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from kvatlas.bridge.errors import KvatlasError, RightsError, SettingsError
+from kvatlas.deploy.help import Parser, polish
 
 #: Subcommand -> what its line in the overview says.
 COMMANDS: Final = {
@@ -51,22 +52,30 @@ def available() -> list[str]:
     return [name for name in COMMANDS if importlib.util.find_spec(f"kvatlas.deploy.commands.{name}")]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``kvatlas``; returns the exit code: 0 done, 1 failed, 2 wrong use, settings or rights, 130 interrupted."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line; help and wrong flags end the process as argparse does."""
     chosen = next((word for word in arguments if not word.startswith("-")), None)
-    names = available()
-    parser = argparse.ArgumentParser(
-        prog="kvatlas", description="A durable map of which KV-cache blocks live on which inference pod."
-    )
+    parser = Parser(prog="kvatlas", description="A durable map of which KV-cache blocks live on which inference pod.")
+    polish(parser)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name in names:
+    used: Parser | None = None
+    for name in available():
         subparser = subparsers.add_parser(name, help=COMMANDS[name], description=COMMANDS[name].capitalize() + ".")
         if name == chosen:
             module = importlib.import_module(f"kvatlas.deploy.commands.{name}")
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
-    args = parser.parse_args(arguments)
+            polish(subparser, name)
+            used = subparser
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        (used or parser).error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``kvatlas``; returns the exit code: 0 done, 1 failed, 2 wrong use, settings or rights, 130 interrupted."""
+    args = parse(list(sys.argv[1:] if argv is None else argv))
     try:
         return int(args.run(args))
     except (SettingsError, RightsError) as error:

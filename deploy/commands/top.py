@@ -1,35 +1,51 @@
-"""``kvatlas top``: fleet and workers, live or once."""
+"""``kvatlas top``: fleet, workers and scorers, live or once."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import sys
 from typing import Final
 
 import msgspec
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from kvatlas.bridge.errors import LogError
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.deploy.commands.common import add_sections, async_stop_event, load_sections
 from kvatlas.deploy.history.watch import Picture, Watch
 from kvatlas.deploy.rights import check_rights, rights_of
 
-HELP: Final = "live view of fleet and workers"
+HELP: Final = "live view of fleet, workers and scorers"
+_WIDE: Final = 240
+_TIERS: Final = ("gpu", "cpu", "disk")
+_EPILOG: Final = "Exit code with --once: 1 while a partition is not served or a named scorer does not answer, else 0."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this subcommand."""
+    parser.epilog = _EPILOG
     parser.add_argument("--once", action="store_true", help="look twice, a second apart, print and end")
     parser.add_argument("--json", action="store_true", help="with --once: one JSON object")
     parser.add_argument("--every", type=float, default=1.0, metavar="SECONDS", help="time between looks (default 1)")
+    parser.add_argument(
+        "--scorer-metrics",
+        action="append",
+        default=[],
+        metavar="HOST:PORT",
+        help="telemetry_listen of a scorer, or a DNS name with an address for each scorer; repeatable",
+    )
     add_sections(parser, "kafka", "log")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Show the state; with ``--once`` the exit code is 1 while some partition is not served."""
+    """Show the state.
+
+    With ``--once`` the exit code is 1 while some partition is not served or a named scorer does not answer.
+    """
     kafka: KafkaSettings = load_sections(args)["kafka"]
     return asyncio.run(_run(args, kafka))
 
@@ -37,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 async def _run(args: argparse.Namespace, kafka: KafkaSettings) -> int:
     stop = async_stop_event()
     await check_rights(kafka, rights_of("top", kafka))
-    async with Watch(kafka) as watch:
+    async with Watch(kafka, args.scorer_metrics) as watch:
         picture = await watch.look()
         if args.once:
             await _pause(stop, args.every)
@@ -45,11 +61,18 @@ async def _run(args: argparse.Namespace, kafka: KafkaSettings) -> int:
             if args.json:
                 print(msgspec.json.encode(picture).decode())
             else:
-                Console().print(_drawn(picture))
-            return 1 if picture.unserved or not picture.workers else 0
+                # Without a terminal nothing is cut off at its width: scripts and tickets want whole names.
+                Console(width=None if sys.stdout.isatty() else _WIDE).print(_drawn(picture))
+            whole = picture.workers and not picture.unserved and all(scorer.up for scorer in picture.scorers)
+            return 0 if whole else 1
         with Live(_drawn(picture), screen=False, refresh_per_second=4) as live:
+            note = ""
             while not await _pause(stop, args.every):
-                live.update(_drawn(await watch.look()))
+                try:
+                    picture, note = await watch.look(), ""
+                except LogError as error:  # it may come back; what was seen last stays on the screen
+                    note = str(error)
+                live.update(_drawn(picture, note))
     return 0
 
 
@@ -61,9 +84,22 @@ async def _pause(stop: asyncio.Event, seconds: float) -> bool:
     return True
 
 
-def _drawn(picture: Picture) -> Group:
+def _drawn(picture: Picture, note: str = "") -> Group:
+    parts: list[RenderableType] = [_pods(picture), _workers(picture)]
+    if picture.scorers:
+        parts.append(_scorers(picture))
+    if picture.stores:
+        parts.append("shared stores: " + ", ".join(f"{name} {blocks}" for name, blocks in picture.stores.items()))
+    if picture.unserved:
+        parts.append(Text(f"no worker answers for partitions {_ranges(picture.unserved)}", style="bold red"))
+    if note:
+        parts.append(Text(note, style="bold red"))
+    return Group(*parts)
+
+
+def _pods(picture: Picture) -> Table:
     pods = Table(title=f"{len(picture.pods)} pods", title_justify="left")
-    for name in ("pod", "state", "model", "epoch", "sequence", "messages/s", "age ms", "lost"):
+    for name in ("pod", "state", "model", "epoch", "sequence", "messages/s", "age ms", "lost", *_TIERS):
         pods.add_column(name, justify="left" if name in ("pod", "state", "model") else "right")
     for row in picture.pods:
         lost = f"{row.lost} (last {row.first_lost} to {row.last_lost})" if row.lost else "0"
@@ -76,7 +112,12 @@ def _drawn(picture: Picture) -> Group:
             f"{row.messages_per_second:.1f}",
             f"{row.age_ms:.0f}",
             lost,
+            *(str(row.blocks.get(tier, 0)) for tier in _TIERS),
         )
+    return pods
+
+
+def _workers(picture: Picture) -> Table:
     workers = Table(title=f"{len(picture.workers)} workers", title_justify="left")
     for name in ("worker", "endpoint", "serves", "standby", "restoring", "behind", "records/s"):
         workers.add_column(name, justify="right" if name in ("behind", "records/s") else "left")
@@ -90,8 +131,34 @@ def _drawn(picture: Picture) -> Group:
             str(worker.lag_records),
             f"{worker.records_per_second:.1f}",
         )
-    note = f"no worker answers for partitions {_ranges(picture.unserved)}" if picture.unserved else ""
-    return Group(pods, workers, Text(note, style="bold red"))
+    return workers
+
+
+def _scorers(picture: Picture) -> Table:
+    scorers = Table(title=f"{len(picture.scorers)} scorers", title_justify="left")
+    scorers.add_column("scorer")
+    for name in ("scores/s", "p50 ms", "p99 ms", "errors", "hit ratio", "realised", "pods", "unserved"):
+        scorers.add_column(name, justify="right")
+    for row in picture.scorers:
+        if not row.up:
+            scorers.add_row(Text(f"{row.scorer} does not answer", style="bold red"))
+            continue
+        scorers.add_row(
+            row.scorer,
+            f"{row.requests_per_second:.1f}",
+            _shown(row.p50_ms),
+            _shown(row.p99_ms),
+            f"{row.errors:.1%}",
+            "-" if row.hit_ratio is None else f"{row.hit_ratio:.1%}",
+            "-" if row.realised is None else f"{row.realised:.1%}",
+            str(row.pods),
+            str(row.unserved),
+        )
+    return scorers
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _ranges(numbers: list[int]) -> str:
