@@ -224,6 +224,11 @@ class Feed:
                 await self._backend.drop_epoch(records.pod_ref(pod), record.epoch)
 
     @property
+    def stale(self) -> bool:
+        """False: what comes is applied as it comes, and freshness tells of each pod what does not."""
+        return False
+
+    @property
     def caught_up(self) -> bool:
         """Whether every engine's messages so far have been applied."""
         return all(engine.caught_up for engine in self.engines.values()) and not self._applying.locked()

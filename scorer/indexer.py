@@ -12,37 +12,28 @@ constructor: :meth:`Indexer.from_kafka` follows what the workers wrote and keeps
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
-from kvatlas.bridge.block_key import TOKEN_BYTES, block_keys, multimodal_extra, pack_tokens, root_key
 from kvatlas.bridge.options import EngineSpec, parse_engine
 from kvatlas.bridge.records import PodRecord
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.scorer.approximate import Approximate
 from kvatlas.scorer.backends.base import Backend, Stats
-from kvatlas.scorer.backends.errors import BackendError
 from kvatlas.scorer.backends.memory import MemoryBackend
-from kvatlas.scorer.errors import InputError, NotReadyError, UnknownModelError, UnknownPodError
-from kvatlas.scorer.indexer_answers import Explained, PodFreshness, PodScore, Scored
-from kvatlas.scorer.indexer_explain import explain
+from kvatlas.scorer.errors import InputError, NotReadyError, UnknownPodError
 from kvatlas.scorer.indexer_options import IndexerOptions, Source, Tokenizers, Tokens
-from kvatlas.scorer.pods import PodTable
-from kvatlas.scorer.score import Match, Walk
+from kvatlas.scorer.indexer_scores import Scores
 from kvatlas.streams.message import parse_message
 
-log = logging.getLogger(__name__)
-
-_FIRST_BLOCKS = 1_024
-_GROWTH = 4
-_MOST_BLOCKS = 65_536
+if TYPE_CHECKING:
+    from kvatlas.scorer.backends.mirror import MirrorBackend
 
 
-class Indexer:
+class Indexer(Scores):
     """Scores prompts against what the engines hold. One event loop uses it, from :meth:`start` to :meth:`stop`.
 
     Attributes:
@@ -70,16 +61,15 @@ class Indexer:
             clock: wall clock, ns.
             observe: told of each stage's duration in seconds: tokenize, keys, lookup, score.
         """
-        self.backend: Backend = backend or MemoryBackend()
-        self._options = options or IndexerOptions()
+        super().__init__(
+            backend or MemoryBackend(),
+            options or IndexerOptions(),
+            tokenizers=tokenizers,
+            clock=clock,
+            observe=observe,
+        )
         self._engines = list(engines)
-        self._tokenizers = tokenizers
-        self._clock = clock
-        self._observe = observe
-        self._kafka: KafkaSettings | None = None
-        self._size = self._options.block_size_tokens
-        self._pods = PodTable(self._size)
-        self._source: Source | None = None
+        self._open: Callable[[], Awaitable[Source]] = self._subscribe
         self.approximate = Approximate(self.backend, self._pods, clock)
 
     @classmethod
@@ -104,7 +94,46 @@ class Indexer:
         The replica has what ``kv-blocks`` still holds (its retention) and everything written from then on.
         """
         indexer = cls(backend, options, tokenizers=tokenizers, clock=clock)
-        indexer._kafka = kafka
+
+        async def follow() -> Source:
+            from kvatlas.scorer.replica import Replica  # noqa: PLC0415 - Kafka's client only where it is used
+
+            replica = Replica(kafka, indexer.backend, indexer._pods, indexer._set_block_size)
+            indexer._source = replica  # stopped with the indexer, also when its start fails
+            await replica.start(indexer._options.start_timeout_seconds)
+            return replica
+
+        indexer._open = follow
+        return indexer
+
+    @classmethod
+    def from_mirror(
+        cls,
+        mirror: MirrorBackend,
+        options: IndexerOptions | None = None,
+        *,
+        tokenizers: Tokenizers | None = None,
+        clock: Callable[[], int] = time.time_ns,
+    ) -> Self:
+        """Return an indexer that only reads: the index that workers mirror into a Redis or Valkey server.
+
+        Args:
+            mirror: where; see ``kvatlas worker --mirror``.
+            options: as for the constructor; the block size is the mirror's.
+            tokenizers: as for the constructor.
+            clock: wall clock, ns.
+        """
+        indexer = cls(mirror, options, tokenizers=tokenizers, clock=clock)
+
+        async def follow() -> Source:
+            from kvatlas.scorer.backends.mirror import MirrorFollower  # noqa: PLC0415 - Redis only where it is used
+
+            follower = MirrorFollower(mirror, indexer._pods, indexer._set_block_size)
+            indexer._source = follower
+            await follower.start()
+            return follower
+
+        indexer._open = follow
         return indexer
 
     # --- life -----------------------------------------------------------------------------------------------------
@@ -119,33 +148,23 @@ class Indexer:
         """
         await self.backend.start()
         try:
-            if self._kafka is not None:
-                from kvatlas.scorer.replica import Replica  # noqa: PLC0415 - Kafka's client only where it is used
-
-                replica = Replica(self._kafka, self.backend, self._pods, self._set_block_size)
-                self._source = replica
-                await replica.start(self._options.start_timeout_seconds)
-                return
-            self._open_feed()
-            for text in self._engines:
-                await self.add_engine(text)
+            self._source = await self._open()
         except BaseException:
             await self.stop()
             raise
 
-    def _open_feed(self) -> None:
+    async def _subscribe(self) -> Source:
         from kvatlas.scorer.feed import Feed  # noqa: PLC0415 - ZMQ only where engines are read
 
         resolve = msgspec.structs.replace(self._options.resolve, block_size_tokens=self._size)
         feed = Feed(self.backend, self._pods, bridge=self._options.bridge, resolve=resolve, clock=self._clock)
         self._source = self._feed = feed
         feed.start()
+        for text in self._engines:
+            await self.add_engine(text)
+        return feed
 
     _feed: Any = None
-
-    def _set_block_size(self, tokens: int) -> None:
-        self._size = tokens
-        self._pods.set_block_size(tokens)
 
     async def stop(self) -> None:
         """Stop reading and close the index."""
@@ -177,14 +196,6 @@ class Indexer:
                     f"not caught up after {timeout_seconds:g} s: {', '.join(late) or 'updates still wait'}"
                 )
             await asyncio.sleep(0.005)
-
-    @property
-    def _running(self) -> Source:
-        if self._source is None:
-            raise NotReadyError("the indexer is not started")
-        if (error := self._source.failed()) is not None:
-            raise NotReadyError(f"the indexer has stopped reading: {error}") from error
-        return self._source
 
     # --- engines --------------------------------------------------------------------------------------------------
 
@@ -220,14 +231,14 @@ class Indexer:
         Nothing is raised for a record that cannot be used: it is counted and logged. Records of one pod come in order.
 
         Raises:
-            InputError: this indexer follows a log.
+            InputError: this indexer follows a log or a mirror.
         """
         await self._engine_feed().record(parse_message(key, value, headers))
 
     def _engine_feed(self) -> Any:
         _ = self._running
         if self._feed is None:
-            raise InputError("this indexer follows a log: engines belong to its bridge")
+            raise InputError("this indexer follows a log or a mirror: engines belong to its bridge")
         return self._feed
 
     # --- pods without events --------------------------------------------------------------------------------------
@@ -269,240 +280,3 @@ class Indexer:
     async def stats(self) -> Stats:
         """Return what the index says of itself."""
         return await self.backend.stats()
-
-    # --- scores ---------------------------------------------------------------------------------------------------
-
-    def block_keys(
-        self,
-        tokens: Tokens,
-        model: str,
-        *,
-        lora: str | None = None,
-        cache_salt: str | None = None,
-        multimodal: Sequence[tuple[str, int, int]] = (),
-    ) -> list[bytes]:
-        """Return the canonical keys of a prompt's full blocks.
-
-        Args:
-            tokens: token ids, or packed little-endian u32.
-            model: model name, part of every key.
-            lora: adapter name.
-            cache_salt: the request's salt.
-            multimodal: (identifier, offset, length) of each item, in tokens.
-
-        Raises:
-            InputError: no model, or a token id that is none.
-        """
-        if not model:
-            raise InputError("model: missing; block keys differ by model")
-        packed = _packed(tokens)
-        extra = None
-        if multimodal:
-            extra = multimodal_extra(multimodal, self._size, len(packed) // TOKEN_BYTES // self._size)
-        return block_keys(root_key(model, lora, cache_salt), packed, self._size, extra)
-
-    async def score_tokens(
-        self,
-        tokens: Tokens,
-        model: str,
-        *,
-        lora: str | None = None,
-        cache_salt: str | None = None,
-        pods: Collection[str] = (),
-        multimodal: Sequence[tuple[str, int, int]] = (),
-    ) -> Scored:
-        """Score every pod for a prompt of token ids.
-
-        Args:
-            tokens: token ids, or packed little-endian u32.
-            model: model name.
-            lora: adapter name.
-            cache_salt: the request's salt.
-            pods: pod ids that may score; empty means all.
-            multimodal: (identifier, offset, length) of each item, in tokens.
-
-        Raises:
-            InputError: the request does not make sense.
-            NotReadyError: the indexer is not running.
-        """
-        packed = _packed(tokens)
-        began = time.perf_counter()
-        keys = self.block_keys(packed, model, lora=lora, cache_salt=cache_salt, multimodal=multimodal)
-        scored, _ = await self._score(keys, len(packed) // TOKEN_BYTES, model, pods, began=began)
-        return scored
-
-    async def score_prompt(
-        self,
-        prompt: str,
-        model: str,
-        *,
-        lora: str | None = None,
-        cache_salt: str | None = None,
-        pods: Collection[str] = (),
-        add_special_tokens: bool = True,
-    ) -> Scored:
-        """Tokenize a prompt as a completion and score it.
-
-        Raises:
-            UnknownModelError: there is no tokenizer for the model.
-            ScorerError: the request cannot be scored.
-        """
-        began = time.perf_counter()
-        encoded = await self._pool(model).encode(model, prompt, add_special_tokens)
-        return await self._score_encoded(encoded, began, model=model, lora=lora, cache_salt=cache_salt, pods=pods)
-
-    async def score_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]] | Any,
-        model: str,
-        *,
-        lora: str | None = None,
-        cache_salt: str | None = None,
-        pods: Collection[str] = (),
-    ) -> Scored:
-        """Render and tokenize a chat as the engine does, and score it.
-
-        Args:
-            messages: OpenAI-style messages, or a ``ChatInput`` with tools, documents and template options.
-            model: model name.
-            lora: adapter name.
-            cache_salt: the request's salt.
-            pods: pod ids that may score; empty means all.
-
-        Raises:
-            UnknownModelError: there is no tokenizer for the model.
-            ScorerError: the request cannot be scored.
-        """
-        from kvatlas.scorer.tokenization.records import ChatInput  # noqa: PLC0415 - numpy only where text is scored
-
-        began = time.perf_counter()
-        chat = messages if isinstance(messages, ChatInput) else ChatInput(messages=list(messages))
-        encoded = await self._pool(model).encode_chat(model, chat)
-        return await self._score_encoded(encoded, began, model=model, lora=lora, cache_salt=cache_salt, pods=pods)
-
-    def _pool(self, model: str) -> Tokenizers:
-        if self._tokenizers is None:
-            raise UnknownModelError(f"no tokenizer for {model!r}: pass a TokenizerPool as `tokenizers`")
-        return self._tokenizers
-
-    async def _score_encoded(
-        self,
-        encoded: Any,
-        began: float,
-        *,
-        model: str,
-        lora: str | None,
-        cache_salt: str | None,
-        pods: Collection[str],
-    ) -> Scored:
-        tokenized = time.perf_counter()
-        keys = self.block_keys(encoded.ids, model, lora=lora, cache_salt=cache_salt)
-        scored, _ = await self._score(keys, len(encoded), model, pods, began=tokenized)
-        self._observe("tokenize", tokenized - began)
-        took = {"tokenize": (tokenized - began) * 1e3} | scored.took_ms
-        return msgspec.structs.replace(scored, tokenizer=encoded.backend, took_ms=took)
-
-    async def explain(
-        self,
-        tokens: Tokens,
-        model: str,
-        *,
-        lora: str | None = None,
-        cache_salt: str | None = None,
-        pods: Collection[str] = (),
-    ) -> Explained:
-        """Say block by block who holds a prompt, and why each pod's match ends where it does.
-
-        Raises:
-            ScorerError: the request cannot be scored.
-        """
-        packed = _packed(tokens)
-        keys = self.block_keys(packed, model, lora=lora, cache_salt=cache_salt)
-        began = time.perf_counter()
-        scored, values = await self._score(keys, len(packed) // TOKEN_BYTES, model, pods, began=began, all_blocks=True)
-        scene = self._pods.fleet.scene(model, self._options.weights)
-        return explain(scored, keys, values, scene, pods, usable_only=self._options.usable_only)
-
-    async def _score(
-        self,
-        keys: list[bytes],
-        tokens: int,
-        model: str,
-        pods: Collection[str],
-        *,
-        began: float,
-        all_blocks: bool = False,
-    ) -> tuple[Scored, list[bytes | None]]:
-        hashed = time.perf_counter()
-        _ = self._running
-        scene = self._pods.fleet.scene(model, self._options.weights)
-        steps = Walk(scene, tokens, pods=pods, whole_prompt=not self._options.usable_only)
-        values: list[bytes | None] = []
-        looked, chunk, walking = 0.0, _FIRST_BLOCKS, True
-        while len(values) < len(keys) and (walking or all_blocks):
-            part = keys[len(values) : len(values) + chunk]
-            start = time.perf_counter()
-            found = await self._lookup(part)
-            looked += time.perf_counter() - start
-            values.extend(found)
-            walking = walking and steps.feed(found)
-            chunk = min(chunk * _GROWTH, _MOST_BLOCKS)
-        matches = steps.matches()
-        done = time.perf_counter()
-        took = {"keys": hashed - began, "lookup": looked, "score": done - hashed - looked}
-        for stage, seconds in took.items():
-            self._observe(stage, seconds)
-        scored = Scored(
-            prompt_tokens=tokens,
-            block_size_tokens=self._size,
-            blocks=len(keys),
-            scores={match.pod.name: _score_of(match) for match in matches},
-            freshness=self._freshness(matches),
-            partial=steps.partial,
-            took_ms={stage: seconds * 1e3 for stage, seconds in took.items()},
-        )
-        return scored, values
-
-    async def _lookup(self, keys: list[bytes]) -> Sequence[bytes | None]:
-        try:
-            return await self.backend.lookup(keys)
-        except BackendError as error:
-            if not error.retriable:
-                raise
-            # As with a worker that is away: no answer is not "nobody holds it", and the score says that it is partial.
-            log.warning("%s", error)
-            return [None] * len(keys)
-
-    def _freshness(self, matches: Sequence[Match]) -> dict[str, PodFreshness]:
-        now = self._clock()
-        found = {}
-        for match in matches:
-            record = self._pods.merged.get(match.pod.name)
-            if record is not None:
-                age_ms = max(now - record.receive_ns, 0) / 1e6 if record.receive_ns else -1.0
-                found[record.pod] = PodFreshness(
-                    last_sequence=record.last_sequence, age_ms=age_ms, state=record.state, epoch=record.epoch
-                )
-        return found
-
-
-def _score_of(match: Match) -> PodScore:
-    return PodScore(
-        score=match.score,
-        matched_blocks=match.blocks,
-        matched_tokens=match.tokens,
-        tiers=match.tiers,
-        suspect_blocks=match.suspect,
-        approximate=match.pod.approximate,
-    )
-
-
-def _packed(tokens: Tokens) -> bytes:
-    if isinstance(tokens, bytes):
-        if len(tokens) % TOKEN_BYTES:
-            raise InputError(f"tokens: {len(tokens)} packed bytes are no multiple of {TOKEN_BYTES}")
-        return tokens
-    try:
-        return pack_tokens(tokens)
-    except (OverflowError, TypeError) as error:
-        raise InputError(f"tokens: {error}") from error

@@ -50,6 +50,7 @@ class Scored(msgspec.Struct, frozen=True, kw_only=True):
         scores: pod id -> score, best first; pods without a match are absent.
         freshness: pod id -> freshness, for the pods in ``scores``.
         partial: the index did not answer for some blocks, so matches may be longer.
+        stale: nobody keeps a part of the index up to date at present: what it has only ages.
         tokenizer: backend that tokenized; empty when tokens were given.
         took_ms: time by stage: ``tokenize``, ``keys``, ``lookup``, ``score``.
     """
@@ -60,6 +61,7 @@ class Scored(msgspec.Struct, frozen=True, kw_only=True):
     scores: dict[str, PodScore] = {}
     freshness: dict[str, PodFreshness] = {}
     partial: bool = False
+    stale: bool = False
     tokenizer: str = ""
     took_ms: dict[str, float] = {}
 

@@ -42,6 +42,10 @@ class Source(Protocol):
     counts: Counter[str]
 
     @property
+    def stale(self) -> bool:
+        """Whether what the index has only ages: nobody keeps it up to date."""
+
+    @property
     def caught_up(self) -> bool:
         """Whether all that was there when it was asked has been applied."""
 

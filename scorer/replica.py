@@ -121,6 +121,11 @@ class Replica:
             await follower.stop()
 
     @property
+    def stale(self) -> bool:
+        """False: what comes is applied as it comes, and freshness tells of each pod what does not."""
+        return False
+
+    @property
     def caught_up(self) -> bool:
         """Whether all that was there at the start has been applied."""
         return all(follower.caught_up.is_set() for follower in self._followers)

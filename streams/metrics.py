@@ -77,6 +77,17 @@ def flushed(agent: str, updates: int, started: float, receive_ns: int, counts: M
     Args:
         agent: ``resolve`` or ``index``.
         updates: block updates in it.
+MIRROR_LAG_SECONDS: Final = Gauge("kvatlas_worker_mirror_lag_seconds", "Age of the oldest change not in the mirror yet")
+MIRROR_PENDING: Final = Gauge("kvatlas_worker_mirror_pending_keys", "Changed keys that wait for the mirror")
+MIRROR_KEYS: Final = Counter("kvatlas_worker_mirror_keys_total", "Entries sent to the mirror")
+MIRROR_COPIES: Final = Counter("kvatlas_worker_mirror_copies_total", "Partitions copied to the mirror as a whole")
+MIRROR_OVERFLOWS: Final = Counter(
+    "kvatlas_worker_mirror_overflows_total", "Times more changes waited than may, so that a partition is copied again"
+)
+MIRROR_REFUSED: Final = Counter(
+    "kvatlas_worker_mirror_refused_total", "Times the mirror was left alone because another worker has claimed it"
+)
+MIRROR_ERRORS: Final = Counter("kvatlas_worker_mirror_errors_total", "Times the mirror's server failed")
         started: monotonic time when it was applied, seconds.
         receive_ns: newest receive time in it, ns since the epoch; 0 for none.
         counts: what applying met.

@@ -91,6 +91,19 @@ class WorkerSettings(Section, frozen=True, kw_only=True):
         int, Meta(description="largest changelog batch; topics must allow it", ge=MIB, le=1024 * MIB)
     ] = 24 * MIB
 
+    mirror: Annotated[
+        str,
+        Meta(description="Redis or Valkey server that gets a copy of the index, redis:// or rediss://; empty: none"),
+    ] = ""
+    mirror_prefix: Annotated[str, Meta(description="before every key of the mirror")] = "kvatlas"
+    mirror_password_file: Annotated[str, Meta(description="file that holds the mirror's password")] = ""
+    mirror_cafile: Annotated[
+        str, Meta(description="CA certificates (PEM) of a rediss:// mirror; empty: the system's")
+    ] = ""
+    mirror_pending_keys: Annotated[
+        int, Meta(description="changed keys that may wait for the mirror; beyond it is copied again", ge=1_000)
+    ] = 1_000_000
+
     pod_record_interval_seconds: Annotated[
         float, Meta(description="least time between two pod records of one pod; epochs go at once", ge=0)
     ] = 0.2

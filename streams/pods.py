@@ -105,12 +105,14 @@ class PodBook:
 
     Attributes:
         bad: records that could not be read.
+        on_changed: told the pod id of every record taken over.
     """
 
     def __init__(self, version: str = records.BASE_VERSION) -> None:
         self._streams = records.streams_writer(version)
         self._records: dict[tuple[str, str], PodRecord] = {}
         self.bad = 0
+        self.on_changed: Callable[[str], None] | None = None
 
     def apply(self, key: bytes | None, value: bytes | None) -> str | None:
         """Take a ``kv-pods`` record over; returns the pod id it was about."""
@@ -122,6 +124,7 @@ class PodBook:
             return None
         if value is None:
             self._records.pop((writer, pod), None)
+            self._tell(pod)
             return pod
         try:
             self._records[writer, pod] = records.decode(PodRecord, value)
@@ -129,7 +132,12 @@ class PodBook:
             self.bad += 1
             logger.warning("kv-pods: record of %r cannot be read: %s", key, error)
             return None
+        self._tell(pod)
         return pod
+
+    def _tell(self, pod: str) -> None:
+        if self.on_changed is not None:
+            self.on_changed(pod)
 
     def merged(self, pod: str) -> PodRecord | None:
         """Return what both writers know of a pod, None when neither knows it."""

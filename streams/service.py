@@ -217,6 +217,7 @@ class WorkerService:
             self._watch(app.publisher.run())
         for name, sweep in ((BLOCK_INDEX, sweep_index), (ENGINE_BLOCKS, sweep_engine_blocks)):
             table = app.bulk_table(name)
+        self._start_mirror(app)
             if table is not None and self._settings.sweep_entries_per_second:
                 sweeper = Sweeper(
                     table,
@@ -229,6 +230,25 @@ class WorkerService:
 
     def _watch(self, work: Coroutine[Any, Any, None]) -> None:
         self._app_tasks.append(asyncio.create_task(work))
+    def _start_mirror(self, app: WorkerApp) -> None:
+        table = app.bulk_table(BLOCK_INDEX)
+        if not self._settings.mirror or table is None:
+            return
+        from kvatlas.streams.mirror_worker import worker_mirror  # noqa: PLC0415 # Redis's client only where it is used
+
+        mirror = worker_mirror(
+            self._settings,
+            self._kafka,
+            worker=self.worker_id,
+            partitions=self._partitions[self._settings.blocks_topic],
+            table=table,
+            generation=lambda: app.consumer_generation_id,
+            pods=self.pods,
+            pods_known=self._followers[0].caught_up.is_set,
+        )
+        table.on_committed, self.pods.on_changed = mirror.note, mirror.note_pod
+        self._watch(mirror.run())
+
 
     async def _stop_app(self) -> None:
         app, self._app = self._app, None

@@ -49,8 +49,8 @@ class Backend(Protocol):
             BackendError: it cannot be reached or opened.
         """
 
-    async def lookup(self, keys: Sequence[bytes]) -> list[bytes]:
-        """Return the packed holders of each key, empty bytes where nobody holds it.
+    async def lookup(self, keys: Sequence[bytes]) -> Sequence[bytes | None]:
+        """Return the packed holders of each key: empty bytes where nobody holds it, None where it cannot tell.
 
         Raises:
             BackendError: it does not answer (retriable).

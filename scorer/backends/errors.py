@@ -4,7 +4,8 @@
 
     ScorerError
     └── BackendError             the index does not answer or cannot be opened (retriable)
-        └── SchemaError          a store holds another schema version than this build writes
+        ├── SchemaError          a store holds another schema version than this build writes
+        └── ReadOnlyError        an index that others keep was to be written
 """
 
 from __future__ import annotations
@@ -20,5 +21,11 @@ class BackendError(ScorerError):
 
 class SchemaError(BackendError):
     """A shared store holds entries of another schema version."""
+
+    retriable = False
+
+
+class ReadOnlyError(BackendError):
+    """An index that others keep was to be written."""
 
     retriable = False

