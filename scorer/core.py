@@ -191,7 +191,7 @@ class Core:
         values: list[bytes | None] = []
         seen: dict[int, Seen] = {}
         spent = 0.0
-        chunk = settings.lookup_chunk_blocks
+        chunk = min(settings.lookup_chunk_blocks, lookups.first_blocks or settings.lookup_chunk_blocks)
         walking = True
         while len(values) < len(keys) and (walking or all_blocks):
             part = keys[len(values) : len(values) + chunk]

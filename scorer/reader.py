@@ -81,7 +81,15 @@ class Answers(NamedTuple):
 
 
 class Lookups(Protocol):
-    """Where block keys are looked up."""
+    """Where block keys are looked up.
+
+    Attributes:
+        first_blocks: most blocks that it makes sense to ask for first; 0 leaves it to the settings.
+    """
+
+    @property
+    def first_blocks(self) -> int:
+        """See above."""
 
     async def lookup(self, keys: Sequence[bytes], deadline: float) -> Answers:
         """Look keys up; never raises for a worker that is away.
@@ -109,6 +117,8 @@ def partitions_of(packed: bytes, count: int) -> npt.NDArray[np.uint32]:
 
 class LocalLookups:
     """Lookups in the tables of this process: no hop, no copy."""
+
+    first_blocks = 0
 
     def __init__(
         self,
@@ -141,6 +151,8 @@ class LocalLookups:
 
 class PartitionRouter:
     """Lookups at the workers that own the partitions; see the module's text."""
+
+    first_blocks = 0
 
     def __init__(
         self,

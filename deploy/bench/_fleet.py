@@ -78,7 +78,8 @@ class LogFleet:
         self._random = random.Random(settings.seed)  # noqa: S311 # traffic, not secrets
         self._traffic: Iterator[Request] = traffic.requests(settings)
         self._lock = threading.RLock()
-        self.pods = {f"pod-{number}": self._pod(f"pod-{number}", settings) for number in range(settings.pods)}
+        names = [f"{settings.pod_prefix}{number}" for number in range(settings.pods)]
+        self.pods = {name: self._pod(name, settings) for name in names}
         for pod in self.pods.values():
             pod.start()
 

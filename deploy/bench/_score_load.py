@@ -6,7 +6,9 @@ import argparse
 import asyncio
 import multiprocessing
 import statistics
+import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from multiprocessing.synchronize import Event
 from typing import Any, Final, NamedTuple
@@ -78,10 +80,18 @@ async def _ask(address: str, rate: float, seconds: float) -> list[float]:
         call = channel.unary_unary("/kvatlas.v1.Scorer/Score", response_deserializer=pb.ScoreResponse.FromString)
 
         async def one(due: float) -> None:
-            answer = await call(request, timeout=_CALL_SECONDS)
-            times.append((time.perf_counter() - due) * 1e3)
-            assert len(answer.scores) == _serving.PODS
+            try:
+                answer = await call(request, timeout=_CALL_SECONDS)
+            except aio.AioRpcError as error:
+                times.append(_CALL_SECONDS * 1e3)
+                odd[error.code().name] += 1
+            else:
+                times.append((time.perf_counter() - due) * 1e3)
+                odd["partial"] += answer.freshness.partial
+                odd["standby"] += answer.freshness.standby
+                assert answer.freshness.partial or len(answer.scores) == _serving.PODS
 
+        odd: Counter[str] = Counter()
         running: set[asyncio.Task[None]] = set()
         began = time.perf_counter()
         for number in range(int(rate * seconds)):
@@ -92,6 +102,8 @@ async def _ask(address: str, rate: float, seconds: float) -> list[float]:
             running.add(task)
             task.add_done_callback(running.discard)
         await asyncio.gather(*running)
+    if any(odd.values()):
+        print(f"{len(times)} calls, of which {dict(+odd)}", file=sys.stderr)
     return times
 
 

@@ -92,3 +92,22 @@ async def test_partitions_of_another_worker_are_one_hop_away(
             while len(await owners()) != 1:
                 await asyncio.sleep(0.3)
     assert fleet.hits() > 50
+
+
+async def test_a_thousand_conversations_score_as_the_oracle_says(
+    brokers: str, topic_prefix: str, tmp_path: Path, workers: list[WorkerProcess]
+) -> None:
+    """1,000 random conversations, evictions, clears and restarts between them: every score is the oracle's."""
+    kafka = await make_topics(brokers, topic_prefix)
+    fleet = ScoringFleet(kafka, pods=8, blocks=1_024, keep=250, sessions=400, salted_share=0.2)
+    workers.append(WorkerProcess(kafka, tmp_path / "w", *_SCORER, *_SESSION))
+    _, scorer = addresses_of(await workers[0].ready())
+    asked = hits = 0
+    async with producing(kafka) as producer, AsyncScorerClient(scorer) as client:
+        for _ in range(4):
+            await fleet.serve(producer, 250)
+            asked += len(await until_right(client, fleet))
+            hits += fleet.hits()
+            fleet.disturb(clear=0.5, restart=0.5)
+    assert asked == 1_000
+    assert hits > 1_000
