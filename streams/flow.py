@@ -17,6 +17,7 @@ from mode import get_logger
 
 from kvatlas.bridge.errors import KvatlasError
 from kvatlas.bridge.kafka import refusal_in
+from kvatlas.streams import metrics
 from kvatlas.streams.errors import UncertainError
 
 logger = get_logger(__name__)
@@ -326,10 +327,12 @@ class Flows:
         wanted = flow.last_offset + 1
         if verdict is Verdict.READ_AGAIN:
             self.rewinds += 1
+            metrics.REWINDS.labels(self.name).inc()
             logger.info("%s: record %d came where %d was expected; read again from there", flow.name, offset, wanted)
             self._rewind(partition, wanted)
         elif verdict is Verdict.ACCEPT:
             self.missed += offset - wanted
+            metrics.MISSED.labels(self.name).inc(offset - wanted)
             logger.warning(
                 "%s: records %d to %d are not in the topic any more: retention took them before they were applied",
                 flow.name,

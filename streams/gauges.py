@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from typing import Final
 
+from faust.types import TP
+
 from kvatlas.streams import metrics
-from kvatlas.streams.app import BLOCK_INDEX, WorkerApp
+from kvatlas.streams.app import WorkerApp
+from kvatlas.streams.changelog import Meta
 from kvatlas.streams.store import Role
 from kvatlas.streams.table import BulkTable
 
@@ -20,19 +22,35 @@ class Gauges:
 
     Args:
         app: the app.
-        lag_of: partition of ``kv-blocks`` -> records behind, -1 when unknown.
     """
 
-    def __init__(self, app: WorkerApp, lag_of: Callable[[int], int]) -> None:
+    def __init__(self, app: WorkerApp) -> None:
         self._app = app
-        self._lag_of = lag_of
+        self._shown: set[tuple[str, str, int]] = set()
 
     async def run(self) -> None:
         """Read off until cancelled."""
         while True:
             await asyncio.sleep(_INTERVAL_SECONDS)
-            for table in self._app.sources.values():
-                self._table(table)
+            self.read()
+
+    def read(self) -> None:
+        """Read off once."""
+        shown: set[tuple[str, str, int]] = set()
+        for topic, table in self._app.sources.items():
+            flows = self._app.flows[topic]
+            self._table(table)
+            metrics.QUEUED_RECORDS.labels(flows.name).set(flows.held)
+            for state in table.store.states.values():
+                if state.role is Role.ACTIVE:
+                    shown.add((flows.name, table.name, state.partition))
+                    metrics.APPLIED_OFFSET.labels(table.name, state.partition).set(state.meta.source_offset)
+                    self._lag(flows.name, TP(topic, state.partition), state.meta)
+        for agent, name, partition in self._shown - shown:  # another worker shows them now
+            metrics.APPLIED_OFFSET.remove(name, partition)
+            metrics.LAG_RECORDS.remove(agent, partition)
+            metrics.LAG_MS.remove(agent, partition)
+        self._shown = shown
 
     def _table(self, table: BulkTable) -> None:
         states = list(table.store.states.values())
@@ -44,13 +62,10 @@ class Gauges:
         metrics.CACHE_BYTES.labels(table.name).set(sum(state.cache.size_bytes for state in states))
         metrics.TABLE_BYTES.labels(table.name).set(sum(state.size_bytes() for state in states))
         metrics.TABLE_KEYS.labels(table.name).set(sum(state.entries() for state in states))
-        for state in states:
-            metrics.APPLIED_OFFSET.labels(table.name, state.partition).set(state.meta.source_offset)
-            if table.name == BLOCK_INDEX:
-                self._lag(state.partition, state.meta.receive_ns)
 
-    def _lag(self, partition: int, receive_ns: int) -> None:
-        lag = self._lag_of(partition)
-        metrics.LAG_RECORDS.labels("index", partition).set(max(lag, 0))
-        age_ms = (time.time_ns() - receive_ns) / 1e6 if lag > 0 and receive_ns else 0.0
-        metrics.LAG_MS.labels("index", partition).set(max(age_ms, 0.0))
+    def _lag(self, agent: str, tp: TP, meta: Meta) -> None:
+        end = self._app.source_end(tp)
+        lag = 0 if end is None else max(end - meta.source_offset - 1, 0)
+        metrics.LAG_RECORDS.labels(agent, tp.partition).set(lag)
+        age_ms = (time.time_ns() - meta.receive_ns) / 1e6 if lag > 0 and meta.receive_ns else 0.0
+        metrics.LAG_MS.labels(agent, tp.partition).set(max(age_ms, 0.0))

@@ -34,6 +34,15 @@ LAG_MS: Final = Gauge(
     "Age of the newest applied message while records wait, 0 when none do",
     ["agent", "partition"],
 )
+QUEUED_RECORDS: Final = Gauge("kvatlas_worker_queued_records", "Source records read and not committed", ["agent"])
+REWINDS: Final = Counter(
+    "kvatlas_worker_rewinds_total",
+    "Times source records were lost on their way in the worker and read again",
+    ["agent"],
+)
+MISSED: Final = Counter(
+    "kvatlas_worker_missed_records_total", "Source records that retention took before they were applied", ["agent"]
+)
 APPLIED_OFFSET: Final = Gauge("kvatlas_worker_applied_offset", "Source offset in the table", ["table", "partition"])
 ROLE: Final = Gauge("kvatlas_worker_partitions", "Partitions by role", ["table", "role"])
 CACHE_HITS: Final = Gauge(
@@ -68,15 +77,6 @@ SWEPT: Final = Counter("kvatlas_worker_sweep_entries_total", "Entries the sweep 
 SWEEP_DROPPED: Final = Counter("kvatlas_worker_sweep_dropped_total", "Dead holders the sweep removed", ["table"])
 SWEEPS: Final = Counter("kvatlas_worker_sweeps_total", "Complete sweeps of a partition", ["table"])
 REBALANCES: Final = Counter("kvatlas_worker_rebalances_total", "Assignments received")
-RESTARTS: Final = Counter("kvatlas_worker_app_restarts_total", "Times the Faust app was started anew after an error")
-
-
-def flushed(agent: str, updates: int, started: float, receive_ns: int, counts: Mapping[str, int]) -> None:
-    """Note a committed flush.
-
-    Args:
-        agent: ``resolve`` or ``index``.
-        updates: block updates in it.
 MIRROR_LAG_SECONDS: Final = Gauge("kvatlas_worker_mirror_lag_seconds", "Age of the oldest change not in the mirror yet")
 MIRROR_PENDING: Final = Gauge("kvatlas_worker_mirror_pending_keys", "Changed keys that wait for the mirror")
 MIRROR_KEYS: Final = Counter("kvatlas_worker_mirror_keys_total", "Entries sent to the mirror")
@@ -88,6 +88,15 @@ MIRROR_REFUSED: Final = Counter(
     "kvatlas_worker_mirror_refused_total", "Times the mirror was left alone because another worker has claimed it"
 )
 MIRROR_ERRORS: Final = Counter("kvatlas_worker_mirror_errors_total", "Times the mirror's server failed")
+RESTARTS: Final = Counter("kvatlas_worker_app_restarts_total", "Times the Faust app was started anew after an error")
+
+
+def flushed(agent: str, updates: int, started: float, receive_ns: int, counts: Mapping[str, int]) -> None:
+    """Note a committed flush.
+
+    Args:
+        agent: ``resolve`` or ``index``.
+        updates: block updates in it.
         started: monotonic time when it was applied, seconds.
         receive_ns: newest receive time in it, ns since the epoch; 0 for none.
         counts: what applying met.

@@ -144,6 +144,7 @@ class LookupService(pb_grpc.BlockIndexServicer):
         return pb.PartitionState(
             partition=partition,
             role=_ROLES[role],
+            owner="" if role is Role.ACTIVE else self._others.owner(partition, self._worker),
             applied_offset=state.meta.source_offset,
             applied_receive_ns=state.meta.receive_ns,
             lag_records=self._lag_of(partition) if role is Role.ACTIVE else -1,

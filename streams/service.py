@@ -32,6 +32,7 @@ from kvatlas.streams.errors import StoreError, TopicsError, WorkerCrashError
 from kvatlas.streams.follow import TopicFollower, partitions_of
 from kvatlas.streams.gauges import Gauges
 from kvatlas.streams.index import sweep_index
+from kvatlas.streams.keeper import Keeper
 from kvatlas.streams.options import WorkerSettings
 from kvatlas.streams.pods import PodBook
 from kvatlas.streams.query import LookupServer, LookupService
@@ -166,7 +167,7 @@ class WorkerService:
             state_of=self._state_of,
             lag_of=self._lag_of,
             others=self._workers,
-            certain=lambda: self._app is not None and self._app.lease.valid,
+            certain=self._certain,
         )
         self._server = LookupServer(
             service,
@@ -209,15 +210,16 @@ class WorkerService:
         await app.start()
         self._watch(self._announcer.run())
         self._watch(_report_crash(app, on_crash))
-        self._watch(Gauges(app, self._lag_of).run())
+        self._watch(Gauges(app).run())
+        self._watch(Keeper(app.sources.values(), may_commit=lambda: app.lease.valid, on_fenced=on_crash).run())
         if self._settings.census_seconds:
             self._watch(self._census.run())
         self._watch(Watchdog(app.waiting, app.source_end, app.source_consumer().rewind).run())
         if app.publisher is not None:
             self._watch(app.publisher.run())
+        self._start_mirror(app)
         for name, sweep in ((BLOCK_INDEX, sweep_index), (ENGINE_BLOCKS, sweep_engine_blocks)):
             table = app.bulk_table(name)
-        self._start_mirror(app)
             if table is not None and self._settings.sweep_entries_per_second:
                 sweeper = Sweeper(
                     table,
@@ -228,8 +230,6 @@ class WorkerService:
                 )
                 self._watch(sweeper.run())
 
-    def _watch(self, work: Coroutine[Any, Any, None]) -> None:
-        self._app_tasks.append(asyncio.create_task(work))
     def _start_mirror(self, app: WorkerApp) -> None:
         table = app.bulk_table(BLOCK_INDEX)
         if not self._settings.mirror or table is None:
@@ -249,6 +249,8 @@ class WorkerService:
         table.on_committed, self.pods.on_changed = mirror.note, mirror.note_pod
         self._watch(mirror.run())
 
+    def _watch(self, work: Coroutine[Any, Any, None]) -> None:
+        self._app_tasks.append(asyncio.create_task(work))
 
     async def _stop_app(self) -> None:
         app, self._app = self._app, None
@@ -280,8 +282,15 @@ class WorkerService:
         return table
 
     def index_state(self, partition: int) -> PartitionState | None:
-        """Return the local state of a partition of ``block_index``, None when it is not here."""
-        return self._state_of(partition)
+        """Return the local state of a partition of ``block_index``.
+
+        None when it is not here, or may have become another worker's: the lookup service then answers, flagged.
+        """
+        state = self._state_of(partition)
+        return None if state is not None and state.role is Role.ACTIVE and not self._certain() else state
+
+    def _certain(self) -> bool:
+        return self._app is not None and self._app.lease.valid
 
     @property
     def partition_count(self) -> int:

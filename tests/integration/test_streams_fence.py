@@ -1,0 +1,166 @@
+"""Workers that stood still, on the real Kafka: what they write afterwards harms nobody, and they notice."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from aiokafka import AIOKafkaProducer
+
+sys.path.insert(0, str(Path(__file__).parent))
+from streams_support import PARTITIONS, WorkerProcess, assert_true, fleet_of, make_topics, producing, until_true
+from test_streams import lookup, wait_roles
+
+from kvatlas.bridge import records
+from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.streams import metrics
+from kvatlas.streams.changelog import Meta, encode_meta, send_batch, send_claim
+from kvatlas.streams.options import WorkerSettings
+from kvatlas.streams.service import WorkerService
+from kvatlas.streams.v1 import block_index_pb2 as pb
+
+FLAGS = ("--session-timeout-seconds=4", "--heartbeat-seconds=1")
+
+
+@pytest.fixture
+def workers() -> Iterator[list[WorkerProcess]]:
+    started: list[WorkerProcess] = []
+    yield started
+    for worker in started:
+        worker.close()
+
+
+def index_changelog(kafka: KafkaSettings) -> str:
+    return kafka.topic(records.changelog_topics("kvatlas")[1].name)
+
+
+async def settled(service: WorkerService, restarts: float) -> None:
+    """Wait until the app was started anew and its partitions are restored."""
+    deadline = time.monotonic() + 60
+    while metrics.RESTARTS._value.get() <= restarts or not any(
+        state.role.value == "active" for state in service._index_states().values()
+    ):
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.1)
+
+
+async def test_a_worker_that_stood_still_in_the_middle_of_its_work_harms_nothing(
+    brokers: str, topic_prefix: str, tmp_path: Path, workers: list[WorkerProcess]
+) -> None:
+    """Stopped past its session and continued: flagged answers, then a true index, also from the changelog alone."""
+    kafka = await make_topics(brokers, topic_prefix)
+    fleet = fleet_of(kafka)
+    workers += [WorkerProcess(kafka, tmp_path / name, *FLAGS) for name in ("a", "b")]
+    addresses = [await worker.ready() for worker in workers]
+    async with producing(kafka) as producer:
+        fleet.serve(60)
+        await fleet.flush(producer)
+        assert_true(await until_true(kafka, fleet.truth()), 4)
+        keys = sorted(key for tiers in fleet.truth().values() for key in tiers["gpu"])[:400]
+        for turn in range(3):  # no flush may be waited for: the work is to be in progress
+            fleet.serve(20)
+            await fleet.flush(producer)
+            if turn == 1:
+                workers[0].process.send_signal(signal.SIGSTOP)
+        await wait_roles(addresses[1], keys, {pb.PartitionState.ACTIVE}, timeout=60)
+        fleet.serve(60)
+        fleet.disturb(clear=0.5, restart=0.5)
+        await fleet.flush(producer)
+        await asyncio.sleep(2.0)
+        workers[0].process.send_signal(signal.SIGCONT)
+        first = await lookup(addresses[0], keys)
+        assert pb.PartitionState.ACTIVE not in {state.role for state in first.partitions}
+        fleet.serve(40)
+        await fleet.flush(producer)
+    assert_true(await until_true(kafka, fleet.truth()), 4)
+    for worker in workers:
+        worker.kill()
+    for name in ("a", "b"):
+        shutil.rmtree(tmp_path / name)
+    workers.append(WorkerProcess(kafka, tmp_path / "c", *FLAGS))
+    await workers[2].ready()
+    assert_true(await until_true(kafka, fleet.truth()), 4)
+
+
+async def test_batches_of_a_replaced_writer_are_dropped_and_written_over(
+    brokers: str, topic_prefix: str, tmp_path: Path
+) -> None:
+    """What an older owner appends to the changelog does not reach a restore, and the owner writes its own again."""
+    kafka = await make_topics(brokers, topic_prefix)
+    fleet = fleet_of(kafka)
+    service = WorkerService(WorkerSettings(state_dir=str(tmp_path / "w")), kafka)
+    await service.start()
+    try:
+        await asyncio.wait_for(service.ready.wait(), 60)
+        async with producing(kafka) as producer:
+            fleet.serve(60)
+            await fleet.flush(producer)
+            assert_true(await until_true(kafka, fleet.truth()), 4)
+            written = {number: dict(state.items()) for number, state in service._index_states().items()}
+            await spoil(producer, kafka, written, epoch=0)
+            fleet.serve(20)
+            await fleet.flush(producer)
+            assert_true(await until_true(kafka, fleet.truth()), 4)
+            deadline = time.monotonic() + 20
+            while any(state.meta.source_offset < 0 or state.foreign for state in service._index_states().values()):
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.1)
+        state = {number: dict(state.items()) for number, state in service._index_states().items()}
+    finally:
+        await service.stop()
+    shutil.rmtree(tmp_path / "w")
+    again = WorkerService(WorkerSettings(state_dir=str(tmp_path / "v")), kafka)
+    await again.start()
+    try:
+        await asyncio.wait_for(again.ready.wait(), 60)
+        assert {number: dict(state.items()) for number, state in again._index_states().items()} == state
+        assert_true(await until_true(kafka, fleet.truth()), 4)
+    finally:
+        await again.stop()
+
+
+async def test_a_worker_whose_partitions_were_claimed_starts_anew(
+    brokers: str, topic_prefix: str, tmp_path: Path
+) -> None:
+    """A claim above its own ends the app at its next commit; it comes back with a claim of its own and goes on."""
+    kafka = await make_topics(brokers, topic_prefix)
+    fleet = fleet_of(kafka)
+    service = WorkerService(WorkerSettings(state_dir=str(tmp_path / "w")), kafka)
+    await service.start()
+    stop = asyncio.Event()
+    running = asyncio.create_task(service.run_until(stop))
+    try:
+        await asyncio.wait_for(service.ready.wait(), 60)
+        restarts = metrics.RESTARTS._value.get()
+        async with producing(kafka) as producer:
+            fleet.serve(40)
+            await fleet.flush(producer)
+            assert_true(await until_true(kafka, fleet.truth()), 4)
+            for number, state in service._index_states().items():
+                claim = state.meta._replace(epoch=state.meta.epoch + 5, owner=77)
+                await send_claim(producer, index_changelog(kafka), number, encode_meta(claim))
+            fleet.serve(40)
+            await fleet.flush(producer)
+            await settled(service, restarts)
+            assert_true(await until_true(kafka, fleet.truth()), 4)
+        assert {state.meta.epoch > 5 for state in service._index_states().values()} == {True}
+    finally:
+        stop.set()
+        await running
+        await service.stop()
+
+
+async def spoil(
+    producer: AIOKafkaProducer, kafka: KafkaSettings, written: dict[int, dict[bytes, bytes]], epoch: int
+) -> None:
+    """Write to each changelog partition as an owner of an older epoch would: removals of what is there."""
+    meta = encode_meta(Meta(10**9, 0, time.time_ns(), epoch, 5))
+    assert len(written) == PARTITIONS
+    for number, entries in written.items():
+        await send_batch(producer, index_changelog(kafka), number, dict.fromkeys(entries), before=meta, after=meta)
