@@ -23,6 +23,8 @@ class LocalTable:
         self._database: Any = open_database(path, budget)
         self._pending: dict[bytes, bytes | None] = {}
         self._cache: dict[bytes, bytes | None] = {}
+        # As long as a table that began empty fits in memory, what is not there is nowhere.
+        self._whole = next(iter(self._database.keys()), None) is None
 
     def get(self, key: bytes) -> bytes | None:
         """Return the value under ``key``, None when there is none."""
@@ -30,6 +32,8 @@ class LocalTable:
         if found is _MISSING:
             found = self._cache.get(key, _MISSING)
         if found is _MISSING:
+            if self._whole:
+                return None
             found = self._cache[key] = self._database.get(key)
         value: bytes | None = found
         return value
@@ -44,13 +48,16 @@ class LocalTable:
 
     def prefetch(self, keys: Iterable[bytes]) -> None:
         """Read keys that are not in memory yet in one go."""
+        if self._whole:
+            return
         missing = [key for key in keys if key not in self._pending and key not in self._cache]
         if missing:
             self._cache.update(zip(missing, self._database.get(missing), strict=True))
 
     def settle(self, *, force: bool = False) -> None:
         """Write what is pending to the database when it has become much, or when forced."""
-        if not force and len(self._pending) < _FLUSH_ENTRIES:
+        # What fits in memory is not written before it must be: much of it is written over, or never kept.
+        if not force and len(self._pending) < (_CACHE_ENTRIES if self._whole else _FLUSH_ENTRIES):
             return
         batch = rocksdict.WriteBatch(raw_mode=True)
         for key, value in self._pending.items():
@@ -61,6 +68,7 @@ class LocalTable:
         self._database.write(batch)
         if len(self._cache) + len(self._pending) > _CACHE_ENTRIES:
             self._cache.clear()
+            self._whole = False
         self._cache.update(self._pending)
         self._pending.clear()
 
@@ -70,10 +78,11 @@ class LocalTable:
         for key, value in self._database.items():
             yield bytes(key), bytes(value)
 
-    def close(self) -> None:
-        """Write everything and let go of the folder."""
-        self.settle(force=True)
-        self._database.flush()
+    def close(self, *, keep: bool = True) -> None:
+        """Write everything, unless it is not to be kept, and let go of the folder."""
+        if keep:
+            self.settle(force=True)
+            self._database.flush()
         self._database.close()
         self._database = None
 

@@ -60,31 +60,32 @@ def parse_message(
     :meth:`kvatlas.streams.resolve.Resolver.apply` dead-letters it.
     """
     found = dict(headers.items() if isinstance(headers, Mapping) else headers or ())
+    get = found.get
     pod = (key or b"").decode(errors="replace")
     error = "" if pod else "the record has no key, so no pod id"
-    numbers = {}
-    for name in (records.H_SEQUENCE, records.H_INCARNATION, records.H_RECEIVE_NS):
-        try:
-            numbers[name] = _number(found.get(name))
-        except ValueError:
-            numbers[name] = ABSENT
-            error = error or f"header {name!r} is {found[name]!r}; expected a decimal number of at most 63 bits"
-    if not error and numbers[records.H_INCARNATION] > records.INCARNATION_MAX:
+    try:
+        sequence = _number(get(records.H_SEQUENCE))
+        incarnation = _number(get(records.H_INCARNATION))
+        receive_ns = _number(get(records.H_RECEIVE_NS))
+    except ValueError:
+        (sequence, incarnation, receive_ns), bad = _readable_numbers(found)
+        error = error or bad
+    if not error and incarnation > records.INCARNATION_MAX:
         error = f"header {records.H_INCARNATION!r} is above {records.INCARNATION_MAX}"
-    content = _text(found, records.H_CONTENT_TYPE) or records.CONTENT_ENGINE
-    if not error and numbers[records.H_SEQUENCE] == ABSENT and content != records.CONTENT_CONTROL:
+    content = _text(get(records.H_CONTENT_TYPE)) or records.CONTENT_ENGINE
+    if not error and sequence == ABSENT and content != records.CONTENT_CONTROL:
         error = f"header {records.H_SEQUENCE!r} is missing: the message's place in its stream is unknown"
     return Message(
         pod=pod,
         value=bytes(value or b""),
         content=content,
-        sequence=numbers[records.H_SEQUENCE],
-        incarnation=numbers[records.H_INCARNATION],
-        engine=_text(found, records.H_ENGINE) or "vllm",
-        model=_text(found, records.H_MODEL),
-        receive_ns=max(numbers[records.H_RECEIVE_NS], 0),
-        store=_text(found, records.H_STORE),
-        announcements=_text(found, records.H_ANNOUNCEMENTS),
+        sequence=sequence,
+        incarnation=incarnation,
+        engine=_text(get(records.H_ENGINE)) or "vllm",
+        model=_text(get(records.H_MODEL)),
+        receive_ns=max(receive_ns, 0),
+        store=_text(get(records.H_STORE)),
+        announcements=_text(get(records.H_ANNOUNCEMENTS)),
         partition=partition,
         offset=offset,
         headers=found,
@@ -92,8 +93,20 @@ def parse_message(
     )
 
 
-def _text(headers: Mapping[str, bytes], name: str) -> str:
-    return headers.get(name, b"").decode(errors="replace")
+def _readable_numbers(headers: Mapping[str, bytes]) -> tuple[list[int], str]:
+    """Return sequence, incarnation and receive time as far as they are numbers, and what is wrong with the first."""
+    numbers, error = [], ""
+    for name in (records.H_SEQUENCE, records.H_INCARNATION, records.H_RECEIVE_NS):
+        try:
+            numbers.append(_number(headers.get(name)))
+        except ValueError:
+            numbers.append(ABSENT)
+            error = error or f"header {name!r} is {headers[name]!r}; expected a decimal number of at most 63 bits"
+    return numbers, error
+
+
+def _text(value: bytes | None) -> str:
+    return value.decode(errors="replace") if value else ""
 
 
 def _number(value: bytes | None) -> int:

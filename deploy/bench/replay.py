@@ -62,7 +62,7 @@ async def _measure(args: argparse.Namespace, bootstrap: str, folder: Path) -> li
         )
         updates = past.counts["updates"]
         rebuilt = updates / (time.perf_counter() - began)
-        past.close()
+        past.close(keep=False)
     return [
         _row("decode", decoded, "messages/s", baseline=plain),
         _row("rebuild", rebuilt, "updates/s"),

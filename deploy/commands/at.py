@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
             return 0
         for row in _answers(args, past, questions):
             print(row)
-        past.close()
+        past.close(keep=False)
     return 0
 
 

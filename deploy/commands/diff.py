@@ -54,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="kvatlas-diff-") as folder:
         before, after = asyncio.run(_both(args, kafka, Path(folder)))
         changes = compare(before, after)
-        before.close()
-        after.close()
+        before.close(keep=False)
+        after.close(keep=False)
     if not args.json:
         print(f"{'pod':<24}{'added':>10}{'removed':>10}{'messages':>10}{'lost':>6}  epoch")
     for change in changes:

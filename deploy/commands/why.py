@@ -79,7 +79,7 @@ async def _why(
                     progress=progress_to_stderr("rebuilding"),
                 )
                 held.append(leading(past, keys))
-                past.close()
+                past.close(keep=False)
     return decision, outcome, judge(decision, *held)
 
 

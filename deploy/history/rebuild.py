@@ -126,10 +126,10 @@ class PastIndex:
         (folder / _META).write_bytes(msgspec.json.encode(snapshot))
         return snapshot
 
-    def close(self) -> None:
-        """Write everything and let go of the folder."""
-        self.blocks.close()
-        self.engine_blocks.close()
+    def close(self, *, keep: bool = True) -> None:
+        """Let go of the folder, with everything written to it unless it is not to be kept."""
+        self.blocks.close(keep=keep)
+        self.engine_blocks.close(keep=keep)
 
 
 def nearest(folder: Path, brokers: str, topic: str, block_size_tokens: int, ends: dict[int, int]) -> Path | None:
