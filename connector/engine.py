@@ -41,6 +41,7 @@ class EngineSettings:
         chunk_blocks: blocks per chunk: the first chunk of a load is usable before the second is read.
         queued_store_bytes: stores waiting beyond this are shed.
         load_wait_seconds: how long a load waits for host slots that other transfers hold.
+        cpus: CPUs of the threads, best those of the GPU's NUMA node; empty leaves placement to the system.
     """
 
     host_bytes: int
@@ -49,6 +50,7 @@ class EngineSettings:
     chunk_blocks: int = 8
     queued_store_bytes: int = 1 << 30
     load_wait_seconds: float = 30.0
+    cpus: tuple[int, ...] = ()
 
 
 def host_memory(slots: int, slot_bytes: int, *, pin: bool) -> tuple[torch.Tensor, memoryview]:
@@ -94,6 +96,7 @@ class OffloadEngine:
             threads=settings.threads,
             write_threads=max(1, settings.threads // 2),
             queued_write_bytes=settings.queued_store_bytes,
+            cpus=settings.cpus,
             name="kvatlas-move",
         )
         self._chunk = max(1, min(settings.chunk_blocks, slots // max(1, settings.threads)))

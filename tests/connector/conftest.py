@@ -7,13 +7,14 @@ import mmap
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kvatlas.connector import layout
 from kvatlas.connector.blocks import Block
 from kvatlas.connector.catalog import Budget
 from kvatlas.connector.file_settings import FileTierSettings
@@ -21,6 +22,7 @@ from kvatlas.connector.filetier import FileTier
 from kvatlas.connector.fs import PosixFileSystem, Space, StrPath
 from kvatlas.connector.holdings import Change
 from kvatlas.connector.layout import Fingerprint
+from kvatlas.connector.outcome import Result, Results
 
 FINGERPRINT = Fingerprint(
     engine="test",
@@ -171,4 +173,22 @@ def aligned_target(number: int, size: int = 8192) -> tuple[Block, memoryview]:
     return Block(key(number), [memory]), memory
 
 
+def store(tier: FileTier, numbers: Iterable[int], **kwargs: int) -> Results:
+    """Store blocks by number and wait."""
+    return tier.store([block(number, **kwargs) for number in numbers]).result(WAIT)
+
+
+def load(tier: FileTier, number: int, size: int = 8192) -> tuple[Result, bytes]:
+    """Load one block and return its result and what is in its memory."""
+    wanted, memory = target(number, size)
+    return tier.load([wanted]).result(WAIT)[wanted.key], bytes(memory)
+
+
+def file_of(tier: FileTier, number: int) -> Path:
+    """Return the name of a block's file."""
+    return tier.directory / layout.block_path(key(number))
+
+
+#: Seconds after which a future that has not ended counts as hanging.
+WAIT = 60
 ENOSPC, EIO, EROFS = errno.ENOSPC, errno.EIO, errno.EROFS

@@ -1,4 +1,4 @@
-"""The file tier: round trips, segments, capacity, restart, and every fault of the table."""
+"""The file tier: round trips, segments, capacity, restart."""
 
 from __future__ import annotations
 
@@ -16,32 +16,19 @@ from kvatlas.connector.errors import LayoutError
 from kvatlas.connector.outcome import Outcome
 from tests.connector.conftest import (
     EIO,
-    ENOSPC,
-    EROFS,
     FINGERPRINT,
+    WAIT,
     Fleet,
     aligned_target,
     block,
     fail,
+    file_of,
     key,
+    load,
     payload,
+    store,
     target,
 )
-
-WAIT = 20
-
-
-def store(tier, numbers, **kwargs):
-    return tier.store([block(number, **kwargs) for number in numbers]).result(WAIT)
-
-
-def load(tier, number, size=8192):
-    wanted, memory = target(number, size)
-    return tier.load([wanted]).result(WAIT)[wanted.key], bytes(memory)
-
-
-def file_of(tier, number) -> Path:
-    return tier.directory / layout.block_path(key(number))
 
 
 @pytest.mark.parametrize("size", [1, 4095, 4096, 8192, 100_000])
@@ -125,203 +112,7 @@ def test_a_restart_finds_everything(fleet: Fleet) -> None:
     assert load(again, 5)[1] == payload(5)
 
 
-# -- the fault table -----------------------------------------------------------------------------------------
-
-
-def test_no_space_is_a_reported_failure(fleet: Fleet) -> None:
-    """ENOSPC: the store fails, nothing is announced, nothing is left behind, and the next store works."""
-    tier = fleet.tier()
-    fleet.fs.faults["pwritev"] = fail(ENOSPC)
-    result = store(tier, [1])[key(1)]
-    assert result.outcome is Outcome.FAILED
-    assert "ENOSPC" in result.detail
-    fleet.fs.faults.clear()
-    assert fleet.announced() == set()
-    assert not list((tier.directory / layout.STAGING).iterdir())
-    assert tier.lookup([key(1)]) == {key(1): False}
-    assert store(tier, [1])[key(1)].outcome is Outcome.STORED
-
-
-def test_a_disk_that_takes_only_part_is_no_success(fleet: Fleet) -> None:
-    """A short write is carried on; one that makes no progress is a failure."""
-    tier = fleet.tier(direct=False)
-    real = os.pwritev
-    fleet.fs.faults["pwritev"] = lambda fd, buffers, offset: real(fd, [buffers[0][:1000]], offset)
-    assert store(tier, [1])[key(1)].outcome is Outcome.STORED
-    fleet.fs.faults["pwritev"] = lambda *_: 0
-    assert store(tier, [2])[key(2)].outcome is Outcome.FAILED
-    fleet.fs.faults.clear()
-    assert load(tier, 1)[1] == payload(1)
-    assert fleet.announced() == {key(1)}
-
-
-@pytest.mark.parametrize("call", ["open", "pwritev", "fsync", "replace"])
-def test_an_io_error_while_storing_is_a_reported_failure(fleet: Fleet, call: str) -> None:
-    """EIO at any step of a store: reported, not announced, not findable."""
-    tier = fleet.tier(fsync=True)
-    fleet.fs.faults[call] = fail(EIO)
-    result = store(tier, [1])[key(1)]
-    assert result.outcome is Outcome.FAILED
-    assert "EIO" in result.detail
-    fleet.fs.faults.clear()
-    assert fleet.announced() == set()
-    assert load(tier, 1)[0].outcome is Outcome.MISS
-
-
-def test_an_io_error_while_loading_fails_and_is_not_promised_again_at_once(fleet: Fleet) -> None:
-    """EIO on a read: the load fails, lookups say no for a while, then the block is tried again."""
-    tier = fleet.tier()
-    store(tier, [1])
-    fleet.fs.faults["preadv"] = fail(EIO)
-    assert load(tier, 1)[0].outcome is Outcome.FAILED
-    fleet.fs.faults.clear()
-    assert tier.lookup([key(1)]) == {key(1): False}
-    fleet.monotonic += 31
-    assert tier.lookup([key(1)]) == {key(1): True}
-    assert load(tier, 1)[1] == payload(1)
-
-
-def test_a_short_read_is_asked_again(fleet: Fleet) -> None:
-    """A read that stops early goes on where it stopped and still verifies."""
-    tier = fleet.tier(direct=False)
-    store(tier, [1])
-    real = os.preadv
-    fleet.fs.faults["preadv"] = lambda fd, buffers, offset: real(fd, [buffers[0][:700]], offset)
-    result, data = load(tier, 1)
-    assert result.outcome is Outcome.LOADED
-    assert data == payload(1)
-
-
-def test_a_read_that_ends_early_is_a_miss(fleet: Fleet) -> None:
-    """A file that gives fewer bytes than it should have is never taken for data."""
-    tier = fleet.tier()
-    store(tier, [1])
-    fleet.fs.faults["preadv"] = lambda *_: 0
-    assert load(tier, 1)[0].outcome is Outcome.MISS
-    assert fleet.announced() == set()
-
-
-@pytest.mark.parametrize("at", [0, 9, 30, 70, 140, 4096, 9000])
-@pytest.mark.parametrize("per_file", [1, 2])
-def test_a_flipped_bit_is_a_miss(fleet: Fleet, at: int, per_file: int) -> None:
-    """One flipped bit in header or payload: a miss, quarantined, counted and announced as removed."""
-    tier = fleet.tier(blocks_per_file=per_file)
-    store(tier, [1])
-    path = file_of(tier, 1)
-    data = bytearray(path.read_bytes())
-    data[at] ^= 1
-    path.write_bytes(data)
-    result, _ = load(tier, 1)
-    assert result.outcome is Outcome.MISS
-    assert not path.exists()
-    assert len(list((tier.directory / layout.QUARANTINE).iterdir())) == 1
-    assert tier.metrics.counts["corrupt"] == 1
-    assert fleet.announced() == set()
-    assert store(tier, [1])[key(1)].outcome is Outcome.STORED
-    assert load(tier, 1)[1] == payload(1)
-
-
-@pytest.mark.parametrize("length", [0, 100, 4096, 12_287])
-def test_a_truncated_file_is_a_miss(fleet: Fleet, length: int) -> None:
-    """A file cut off anywhere is neither found nor loaded."""
-    tier = fleet.tier()
-    store(tier, [1, 2])
-    for number in (1, 2):
-        os.truncate(file_of(tier, number), length)
-    assert load(tier, 1)[0].outcome is Outcome.MISS
-    assert tier.lookup([key(2)]) == {key(2): False}
-    assert fleet.announced() == set()
-
-
-def test_a_foreign_file_is_a_miss(fleet: Fleet) -> None:
-    """Another block's file, and another set-up's, under a block's name are not that block."""
-    tier = fleet.tier()
-    store(tier, [1, 2])
-    file_of(tier, 1).write_bytes(file_of(tier, 2).read_bytes())
-    other = fleet.tier(fingerprint=type(FINGERPRINT)(**{**FINGERPRINT.__dict__, "model": "x"}))
-    store(other, [3])
-    path = file_of(tier, 3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(file_of(other, 3).read_bytes())
-    assert load(tier, 1)[0].outcome is Outcome.MISS
-    assert load(tier, 3)[0].outcome is Outcome.MISS
-    assert load(tier, 2)[1] == payload(2)
-
-
-def test_a_file_deleted_between_lookup_and_load_is_a_miss(fleet: Fleet) -> None:
-    """A block that vanished after a lookup is a miss and is announced as removed."""
-    tier = fleet.tier()
-    store(tier, [1])
-    assert tier.lookup([key(1)]) == {key(1): True}
-    file_of(tier, 1).unlink()
-    assert load(tier, 1)[0].outcome is Outcome.MISS
-    assert fleet.announced() == set()
-
-
-def test_a_read_only_root_serves_and_refuses(fleet: Fleet) -> None:
-    """On a read-only root loads work, stores fail with a reason, and damage is reported without moving it."""
-    store(fleet.tier(), [1, 2])
-    fleet.changes.clear()
-    for call in ("mkdir", "replace", "unlink", "link"):
-        fleet.fs.faults[call] = fail(EROFS)
-    tier = fleet.tier()
-    assert tier.read_only
-    assert load(tier, 1)[1] == payload(1)
-    assert store(tier, [5])[key(5)].outcome is Outcome.FAILED
-    assert store(tier, [1])[key(1)].outcome is Outcome.EXISTS
-    data = bytearray(file_of(tier, 2).read_bytes())
-    data[9000] ^= 1
-    file_of(tier, 2).write_bytes(data)
-    assert load(tier, 2)[0].outcome is Outcome.MISS
-    assert tier.lookup([key(2)]) == {key(2): False}
-    assert fleet.announced() == set()
-
-
-def test_two_writers_of_one_block_leave_one_whole_block(fleet: Fleet) -> None:
-    """Engines that store and load the same blocks at once never see anything but whole blocks."""
-    tiers = [fleet.tier(blocks_per_file=2), fleet.tier(blocks_per_file=2)]
-    stop = threading.Event()
-    seen: list[object] = []
-
-    def write(tier, first):
-        while not stop.is_set():
-            tier.store([block(first), block(first + 1)]).result(WAIT)
-            tier.evict([key(first)])
-
-    def read(tier):
-        while not stop.is_set():
-            for number in (1, 2, 3):
-                result, data = load(tier, number)
-                if result.ok and data != payload(number):
-                    seen.append(number)
-                if "usable" in result.detail:
-                    seen.append(result)
-
-    threads = [
-        threading.Thread(target=write, args=(tiers[0], 1)),
-        threading.Thread(target=write, args=(tiers[1], 2)),
-        threading.Thread(target=read, args=(tiers[0],)),
-        threading.Thread(target=read, args=(tiers[1],)),
-    ]
-    for thread in threads:
-        thread.start()
-    time.sleep(1.0)
-    stop.set()
-    for thread in threads:
-        thread.join()
-    assert seen == []
-
-
-def test_the_clock_may_jump_back(fleet: Fleet) -> None:
-    """After the clock went back a year, what was used last is still evicted last."""
-    tier = fleet.tier(budget=Budget(max_bytes=6 * 12_288, high_watermark=1.0, low_watermark=0.9))
-    store(tier, range(5))
-    fleet.now_ns -= 365 * 86_400 * 1_000_000_000
-    load(tier, 0)
-    store(tier, [10, 11])
-    tier.drain(WAIT)
-    assert tier.lookup([key(0), key(1)]) == {key(0): True, key(1): False}
-    assert fleet.announced() == tier.known()
+# -- pressure and the end ----------------------------------------------------------------------------------------
 
 
 def test_closing_answers_every_future(fleet: Fleet) -> None:
@@ -496,32 +287,3 @@ def test_blocks_of_one_file_come_with_one_call(fleet: Fleet) -> None:
     assert {result.outcome for result in results.values()} == {Outcome.LOADED}
     assert [bytes(memory) for _, memory in wanted] == [payload(number) for number in range(8)]
     assert tier.metrics.counts["hits"] == 8
-
-
-@pytest.mark.parametrize("damage", ["bit", "header", "cut", "gone", "order"])
-def test_damage_in_a_file_read_as_a_whole_is_found_per_block(fleet: Fleet, damage: str) -> None:
-    """Of a file that is read as a whole, sound blocks are loaded and the others are misses; never wrong bytes."""
-    tier = fleet.tier(blocks_per_file=4)
-    store(tier, range(4))
-    path = file_of(tier, 2)
-    data = bytearray(path.read_bytes())
-    if damage in {"bit", "header"}:
-        with path.open("r+b") as file:
-            at = 100 if damage == "header" else 4096 + 2 * 8192 + 5
-            file.seek(at)
-            file.write(bytes([data[at] ^ 2]))
-    elif damage == "cut":
-        os.truncate(path, len(data) - 4096)
-    elif damage == "gone":
-        for number in range(4):
-            file_of(tier, number).unlink()
-    numbers = [3, 2, 1, 0] if damage == "order" else [0, 1, 2, 3]
-    wanted = [aligned_target(number) for number in numbers]
-    results = tier.load([one for one, _ in wanted], per_task=4).result(WAIT)
-    good = {"bit": {0, 1, 3}, "order": {0, 1, 2, 3}}.get(damage, set())
-    assert {number for number in numbers if results[key(number)].ok} == good
-    assert {results[key(number)].outcome for number in numbers if number not in good} <= {Outcome.MISS}
-    for number, (_, memory) in zip(numbers, wanted, strict=True):
-        if number in good:
-            assert bytes(memory) == payload(number)
-    assert fleet.announced() == {key(number) for number in good}

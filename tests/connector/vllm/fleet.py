@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from vllm.config import (
@@ -20,6 +21,7 @@ from vllm.config import (
     SchedulerConfig,
     VllmConfig,
 )
+from vllm.distributed.kv_events import KVEventBatch
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import OffloadingWorkerMetadata
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
@@ -118,10 +120,20 @@ class Runner:
         self.blocks: dict[str, list[int]] = {}
         self.loaded = self.stored = 0
         self.events: list[Any] = []
+        self.payloads: list[bytes] = []
         self.stats: list[dict[str, Any]] = []
+        scheduler.kv_event_publisher = self
         self.truth: dict[bytes, bytes] = {}
         self._hasher = get_request_block_hasher(BLOCK_TOKENS, sha256)
         self._number = 0
+
+    def publish(self, batch: KVEventBatch) -> None:
+        """Take what the scheduler publishes, as the publisher would send it (the scheduler's publisher)."""
+        self.payloads.append(msgspec.msgpack.encode(batch))
+        self.events.extend(batch.events)
+
+    def shutdown(self) -> None:
+        """End the publisher's part."""
 
     def add(self, tokens: list[int]) -> None:
         self._number += 1
@@ -194,7 +206,6 @@ class Runner:
         for outputs in self.scheduler.update_from_output(output, result).values():
             if outputs.scheduler_stats is not None and outputs.scheduler_stats.kv_connector_stats:
                 self.stats.append(outputs.scheduler_stats.kv_connector_stats)
-        self.events.extend(self.scheduler.connector.take_events())
         if not names:
             time.sleep(0.0005)
 
