@@ -52,16 +52,15 @@ async def _measure(args: argparse.Namespace, bootstrap: str, folder: Path) -> li
         read = sum([len(chunk) async for chunk in reader.read(span)])
         plain = read / (time.perf_counter() - began)
         chosen = Filter(Wanted(models=frozenset({_MODEL}), types=frozenset({"stored", "removed"})))
-        began = time.perf_counter()
+        clocks = _clocks()
         matched = sum([1 async for record in _each(reader, span) if chosen.message(record)])
-        decoded = matched / (time.perf_counter() - began)
+        decoded = _rates(matched, clocks)
         assert matched == read == count
-        began = time.perf_counter()
+        clocks = _clocks()
         past = await rebuild(
             reader, kafka, LATEST, folder=folder / "past", options=ResolveOptions(), clock=time.time_ns
         )
-        updates = past.counts["updates"]
-        rebuilt = updates / (time.perf_counter() - began)
+        rebuilt = _rates(past.counts["updates"], clocks)
         past.close(keep=False)
     return [
         _row("decode", decoded, "messages/s", baseline=plain),
@@ -75,8 +74,19 @@ async def _each(reader: LogReader, span: Any) -> AsyncIterator[Any]:
             yield record
 
 
-def _row(case: str, value: float, unit: str, baseline: float | None = None) -> dict[str, Any]:
-    row = {"bench": "replay", "case": case, "value": round(value, 1), "unit": unit}
+def _clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def _rates(count: int, since: tuple[float, float]) -> tuple[float, float]:
+    """Return how many a second, and how many a second of CPU time, which other load on the machine changes little."""
+    wall, cpu = (now - then for now, then in zip(_clocks(), since, strict=True))
+    return count / wall, count / cpu
+
+
+def _row(case: str, rates: tuple[float, float], unit: str, baseline: float | None = None) -> dict[str, Any]:
+    value, per_cpu = rates
+    row = {"bench": "replay", "case": case, "value": round(value, 1), "unit": unit, "per_cpu_second": round(per_cpu, 1)}
     return row if baseline is None else {**row, "baseline": round(baseline, 1), "ratio": round(value / baseline, 3)}
 
 
