@@ -135,36 +135,45 @@ class _Plain:
             path.unlink()
 
 
-def _file_cases(args: argparse.Namespace, directory: Path, name: str, per_file: int) -> Iterator[dict[str, Any]]:
-    from kvatlas.connector.blocks import Block  # noqa: PLC0415
-    from kvatlas.connector.catalog import Budget  # noqa: PLC0415 - `bench list` must not need the connector
+@contextlib.contextmanager
+def _tier(
+    args: argparse.Namespace, directory: Path, memory: memoryview, per_file: int, *, buffered: bool
+) -> Iterator[tuple[Any, list[Any]]]:
+    """Yield a file tier that has looked around, and the blocks of ``memory``."""
+    from kvatlas.connector.blocks import Block  # noqa: PLC0415 - `bench list` must not need the connector
+    from kvatlas.connector.catalog import Budget  # noqa: PLC0415
     from kvatlas.connector.file_settings import FileTierSettings  # noqa: PLC0415
     from kvatlas.connector.filetier import FileTier  # noqa: PLC0415
     from kvatlas.connector.layout import Fingerprint  # noqa: PLC0415
 
-    size = args.megabytes * _MB
-    memory = _memory(size)
     blocks = [
         Block(number.to_bytes(32, "big"), [memory[at : at + _BLOCK_BYTES]])
-        for number, at in enumerate(range(0, size, _BLOCK_BYTES))
+        for number, at in enumerate(range(0, len(memory), _BLOCK_BYTES))
     ]
     fingerprint = Fingerprint(
-        engine="bench", engine_version="1", model=f"bench-{name}", hash_algorithm="counter", hash_seed="",
+        engine="bench", engine_version="1", model=f"bench-{per_file}", hash_algorithm="counter", hash_seed="",
         dtype="int8", block_size_tokens=(16,), layers=(), block_bytes=_BLOCK_BYTES,
     )  # fmt: skip
     settings = FileTierSettings(
-        root=directory / "tier",
+        root=directory,
         blocks_per_file=per_file,
         threads=args.threads,
         write_threads=args.threads,
-        queued_write_bytes=2 * size,
-        direct=not args.buffered,
+        queued_write_bytes=2 * len(memory),
+        direct=not buffered,
         budget=Budget(max_percent=None),
     )
-    times: dict[str, list[float]] = {"store": [], "load": [], "plain-store": [], "plain-load": []}
     directory.mkdir(parents=True, exist_ok=True)
     with FileTier(settings, fingerprint) as tier:
         tier.scanned.wait()
+        yield tier, blocks
+
+
+def _file_cases(args: argparse.Namespace, directory: Path, name: str, per_file: int) -> Iterator[dict[str, Any]]:
+    size = args.megabytes * _MB
+    memory = _memory(size)
+    times: dict[str, list[float]] = {"store": [], "load": [], "plain-store": [], "plain-load": []}
+    with _tier(args, directory / "tier", memory, per_file, buffered=args.buffered) as (tier, blocks):
         plain = _Plain(directory / f"plain-{name}", memory, per_file * _BLOCK_BYTES, args.threads, direct=tier.direct)
         works: dict[str, Callable[[], object]] = {
             "plain-store": plain.store,
@@ -213,28 +222,36 @@ def _other_formats(args: argparse.Namespace, directory: Path, name: str, per_fil
             lambda tensor, path: save_file({"kv": tensor}, path),
             lambda path: load_file(path)["kv"].clone(),
         )
-    buffered = argparse.Namespace(**{**vars(args), "buffered": True})
-    ours = {figure["case"]: figure for figure in _file_cases(buffered, directory / f"others-{name}", name, per_file)}
-    for label, (save, restore) in formats.items():
-        target = directory / f"{label}-{name}"
-        target.mkdir()
-        times: dict[str, list[float]] = {"store": [], "load": []}
-        for _ in range(args.rounds):
-            times["store"].append(_timed(lambda: _save_all(args.threads, tensors, save, target)))  # noqa: B023
-            times["load"].append(_timed(lambda: _load_all(args.threads, len(tensors), restore, target)))  # noqa: B023
-            shutil.rmtree(target)
+    times: dict[str, dict[str, list[float]]] = {label: {"store": [], "load": []} for label in ("tier", *formats)}
+    target = directory / f"others-{name}"
+    with _tier(args, directory / f"tier-{name}", memory, per_file, buffered=True) as (tier, blocks):
+
+        def ours() -> tuple[float, float]:
+            store = _timed(lambda: _good(tier.store(blocks).result()))
+            load = _timed(lambda: _good(tier.load(blocks, per_task=per_file).result()))
+            tier.evict([block.key for block in blocks])
+            return store, load
+
+        def theirs(label: str) -> tuple[float, float]:
+            save, restore = formats[label]
             target.mkdir()
-        for direction, seconds in times.items():
-            theirs = size / statistics.median(seconds) / 1e9
-            value = ours[f"file-{direction}-{name}"]["value"]
-            yield {
-                "bench": "offload",
-                "case": f"file-{direction}-{name}-beside-{label}",
-                "value": value,
-                "unit": "GB/s",
-                "baseline": round(theirs, 3),
-                "ratio": round(value / theirs, 3),
-            }
+            store = _timed(lambda: _save_all(args.threads, tensors, save, target))
+            load = _timed(lambda: _load_all(args.threads, len(tensors), restore, target))
+            shutil.rmtree(target)
+            return store, load
+
+        for number in range(args.rounds + 1):
+            for label, seconds in times.items():
+                store, load = ours() if label == "tier" else theirs(label)
+                if number:
+                    seconds["store"].append(store)
+                    seconds["load"].append(load)
+    for label in formats:
+        for direction in ("store", "load"):
+            figure = _figure(
+                f"file-{direction}-{name}-beside-{label}", times["tier"][direction], times[label][direction], size
+            )
+            yield figure
 
 
 def _save_all(threads: int, tensors: Sequence[Any], save: Callable[[Any, Path], object], target: Path) -> None:
