@@ -1,7 +1,7 @@
 """What applying engine messages asks to be written outside the ``engine_blocks`` table.
 
 Updates are gathered per pod, as columns; :meth:`Effects.encode` cuts them into one ``kv-blocks`` record per
-partition with numpy, so that nothing but a list append is paid per block before that.
+partition, with numpy when they are many, so that nothing but a list append is paid per block before that.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from kvatlas.streams.codec import HOLDER_BYTES, OP_ADD, OP_REMOVE, Run, encode_b
 
 #: Updates in one ``kv-blocks`` record at most: 41 bytes each, far under the topic's largest record.
 RECORD_UPDATES: Final = 65_536
+
+#: Updates up to which a plain loop is faster than numpy, whose calls have a price for each partition.
+_FEW: Final = 256
 
 _ADD: Final = bytes([OP_ADD])
 _REMOVE: Final = bytes([OP_REMOVE])
@@ -139,6 +142,8 @@ class Effects:
         if not segments:
             return {}
         stamp = self.receive_ns if receive_ns is None else receive_ns
+        if sum(len(segment.keys) for segment in segments) <= _FEW:
+            return _encode_few(segments, self.partitions, stamp)
         columns = _Columns(segments)
         where = columns.partitions(self.partitions)
         order = np.argsort(where, kind="stable")
@@ -149,6 +154,30 @@ class Effects:
             if len(rows):
                 records[partition] = columns.records(rows, stamp)
         return records
+
+
+def _encode_few(segments: list[PodUpdates], partitions: int, stamp: int) -> dict[int, list[bytes]]:
+    """Encode a few updates, one record per partition."""
+    runs: dict[int, list[Run]] = {}
+    columns: dict[int, tuple[list[bytes], bytearray, list[bytes]]] = {}
+    for segment in segments:
+        counts: Counter[int] = Counter()
+        for key, op, holder in zip(segment.keys, b"".join(segment.ops), segment.holders, strict=True):
+            partition = int.from_bytes(key[:4], "big") % partitions
+            column = columns.get(partition)
+            if column is None:
+                column = columns[partition] = ([], bytearray(), [])
+            column[0].append(key)
+            column[1].append(op)
+            column[2].append(holder)
+            counts[partition] += 1
+        for partition, count in counts.items():
+            run = Run(segment.pod_ref, segment.epoch, segment.first, segment.last, count)
+            runs.setdefault(partition, []).append(run)
+    return {
+        partition: [encode_blocks(runs[partition], b"".join(keys), bytes(ops), b"".join(holders), stamp)]
+        for partition, (keys, ops, holders) in sorted(columns.items())
+    }
 
 
 class _Columns:

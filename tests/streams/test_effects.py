@@ -32,6 +32,19 @@ changes = st.lists(
 
 
 @given(changes, st.integers(1, 7))
+def test_few_updates_make_the_same_records_as_many(script, partitions):
+    """The loop for a few updates and the columns for many write the same bytes."""
+    effects = Effects(partitions)
+    for sequence, (pod, adds, keys) in enumerate(script):
+        updates = effects.of(pod, epoch_of(1), sequence)
+        (updates.add if adds else updates.remove)(keys, bytes([pod]) * 24)
+    few = effects.encode(5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_FEW", -1)
+        assert effects.encode(5) == few
+
+
+@given(changes, st.integers(1, 7))
 def test_every_update_reaches_its_partition_in_the_pods_order(script, partitions):
     """Keys go where the partition rule says; one pod's updates keep their order; runs name their stretch."""
     effects = Effects(partitions)
