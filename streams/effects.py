@@ -142,7 +142,7 @@ class Effects:
         if not segments:
             return {}
         stamp = self.receive_ns if receive_ns is None else receive_ns
-        if sum(len(segment.keys) for segment in segments) <= _FEW:
+        if sum(len(segment.keys) for segment in segments) <= min(_FEW, RECORD_UPDATES):
             return _encode_few(segments, self.partitions, stamp)
         columns = _Columns(segments)
         where = columns.partitions(self.partitions)
