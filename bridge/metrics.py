@@ -25,6 +25,7 @@ class BridgeCollector(Collector):
         yield CounterMetricFamily("kvatlas_bridge_bytes", "Bytes forwarded", value=shared.bytes)
         yield CounterMetricFamily("kvatlas_bridge_oversized", "Messages over the size limit", value=shared.oversized)
         yield CounterMetricFamily("kvatlas_bridge_acknowledged", "Records Kafka has", value=publisher.sent)
+        yield CounterMetricFamily("kvatlas_bridge_kafka_bytes", "Their size, compressed", value=publisher.sent_bytes)
         yield CounterMetricFamily("kvatlas_bridge_kafka_failures", "Batches sent again", value=publisher.failures)
         yield GaugeMetricFamily("kvatlas_bridge_buffer_bytes", "Waiting for Kafka", value=publisher.pending_bytes)
         yield CounterMetricFamily("kvatlas_bridge_events", "Events in messages forwarded", value=shared.events)

@@ -238,7 +238,7 @@ class BridgeSettings(Section, frozen=True, kw_only=True):
     ] = 2.0
     batch_bytes: Annotated[int, Meta(description="largest record batch", ge=1024)] = 1024 * 1024
     compression: Annotated[Literal["none", "lz4", "zstd", "gzip", "snappy"], Meta(description="of record batches")] = (
-        "lz4"
+        "zstd"
     )
     flush_seconds: Annotated[float, Meta(description="longest wait for Kafka at shutdown", ge=0)] = 10.0
     heartbeat_seconds: Annotated[

@@ -112,6 +112,7 @@ class Publisher:
     Attributes:
         pending_bytes: bytes accepted and not acknowledged.
         sent: records acknowledged.
+        sent_bytes: size of their batches on the log, compressed.
         failures: batches that had to be sent again by us.
         latency: how long batches took from send to acknowledgement, each record counted.
         failed: gets a :class:`RightsError` once Kafka keeps on refusing a topic to the account.
@@ -122,7 +123,7 @@ class Publisher:
         settings: KafkaSettings,
         *,
         client_id: str = "kvatlas-bridge",
-        compression: str = "lz4",
+        compression: str = "zstd",
         linger_seconds: float = 0.004,
         batch_bytes: int = 1024 * 1024,
         message_bytes: int = 32 * 1024 * 1024,
@@ -142,6 +143,7 @@ class Publisher:
         self._replacing = asyncio.Lock()
         self.pending_bytes = 0
         self.sent = 0
+        self.sent_bytes = 0
         self.failures = 0
         self.latency = Buckets()
         self.failed: asyncio.Future[None] | None = None
@@ -246,6 +248,7 @@ class Publisher:
             if item.acknowledged is not None:
                 item.acknowledged(base.offset + number)
         self.sent += count
+        self.sent_bytes += batch.size()
 
     def _gate(self, producer: Any, place: tuple[str, int]) -> Gate:
         leader: int | None = producer.client.cluster.leader_for_partition(TopicPartition(*place))

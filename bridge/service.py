@@ -92,6 +92,16 @@ class BridgeService:
         return self._shared.acknowledged if self._shared is not None else 0
 
     @property
+    def received_bytes(self) -> int:
+        """Bytes of the engine messages that were forwarded."""
+        return self._shared.bytes if self._shared is not None else 0
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes on the log of what Kafka has acknowledged, compressed."""
+        return self._publisher.sent_bytes if self._publisher is not None else 0
+
+    @property
     def bound(self) -> list[str]:
         """Addresses where engines connect to us."""
         return [inbound.address for inbound in self._inbound]

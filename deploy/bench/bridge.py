@@ -1,4 +1,8 @@
-"""``kvatlas bench bridge``: ZMQ to acknowledged Kafka, beside a plain loop of ``recv`` and ``send_and_wait``."""
+"""``kvatlas bench bridge``: ZMQ to acknowledged Kafka, beside a plain loop of ``recv`` and ``send_and_wait``.
+
+Engines publish in a process of their own: random block hashes and token ids of a vocabulary where few are frequent, so
+that compression finds what it would find in text, and not a counter.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,20 @@ import argparse
 import asyncio
 import contextlib
 import multiprocessing
+import random
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, TypeVar
 
+import msgspec
 import zmq
 import zmq.asyncio
 from aiokafka import AIOKafkaProducer
 
 from kvatlas.bridge import records
+from kvatlas.bridge.adapters.fields import encode_batch
 from kvatlas.bridge.engine_publisher import EnginePublisher
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.service import BridgeService, calm_collector
@@ -26,6 +33,11 @@ from kvatlas.deploy.brokers.topics import ensure_topics
 
 HELP: Final = "messages a second through the bridge, and their delay"
 _EVENTS, _BLOCKS, _TOKENS = 4, 8, 16
+_SHAPES: Final = 1021  # no multiple of the pods, so that each pod sends all
+_VOCABULARY: Final = 128_000
+_WARM_SECONDS: Final = 3.0
+
+_T = TypeVar("_T")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pods", type=int, default=100, help="simulated pods")
     parser.add_argument("--messages", type=int, default=60_000, help="messages of the throughput case")
     parser.add_argument("--rate", type=float, default=5000.0, help="messages a second of the latency case")
-    parser.add_argument("--seconds", type=float, default=5.0, help="length of the latency case")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of the latency case")
+    parser.add_argument("--cases", default="throughput,latency,compression", help="which to run")
 
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -44,13 +57,40 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if not brokers:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kvatlas-bench-"))
             brokers = stack.enter_context(KafkaNode(Path(folder))).bootstrap
-        baseline = asyncio.run(_baseline(args, brokers))
-        rate, cpu = asyncio.run(_bridge(args, brokers, args.messages, 0.0))[0]
-        yield _figure("throughput", rate, "messages/s", baseline=baseline, ratio=rate / baseline)
-        yield _figure("throughput-cpu", cpu * 1e6, "us of CPU/message")
-        (rate, _), delays = asyncio.run(_bridge(args, brokers, int(args.rate * args.seconds), args.rate))
-        p50, p99 = delays[len(delays) // 2], delays[int(len(delays) * 0.99)]
-        yield _figure("latency", p99, "ms", p50=p50, p99=p99)
+        cases = args.cases.split(",")
+        if "throughput" in cases:
+            baseline = _run(_baseline(args, brokers))
+            found = _run(_bridge(args, brokers, args.messages))
+            yield _figure("throughput", found.rate, "messages/s", baseline=baseline, ratio=found.rate / baseline)
+            yield _figure("throughput-cpu", found.cpu_us, "us of CPU/message")
+        if "latency" in cases:
+            seconds = args.seconds + _WARM_SECONDS
+            delays = _run(_bridge(args, brokers, int(args.rate * seconds), rate=args.rate)).delays
+            p50, p99 = delays[len(delays) // 2], delays[int(len(delays) * 0.99)]
+            yield _figure("latency", p99, "ms", p50=p50, p99=p99)
+        for name in ("none", "lz4", "zstd") if "compression" in cases else ():
+            found = _run(_bridge(args, brokers, args.messages // 2, compression=name))
+            more = {"cpu_us": found.cpu_us, "messages_per_second": found.rate, "of_payload": found.part}
+            yield _figure(f"compression-{name}", found.stored_bytes, "B/message", **more)
+
+
+class _Found(NamedTuple):
+    """One run: messages a second, bridge CPU, bytes a message on the log and as part of the payload, delays in ms."""
+
+    rate: float
+    cpu_us: float
+    stored_bytes: float
+    part: float
+    delays: list[float]
+
+
+def _run(main: Coroutine[Any, Any, _T]) -> _T:
+    """Run on the loop that ``kvatlas bridge`` runs on."""
+    try:
+        import uvloop  # noqa: PLC0415 - as the command does it
+    except ImportError:
+        return asyncio.run(main)
+    return uvloop.run(main)
 
 
 def _figure(case: str, value: float, unit: str, **more: float) -> dict[str, Any]:
@@ -63,20 +103,24 @@ def _figure(case: str, value: float, unit: str, **more: float) -> dict[str, Any]
     }
 
 
-def _events(number: int) -> list[dict[str, Any]]:
-    return [
-        {
-            "type": "BlockStored",
-            "block_hashes": [number * 1_000_003 + event * _BLOCKS + block for block in range(_BLOCKS)],
-            "parent_block_hash": None,
-            "token_ids": [(number + token) % 100_000 for token in range(_BLOCKS * _TOKENS)],
-            "block_size": _TOKENS,
-            "lora_id": None,
-            "medium": "GPU",
-            "lora_name": None,
-        }
-        for event in range(_EVENTS)
-    ]
+def _payloads() -> list[bytes]:
+    """Return messages as an engine encodes them, none like another."""
+    chance = random.Random(7)  # noqa: S311 # traffic, not secrets
+    return [encode_batch(time.time(), [_stored(chance) for _ in range(_EVENTS)], 0) for _ in range(_SHAPES)]
+
+
+def _stored(chance: random.Random) -> dict[str, Any]:
+    return {
+        "type": "BlockStored",
+        "block_hashes": [chance.getrandbits(64) for _ in range(_BLOCKS)],
+        "parent_block_hash": chance.getrandbits(64),
+        # The rank of a word of Zipf's law, up to the vocabulary's size.
+        "token_ids": [int(_VOCABULARY ** chance.random()) for _ in range(_BLOCKS * _TOKENS)],
+        "block_size": _TOKENS,
+        "lora_id": None,
+        "medium": "GPU",
+        "lora_name": None,
+    }
 
 
 def _publish(pods: int, messages: int, rate: float, addresses: Any, go: Any) -> None:
@@ -84,12 +128,12 @@ def _publish(pods: int, messages: int, rate: float, addresses: Any, go: Any) -> 
     engines = [EnginePublisher("tcp://127.0.0.1:*", "tcp://127.0.0.1:*", topic=f"kv@pod-{n}@m") for n in range(pods)]
     for engine in engines:
         engine.start()
+    payloads = _payloads()
     addresses.put([f"{engine.endpoint},{engine.replay_endpoint}" for engine in engines])
     go.wait()
-    shapes = [_events(number) for number in range(8)]
     start = time.monotonic()
     for number in range(messages):
-        engines[number % pods].publish(shapes[number % 8], timestamp=time.time())
+        engines[number % pods].publish_raw(payloads[number % _SHAPES])
         if rate and number % 10 == 0:
             time.sleep(max(0.0, start + number / rate - time.monotonic()))
     go.clear()
@@ -118,12 +162,15 @@ async def _topics(brokers: str) -> KafkaSettings:
 
 
 async def _bridge(
-    args: argparse.Namespace, brokers: str, messages: int, rate: float
-) -> tuple[tuple[float, float], list[float]]:
+    args: argparse.Namespace, brokers: str, messages: int, *, rate: float = 0.0, compression: str | None = None
+) -> _Found:
     kafka = await _topics(brokers)
     delays: list[float] = []
     with _engines(args.pods, messages, rate) as (addresses, go):
-        bridge = BridgeService(BridgeSettings(engines=addresses, ownership="all"), kafka)
+        settings = BridgeSettings(engines=addresses, ownership="all")
+        if compression is not None:
+            settings = msgspec.structs.replace(settings, compression=compression)
+        bridge = BridgeService(settings, kafka)
         bridge.observe = (lambda ns: delays.append((time.time_ns() - ns) / 1e6)) if rate else None
         await bridge.start()
         calm_collector()
@@ -133,10 +180,12 @@ async def _bridge(
         while bridge.acknowledged < messages and time.monotonic() - start < 120:  # noqa: ASYNC110 - a plain counter
             await asyncio.sleep(0.005)
         took, cpu = time.monotonic() - start, time.process_time() - cpu
-        done = bridge.acknowledged
+        done, stored = bridge.acknowledged, bridge.stored_bytes / max(bridge.acknowledged, 1)
+        part = bridge.stored_bytes / max(bridge.received_bytes, 1)
         await bridge.stop()
-    # The first second connects topics and partitions; the latency is that of a running bridge.
-    return (done / took, cpu / max(done, 1)), sorted(delays[int(rate) :]) or [0.0]
+    # The first seconds connect to partitions and compile the broker's code; the delay is that of a running system.
+    delays = sorted(delays[int(rate * _WARM_SECONDS) :]) or [0.0]
+    return _Found(done / took, cpu / max(done, 1) * 1e6, stored, part, delays)
 
 
 async def _baseline(args: argparse.Namespace, brokers: str) -> float:

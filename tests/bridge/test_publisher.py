@@ -51,6 +51,9 @@ class Producer:
             def close(self) -> None:
                 return
 
+            def size(self) -> int:
+                return 10
+
         return Batch()
 
     async def send_batch(self, batch: Any, topic: str, *, partition: int) -> Any:
@@ -90,6 +93,7 @@ async def test_records_go_out_in_order_and_in_batches() -> None:
         assert [offset for p, offset in offsets if p == partition] == list(range(7))
     assert max(len(batch) for _, _, batch in producer.batches) == 3
     assert (publisher.pending_bytes, publisher.sent) == (0, 14)
+    assert publisher.sent_bytes == 10 * len(producer.batches)
     await publisher.stop()
 
 
