@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 import grpc.aio
@@ -17,6 +17,9 @@ from kvatlas.scorer.tokenization.pool import TokenizerPool
 from kvatlas.scorer.tokenization.service import TokenizationServicer
 from kvatlas.scorer.v1 import indexer_pb2, indexer_pb2_grpc, tokenization_pb2_grpc
 from kvatlas.scorer.v1 import scorer_pb2 as pb
+
+if TYPE_CHECKING:
+    from kvatlas.scorer.tracing import Tracing
 
 INDEXER: Final = "indexer.v1.IndexerService"
 TOKENIZATION: Final = "tokenization.TokenizationService"
@@ -68,8 +71,19 @@ class GuardTokenization(grpc.aio.ServerInterceptor):  # type: ignore[misc,unused
         return await continuation(details)
 
 
-def add_to(server: Any, core: Core, pool: TokenizerPool, settings: ScorerSettings, guard: Guard) -> list[str]:
+def add_to(
+    server: Any,
+    core: Core,
+    pool: TokenizerPool,
+    settings: ScorerSettings,
+    guard: Guard,
+    *,
+    tracing: Tracing | None = None,
+) -> list[str]:
     """Add both services to a server; returns their names."""
-    indexer_pb2_grpc.add_IndexerServiceServicer_to_server(IndexerServicer(core, settings, guard), server)
+    indexer: Any = IndexerServicer(core, settings, guard)
+    if tracing is not None:
+        indexer.GetPodScores = tracing.grpc(INDEXER, "GetPodScores", indexer.GetPodScores)
+    indexer_pb2_grpc.add_IndexerServiceServicer_to_server(indexer, server)
     tokenization_pb2_grpc.add_TokenizationServiceServicer_to_server(TokenizationServicer(pool), server)
     return [INDEXER, TOKENIZATION]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import ssl
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import web
 from google.protobuf.json_format import MessageToDict, Parse, ParseError
@@ -29,6 +29,9 @@ from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.security import Guard
 from kvatlas.scorer.status import ROLE_OF, code_of
 from kvatlas.scorer.v1 import scorer_pb2 as pb
+
+if TYPE_CHECKING:
+    from kvatlas.scorer.tracing import Tracing
 
 _STATUS: Final = {
     "INVALID_ARGUMENT": 400,
@@ -46,10 +49,11 @@ _STATUS: Final = {
 class HttpFront:
     """A small aiohttp server over a core."""
 
-    def __init__(self, core: Core, settings: ScorerSettings, guard: Guard) -> None:
+    def __init__(self, core: Core, settings: ScorerSettings, guard: Guard, tracing: Tracing | None = None) -> None:
         self._core = core
         self._settings = settings
         self._guard = guard
+        self._tracing = tracing
         self._running = 0
         self._runner: web.AppRunner | None = None
 
@@ -69,7 +73,7 @@ class HttpFront:
             "report_decision": ("ReportDecision", pb.ReportDecisionRequest, core.report),
         }
         for path, (name, kind, work) in posts.items():
-            app.router.add_post(f"/v1/{path}", self._handler(name, kind, work))
+            app.router.add_post(f"/v1/{path}", self._handler(path, name, kind, work))
         app.router.add_get("/v1/pods", self._pods)
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
@@ -100,7 +104,7 @@ class HttpFront:
             self._runner = None
 
     def _handler(
-        self, name: str, kind: Any, work: Callable[[Any, float], Awaitable[Any]]
+        self, path: str, name: str, kind: Any, work: Callable[[Any, float], Awaitable[Any]]
     ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def handle(request: web.Request) -> web.StreamResponse:
             try:
@@ -118,7 +122,7 @@ class HttpFront:
                 return _failed(error)
             return _json(answer)
 
-        return handle
+        return handle if self._tracing is None else self._tracing.http(f"/v1/{path}", handle)
 
     async def _pods(self, request: web.Request) -> web.StreamResponse:
         try:

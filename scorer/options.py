@@ -101,6 +101,17 @@ class ScorerSettings(Section, frozen=True, kw_only=True):
         str, Meta(description="CA of the workers' lookup service (PEM); empty: plain connections")
     ] = ""
 
+    traces_endpoint: Annotated[
+        str,
+        Meta(
+            description="send OpenTelemetry traces to this OTLP/gRPC address, http://HOST:4317 or https://...; "
+            "empty: none; needs kvatlas[otel]"
+        ),
+    ] = ""
+    traces_sample_ratio: Annotated[
+        float, Meta(description="share of the requests traced where the caller has not decided it", ge=0, le=1)
+    ] = 1.0
+
     max_message_bytes: Annotated[int, Meta(description="largest request", ge=1024, le=1024 * MIB)] = 16 * MIB
     max_prompt_bytes: Annotated[int, Meta(description="longest prompt or chat, in bytes of text", ge=1)] = 4 * MIB
     max_tokens: Annotated[int, Meta(description="longest prompt, in tokens", ge=1)] = 1_048_576

@@ -10,7 +10,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import grpc
 import grpc.aio
@@ -42,6 +42,9 @@ from kvatlas.scorer.v1 import scorer_pb2 as pb
 from kvatlas.scorer.versions import VersionReader, Versions
 from kvatlas.scorer.workers import WorkerTable
 
+if TYPE_CHECKING:
+    from kvatlas.scorer.tracing import Tracing
+
 log = logging.getLogger(__name__)
 
 SERVICE: Final = "kvatlas.v1.Scorer"
@@ -53,10 +56,11 @@ T = TypeVar("T")
 class ScorerFront:
     """The RPCs of ``kvatlas.v1.Scorer`` over a core: limits, roles, status codes."""
 
-    def __init__(self, core: Core, settings: ScorerSettings, guard: Guard) -> None:
+    def __init__(self, core: Core, settings: ScorerSettings, guard: Guard, tracing: Tracing | None = None) -> None:
         self._core = core
         self._settings = settings
         self._guard = guard
+        self._tracing = tracing
         self._running = 0
         self._watchers = 0
 
@@ -109,7 +113,7 @@ class ScorerFront:
                 metrics.REQUESTS.labels(name, code).inc()
                 metrics.SECONDS.labels(name).observe(time.perf_counter() - began)
 
-        return call
+        return call if self._tracing is None else self._tracing.grpc(SERVICE, name, call)
 
     async def _score(self, request: pb.ScoreRequest, deadline: float | None) -> pb.ScoreResponse:
         return await self._core.score(request, self._within(deadline))
@@ -164,6 +168,26 @@ def _socket_target(path: str) -> str:
     return f"unix:{whole}"
 
 
+def _tracing(settings: ScorerSettings) -> Tracing | None:
+    """Return what makes traces, None where none are asked for."""
+    if not settings.traces_endpoint:
+        return None
+    try:
+        from kvatlas.scorer.tracing import Tracing  # noqa: PLC0415 - an extra of the package
+    except ImportError as error:
+        raise SettingsError(f"[scorer] traces_endpoint: install kvatlas[otel] for traces ({error})") from error
+    return Tracing(settings)
+
+
+def _observe(stage: str, seconds: float) -> None:
+    metrics.STAGE[stage].observe(seconds)
+
+
+def _traced(tracing: Tracing, stage: str, seconds: float) -> None:
+    _observe(stage, seconds)
+    tracing.stage(stage, seconds)
+
+
 def _serialize(message: Any) -> bytes:
     data: bytes = message.SerializeToString()
     return data
@@ -213,6 +237,7 @@ class ScorerService:
         self._local = local
         self._versions = Versions(self._reader, settings.index_version, lambda reader: self.core.use(reader.index))
         self._pool = TokenizerPool(tokenizer or TokenizerSettings())
+        self._tracing = tracing = _tracing(settings)
         self._decisions = Decisions(settings, self._publish)
         index = self._versions.used.index
         self.core = Core(
@@ -223,7 +248,7 @@ class ScorerService:
             pool=self._pool,
             decisions=self._decisions,
             clock_ns=clock_ns,
-            observe=lambda stage, seconds: metrics.STAGE[stage].observe(seconds),
+            observe=_observe if tracing is None else lambda stage, seconds: _traced(tracing, stage, seconds),
             partition_count=index.partition_count,
         )
         self._guard = Guard.from_settings(settings)
@@ -311,11 +336,11 @@ class ScorerService:
                 ("grpc.so_reuseport", 0),
             ],
         )
-        front = ScorerFront(self.core, settings, self._guard)
+        front = ScorerFront(self.core, settings, self._guard, self._tracing)
         names = [SERVICE, health.SERVICE_NAME]
         server.add_generic_rpc_handlers((front.handler(),))
         if settings.compat:
-            names += compat.add_to(server, self.core, self._pool, settings, self._guard)
+            names += compat.add_to(server, self.core, self._pool, settings, self._guard, tracing=self._tracing)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if settings.reflection:
             reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
@@ -337,7 +362,7 @@ class ScorerService:
         if settings.http_listen:
             from kvatlas.scorer.http import HttpFront  # noqa: PLC0415 - only when switched on
 
-            self._http = HttpFront(self.core, settings, self._guard)
+            self._http = HttpFront(self.core, settings, self._guard, self._tracing)
             self.http_address = await self._http.start()
 
     def unready(self) -> str | None:
@@ -432,4 +457,6 @@ class ScorerService:
             with contextlib.suppress(KafkaError):
                 await self._producer.stop()
         self._pool.close()
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
         await self._telemetry.stop()

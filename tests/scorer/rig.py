@@ -21,6 +21,7 @@ from kvatlas.scorer.reader import PartitionRouter
 from kvatlas.scorer.security import Guard
 from kvatlas.scorer.service import ScorerFront
 from kvatlas.scorer.tokenization.pool import TokenizerPool
+from kvatlas.scorer.tracing import Tracing
 from kvatlas.scorer.workers import WorkerTable
 from kvatlas.streams.codec import pack_holder
 from kvatlas.streams.lookups import answer_columns
@@ -76,8 +77,10 @@ class Rig:
             block_size=lambda: self.workers.layout.block_size_tokens if self.workers.layout else None,
             decisions=Decisions(self.settings, self.sent.append),
             partition_count=lambda: PARTITIONS,
+            observe=lambda stage, seconds: self.tracing.stage(stage, seconds) if self.tracing else None,
         )
         self.guard = Guard.from_settings(self.settings)
+        self.tracing: Tracing | None = None
         self.stack = contextlib.AsyncExitStack()
 
     async def worker(self, index: Index, *, standby: bool = False, **fields: Any) -> grpc.aio.Server:
@@ -118,7 +121,7 @@ class Rig:
     async def serve(self, credentials: grpc.ServerCredentials | None = None) -> str:
         """Start a server with the scorer's RPCs; returns its address."""
         server = grpc.aio.server()
-        server.add_generic_rpc_handlers((ScorerFront(self.core, self.settings, self.guard).handler(),))
+        server.add_generic_rpc_handlers((ScorerFront(self.core, self.settings, self.guard, self.tracing).handler(),))
         port = (
             server.add_insecure_port("127.0.0.1:0")
             if credentials is None
