@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import sys
+import time
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from kvatlas.bridge.errors import SettingsError
+from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.deploy.commands import common
+from kvatlas.deploy.history.log import LogReader
+from kvatlas.deploy.history.moment import parse_moment
 from kvatlas.deploy.whatif.fleet import Arrival
 from kvatlas.deploy.whatif.policies import Options, parse
+from kvatlas.deploy.whatif.recorded import Recording, read_decisions, recording
 from kvatlas.deploy.whatif.run import Outcome, read_trace, simulate
 
 HELP: Final = "replay decisions through other routing policies"
@@ -36,10 +43,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="precise:N (N scorers), approximate:N (N routers), round-robin, random, recorded, shared (the bound); "
         f"default: {' '.join(_DEFAULT)}",
     )
-    parser.add_argument("--trace", type=Path, required=True, help="trace file: JSON lines, .gz or plain")
-    parser.add_argument("--pods", type=int, default=8, help="pods in the fleet (default 8)")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--trace", type=Path, help="trace file: JSON lines, .gz or plain")
+    source.add_argument("--decisions", action="store_true", help="requests that routers reported on kv-decisions")
+    parser.add_argument("--since", default="earliest", metavar="MOMENT", help="first decision (default earliest)")
+    parser.add_argument("--until", default="latest", metavar="MOMENT", help="end before this moment (default latest)")
+    common.add_sections(parser, "kafka")
+    parser.add_argument("--pods", type=int, help="pods in the fleet (default 8; of decisions: as many as they name)")
     parser.add_argument("--blocks", type=int, default=2048, help="blocks in one pod's cache (default 2048)")
-    parser.add_argument("--block-size-tokens", type=int, default=512, help="tokens per block of the trace (512)")
+    parser.add_argument(
+        "--block-size-tokens", type=int, help="tokens per block of the trace (512); of decisions: as recorded"
+    )
     parser.add_argument("--load-weight", type=float, default=0.3, help="cost of a waiting block (default 0.3)")
     parser.add_argument("--delay-ms", type=float, default=30.0, help="age of what a precise scorer knows (30)")
     parser.add_argument("--blocks-per-second", type=float, help="prefill rate of a pod; default: 90 %% busy")
@@ -50,21 +64,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Simulate each policy and print one row for each."""
     for name in ("pods", "blocks", "block_size_tokens"):
-        if getattr(args, name) < 1:
+        if (getattr(args, name) or 1) < 1:
             raise SettingsError(f"--{name.replace('_', '-')} must be 1 or more")
-    policies = args.policy or list(_DEFAULT)
+    policies = args.policy or list(_DEFAULT if args.trace else ("recorded", *_DEFAULT))
     for policy in policies:
         parse(policy)
-    arrivals = list(read_trace(args.trace, args.block_size_tokens))
-    if not arrivals:
-        raise SettingsError(f"{args.trace} holds no requests")
+    observed = None
+    if args.trace:
+        args.pods, args.block_size_tokens = args.pods or 8, args.block_size_tokens or 512
+        arrivals = list(read_trace(args.trace, args.block_size_tokens))
+        if not arrivals:
+            raise SettingsError(f"{args.trace} holds no requests")
+    else:
+        found = asyncio.run(_recorded(args, common.load_sections(args)["kafka"]))
+        args.pods, args.block_size_tokens = args.pods or len(found.pods), found.block_size_tokens
+        arrivals, observed = found.arrivals, found.observed
+        if found.skipped:
+            print(f"{found.skipped} decisions left out: no keys, or of another block size", file=sys.stderr)
     if not args.json:
         print(f"{len(arrivals)} requests, {args.pods} pods x {args.blocks} blocks of {args.block_size_tokens} tokens")
         print(f"{'policy':<16}{'hit ratio':>10}{'balance':>9}{'recomputed tokens':>19}")
+    if observed is not None:
+        print(msgspec.json.encode(observed).decode() if args.json else _row(observed), flush=True)
     for policy in policies:
         outcome = _simulate(args, policy, arrivals)
         print(msgspec.json.encode(outcome).decode() if args.json else _row(outcome), flush=True)
     return 0
+
+
+async def _recorded(args: argparse.Namespace, kafka: KafkaSettings) -> Recording:
+    now_ms = time.time_ns() // 1_000_000
+    async with LogReader(kafka) as reader:
+        since, until = parse_moment(args.since, now_ms), parse_moment(args.until, now_ms)
+        return recording(await read_decisions(reader, since, until))
 
 
 def _simulate(args: argparse.Namespace, policy: str, arrivals: list[Arrival]) -> Outcome:

@@ -5,6 +5,7 @@ import gzip
 import json
 import time
 
+import msgspec
 import pytest
 from aiokafka import AIOKafkaProducer
 
@@ -88,3 +89,27 @@ def test_top_once_shows_pods_workers_and_what_nobody_serves(brokers, topic_prefi
     assert found["workers"][0]["partitions"] == [0, 1]
     assert main(flags) == 1
     assert "2-3" in capsys.readouterr().out
+
+
+def test_whatif_replays_recorded_decisions(brokers, topic_prefix, capsys):
+    """Decisions on Kafka run through other policies, beside what the events showed of them."""
+    settings = KafkaSettings(brokers=brokers, topic_prefix=topic_prefix, partitions=PARTITIONS)
+    asyncio.run(ensure_topics(settings, records.TOPICS))
+    sent = []
+    for number in range(8):
+        # Two prompts of four blocks in turn, spread so that every pod computes both.
+        keys = b"".join(bytes([number % 2, block]) * 8 for block in range(4))
+        pod = f"pod-{number // 2 % 2}"
+        hit = 4 if number >= 4 else 0
+        made = records.DecisionRecord(
+            request_id=f"r-{number}", pod=pod, keys=keys, predicted_blocks=hit, decided_ns=(number + 1) * 10**9
+        )
+        outcome = msgspec.structs.replace(made, kind="outcome", keys=b"", real_blocks=4)
+        sent += [(b"r", records.encode(record), 0) for record in (made, outcome)]
+    asyncio.run(_send(brokers, settings.topic(records.DECISIONS), sent))
+    flags = ["whatif", "recorded", "precise:1", "--decisions", "--brokers", brokers, "--topic-prefix", topic_prefix]
+    assert main([*flags, "--blocks", "8", "--delay-ms", "0", "--load-weight", "0", "--json"]) == 0
+    rows = {row["policy"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert (rows["observed"]["hit_ratio"], rows["recorded"]["hit_ratio"]) == (0.5, 0.5)
+    assert rows["precise:1"]["hit_ratio"] == 0.75
+    assert rows["precise:1"]["recomputed_tokens"] == 2 * 4 * 16

@@ -13,11 +13,12 @@ import pytest
 import zmq
 from aiokafka import AIOKafkaProducer
 
-from kvatlas.bridge import records
+from kvatlas.bridge import block_key, records
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.deploy.cli import main
 from kvatlas.deploy.history.capture import read_capture
+from kvatlas.streams.codec import OP_ADD, Run, encode_blocks, pack_holder
 
 DATA = Path(__file__).parent.parent / "data" / "captures"
 PARTITIONS = 4
@@ -137,6 +138,65 @@ def test_playback_sends_the_engine_s_own_bytes(log: list[str], tmp_path: Path):
     subscriber.close()
     context.term()
     assert received == frames("pod-a")
+
+
+def test_a_range_by_offset(log: list[str], capsys: pytest.CaptureFixture[str]):
+    """Offsets may be given for each partition; partitions that are not named are left out."""
+    partition = records.pod_partition("pod-a", PARTITIONS)
+    since, until = f"offset:{partition}:5", f"offset:{partition}:8"
+    assert main(["replay", *log, "--since", since, "--until", until, "--json"]) == 0
+    assert {(line["partition"], line["offset"]) for line in lines(capsys)} == {(partition, n) for n in (5, 6, 7)}
+
+
+def test_a_token_prefix_finds_the_messages_that_touch_its_blocks(log: list[str], capsys: pytest.CaptureFixture[str]):
+    """Messages are found by the tokens of a prompt, and by one of its block keys, and by their model."""
+    truth = json.loads(gzip.decompress((DATA / "pod-b.truth.json.gz").read_bytes()))
+    query = next(query for query in truth["queries"] if query["hit_tokens"] >= 160)
+    tokens = ["--tokens", ",".join(map(str, query["tokens"][:160])), "--block-size-tokens", "16"]
+    salt = ["--cache-salt", query["cache_salt"]] if query["cache_salt"] else []
+    assert main(["replay", *log, "--model", "demo-model", *tokens, *salt, "--json"]) == 0
+    found = list(lines(capsys))
+    assert 0 < len(found) < 163
+    root = block_key.root_key("demo-model", None, query["cache_salt"])
+    first = block_key.block_keys(root, block_key.pack_tokens(query["tokens"][:16]), 16)[0]
+    assert main(["replay", *log, "--key", first.hex(), "--json"]) == 0
+    by_key = list(lines(capsys))
+    assert by_key
+    assert {(line["pod"], line["sequence"]) for line in by_key} <= {(line["pod"], line["sequence"]) for line in found}
+    assert main(["replay", *log, "--model", "another", "--count", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"read": 163}
+
+
+async def _send_derived(brokers: str, prefix: str) -> None:
+    """Write block updates and decisions of two pods, as a worker and a scorer would."""
+    settings = KafkaSettings(brokers=brokers, topic_prefix=prefix, partitions=PARTITIONS)
+    producer = AIOKafkaProducer(bootstrap_servers=brokers)
+    await producer.start()
+    for number, pod in enumerate(("pod-a", "pod-b")):
+        key = bytes([number]) * 16
+        run = Run(records.pod_ref(pod), 1, 0, 0, 1)
+        holder = pack_holder(records.pod_ref(pod), 0, 1, 0, 0, 1)
+        value = encode_blocks([run], key, bytes([OP_ADD]), holder, 0)
+        await producer.send_and_wait(settings.topic(records.BLOCKS), value, partition=0)
+        made = records.DecisionRecord(request_id=f"r-{pod}", pod=pod, model="m", keys=key, decided_ns=1)
+        await producer.send_and_wait(settings.topic(records.DECISIONS), records.encode(made), key=b"r", partition=0)
+    await producer.stop()
+
+
+@pytest.mark.parametrize("flags", [["--pod", "pod-b"], ["--key", "01" * 16]])
+def test_block_updates_and_decisions_are_replayed(log: list[str], capsys: pytest.CaptureFixture[str], flags: list[str]):
+    """kv-blocks and kv-decisions are read like kv-events, by pod and by block key."""
+    asyncio.run(_send_derived(log[1], log[3]))
+    assert main(["replay", *log, "--topic", "kv-blocks", *flags, "--json"]) == 0
+    (block,) = lines(capsys)
+    assert (block["added"], block["tiers"], block["runs"][0]["pod_ref"]) == (
+        1,
+        {"gpu": 1},
+        f"{records.pod_ref('pod-b'):016x}",
+    )
+    assert main(["replay", *log, "--topic", "kv-decisions", *flags, "--json"]) == 0
+    (decision,) = lines(capsys)
+    assert (decision["decision"]["request_id"], decision["decision"]["blocks"]) == ("r-pod-b", 1)
 
 
 def test_a_topic_that_is_not_there_says_how_to_make_it(brokers: str, capsys: pytest.CaptureFixture[str]):
