@@ -5,17 +5,25 @@ The resolve agent never trusts an entry of an ended epoch, swept or not; the swe
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
 
 from kvatlas.bridge.errors import WireError
 from kvatlas.bridge.events import Tier
+from kvatlas.bridge.records import GONE, epoch_of
 from kvatlas.streams import engine_blocks as eb
 from kvatlas.streams.index import Swept, Validity
 
 _KIND_AT = eb.POD_BYTES
 
 
-def sweep_engine_blocks(items: Iterable[tuple[bytes, bytes]], valid: Validity, gone: Collection[int] = ()) -> Swept:
+def sweep_engine_blocks(
+    items: Iterable[tuple[bytes, bytes]],
+    valid: Validity,
+    gone: Collection[int] = (),
+    *,
+    forget: Mapping[int, int] = MappingProxyType({}),
+) -> Swept:
     """Find dead entries in a slice of the ``engine_blocks`` table.
 
     Args:
@@ -23,6 +31,8 @@ def sweep_engine_blocks(items: Iterable[tuple[bytes, bytes]], valid: Validity, g
         valid: pod ref -> (valid_from, gpu_valid_from); entries of a pod that is not in it stay.
         gone: references of pods that were removed for good: all their entries are dead, but their states stay, so
             that what is late of them is still known to be late.
+        forget: pod ref -> incarnation in which it was last seen, long ago: its state and what it knew of shared tiers
+            go too, unless it came back.
     """
     puts: dict[bytes, bytes] = {}
     deletes: list[bytes] = []
@@ -30,6 +40,10 @@ def sweep_engine_blocks(items: Iterable[tuple[bytes, bytes]], valid: Validity, g
     for key, value in items:
         kind = key[_KIND_AT : _KIND_AT + 1]
         if kind == eb.KIND_STATE:
+            last = forget.get(int.from_bytes(key[:_KIND_AT], "big"))
+            if last is not None and _over(value, last):
+                deletes.append(key)
+                dropped += 1
             continue
         seen += 1
         ref = int.from_bytes(key[:_KIND_AT], "big")
@@ -37,8 +51,13 @@ def sweep_engine_blocks(items: Iterable[tuple[bytes, bytes]], valid: Validity, g
             deletes.append(key)
             dropped += 1
             continue
-        bounds = valid.get(ref)
+        last = forget.get(ref)
+        bounds = valid.get(ref) if last is None else (epoch_of(last + 1), 0)
         if bounds is None:
+            continue
+        if last is not None and kind == eb.KIND_BLOCK and _only_shared(value):
+            deletes.append(key)
+            dropped += 1
             continue
         alive = _alive(kind, value, bounds)
         if alive == value:
@@ -49,6 +68,22 @@ def sweep_engine_blocks(items: Iterable[tuple[bytes, bytes]], valid: Validity, g
         else:
             puts[key] = alive
     return Swept(puts, deletes, seen, dropped)
+
+
+def _over(value: bytes, incarnation: int) -> bool:
+    """Tell whether a pod's state says that it is gone and has not been back since an incarnation."""
+    try:
+        state = eb.decode_state(value)
+    except WireError:
+        return False
+    return state.state == GONE and state.incarnation <= incarnation
+
+
+def _only_shared(value: bytes) -> bool:
+    try:
+        return set(eb.decode_block(value).tiers) == {int(Tier.SHARED)}
+    except WireError:
+        return False
 
 
 def _alive(kind: bytes, value: bytes, bounds: tuple[int, int]) -> bytes | None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
 from typing import Final, NamedTuple
 
 from kvatlas.bridge.block_key import KEY_BYTES
@@ -150,7 +151,7 @@ class Swept(NamedTuple):
         puts: key -> new value, for entries of which a part is dead.
         deletes: keys of entries that are dead as a whole.
         seen: entries looked at.
-        dropped: dead holders (or tiers, or parked events) found in them.
+        dropped: dead holders (or tiers, parked events, pods to be forgotten) found in them.
     """
 
     puts: dict[bytes, bytes]
@@ -163,7 +164,13 @@ class Swept(NamedTuple):
 Validity = Mapping[int, tuple[int, int]]
 
 
-def sweep_index(items: Iterable[tuple[bytes, bytes]], valid: Validity, gone: Collection[int] = ()) -> Swept:
+def sweep_index(
+    items: Iterable[tuple[bytes, bytes]],
+    valid: Validity,
+    gone: Collection[int] = (),
+    *,
+    forget: Mapping[int, int] = MappingProxyType({}),
+) -> Swept:
     """Find dead holders in a slice of the ``block_index`` table.
 
     Args:
@@ -171,12 +178,17 @@ def sweep_index(items: Iterable[tuple[bytes, bytes]], valid: Validity, gone: Col
         valid: pod ref -> (valid_from, gpu_valid_from). A reference that is not in it (a shared store, a pod that
             this worker has not heard of yet) keeps its holders.
         gone: references of pods that were removed for good: all their holders are dead.
+        forget: pod ref -> incarnation in which it was last seen, long ago: its position up to that one goes.
     """
     puts: dict[bytes, bytes] = {}
     deletes: list[bytes] = []
     seen = dropped = 0
     for key, value in items:
         if is_meta(key):
+            last = forget.get(int.from_bytes(key[len(META_PREFIX) :], "big"))
+            if last is not None and _POSITION.unpack(value)[0] <= last:
+                deletes.append(key)
+                dropped += 1
             continue
         seen += 1
         alive = live_holders(value, valid, gone)

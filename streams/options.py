@@ -117,6 +117,10 @@ class WorkerSettings(Section, frozen=True, kw_only=True):
         int, Meta(description="entries that the sweep looks at in a second; 0 turns it off", ge=0)
     ] = 20_000
 
+    forget_gone_hours: Annotated[
+        float, Meta(description="state and positions of a pod that has been gone this long are dropped", gt=0)
+    ] = 24.0
+
     @property
     def versioned_app(self) -> str:
         """Name that this index version's consumer groups and changelogs begin with."""

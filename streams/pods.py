@@ -84,6 +84,18 @@ class PodPublisher:
         if due:
             await self.send(due)
 
+    async def withdraw(self, pod: str) -> None:
+        """Remove the record of a pod that is forgotten, with a tombstone.
+
+        Raises:
+            KafkaError: not acknowledged.
+        """
+        self._waiting.pop(pod, None)
+        self._sent_at.pop(pod, None)
+        partition = records.pod_partition(pod, self._partitions)
+        key = records.pod_key(self._writer, pod)
+        await (await self._producer().send(self._topic, None, key=key, partition=partition))
+
     def forget(self) -> None:
         """Drop what waits: the pods' partitions went to another worker."""
         self._waiting.clear()
@@ -153,3 +165,22 @@ class PodBook:
     def validity(self) -> dict[int, tuple[int, int]]:
         """Return pod ref -> (valid_from, gpu_valid_from), for the sweep."""
         return {records.pod_ref(pod.pod): (pod.valid_from, pod.gpu_valid_from) for pod in self.pods()}
+
+    def gone_since(self, before_ns: int) -> dict[int, int]:
+        """Return pod ref -> incarnation, of pods that were gone before a time (ns since the epoch) and are since.
+
+        Only pods that the bridge still has a record of: it keeps what is late of them from coming back to life.
+        """
+        found = {}
+        for (writer, name), record in self._records.items():
+            if writer != records.WRITER_BRIDGE or record.state != records.GONE or record.updated_ns >= before_ns:
+                continue
+            pod = self.merged(name)
+            assert pod is not None
+            if max(pod.updated_ns, pod.receive_ns) < before_ns:
+                found[records.pod_ref(name)] = records.incarnation_of(pod.epoch)
+        return found
+
+    def names(self) -> dict[int, str]:
+        """Return pod ref -> pod id."""
+        return {records.pod_ref(pod): pod for _, pod in self._records}

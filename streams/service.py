@@ -7,7 +7,7 @@ import contextlib
 import socket
 import time
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +23,7 @@ from kvatlas.bridge.kafka import client_config, lost_right
 from kvatlas.bridge.records import WorkerRecord
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.bridge.telemetry import Telemetry
+from kvatlas.streams import engine_blocks as eb
 from kvatlas.streams import metrics
 from kvatlas.streams.announce import Announcer, WorkerBook
 from kvatlas.streams.app import BLOCK_INDEX, ENGINE_BLOCKS, WorkerApp, build_app
@@ -227,8 +228,24 @@ class WorkerService:
                     interval_seconds=self._settings.sweep_interval_seconds,
                     entries_per_second=self._settings.sweep_entries_per_second,
                     sweep=sweep,
+                    forget=self._forgettable,
+                    on_deleted=self._withdraw if name == ENGINE_BLOCKS else None,
                 )
                 self._watch(sweeper.run())
+
+    def _forgettable(self) -> dict[int, int]:
+        return self.pods.gone_since(self._clock() - int(self._settings.forget_gone_hours * 3.6e12))
+
+    async def _withdraw(self, keys: Sequence[bytes]) -> None:
+        """Remove the records of pods whose states a sweep of ``engine_blocks`` has removed."""
+        publisher = self._app.publisher if self._app is not None else None
+        refs = [int.from_bytes(key[: eb.POD_BYTES], "big") for key in keys if key[eb.POD_BYTES :] == eb.KIND_STATE]
+        if publisher is None or not refs:
+            return
+        names = self.pods.names()
+        for pod in (names[ref] for ref in refs if ref in names):
+            logger.info("pod %s has been gone for %.1f h and is forgotten", pod, self._settings.forget_gone_hours)
+            await publisher.withdraw(pod)
 
     def _start_mirror(self, app: WorkerApp) -> None:
         table = app.bulk_table(BLOCK_INDEX)

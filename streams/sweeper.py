@@ -1,15 +1,16 @@
 """The sweep: dead holders leave the tables in the background, at a bounded rate.
 
 Readers never see an entry of an ended epoch, swept or not; the sweep only gives the space back. A partition is swept
-when a pod's epochs have moved since its last complete sweep.
+when a pod's epochs have moved since its last complete sweep, or pods are to be forgotten: a pod that has been gone for
+long leaves its state and its positions too, so that pods that come and go under ever new names do not add up.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Final, Protocol
 
 from aiokafka.errors import KafkaError
 from mode import get_logger
@@ -24,7 +25,14 @@ logger = get_logger(__name__)
 
 _SLICE_ENTRIES: Final = 1_000
 
-SweepItems = Callable[[list[tuple[bytes, bytes]], Validity], Swept]
+Forget = Mapping[int, int]
+
+
+class SweepItems(Protocol):
+    """Finds what is dead in a slice of entries."""
+
+    def __call__(self, items: list[tuple[bytes, bytes]], valid: Validity, *, forget: Forget) -> Swept:
+        """Return what is to be written; ``forget`` is pod ref -> incarnation last seen."""
 
 
 class Sweeper:
@@ -36,6 +44,8 @@ class Sweeper:
         sweep: finds what is dead in a slice of entries.
         interval_seconds: pause after a round over all partitions.
         entries_per_second: bound of the rate.
+        forget: pods that may be forgotten now: pod ref -> incarnation last seen.
+        on_deleted: told of table keys that a sweep has removed.
     """
 
     def __init__(
@@ -46,13 +56,17 @@ class Sweeper:
         interval_seconds: float,
         entries_per_second: int,
         sweep: SweepItems = sweep_index,
+        forget: Callable[[], Forget] = dict,
+        on_deleted: Callable[[Sequence[bytes]], Awaitable[None]] | None = None,
     ) -> None:
         self._table = table
         self._validity = validity
         self._sweep = sweep
         self._interval = interval_seconds
         self._rate = entries_per_second
-        self._swept: dict[int, Validity] = {}
+        self._forget = forget
+        self._on_deleted = on_deleted
+        self._swept: dict[int, tuple[Validity, Forget]] = {}
 
     async def run(self) -> None:
         """Sweep until cancelled."""
@@ -70,8 +84,8 @@ class Sweeper:
         Raises:
             ChangelogError: what was removed could not be written; nothing is lost.
         """
-        valid = dict(self._validity())
-        if self._swept.get(partition) == valid:
+        valid, forget = dict(self._validity()), self._forget()
+        if self._swept.get(partition) == (valid, forget):
             return 0
         start, dropped = b"", 0
         while (state := self._mine(partition)) is not None:
@@ -79,14 +93,16 @@ class Sweeper:
                 if self._mine(partition) is not state:
                     return dropped
                 items = list(itertools.islice(state.items(start), _SLICE_ENTRIES))
-                found = self._sweep(items, valid)
+                found = self._sweep(items, valid, forget=forget)
                 if found.dropped:
                     await self._write(partition, state, found)
+            if found.deletes and self._on_deleted is not None:
+                await self._on_deleted(found.deletes)
             dropped += found.dropped
             metrics.SWEPT.labels(self._table.name).inc(found.seen)
             metrics.SWEEP_DROPPED.labels(self._table.name).inc(found.dropped)
             if len(items) < _SLICE_ENTRIES:
-                self._swept[partition] = valid
+                self._swept[partition] = valid, forget
                 metrics.SWEEPS.labels(self._table.name).inc()
                 return dropped
             start = items[-1][0] + b"\x00"

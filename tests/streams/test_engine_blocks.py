@@ -136,6 +136,27 @@ def test_the_sweep_of_a_removed_pod_leaves_its_state_alone():
     assert sweep_engine_blocks(items, {}, gone={5}).deletes == [eb.block_prefix(REF, 0) + b"x"]
 
 
+def test_the_sweep_forgets_a_pod_that_is_gone_for_long():
+    """State, parked events and what it knew of shared tiers go; but nothing of a pod that came back since."""
+    prefix = eb.block_prefix(REF, 0)
+    gone = PodState(eb.SCHEMA_VERSION, "p", incarnation=3, state="gone")
+    items = [
+        (eb.state_key(REF), eb.encode_state(gone)),
+        (prefix + b"shared", _plain(Tier.SHARED, 0)),
+        (prefix + b"old", _plain(Tier.GPU, epoch_of(3, 9))),
+        (prefix + b"new", _plain(Tier.GPU, epoch_of(4))),
+    ]
+    swept = sweep_engine_blocks(items, {5: (epoch_of(3), 0)}, forget={5: 3})
+    assert swept.deletes == [eb.state_key(REF), prefix + b"shared", prefix + b"old"]
+    assert swept.dropped == 3
+    for back in (
+        PodState(eb.SCHEMA_VERSION, "p", incarnation=4, state="gone"),
+        PodState(eb.SCHEMA_VERSION, "p", incarnation=3),
+    ):
+        kept = sweep_engine_blocks([(eb.state_key(REF), eb.encode_state(back))], {}, forget={5: 3})
+        assert kept.deletes == []
+
+
 def test_the_sweep_keeps_a_removed_member_while_its_epoch_lives(world, make):
     """A member that was removed is remembered for the block it belongs to, until the epoch ends."""
     w = world(block_size_tokens=32)

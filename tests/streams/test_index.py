@@ -145,3 +145,10 @@ def test_the_sweep_drops_what_no_reader_sees():
     assert swept.puts == {b"3" * 16: _holder(2, Tier.CPU, old) + shared}
     assert swept.deletes == [K1, K2]
     assert (swept.seen, swept.dropped) == (4, 5)
+
+
+def test_the_sweep_forgets_positions_of_pods_that_are_gone_for_long():
+    """A position goes when its pod has not been back since; others stay."""
+    items = [(meta_key(ref), (7).to_bytes(8, "big") + bytes(8)) for ref in (1, 2, 3)]
+    swept = sweep_index(items, {}, forget={1: 7, 2: 6})
+    assert (swept.deletes, swept.dropped) == ([meta_key(1)], 1)
