@@ -2,15 +2,19 @@
 
 The scorer reads the worker's tables directly, so that a score of what is here needs no other process; partitions that
 are elsewhere are asked for over gRPC, as every scorer does. Both share one event loop: a score waits for at most one
-slice of a flush, and a flush for at most one score.
+slice of a flush, and a flush for at most one score. So slices are kept short here, about a millisecond each.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from typing import Final
+
+import msgspec
 
 from kvatlas.bridge.errors import SettingsError
+from kvatlas.bridge.service import calm_collector
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.scorer.core import Core
 from kvatlas.scorer.local import LocalTables
@@ -19,6 +23,8 @@ from kvatlas.scorer.service import ScorerService
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.streams.options import WorkerSettings
 from kvatlas.streams.service import WorkerService
+
+_SLICE_UPDATES: Final = 128
 
 
 class ScoringWorker:
@@ -40,7 +46,8 @@ class ScoringWorker:
         if settings.role == "resolve":
             raise SettingsError("[worker] role resolve keeps no index to score from: take index or all, or no scorer")
         self.ready = asyncio.Event()
-        self.worker = WorkerService(settings, kafka)
+        short = min(settings.slice_updates, _SLICE_UPDATES)
+        self.worker = WorkerService(msgspec.structs.replace(settings, slice_updates=short), kafka)
         self._scorer = ScorerService(
             scorer,
             kafka,
@@ -85,6 +92,7 @@ class ScoringWorker:
         await self._scorer.start()
         await self.worker.ready.wait()
         await self._scorer.ready.wait()
+        calm_collector()
         self.ready.set()
 
     async def run_until(self, stop: asyncio.Event) -> None:
