@@ -25,6 +25,7 @@ from typing import Final, cast
 
 import msgspec
 import zmq
+from xxhash import xxh3_64_intdigest
 
 from kvatlas.bridge import records
 from kvatlas.bridge.errors import SettingsError
@@ -34,6 +35,7 @@ from kvatlas.bridge.recovery import Recovered
 from kvatlas.bridge.stream import PodStream, Shared
 from kvatlas.scorer.backends.base import Backend
 from kvatlas.scorer.backends.errors import BackendError
+from kvatlas.scorer.feed_state import FeedState, Kept, KeptView, Lasting, recovered_of
 from kvatlas.scorer.pods import PodTable
 from kvatlas.streams.codec import decode_blocks
 from kvatlas.streams.effects import Effects
@@ -52,6 +54,8 @@ _TURN_MESSAGES: Final = 16
 _SLICE_SECONDS: Final = 0.002
 _TICK_SECONDS: Final = 0.25
 _SWEEP_SLICE: Final = 5_000
+#: Last messages of a pod by which its stream is known again after a restart.
+_DIGESTS: Final = 64
 _BACKOFF_SECONDS: Final = (0.05, 0.2, 0.5, 1.0, 2.0)
 
 
@@ -127,6 +131,7 @@ class Feed:
         bridge: BridgeSettings,
         resolve: ResolveOptions,
         clock: Callable[[], int] = time.time_ns,
+        state: FeedState | None = None,
     ) -> None:
         """Put the parts together.
 
@@ -136,6 +141,7 @@ class Feed:
             bridge: subscription, replay and queue settings; ``buffer_bytes`` bounds each engine's queue.
             resolve: what events mean.
             clock: wall clock, ns.
+            state: where what was learnt is kept; None keeps it in memory alone.
         """
         self.counts: Counter[str] = Counter()
         self.pods = pods
@@ -147,6 +153,9 @@ class Feed:
         self._bridge = bridge
         self._clock = clock
         self._resolver = Resolver(resolve, 1, clock)
+        self._state = state
+        self._touched: dict[str, None] = {}
+        self._digests: dict[str, deque[tuple[int, int]]] = {}
         self._views: dict[str, DictView] = {}
         self._valid: dict[str, tuple[int, int]] = {}
         self._sweeps: asyncio.Queue[str] = asyncio.Queue()
@@ -160,12 +169,38 @@ class Feed:
         """Tell the applying task that there is something to do."""
         self._wake.set()
 
-    def start(self) -> None:
-        """Start applying."""
+    async def start(self) -> None:
+        """Take over what an earlier run has kept, and start applying.
+
+        Raises:
+            BackendError: what was kept cannot be opened.
+            SettingsError: the index does not last, so that nothing that is kept would go with it.
+        """
+        if self._state is not None:
+            if not isinstance(self._backend, Lasting):
+                raise SettingsError(
+                    f"state_dir: the {self._backend.name} backend is empty after a restart; use rocksdb or redis"
+                )
+            views, kept = await self._state.open(self._backend)
+            self._views.update(views)
+            for pod in kept:
+                self._take_over(pod)
         self._tasks = [
             asyncio.create_task(work, name=name)
             for name, work in (("apply", self._run()), ("tick", self._tick()), ("sweep", self._sweep()))
         ]
+
+    def _take_over(self, kept: Kept) -> None:
+        """Go on with a pod as it was: it scores at once, as ``stale`` until its engine is heard."""
+        known = recovered_of(kept)
+        if known is None:
+            return
+        self.recovered[kept.pod] = known
+        self._digests[kept.pod] = deque(kept.digests, _DIGESTS)
+        self.pods.put(records.WRITER_BRIDGE, kept.pod, known.record)
+        if kept.streams:
+            self.pods.apply(records.pod_key(records.WRITER_STREAMS, kept.pod), kept.streams)
+        self._valid[kept.pod] = (known.record.valid_from, known.record.gpu_valid_from)
 
     async def stop(self) -> None:
         """Stop reading and applying."""
@@ -175,6 +210,8 @@ class Feed:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.context.destroy(linger=0)
+        if self._state is not None:
+            self._state.close()
 
     def failed(self) -> BaseException | None:
         """Return what ended one of the tasks, None while all work."""
@@ -213,7 +250,9 @@ class Feed:
         record = self.pods.merged.get(pod)
         for writer in (records.WRITER_BRIDGE, records.WRITER_STREAMS):
             self.pods.apply(records.pod_key(writer, pod), None)
-        self._views.pop(pod, None)
+        view = self._views.pop(pod, None)
+        if self._state is not None:
+            self._state.drop(pod, view)
         self._valid.pop(pod, None)
         if record is not None:
             # Were the engine added again at once, its incarnation must still lie above all that were used.
@@ -280,12 +319,36 @@ class Feed:
             for payload in payloads:
                 await self._write(payload)
         self._tell(effects)
+        self._keep()
         self.counts.update(effects.counts)
+
+    def _keep(self) -> None:
+        """Write down what was learnt; in memory it is already, so that a crash before this repeats it."""
+        if self._state is None or not self._touched:
+            return
+        touched, self._touched = list(self._touched), {}
+        kept = []
+        for pod in touched:
+            parts = self.pods.parts(pod)
+            bridge, streams = parts.get(records.WRITER_BRIDGE), parts.get(records.WRITER_STREAMS)
+            digests = list(self._digests.get(pod, ()))
+            kept.append(
+                Kept(
+                    pod,
+                    records.encode(bridge) if bridge is not None else b"",
+                    records.encode(streams) if streams is not None else b"",
+                    digests,
+                )
+            )
+        views = (self._views.get(pod) for pod in touched)
+        self._state.write([view for view in views if isinstance(view, KeptView)], kept)
 
     def _view(self, pod: str) -> DictView:
         view = self._views.get(pod)
         if view is None:
-            view = self._views[pod] = DictView()
+            view = self._views[pod] = DictView() if self._state is None else KeptView(pod)
+        if self._state is not None:
+            self._touched[pod] = None
         return view
 
     def _resolve(self, engine: Engine, item: Item, effects: Effects) -> None:
@@ -296,6 +359,9 @@ class Feed:
         if spec.announcements:
             headers = [*headers, (records.H_ANNOUNCEMENTS, spec.announcements.encode())]
         message = parse_message(item.key, item.value, headers)
+        if self._state is not None and message.sequence >= 0:
+            digests = self._digests.setdefault(message.pod, deque(maxlen=_DIGESTS))
+            digests.append((message.sequence, xxh3_64_intdigest(item.value)))
         self._resolver.apply(self._view(message.pod), message, effects)
 
     async def _write(self, payload: bytes) -> None:
@@ -371,7 +437,8 @@ class Feed:
                 found = sweep_engine_blocks(
                     ((key, value) for key in part if (value := view.values.get(key)) is not None), {ref: valid}
                 )
-                view.values.update(found.puts)
+                for key, value in found.puts.items():
+                    view.put(key, value)
                 for key in found.deletes:
                     view.delete(key)
                 await asyncio.sleep(0)

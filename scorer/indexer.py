@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
@@ -155,11 +156,15 @@ class Indexer(Scores):
 
     async def _subscribe(self) -> Source:
         from kvatlas.scorer.feed import Feed  # noqa: PLC0415 - ZMQ only where engines are read
+        from kvatlas.scorer.feed_state import FeedState  # noqa: PLC0415 - RocksDB only where it is used
 
         resolve = msgspec.structs.replace(self._options.resolve, block_size_tokens=self._size)
-        feed = Feed(self.backend, self._pods, bridge=self._options.bridge, resolve=resolve, clock=self._clock)
+        state = FeedState(Path(self._options.state_dir)) if self._options.state_dir else None
+        feed = Feed(
+            self.backend, self._pods, bridge=self._options.bridge, resolve=resolve, clock=self._clock, state=state
+        )
         self._source = self._feed = feed
-        feed.start()
+        await feed.start()
         for text in self._engines:
             await self.add_engine(text)
         return feed

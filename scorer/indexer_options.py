@@ -25,6 +25,8 @@ class IndexerOptions(msgspec.Struct, frozen=True, kw_only=True):
         usable_only: leave out the block of the prompt's last token, which engines compute again.
         resolve: what events mean; its block size is set from here.
         bridge: subscription, replay and queue settings; ``buffer_bytes`` bounds the queue of each engine.
+        state_dir: folder for what is learnt of engines, so that an index in RocksDB or Redis scores again after a
+            restart; empty keeps it in memory, and engines are replayed.
         start_timeout_seconds: for a replica to read what is there.
     """
 
@@ -33,6 +35,7 @@ class IndexerOptions(msgspec.Struct, frozen=True, kw_only=True):
     usable_only: bool = False
     resolve: ResolveOptions = ResolveOptions()
     bridge: BridgeSettings = BridgeSettings(buffer_bytes=32 * 1024 * 1024)
+    state_dir: str = ""
     start_timeout_seconds: float = 30.0
 
 

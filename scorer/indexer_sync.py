@@ -96,6 +96,10 @@ class SyncIndexer:
         """See :meth:`Indexer.remove_engine`."""
         self._do(self._it.remove_engine(pod))
 
+    def apply_record(self, key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes]] = ()) -> None:
+        """See :meth:`Indexer.apply_record`."""
+        self._do(self._it.apply_record(key, value, headers))
+
     def caught_up(self, timeout_seconds: float = 10.0) -> None:
         """See :meth:`Indexer.caught_up`."""
         self._do(self._it.caught_up(timeout_seconds))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -113,6 +113,10 @@ class PodTable:
             return  # a late record of an earlier owner of the partition: epochs only grow
         parts[writer] = record
         self._changed(name, before, merge_pod(parts.get(WRITER_BRIDGE), parts.get(WRITER_STREAMS)))
+
+    def parts(self, name: str) -> Mapping[str, PodRecord]:
+        """Return each writer's record of a pod; empty for one that is not known."""
+        return self._parts.get(name, {})
 
     def _changed(self, name: str, before: PodRecord | None, after: PodRecord) -> None:
         self.merged[name] = after

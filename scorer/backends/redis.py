@@ -4,6 +4,7 @@ Keys, all under a prefix and the schema version, so that versions can live side 
 
     <prefix>:v1:b:<16-byte block key>   packed holders, the bytes of a block_index value
     <prefix>:v1:p:<8-byte pod ref>      incarnation 8 | last sequence 8, as in the workers' tables
+    <prefix>:v1:mark                    which indexer's state goes with the entries
     <prefix>:schema                     the version that was written last, for people
 
 An update is a read-modify-write. It runs as a script inside the server, which runs one script at a time, so writers
@@ -112,6 +113,7 @@ class RedisBackend:
         self._prefix = prefix.encode()
         self._blocks = self._prefix + f":v{SCHEMA}:b:".encode()
         self._positions = self._prefix + f":v{SCHEMA}:p:".encode()
+        self._mark = self._prefix + f":v{SCHEMA}:mark".encode()
         self._client: Any = connect(url, cafile=cafile, timeout_seconds=timeout_seconds, retries=retries)
         self._apply = self._client.register_script(APPLY)
         self._swap = self._client.register_script(SWAP)
@@ -204,6 +206,23 @@ class RedisBackend:
             dropped += found.dropped
             if not cursor:
                 return dropped
+
+    async def read_mark(self) -> bytes | None:
+        """Return the mark that was written under this prefix, None without one.
+
+        Raises:
+            BackendError: the server does not answer.
+        """
+        found: bytes | None = await self._asked(self._client.get(self._mark))
+        return found
+
+    async def write_mark(self, mark: bytes) -> None:
+        """Write a mark that tells this index from any other.
+
+        Raises:
+            BackendError: the server does not answer.
+        """
+        await self._asked(self._client.set(self._mark, mark))
 
     async def stats(self) -> Stats:
         """Return what it says of itself; entries and bytes are the whole database's."""

@@ -18,6 +18,7 @@ from kvatlas.streams.local import LocalTable
 from kvatlas.streams.rocks import RocksBudget
 
 _SWEEP_SLICE: Final = 5_000
+_MARK: Final = b"\x00mark"
 
 
 class RocksBackend:
@@ -82,6 +83,15 @@ class RocksBackend:
             await asyncio.sleep(0)
         table.settle(force=True)
         return dropped
+
+    async def read_mark(self) -> bytes | None:
+        """Return the mark that was written into it, None without one."""
+        return self._open.get(_MARK)
+
+    async def write_mark(self, mark: bytes) -> None:
+        """Write a mark that tells this index from any other."""
+        self._open.put(_MARK, mark)
+        self._open.settle(force=True)
 
     async def stats(self) -> Stats:
         """Return what it says of itself; entries are RocksDB's estimate."""
