@@ -4,15 +4,23 @@ import asyncio
 import gzip
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
+from streams_support import WorkerProcess, assert_true, fleet_of, make_topics, producing, until_true
+
+from kvatlas.bridge import records
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.deploy.cli import main
 from kvatlas.deploy.history.log import LogReader
-from kvatlas.deploy.history.moment import Moment
+from kvatlas.deploy.history.moment import EARLIEST, LATEST, Moment
 from kvatlas.deploy.history.rebuild import PastIndex, rebuild
+from kvatlas.streams.audit import read_topic
+from kvatlas.streams.codec import holders
+from kvatlas.streams.index import is_meta
 from kvatlas.streams.resolve import ResolveOptions
 
 from .test_replay import DATA, log  # noqa: F401 - the fixture
@@ -113,3 +121,66 @@ def test_diff_counts_what_came_and_went(log, capsys):  # noqa: F811
     start = {row["pod"]: row for line in capsys.readouterr().out.splitlines() if (row := json.loads(line))}
     for pod in whole:
         assert start[pod]["added"] + part[pod]["added"] - part[pod]["removed"] == whole[pod]["added"]
+
+
+async def _live_tables(kafka: KafkaSettings) -> tuple[dict[bytes, bytes], dict[bytes, bytes]]:
+    """The worker's tables, as their changelogs have them: block_index without positions, engine_blocks."""
+    tables: list[dict[bytes, bytes]] = []
+    for topic in reversed(records.changelog_topics("kvatlas")):
+        table: dict[bytes, bytes] = {}
+
+        def note(key: bytes | None, value: bytes | None, _: int, table: dict[bytes, bytes] = table) -> None:
+            assert key is not None
+            if value is None:
+                table.pop(key, None)
+            else:
+                table[key] = value
+
+        await read_topic(kafka, topic.name, note)
+        tables.append({key: value for key, value in table.items() if not key.startswith(b"\0kvatlas")})
+    return {key: value for key, value in tables[0].items() if not is_meta(key)}, tables[1]
+
+
+async def _offsets(kafka: KafkaSettings) -> Moment:
+    """The end of kv-events now."""
+    async with LogReader(kafka) as reader:
+        span = await reader.range(records.EVENTS, EARLIEST, LATEST)
+        return Moment(offsets={partition: end for partition, (_, end) in span.bounds.items()})
+
+
+async def test_a_state_at_an_offset_is_what_the_worker_had_there(
+    brokers: str, topic_prefix: str, tmp_path: Path
+) -> None:
+    """Rebuilt at the offsets of an earlier moment, both tables equal the live worker's of that moment, entry by entry.
+
+    The live ones are saved when the worker has applied everything; then traffic with evictions, clears and restarts
+    goes on and changes them.
+    """
+    kafka = await make_topics(brokers, topic_prefix)
+    fleet = fleet_of(kafka)
+    worker = WorkerProcess(kafka, tmp_path / "w", "--sweep-entries-per-second=0")
+    try:
+        await worker.ready()
+        async with producing(kafka) as producer:
+            saved = []
+            for _ in range(2):
+                for _ in range(3):
+                    fleet.serve(20)
+                    fleet.disturb(clear=0.5, restart=0.5)
+                    await fleet.flush(producer)
+                assert_true(await until_true(kafka, fleet.truth()), 4)
+                await asyncio.sleep(1.0)  # the last flush reaches the changelog
+                saved.append((await _offsets(kafka), await _live_tables(kafka)))
+    finally:
+        worker.close()
+    assert saved[0][1] != saved[1][1]
+    for number, (moment, (blocks, engine_blocks)) in enumerate(saved):
+        folder = tmp_path / f"past-{number}"
+        async with LogReader(kafka) as reader:
+            past = await rebuild(reader, kafka, moment, folder=folder, options=OPTIONS, clock=lambda: 0)
+        then = {key: value for key, value in past.blocks.items() if not is_meta(key)}
+        assert {key: sorted(holders(value)) for key, value in then.items()} == {
+            key: sorted(holders(value)) for key, value in blocks.items()
+        }
+        assert dict(past.engine_blocks.items()) == engine_blocks
+        past.close(keep=False)
