@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
 import socket
 import time
 import uuid
@@ -48,6 +50,7 @@ _TOPICS_WAIT_SECONDS: Final = 60.0
 _STOP_SECONDS: Final = 4.0
 _RESTART_SECONDS: Final = 1.0
 _POLL_SECONDS: Final = 0.05
+_NO_SPACE: Final = os.strerror(errno.ENOSPC)
 
 
 class WorkerService:
@@ -113,6 +116,7 @@ class WorkerService:
 
         Raises:
             RightsError: it died because the account may not do on Kafka what it must.
+            StoreError: it died because the disk is full.
         """
         while not stop.is_set():
             assert self._crashed is not None
@@ -124,6 +128,8 @@ class WorkerService:
                 return
             if (refused := lost_right(crashed.result(), self._kafka)) is not None:
                 raise refused
+            if (full := full_disk(crashed.result(), self._settings.state_dir)) is not None:
+                raise full
             logger.error("the stream app died, a new one is started: %r", crashed.result())
             metrics.RESTARTS.inc()
             await self._stop_app()
@@ -409,6 +415,18 @@ async def _until_reachable(consumer: Any, deadline: float) -> None:
             await asyncio.sleep(1.0)
         else:
             return
+
+
+def full_disk(error: BaseException | None, folder: str) -> StoreError | None:
+    """Return what an error and its causes say of a full disk, None where they say nothing of it."""
+    while error is not None:
+        if _NO_SPACE in str(error):
+            return StoreError(
+                f"[worker] state_dir {folder}: the disk is full ({error}); free some of it or take a larger one, then "
+                "start the worker again. Nothing is lost: it reads from the changelogs what is not on its disk"
+            )
+        error = error.__cause__ or error.__context__
+    return None
 
 
 async def _report_crash(app: WorkerApp, on_crash: Callable[[BaseException], None]) -> None:

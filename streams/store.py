@@ -260,8 +260,11 @@ class PartitionState:
     def close(self) -> None:
         """Close the database; a rocksdict handle must not stay referenced anywhere, or its lock stays."""
         if self._db is not None:
-            with self._apart:
-                self._db.close()
+            try:
+                with self._apart:
+                    self._db.close()
+            except Exception as error:  # noqa: BLE001 # rocksdict raises bare Exception, such as for a full disk
+                logger.warning("%s: not closed cleanly, as after a crash: %s", self.path, error)
             self._db = None
 
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -98,6 +99,8 @@ def _start(args: argparse.Namespace) -> int:
     if args.ephemeral and args.data_dir:
         raise SettingsError("--ephemeral makes its own data folder; leave out --data-dir")
     port = args.port if args.port is not None else (0 if args.ephemeral else 9092)
+    if args.ephemeral or read_state(args.data_dir or DEFAULT_DATA_DIR) is None:
+        _check_port(args.host, port)
     node = KafkaNode(
         None if args.ephemeral else args.data_dir or DEFAULT_DATA_DIR,
         port=port,
@@ -113,6 +116,19 @@ def _start(args: argparse.Namespace) -> int:
         _announce(node, args.print_address)
         return 0
     return _foreground(node, print_address=args.print_address)
+
+
+def _check_port(host: str, port: int) -> None:
+    """Refuse a port that is taken at once: the JVM takes seconds to find out."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+            raise SettingsError(
+                f"cannot listen on {host}:{port}: {reason}; give another --port, 0 for a free one"
+            ) from error
 
 
 def _foreground(node: KafkaNode, *, print_address: bool) -> int:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
-from kvatlas.bridge.errors import LogError, SettingsError
+from kvatlas.bridge.errors import KvatlasError, LogError, SettingsError
 from kvatlas.bridge.kafka import client_config, lost_right
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.deploy.history.fetch import RangeFetcher, RecordBatch
@@ -71,9 +71,12 @@ class LogReader:
             SettingsError: TLS or SASL settings are refused.
             LogError: Kafka cannot be reached.
         """
-        (await contact(self._kafka)).close()  # its errors say which setting is refused, the consumer's do not
         try:
+            (await contact(self._kafka)).close()  # its errors say which setting is refused, the consumer's do not
             await self._consumer.start()
+        except KvatlasError:
+            await self._consumer.stop()
+            raise
         except (KafkaError, OSError) as error:
             await self._consumer.stop()
             raise LogError(f"cannot reach Kafka at {self._kafka.brokers}: {error}; check --brokers") from error

@@ -10,6 +10,7 @@ from kvatlas.bridge.errors import VersionError
 from kvatlas.streams.changelog import META_KEY, Meta, decode_meta, encode_meta
 from kvatlas.streams.errors import StoreError
 from kvatlas.streams.rocks import RocksBudget, open_database
+from kvatlas.streams.service import full_disk
 from kvatlas.streams.store import OFFSET_KEY, PartitionState, Role
 from kvatlas.streams.table import PartitionView
 
@@ -100,3 +101,16 @@ def test_a_view_reads_its_own_writes_and_leaves_the_state_alone(tmp_path: Path, 
     assert state.get_many([b"a", b"b", b"new"]) == [b"1", b"2", None]
     assert view.writes == {b"a": b"9", b"b": None, b"new": b"3"}
     state.close()
+
+
+def test_a_full_disk_is_named_with_its_folder_and_what_to_do() -> None:
+    """RocksDB's words are found among the causes of whatever the app died of; other errors are not taken for it."""
+    cause = Exception("IO error: No space left on device: While appending to file: /s/engine_blocks-1.db/000058.sst")
+    crash = RuntimeError("the flow ended")
+    crash.__cause__ = cause
+    found = full_disk(crash, "/s")
+    assert found is not None
+    assert "state_dir /s" in str(found)
+    assert "000058.sst" in str(found)
+    assert not found.retriable
+    assert full_disk(RuntimeError("something else"), "/s") is None
