@@ -59,6 +59,8 @@ class BridgeCollector(Collector):
         age = GaugeMetricFamily("kvatlas_bridge_silence_seconds", "Since the engine was heard", labels=["pod"])
         held = GaugeMetricFamily("kvatlas_bridge_held_messages", "Held while a hole is repaired", labels=["pod"])
         for stream in list(self._streams.values()):
+            if stream.waiting:  # the one that holds the pod shows it
+                continue
             age.add_metric([stream.pod], (self._shared.now_ns() - stream.heard_ns) / 1e9)
             tracker = stream.tracker
             if tracker is None:

@@ -85,13 +85,19 @@ class Gate:
         self._open = asyncio.Event()
         self._open.set()
         self._flying = 0
-        self._until = 0.0
+        self._began = 0.0
+
+    def pause(self, seconds: float) -> None:
+        """Change the pause, from now on; none opens a gate that only waits."""
+        self._pause = seconds
+        if not seconds and not self._flying:
+            self._open.set()
 
     async def __aenter__(self) -> None:
         """Wait until the next batches go."""
         await self._open.wait()
         if not self._flying:
-            self._until = time.monotonic() + self._pause
+            self._began = time.monotonic()
         self._flying += 1
         self._open.clear()
 
@@ -99,11 +105,15 @@ class Gate:
         """Open when all that went together have come back, and no sooner than the pause says."""
         self._flying -= 1
         if not self._flying:
-            left = self._until - time.monotonic()
+            left = self._began + self._pause - time.monotonic()
             if left > 0:
-                asyncio.get_running_loop().call_later(left, self._open.set)
+                asyncio.get_running_loop().call_later(left, self._reopen)
             else:
                 self._open.set()
+
+    def _reopen(self) -> None:
+        if not self._flying:  # a flush may have opened it before
+            self._open.set()
 
 
 class Publisher:
@@ -198,10 +208,14 @@ class Publisher:
         self._wake[place].set()
 
     async def flush(self, timeout_seconds: float) -> bool:
-        """Wait until everything is acknowledged; False when the time is over first."""
+        """Wait until everything is acknowledged, sent without pauses; False when the time is over first."""
         deadline = time.monotonic() + timeout_seconds
-        while self.pending_bytes and time.monotonic() < deadline:  # noqa: ASYNC110 - acknowledged by many tasks
+        while self.pending_bytes and time.monotonic() < deadline:
+            for gate in self._gates.values():
+                gate.pause(0.0)
             await asyncio.sleep(0.01)
+        for gate in self._gates.values():
+            gate.pause(self._linger)
         return not self.pending_bytes
 
     async def stop(self) -> None:

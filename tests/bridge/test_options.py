@@ -6,6 +6,8 @@ import pytest
 
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.options import BridgeSettings, EngineSpec, parse_engine
+from kvatlas.bridge.service import BridgeService
+from kvatlas.bridge.settings import KafkaSettings
 
 
 def test_a_spec_says_everything_about_an_endpoint() -> None:
@@ -72,3 +74,13 @@ def test_settings_read_their_engines() -> None:
     """The static list may hold several endpoints of several ranks."""
     settings = BridgeSettings(engines=["tcp://a:1", "tcp://b:1,dp=2"])
     assert [spec.live for spec in settings.specs()] == ["tcp://a:1", "tcp://b:1", "tcp://b:2"]
+
+
+def test_bound_addresses_need_a_bridge_of_their_own() -> None:
+    """Bind mode with several bridges is refused before anything starts, and both settings are named."""
+    settings = BridgeSettings(bind=["tcp://*:5557"])
+    with pytest.raises(SettingsError, match=r"bridge\.bind needs bridge\.ownership=all"):
+        settings.specs()
+    with pytest.raises(SettingsError, match=r"bridge\.ownership"):
+        BridgeService(settings, KafkaSettings(brokers="127.0.0.1:1"))
+    assert BridgeSettings(bind=["tcp://*:5557"], ownership="all").specs() == []

@@ -121,6 +121,12 @@ async def test_requests_keep_their_distance() -> None:
     assert time.monotonic() - began < 0.05
     await asyncio.gather(*(gate.__aenter__() for _ in range(2)))
     assert time.monotonic() - began >= 0.09
+    await asyncio.gather(*(gate.__aexit__() for _ in range(2)))
+    gate.pause(0.0)  # a flush does not wait
+    began = time.monotonic()
+    async with gate:
+        pass
+    assert time.monotonic() - began < 0.05
 
 
 async def test_nothing_is_dropped_while_the_broker_is_away() -> None:

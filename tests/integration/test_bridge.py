@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import socket
 from pathlib import Path
 from typing import Any
@@ -328,3 +329,91 @@ async def test_an_endpoint_file_is_followed_without_restart(brokers: str, topic_
     engine.close()
     last = (await _read(kafka, records.EVENTS))[-1]
     assert records.decode(records.Control, last.value).type == "gone"
+
+
+async def test_a_stop_sends_what_was_accepted(brokers: str, topic_prefix: str) -> None:
+    """Messages that wait for Kafka when the bridge is told to stop are on the log afterwards, and so is the record."""
+    kafka = await _setup(brokers, topic_prefix)
+    engine = _engine()
+    bridge = _bridge(engine, kafka, linger_ms=3000.0)
+    await bridge.start()
+    await asyncio.sleep(0.5)
+    for number in range(50):
+        engine.publish(_CLEAR, timestamp=float(number))
+        await asyncio.sleep(0.005)
+    for _ in range(200):
+        if bridge.received_bytes and next(iter(bridge.streams.values())).tracker.expected == 50:  # type: ignore[union-attr]
+            break
+        await asyncio.sleep(0.01)
+    assert bridge.acknowledged < 50
+    await bridge.stop()
+    engine.close()
+    assert [sequence for _, sequence in _sequences(await _read(kafka, records.EVENTS), "pod-x")] == list(range(50))
+    assert records.decode(records.PodRecord, (await _read(kafka, records.PODS))[-1].value).last_sequence == 49
+
+
+async def test_a_silent_pod_is_stale_until_it_is_heard(brokers: str, topic_prefix: str) -> None:
+    """One that neither sends nor answers turns stale and, once it sends, live; one that answers a replay stays live."""
+    kafka = await _setup(brokers, topic_prefix)
+    dumb = EnginePublisher("tcp://127.0.0.1:*", topic="kv@dumb@m")
+    dumb.start()
+    engine = _engine()
+    settings = BridgeSettings(
+        engines=[dumb.endpoint, f"{engine.endpoint},{engine.replay_endpoint}"],
+        ownership="all",
+        heartbeat_seconds=0.3,
+        stale_seconds=1.5,
+        record_seconds=0.1,
+    )
+    bridge = BridgeService(settings, kafka)
+    await bridge.start()
+    await asyncio.sleep(0.5)
+    dumb.publish(_CLEAR, timestamp=1.0)
+    engine.publish(_CLEAR, timestamp=1.0)
+
+    async def states(pod: str) -> list[str]:
+        found = [records.decode(records.PodRecord, message.value) for message in await _read(kafka, records.PODS)]
+        return [key for key, _ in itertools.groupby(record.state for record in found if record.pod == pod)]
+
+    async def until(expected: list[str]) -> None:
+        for _ in range(100):
+            if await states("dumb") == expected:
+                return
+            await asyncio.sleep(0.1)
+        raise AssertionError(await states("dumb"))
+
+    await until(["live", "stale"])
+    dumb.publish(_CLEAR, timestamp=2.0)
+    await until(["live", "stale", "live"])
+    assert await states("pod-x") == ["live"]
+    await bridge.stop()
+    dumb.close()
+    engine.close()
+
+
+async def test_an_engine_that_connected_and_left_is_gone(brokers: str, topic_prefix: str) -> None:
+    """On a bound address a closed connection ends the pod after the limit; another pod that is there stays."""
+    kafka = await _setup(brokers, topic_prefix)
+    bridge = BridgeService(BridgeSettings(bind=["tcp://127.0.0.1:*"], ownership="all", gone_seconds=0.5), kafka)
+    await bridge.start()
+    engines = [EnginePublisher(bridge.bound[0], topic=f"kv@pod-{name}@m", bind=False) for name in "ab"]
+    for engine in engines:
+        engine.start()
+    await asyncio.sleep(1.0)
+    for engine in engines:
+        engine.publish(_CLEAR, timestamp=1.0)
+    await _until(kafka, "pod-a", 1)
+    engines[0].close()
+    for _ in range(100):
+        if [stream.pod for stream in bridge.streams.values()] == ["pod-b"]:
+            break
+        await asyncio.sleep(0.1)
+    engines[1].publish(_CLEAR, timestamp=2.0)
+    await _until(kafka, "pod-b", 2)
+    await bridge.stop()
+    engines[1].close()
+    found = {}
+    for message in await _read(kafka, records.PODS):
+        record = records.decode(records.PodRecord, message.value)
+        found[record.pod] = record.state
+    assert found == {"pod-a": "gone", "pod-b": "live"}
