@@ -183,7 +183,7 @@ def build_app(
         value_serializer="raw",
         stream_wait_empty=False,
         stream_recovery_delay=0.0,
-        stream_buffer_maxsize=1024,
+        stream_buffer_maxsize=2,  # each has all that one fetch brought
         table_standby_replicas=settings.standbys,
         topic_allow_declare=False,
         topic_disable_leader=True,
@@ -289,6 +289,7 @@ def _add_flows(parts: _Parts, source: str, name: str, table: BulkTable, make_sta
         rewind=lambda partition, offset: parts.app.source_consumer().rewind(TP(source, partition), offset),
         may_commit=lambda: parts.app.lease.valid,
         pass_hole=lambda partition, offset: parts.app.source_consumer().pass_hole(TP(source, partition), offset),
+        on_committed=lambda partition, offset: parts.app.source_consumer().committed(TP(source, partition), offset),
     )
     parts.app.sources[source] = table
     parts.app.flows[source] = flows
@@ -307,9 +308,9 @@ def _agent(app: WorkerApp, source: str, name: str, flows: Flows) -> None:
     )
 
     async def agent(stream: Any) -> None:
-        # Acknowledged by hand: a flow acknowledges after its commit.
-        async for event in stream.noack().events():
-            await flows.offer(event)
+        # What Faust acknowledges here was only handed over; which offsets are done, the flows tell the consumer.
+        async for event in stream.events():
+            await flows.offer(event.message.records)
 
     app.agent(topic, name=name)(agent)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import enum
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final, Protocol
 
 from aiokafka.errors import KafkaError
@@ -101,6 +102,7 @@ class Flow:
         on_taken: called with the number of records that left the queue.
         on_failed: called with the error that ended the flow.
         may_commit: whether this worker is sure to own the partition.
+        on_committed: called with the offset of the last record of each flush.
     """
 
     def __init__(
@@ -109,17 +111,19 @@ class Flow:
         stage: Stage,
         on_taken: Callable[[int], None],
         on_failed: Callable[[BaseException], None],
+        *,
         may_commit: Callable[[], bool],
+        on_committed: Callable[[int], None],
     ) -> None:
         self.name = name
         self.last_offset = -1
         self._may_commit = may_commit
+        self._on_committed = on_committed
         self.hole = Hole()
         self._stage = stage
         self._on_taken = on_taken
         self._queue: deque[Any] = deque()
         self._taken: list[Any] = []
-        self._unacknowledged: deque[tuple[int, Any]] = deque()
         self._wake = asyncio.Event()
         self._stopping = False
         self._on_failed = on_failed
@@ -131,16 +135,6 @@ class Flow:
         self.last_offset = record.offset
         self._queue.append(record)
         self._wake.set()
-
-    def acknowledge(self, event: Any) -> None:
-        """Acknowledge an event once everything that is queued now is committed."""
-        self._unacknowledged.append((self.last_offset, event))
-        if self.idle:
-            self._acknowledge(self.last_offset)
-
-    def _acknowledge(self, committed: int) -> None:
-        while self._unacknowledged and self._unacknowledged[0][0] <= committed:
-            self._unacknowledged.popleft()[1].ack()
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -190,7 +184,7 @@ class Flow:
                     return
             taken, self._taken = self._taken, []
             if taken:
-                self._acknowledge(taken[-1].offset)
+                self._on_committed(taken[-1].offset)
             self._on_taken(len(taken))
 
     async def _commit(self, work: Work) -> bool:
@@ -230,6 +224,7 @@ class Flows:
         may_commit: whether this worker is sure to own its partitions; commits wait while it is not.
         rewind: has a partition read again from an offset.
         pass_hole: told of a partition and the offset before which the topic has lost records.
+        on_committed: told of a partition and the offset of the last record that was committed.
 
     Attributes:
         skipped: records that came again after they were applied.
@@ -248,6 +243,7 @@ class Flows:
         may_commit: Callable[[], bool],
         rewind: Callable[[int, int], None],
         pass_hole: Callable[[int, int], None],
+        on_committed: Callable[[int, int], None],
     ) -> None:
         self.name = name
         self.skipped = 0
@@ -256,6 +252,7 @@ class Flows:
         self._may_commit = may_commit
         self._rewind = rewind
         self._pass_hole = pass_hole
+        self._on_committed = on_committed
         self._paused = False
         self._make_stage = make_stage
         self._source_offset = source_offset
@@ -286,40 +283,51 @@ class Flows:
         applied = self._source_offset(partition)
         return None if applied is None else applied + 1
 
-    async def offer(self, event: Any) -> None:
-        """Hand the records of one event to their partition's flow; waits while too many are queued.
+    async def offer(self, fetched: Mapping[int, Sequence[Any]]) -> None:
+        """Hand records to their partitions' flows; waits while too many are queued.
 
         A record at or below the offset that the table already reflects is dropped. One that does not follow the last
         is not taken: what lies between was lost on its way, and is read again. Records that come between a
-        revocation and the next restore are dropped: the restore ends with a seek to the tables' offsets. The event
-        is acknowledged when what was taken before and with it is committed.
+        revocation and the next restore are dropped: the restore ends with a seek to the tables' offsets.
 
         Args:
-            event: with ``message.partition`` and ``message.records``, in order of their offsets.
+            fetched: partition -> records in order of their offsets.
         """
-        partition = event.message.partition
         if self._paused:
             return
-        flow = self._flows.get(partition)
-        if flow is None:
-            applied = self._source_offset(partition)
-            if applied is None:
-                return
-            stage = self._make_stage(partition)
-            flow = Flow(f"{self.name}-{partition}", stage, self._on_taken, self._on_failed, self._may_commit)
-            flow.last_offset = applied
-            self._flows[partition] = flow
-        for record in event.message.records:
-            if record.offset <= flow.last_offset:
-                self.skipped += 1
-            elif record.offset == flow.last_offset + 1 or self._passes(flow, partition, record.offset):
-                self._held += 1
-                flow.offer(record)
-        if event.message.offset <= flow.last_offset:
-            flow.acknowledge(event)
+        for partition, records in fetched.items():
+            flow = self._flow(partition)
+            if flow is None:
+                continue
+            for record in records:
+                if record.offset <= flow.last_offset:
+                    self.skipped += 1
+                elif record.offset == flow.last_offset + 1 or self._passes(flow, partition, record.offset):
+                    self._held += 1
+                    flow.offer(record)
         if self._held >= self._limit:
             self._space.clear()
             await self._space.wait()
+
+    def _flow(self, partition: int) -> Flow | None:
+        """Return a partition's flow; None when it is not ours to write."""
+        flow = self._flows.get(partition)
+        if flow is not None:
+            return flow
+        applied = self._source_offset(partition)
+        if applied is None:
+            return None
+        flow = Flow(
+            f"{self.name}-{partition}",
+            self._make_stage(partition),
+            self._on_taken,
+            self._on_failed,
+            may_commit=self._may_commit,
+            on_committed=partial(self._on_committed, partition),
+        )
+        flow.last_offset = applied
+        self._flows[partition] = flow
+        return flow
 
     def _passes(self, flow: Flow, partition: int, offset: int) -> bool:
         """Return whether a record that does not follow the last may be taken all the same."""

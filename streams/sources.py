@@ -5,13 +5,15 @@ the streams' queues, and cuts off the delivery in progress. What an agent has no
 nothing here trusts the consumer's position: it is set to what the tables reflect after every restore, a flow that
 sees a hole has it read again, and a :class:`Watchdog` does the same when nothing comes although there is something.
 
-Faust carries what one fetch brought for a partition as one message, a :class:`Batch`: two tasks, an event and an
-acknowledgement a record are most of what a worker would do otherwise.
+Faust carries what one fetch brought for a topic as one message, a :class:`Batch`: two tasks, an event and an
+acknowledgement a record are most of what a worker would do otherwise, and its turns of the event loop most of the
+time that a record is on its way.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final, NamedTuple
@@ -28,19 +30,20 @@ _STUCK_SECONDS: Final = 5.0
 
 
 class Batch(ConsumerMessage):
-    """Records of one source partition that came together; its offset is that of the last.
+    """What one fetch brought for a topic; it stands at the last record of its first partition.
 
     Attributes:
-        records: what aiokafka read, in order of their offsets.
+        records: partition -> what aiokafka read, in order of their offsets.
     """
 
-    records: Sequence[Any]
+    records: Mapping[int, Sequence[Any]]
 
-    def __init__(self, tp: TP, records: Sequence[Any], generation_id: int) -> None:
-        last = records[-1]
+    def __init__(self, topic: str, records: Mapping[int, Sequence[Any]], generation_id: int) -> None:
+        partition, found = next(iter(records.items()))
+        last = found[-1]
         super().__init__(
-            tp.topic,
-            tp.partition,
+            topic,
+            partition,
             last.offset,
             last.timestamp / 1000,
             last.timestamp_type,
@@ -48,7 +51,7 @@ class Batch(ConsumerMessage):
             None,
             None,
             None,
-            tp=tp,
+            tp=TP(topic, partition),
             generation_id=generation_id,
         )
         self.records = records
@@ -116,12 +119,13 @@ class SourceConsumer(driver.Consumer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._read_offset = _NoPositions()
+        self._done: dict[TP, int] = {}
 
     def _new_consumer_thread(self) -> Any:
         return SourceConsumerThread(self, loop=self.loop, beacon=self.beacon)
 
     async def getmany(self, timeout: float) -> AsyncIterator[tuple[TP, ConsumerMessage]]:
-        """Yield what is there: a :class:`Batch` for each source partition, other records one by one."""
+        """Yield what is there: a :class:`Batch` for each source topic, other records one by one."""
         found, active = await self._wait_next_records(timeout)
         if found is None or self.should_stop:
             return
@@ -129,16 +133,19 @@ class SourceConsumer(driver.Consumer):
             await self.perform_seek()
             return
         generation = self.app.consumer_generation_id
+        sources: dict[str, dict[int, Sequence[Any]]] = {}
         others: dict[TP, Any] = {}
         for topic_partition, fetched in found.items():
             tp = TP(topic_partition.topic, topic_partition.partition)
             if tp.topic not in self.app.sources:
                 others[tp] = fetched
             elif fetched and (active is None or tp in active):
-                if not self._current(generation):
-                    return
-                self.app.monitor.track_tp_end_offset(tp, self.highwater(tp))
-                yield tp, Batch(tp, fetched, generation)
+                sources.setdefault(tp.topic, {})[tp.partition] = fetched
+        for topic, by_partition in sources.items():
+            if not self._current(generation):
+                return
+            batch = Batch(topic, by_partition, generation)
+            yield batch.tp, batch
         for tp, record in self.scheduler.iterate(others):
             if not self._current(generation):
                 return
@@ -149,17 +156,22 @@ class SourceConsumer(driver.Consumer):
         """Tell whether what was fetched is still ours to deliver."""
         return bool(self.flow_active and self.app.consumer_generation_id == generation)
 
+    def committed(self, tp: TP, offset: int) -> None:
+        """Take note that a flow has committed a source partition up to a record, and all before it."""
+        self._done[tp] = offset + 1
+
+    def _filter_tps_with_pending_acks(self, topics: Any = None) -> Iterator[TP]:
+        own = (tp for tp in self._done if topics is None or tp in topics or tp.topic in topics)
+        return itertools.chain(own, super()._filter_tps_with_pending_acks(topics))
+
     def _new_offset(self, tp: TP) -> int | None:
-        """Return the offset to commit: flows acknowledge in order, so all before the newest is done."""
+        """Return the offset to commit to the group."""
         if tp.topic not in self.app.sources:
             return super()._new_offset(tp)
-        acked = self._acked[tp]
-        if not acked:
-            return None
-        newest = max(acked)
-        self._acked_index[tp].difference_update(acked)
-        acked.clear()
-        return newest + 1
+        # Faust's own notes say what was handed over, which is not what is done.
+        self._acked[tp].clear()
+        self._acked_index[tp].clear()
+        return self._done.pop(tp, None)
 
     async def perform_seek(self) -> None:
         """Seek to the committed offsets, then to the tables' own."""

@@ -1,4 +1,4 @@
-"""Tests of the flows: gather, apply, commit, acknowledge."""
+"""Tests of the flows: gather, apply, commit."""
 
 from __future__ import annotations
 
@@ -13,14 +13,8 @@ from kvatlas.streams.errors import ChangelogError, StoreError
 from kvatlas.streams.flow import Flows
 
 
-class Event:
-    def __init__(self, offset: int, log: list[Any], partition: int = 0) -> None:
-        record = SimpleNamespace(offset=offset, partition=partition)
-        self.message = SimpleNamespace(offset=offset, partition=partition, records=[record])
-        self._log = log
-
-    def ack(self) -> None:
-        self._log.append(("ack", self.message.offset))
+def fetched(*offsets: int, partition: int = 0) -> dict[int, list[Any]]:
+    return {partition: [SimpleNamespace(offset=offset, partition=partition) for offset in offsets]}
 
 
 class FakeStage:
@@ -67,6 +61,7 @@ def flows_of(
         may_commit=lambda: sure is None or sure.is_set(),
         rewind=lambda partition, offset: asked.append((partition, offset)),
         pass_hole=lambda partition, offset: asked.append(("hole", partition, offset)),
+        on_committed=lambda _, offset: log.append(("done", offset)),
     )
     return flows, failed
 
@@ -76,63 +71,61 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-async def test_what_comes_during_a_commit_is_the_next_flush_and_acks_follow_commits() -> None:
-    """Flushes grow with load; a record is acknowledged only after its flush is committed."""
+async def test_what_comes_during_a_commit_is_the_next_flush() -> None:
+    """Flushes grow with load; a record is done only after its flush is committed."""
     log: list[Any] = []
     gate = asyncio.Event()
     flows, _ = flows_of(log, gate)
     for offset in range(4):
-        await flows.offer(Event(offset, log))
+        await flows.offer(fetched(offset))
         await settle()
     assert log == []
     gate.set()
     await settle()
     assert log == [
         ("commit", (0,)),
-        ("ack", 0),
+        ("done", 0),
         ("commit", (1, 2, 3)),
-        ("ack", 1),
-        ("ack", 2),
-        ("ack", 3),
+        ("done", 3),
     ]
     await flows.stop(1.0)
 
 
-async def test_records_that_the_table_reflects_are_acknowledged_and_dropped() -> None:
+async def test_records_that_the_table_reflects_are_dropped() -> None:
     """Source records at or below the stored offset are not applied again."""
     log: list[Any] = []
     gate = asyncio.Event()
     gate.set()
     flows, _ = flows_of(log, gate, applied=5)
     for offset in (4, 5, 6):
-        await flows.offer(Event(offset, log))
+        await flows.offer(fetched(offset))
     await settle()
-    assert log == [("ack", 4), ("ack", 5), ("commit", (6,)), ("ack", 6)]
+    assert log == [("commit", (6,)), ("done", 6)]
     assert flows.skipped == 2
     await flows.stop(1.0)
 
 
 async def test_a_retriable_failure_is_committed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A changelog that is not acknowledged is sent again, and nothing is acknowledged before."""
+    """A changelog that is not acknowledged is sent again, and nothing is done before."""
     monkeypatch.setattr("kvatlas.streams.flow._BACKOFF_FIRST_SECONDS", 0.001)
     log: list[Any] = []
     gate = asyncio.Event()
     gate.set()
     flows, failed = flows_of(log, gate, ChangelogError("away"), ChangelogError("away"))
-    await flows.offer(Event(0, log))
+    await flows.offer(fetched(0))
     await asyncio.sleep(0.05)
-    assert log == [("commit", (0,)), ("ack", 0)]
+    assert log == [("commit", (0,)), ("done", 0)]
     assert failed == []
     await flows.stop(1.0)
 
 
 async def test_a_failure_that_is_not_retriable_ends_the_app() -> None:
-    """The error is handed on, and nothing is acknowledged."""
+    """The error is handed on, and nothing is done."""
     log: list[Any] = []
     gate = asyncio.Event()
     gate.set()
     flows, failed = flows_of(log, gate, StoreError("disk"))
-    await flows.offer(Event(0, log))
+    await flows.offer(fetched(0))
     await settle()
     assert [str(error) for error in failed] == ["disk"]
     assert log == []
@@ -144,32 +137,32 @@ async def test_a_stop_finishes_the_flush_and_drops_the_queue_until_resumed() -> 
     log: list[Any] = []
     gate = asyncio.Event()
     flows, _ = flows_of(log, gate)
-    await flows.offer(Event(0, log))
+    await flows.offer(fetched(0))
     await settle()
-    await flows.offer(Event(1, log))
+    await flows.offer(fetched(1))
     stopping = asyncio.create_task(flows.stop(5.0))
     await settle()
     gate.set()
     await stopping
-    await flows.offer(Event(2, log))
+    await flows.offer(fetched(2))
     await settle()
-    assert log == [("commit", (0,)), ("ack", 0)]
+    assert log == [("commit", (0,)), ("done", 0)]
     assert flows.held == 0
     flows.resume()
     for offset in range(2):
-        await flows.offer(Event(offset, log))
+        await flows.offer(fetched(offset))
     await settle()
-    assert log[2:] == [("commit", (0, 1)), ("ack", 0), ("ack", 1)]
+    assert log[2:] == [("commit", (0, 1)), ("done", 1)]
     await flows.stop(1.0)
 
 
 async def test_a_partition_that_is_not_ours_is_not_written() -> None:
-    """Records of a partition that is not active here are dropped, unacknowledged."""
+    """Records of a partition that is not active here are dropped."""
     log: list[Any] = []
     gate = asyncio.Event()
     gate.set()
     flows, _ = flows_of(log, gate, applied=None)
-    await flows.offer(Event(0, log))
+    await flows.offer(fetched(0))
     await settle()
     assert log == []
     await flows.stop(1.0)
@@ -180,9 +173,9 @@ async def test_the_agent_waits_while_too_much_is_queued() -> None:
     log: list[Any] = []
     gate = asyncio.Event()
     flows, _ = flows_of(log, gate, limit=2)
-    await flows.offer(Event(0, log))
+    await flows.offer(fetched(0))
     await settle()
-    waiting = asyncio.create_task(flows.offer(Event(1, log)))
+    waiting = asyncio.create_task(flows.offer(fetched(1)))
     await settle()
     assert not waiting.done()
     gate.set()
@@ -198,7 +191,7 @@ async def test_records_lost_on_their_way_are_read_again() -> None:
     gate.set()
     flows, _ = flows_of(log, gate, applied=9, seeks=seeks)
     for offset in (10, 14, 15, 16, 11, 12, 13, 14):
-        await flows.offer(Event(offset, log))
+        await flows.offer(fetched(offset))
         await settle()
     assert [entry for entry in log if entry[0] == "commit"] == [("commit", (offset,)) for offset in range(10, 15)]
     assert seeks == [(0, 11)]
@@ -214,10 +207,10 @@ async def test_records_that_the_topic_has_lost_are_passed_over_after_two_reading
     gate.set()
     flows, _ = flows_of(log, gate, applied=-1, seeks=seeks)
     for offset in (50, 51, 50, 51, 50, 51):
-        await flows.offer(Event(offset, log))
+        await flows.offer(fetched(offset))
     await settle()
     assert seeks == [(0, 0), (0, 0), ("hole", 0, 50)]
-    assert [entry for entry in log if entry[0] == "ack"] == [("ack", 50), ("ack", 51)]
+    assert log == [("commit", (50, 51)), ("done", 51)]
     assert flows.missed == 50
     await flows.stop(1.0)
 
@@ -228,7 +221,7 @@ async def test_a_flow_tells_what_it_waits_for() -> None:
     gate = asyncio.Event()
     flows, _ = flows_of(log, gate, applied=4)
     assert flows.waiting(0) == 5
-    await flows.offer(Event(5, log))
+    await flows.offer(fetched(5))
     await settle()
     assert flows.waiting(0) is None
     gate.set()
@@ -247,11 +240,11 @@ async def test_commits_wait_while_the_group_may_have_others_write(monkeypatch: p
     gate, sure = asyncio.Event(), asyncio.Event()
     gate.set()
     flows, failed = flows_of(log, gate, sure=sure)
-    await flows.offer(Event(0, log))
+    await flows.offer(fetched(0))
     await asyncio.sleep(0.02)
     assert log == []
     sure.set()
     await asyncio.sleep(0.05)
-    assert log == [("commit", (0,)), ("ack", 0)]
+    assert log == [("commit", (0,)), ("done", 0)]
     assert failed == []
     await flows.stop(1.0)
