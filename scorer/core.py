@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -12,16 +12,16 @@ import msgspec
 from kvatlas.bridge.block_key import KEY_BYTES, partition_of
 from kvatlas.bridge.errors import KvatlasError
 from kvatlas.bridge.records import DecisionRecord, PodRecord
-from kvatlas.scorer import inputs
+from kvatlas.scorer import inputs, replies
 from kvatlas.scorer.decisions import OUTCOME, Decisions, judge
 from kvatlas.scorer.errors import InputError, NotReadyError, TooLargeError, UnknownRequestError
 from kvatlas.scorer.explain import block_infos, walk_ends
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.pick import choose
 from kvatlas.scorer.pods import PodTable
-from kvatlas.scorer.reader import STANDBY, Lookups, Seen
+from kvatlas.scorer.reader import Lookups, Seen
 from kvatlas.scorer.score import Match, Walk
-from kvatlas.scorer.strategies import Strategy, Weighing
+from kvatlas.scorer.strategies import Weighing
 from kvatlas.scorer.tokenization.pool import TokenizerPool
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 
@@ -64,6 +64,7 @@ class Remembered(NamedTuple):
     """What ReportDecision needs of a prompt that was scored before."""
 
     model: str
+    cache_salt: str
     keys: list[bytes]
     block_size_tokens: int
     scores: dict[str, tuple[float, int]]
@@ -163,8 +164,9 @@ class Core:
         response = pb.ScoreResponse(
             prompt_tokens=tokens.tokens, block_size_tokens=size, blocks=len(keys), tokenizer=tokens.backend
         )
-        self._fill(response, matches, strategy, len(keys))
-        self._freshness(response.freshness, matches, seen, partial=steps.partial)
+        replies.fill_scores(response, matches, strategy, len(keys))
+        response.freshness.partial = steps.partial
+        replies.fill_freshness(response.freshness, matches, seen, index.pods.merged, self._clock_ns())
         done = clock()
         stages = response.stages
         stages.tokenize_ms = (tokenized - began) * 1e3
@@ -205,47 +207,6 @@ class Core:
             chunk = min(chunk * _GROWTH, settings.lookup_chunk_max_blocks)
         return values, seen, spent
 
-    @staticmethod
-    def _fill(response: pb.ScoreResponse, matches: Sequence[Match], strategy: Strategy, blocks: int) -> None:
-        scores = response.scores
-        for match in matches:
-            entry = scores[match.pod.name]
-            entry.score = strategy.score(match, blocks)
-            entry.matched_blocks = match.blocks
-            entry.matched_tokens = match.tokens
-            for name, count in match.tiers.items():
-                entry.tiers[name] = count
-            if match.suspect:
-                entry.suspect_blocks = match.suspect
-            if match.speculative:
-                entry.speculative_blocks = match.speculative
-            if match.pod.approximate:
-                entry.approximate = True
-
-    def _freshness(
-        self, freshness: pb.Freshness, matches: Sequence[Match], seen: Mapping[int, Seen], *, partial: bool
-    ) -> None:
-        freshness.partial = partial
-        for number, state in sorted(seen.items()):
-            freshness.partitions.add(
-                partition=number,
-                applied_offset=state.applied_offset,
-                applied_receive_ns=state.applied_receive_ns,
-                role=state.role,
-                worker=state.worker,
-            )
-            if state.role == STANDBY:
-                freshness.standby = True
-        now = self._clock_ns()
-        for match in matches:
-            record = self.pods.merged.get(match.pod.name)
-            if record is not None:
-                entry = freshness.pods[match.pod.name]
-                entry.last_sequence = record.last_sequence
-                entry.age_ms = age_ms(record, now)
-                entry.state = record.state
-                entry.epoch = record.epoch
-
     def _remember(
         self, request: pb.ScoreRequest, keys: list[bytes], response: pb.ScoreResponse, seen: Mapping[int, Seen]
     ) -> None:
@@ -254,6 +215,7 @@ class Core:
         best = sorted(response.scores.items(), key=lambda item: -item[1].score)[:16]
         self._remembered[request.request_id] = Remembered(
             request.model,
+            request.cache_salt,
             keys,
             response.block_size_tokens,
             {pod: (entry.score, entry.matched_blocks) for pod, entry in best},
@@ -262,6 +224,11 @@ class Core:
         self._remembered.move_to_end(request.request_id)
         while len(self._remembered) > self._settings.remembered_requests:
             self._remembered.popitem(last=False)
+
+    def salt_of(self, request_id: str) -> str | None:
+        """Return the cache salt of the prompt that is remembered under a request id, None without one."""
+        known = self._remembered.get(request_id)
+        return None if known is None else known.cache_salt
 
     async def score_batch(self, request: pb.ScoreBatchRequest, deadline: float | None = None) -> pb.ScoreBatchResponse:
         """Score many prompts; one that cannot be scored carries its error and does not stop the others.
@@ -421,29 +388,7 @@ class Core:
 
     def pod_info(self, record: PodRecord) -> pb.PodInfo:
         """Return a pod as the API shows it."""
-        return pb.PodInfo(
-            pod=record.pod,
-            state=record.state,
-            model=record.model,
-            engine=record.engine,
-            endpoint=record.endpoint,
-            epoch=record.epoch,
-            valid_from=record.valid_from,
-            suspect_before=record.suspect_before,
-            block_size_tokens=record.block_size_tokens,
-            dp_rank=record.dp_rank,
-            last_sequence=record.last_sequence,
-            age_ms=age_ms(record, self._clock_ns()),
-            lost=record.lost,
-            store=record.store,
-            load=record.load,
-            approximate=record.approximate,
-        )
-
-
-def age_ms(record: PodRecord, now_ns: int) -> float:
-    """Return the age of a pod's last known message in ms; -1 before the first."""
-    return max(now_ns - record.receive_ns, 0) / 1e6 if record.receive_ns else -1.0
+        return replies.pod_info(record, self._clock_ns())
 
 
 def _merge(seen: dict[int, Seen], more: Mapping[int, Seen]) -> None:

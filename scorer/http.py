@@ -24,7 +24,7 @@ from google.protobuf.json_format import MessageToDict, Parse, ParseError
 
 from kvatlas.bridge.errors import KvatlasError, SettingsError
 from kvatlas.scorer.core import Core
-from kvatlas.scorer.errors import AuthError, ForbiddenError, InputError
+from kvatlas.scorer.errors import AuthError, ForbiddenError, InputError, TooLargeError
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.security import Guard
 from kvatlas.scorer.status import ROLE_OF, code_of
@@ -109,8 +109,8 @@ class HttpFront:
         async def handle(request: web.Request) -> web.StreamResponse:
             try:
                 caller = self._guard.admit(_metadata(request), ROLE_OF[name])
-                message = _parse(await request.text(), kind)
-                caller.check(message)
+                message = _parse(await _body(request, self._settings.max_message_bytes), kind)
+                caller.check(message, self._core.salt_of)
                 if self._running >= self._settings.max_concurrent:
                     return web.json_response({"error": "too many requests", "code": "RESOURCE_EXHAUSTED"}, status=429)
                 self._running += 1
@@ -141,6 +141,15 @@ def _metadata(request: web.Request) -> list[tuple[str, str]]:
     return [("authorization", request.headers.get("Authorization", ""))]
 
 
+async def _body(request: web.Request, limit: int) -> str:
+    try:
+        return (await request.read()).decode()
+    except web.HTTPRequestEntityTooLarge as error:
+        raise TooLargeError(f"body: at most {limit} bytes (max_message_bytes)") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"body: not UTF-8 at byte {error.start}") from error
+
+
 def _parse(text: str, kind: Any) -> Any:
     try:
         return Parse(text, kind())
@@ -155,4 +164,5 @@ def _json(message: Any) -> web.Response:
 
 def _failed(error: KvatlasError) -> web.Response:
     code = code_of(error).name
-    return web.json_response({"error": str(error), "code": code}, status=_STATUS.get(code, 500))
+    status = 413 if isinstance(error, TooLargeError) else _STATUS.get(code, 500)
+    return web.json_response({"error": str(error), "code": code}, status=status)

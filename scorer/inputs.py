@@ -99,7 +99,9 @@ async def _tokenized(request: pb.ScoreRequest, settings: ScorerSettings, pool: T
         chat = chat_input(request.chat, settings)
         encoded = await pool.encode_chat(request.model, chat, truncate=truncate)
     else:
-        if len(request.prompt) > settings.max_prompt_bytes:
+        # Four bytes a character at most, so most prompts need no encoding to know.
+        limit = settings.max_prompt_bytes
+        if len(request.prompt) * 4 > limit and len(request.prompt.encode()) > limit:
             raise TooLargeError(f"prompt: at most {settings.max_prompt_bytes} bytes (max_prompt_bytes)")
         special = request.add_special_tokens if request.HasField("add_special_tokens") else True
         encoded = await pool.encode(request.model, request.prompt, add_special_tokens=special, truncate=truncate)

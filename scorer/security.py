@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -38,17 +38,26 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     roles: list[Literal["score", "explain", "admin"]]
     cache_salts: list[str] | None = None
 
-    def check(self, request: Any) -> None:
+    def check(self, request: Any, salt_of: Callable[[str], str | None] = lambda _request_id: None) -> None:
         """Check that a request asks only for what this caller may see.
 
+        Args:
+            request: of any operation.
+            salt_of: the cache salt of a prompt that was scored before, by its request id; None where none is known.
+
         Raises:
-            ForbiddenError: it names a cache salt of somebody else, or none where one is needed.
+            ForbiddenError: it names a cache salt of somebody else, or none where one is needed, or a request id under
+                which somebody else's prompt is remembered.
         """
         if self.cache_salts is None:
             return
         for one in _score_requests(request):
             if one.cache_salt not in self.cache_salts:
                 raise ForbiddenError("cache_salt: not one that this token may ask about")
+        if isinstance(request, pb.ReportDecisionRequest) and not request.HasField("request"):
+            salt = salt_of(request.request_id)
+            if salt is not None and salt not in self.cache_salts:
+                raise ForbiddenError("request_id: its prompt has a cache salt that this token may not ask about")
 
 
 _ANYBODY: Final = Caller(sha256="0" * 64, roles=["admin"])

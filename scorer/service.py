@@ -95,7 +95,7 @@ class ScorerFront:
             code = "OK"
             try:
                 caller = self._guard.admit(context.invocation_metadata(), role)
-                caller.check(request)
+                caller.check(request, self._core.salt_of)
                 if self._running >= self._settings.max_concurrent:
                     raise errors.BusyError(f"{self._running} requests are worked on (max_concurrent); try again")
                 self._running += 1
