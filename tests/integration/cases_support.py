@@ -1,0 +1,269 @@
+"""One deployment behind one small interface: the library over each of its backends, and the whole pipeline.
+
+A test sends ``kv-events`` records of pods and asks for scores; what is between is the subject's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+from pipeline_support import Service
+from streams_support import PARTITIONS, WorkerProcess, make_topics, producing
+
+from kvatlas.bridge import records
+from kvatlas.bridge.block_key import block_keys, pack_tokens, partition_of, root_key
+from kvatlas.bridge.records import Control
+from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.scorer import IndexerOptions
+from kvatlas.scorer.client import ScorerClient, score_request
+from kvatlas.scorer.indexer import Indexer
+from kvatlas.scorer.indexer_sync import SyncIndexer
+from kvatlas.scorer.score import Weights
+from kvatlas.streams.resolve import ResolveOptions
+
+Record = tuple[bytes, bytes, list[tuple[str, bytes]]]
+#: A model whose host memory counts half, in every subject.
+HALF = "half"
+_names = itertools.count()
+
+
+class Found(NamedTuple):
+    """A pod's score, as far as the cases speak of it."""
+
+    score: float
+    blocks: int
+    suspect: int
+
+
+class Options(NamedTuple):
+    """What a deployment is made with."""
+
+    block_size: int = 16
+    strict_gaps: bool = False
+
+
+class Subject(Protocol):
+    """What is tested."""
+
+    def send(self, batch: Sequence[Record]) -> None:
+        """Bring records onto the log, or what stands for it."""
+
+    def score(self, tokens: Sequence[int], model: str, **options: Any) -> dict[str, Found]:
+        """Score a prompt."""
+
+    def holders(self, tokens: Sequence[int], model: str) -> list[set[tuple[str, str, int]]]:
+        """Return (pod, tier, group) of what holds each block and counts."""
+
+    def sequences(self) -> dict[str, int]:
+        """Return the last sequence applied of each pod."""
+
+
+class Library:
+    """The indexer library; records go straight in."""
+
+    def __init__(self, make: Callable[[], Indexer]) -> None:
+        self._indexer = SyncIndexer(make)
+        self._indexer.start()
+
+    def send(self, batch: Sequence[Record]) -> None:
+        for key, value, headers in batch:
+            self._indexer.apply_record(key, value, headers)
+
+    def score(self, tokens: Sequence[int], model: str, **options: Any) -> dict[str, Found]:
+        scored = self._indexer.score_tokens(tokens, model, **options)
+        assert not scored.partial
+        return {pod: Found(s.score, s.matched_blocks, s.suspect_blocks) for pod, s in scored.scores.items()}
+
+    def holders(self, tokens: Sequence[int], model: str) -> list[set[tuple[str, str, int]]]:
+        return [_counting(block.holders) for block in self._indexer.explain(tokens, model).blocks]
+
+    def sequences(self) -> dict[str, int]:
+        return {pod.pod: pod.last_sequence for pod in self._indexer.pods()}
+
+    def close(self) -> None:
+        self._indexer.stop()
+
+
+class Pipeline:
+    """Worker and scorer in processes of their own over a real Kafka; records go onto ``kv-events``."""
+
+    def __init__(self, brokers: str, prefix: str, folder: Path, options: Options) -> None:
+        self._kafka: KafkaSettings = asyncio.run(make_topics(brokers, prefix))
+        flags = [f"--block-size-tokens={options.block_size}", *(["--strict-gaps"] if options.strict_gaps else [])]
+        self._worker = WorkerProcess(self._kafka, folder / "state", *flags)
+        asyncio.run(self._worker.ready(180))
+        self._scorer = Service(
+            folder / "scorer.log",
+            *("scorer", f"--brokers={brokers}", f"--topic-prefix={prefix}", "--listen=127.0.0.1:0"),
+            *(f"--models={HALF}:cpu=0.5", f"--partitions={PARTITIONS}"),
+        )
+        self._client = ScorerClient(self._scorer.ready(180))
+
+    def send(self, batch: Sequence[Record]) -> None:
+        asyncio.run(self._send(batch))
+
+    async def _send(self, batch: Sequence[Record]) -> None:
+        async with producing(self._kafka) as producer:
+            topic = self._kafka.topic(records.EVENTS)
+            for key, value, headers in batch:
+                partition = records.pod_partition(key.decode(), PARTITIONS)
+                await producer.send(topic, value, key=key, headers=headers, partition=partition)
+            await producer.flush()
+
+    def score(self, tokens: Sequence[int], model: str, **options: Any) -> dict[str, Found]:
+        answer = self._client.score(model, tokens=tokens, **options)
+        assert not answer.freshness.partial
+        return {pod: Found(s.score, s.matched_blocks, s.suspect_blocks) for pod, s in answer.scores.items()}
+
+    def holders(self, tokens: Sequence[int], model: str) -> list[set[tuple[str, str, int]]]:
+        answer = self._client.call("Explain", score_request(model, tokens=tokens))
+        return [_counting(block.holders) for block in answer.blocks]
+
+    def sequences(self) -> dict[str, int]:
+        return {pod.pod: pod.last_sequence for pod in self._client.list_pods()}
+
+    def close(self) -> None:
+        self._client.close()
+        self._scorer.close()
+        self._worker.close()
+
+
+def _counting(holders: Iterable[Any]) -> set[tuple[str, str, int]]:
+    return {(found.pod, found.tier, found.group) for found in holders if found.state in ("live", "suspect")}
+
+
+def library_options(options: Options, model: str) -> IndexerOptions:
+    """Return the library's options of a deployment."""
+    weights = Weights(cpu=0.5) if model == HALF else Weights()
+    resolve = ResolveOptions(strict_gaps=options.strict_gaps)
+    return IndexerOptions(block_size_tokens=options.block_size, weights=weights, resolve=resolve)
+
+
+class World:
+    """Pods of one test on a subject; their names are made unlike those of any other test."""
+
+    def __init__(self, subject: Subject, options: Options, model: str = "") -> None:
+        self.subject = subject
+        self.size = options.block_size
+        self._suffix = f"-{next(_names)}"
+        self.model = model or f"model{self._suffix}"
+        self._next: dict[str, int] = {}
+        self._incarnation: dict[str, int] = {}
+        self._marks: dict[str, list[int]] = {}
+
+    # --- what pods say --------------------------------------------------------------------------------------------
+
+    def send(self, pod: str, *events: Any, sequence: int | None = None, model: str = "") -> None:
+        """Send one engine message."""
+        self.raw(pod, msgspec.msgpack.encode((1000.5, list(events), None)), sequence=sequence, model=model)
+
+    def raw(self, pod: str, payload: bytes, *, sequence: int | None = None, model: str = "") -> None:
+        """Send one engine message of these bytes."""
+        self.subject.send([self.record(pod, payload, sequence=sequence, model=model)])
+
+    def record(self, pod: str, payload: bytes, *, sequence: int | None = None, model: str = "") -> Record:
+        """Return the record of a message, the next in the pod's stream unless told otherwise."""
+        number = self._next.get(pod, 0) if sequence is None else sequence
+        self._next[pod] = max(number + 1, self._next.get(pod, 0))
+        fields = {
+            records.H_SEQUENCE: number,
+            records.H_INCARNATION: self._incarnation.setdefault(pod, 1),
+            records.H_MODEL: model or self.model,
+            records.H_RECEIVE_NS: time.time_ns(),
+        }
+        return (pod + self._suffix).encode(), payload, [(name, str(value).encode()) for name, value in fields.items()]
+
+    def control(self, pod: str, kind: str, lost: tuple[int, int] = (-1, -1)) -> None:
+        """Send what the bridge learnt: ``gap`` or ``restart``."""
+        incarnation = self._incarnation[pod] = self._incarnation.get(pod, 1) + 1
+        self._next[pod] = lost[1] + 1 if kind == "gap" else 0
+        value = records.encode(Control(type=kind, incarnation=incarnation, first_lost=lost[0], last_lost=lost[1]))
+        headers = [(records.H_CONTENT_TYPE, records.CONTENT_CONTROL.encode())]
+        self.subject.send([((pod + self._suffix).encode(), value, headers)])
+
+    # --- what is asked --------------------------------------------------------------------------------------------
+
+    def settle(self, *pods: str) -> None:
+        """Wait until everything that pods have sent so far is in the index.
+
+        Each sends a chain of blocks of its own, long enough for every partition: once it is there, so is what came
+        before.
+        """
+        for pod in pods:
+            tokens = self._mark()
+            blocks = len(tokens) // self.size
+            hashes = [1 << 40 | tokens[0] + number for number in range(blocks)]
+            self.send(pod, stored(hashes, tokens, self.size))
+            self._marks[pod] = tokens
+        deadline = time.monotonic() + 60
+        while not all(map(self._is_there, pods)):
+            assert time.monotonic() < deadline, (pods, self.subject.sequences())
+            time.sleep(0.02)
+
+    def _mark(self) -> list[int]:
+        tokens: list[int] = []
+        touched: set[int] = set()
+        start = 1_000_000 + next(_names) * 10_000
+        while len(touched) < PARTITIONS:
+            tokens = list(range(start, start + len(tokens) + self.size))
+            keys = block_keys(root_key(self.model), pack_tokens(tokens), self.size)
+            touched = {partition_of(key, PARTITIONS) for key in keys}
+        return tokens
+
+    def _is_there(self, pod: str) -> bool:
+        name = pod + self._suffix
+        if self.subject.sequences().get(name) != self._next[pod] - 1:
+            return False
+        return all((name, "gpu", 0) in block for block in self.subject.holders(self._marks[pod], self.model))
+
+    def score(self, tokens: Sequence[int], *, pods: Sequence[str] = (), model: str = "") -> dict[str, float]:
+        """Return pod -> score."""
+        return {pod: round(found.score, 6) for pod, found in self.found(tokens, pods=pods, model=model).items()}
+
+    def found(
+        self, tokens: Sequence[int], *, pods: Sequence[str] = (), model: str = "", **options: Any
+    ) -> dict[str, Found]:
+        """Return pod -> what was found."""
+        named = [pod + self._suffix for pod in pods]
+        answer = self.subject.score(tokens, model or self.model, pods=named, **options)
+        return {pod.removesuffix(self._suffix): found for pod, found in answer.items() if pod.endswith(self._suffix)}
+
+    def holders(self, tokens: Sequence[int], model: str = "") -> list[set[tuple[str, str, int]]]:
+        """Return (pod, tier, group) of each block."""
+        return [
+            {(pod.removesuffix(self._suffix), tier, group) for pod, tier, group in block}
+            for block in self.subject.holders(tokens, model or self.model)
+        ]
+
+
+def stored(
+    hashes: Sequence[int | bytes],
+    tokens: Sequence[int],
+    block_size: int,
+    parent: int | bytes | None = None,
+    **more: Any,
+) -> Mapping[str, Any]:
+    """Return a BlockStored event."""
+    return {
+        "type": "BlockStored",
+        "block_hashes": list(hashes),
+        "parent_block_hash": parent,
+        "token_ids": list(tokens),
+        "block_size": block_size,
+        "medium": "GPU",
+        **more,
+    }
+
+
+def removed(*hashes: int | bytes, medium: str = "GPU", **more: Any) -> Mapping[str, Any]:
+    """Return a BlockRemoved event."""
+    return {"type": "BlockRemoved", "block_hashes": list(hashes), "medium": medium, **more}
+
+
+CLEARED: Mapping[str, Any] = {"type": "AllBlocksCleared"}
