@@ -172,8 +172,7 @@ class FileTier:
                 results[block.key] = Result(Outcome.EXISTS, tier=Tier.FILE)
             else:
                 fresh.append(block)
-        if results:
-            self._note_use(results)
+        self._note_use(results)
         if fresh:
             results.update(self._write_fresh(fresh))
         return results
@@ -330,14 +329,16 @@ class FileTier:
 
     def touch(self, keys: Iterable[bytes]) -> None:
         """Note a use without a transfer (a hit in a nearer tier keeps the farther copy young)."""
-        self._note_use(keys)
+        self._note_use(keys, here=False)
 
-    def _note_use(self, keys: Iterable[bytes]) -> None:
+    def _note_use(self, keys: Iterable[bytes], *, here: bool = True) -> None:
         listed = list(keys)
         if listed:
             now = self._usage.tick(self._clock_ns())
             self._holdings.touch(listed, now)
             self._use(listed, now)
+            if here:
+                self._holdings.confirm(listed, now)
 
     def _use(self, keys: Iterable[bytes], now: int) -> None:
         if self._usage.touch(keys, now) and not self.read_only:

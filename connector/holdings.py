@@ -68,6 +68,7 @@ class Holdings:
         self._listener = listener
         self._catalog = Catalog()
         self._distrusted: dict[bytes, float] = {}
+        self._told: set[bytes] = set()
         self._lock = threading.Lock()
 
     # -- what is known ---------------------------------------------------------------------------------------
@@ -118,6 +119,23 @@ class Holdings:
                     admitted.append(key)
             self._announce(removed=False, keys=tuple(admitted))
         return frozenset(admitted)
+
+    def confirm(self, keys: Iterable[bytes], now_ns: int) -> None:
+        """Announce blocks that were found whole and that this run has not told of: an earlier run's, or a neighbour's.
+
+        A restarted engine counts as empty, so what its files still hold must be told again, when it is known best:
+        as the engine stores or loads the block.
+        """
+        fresh: list[bytes] = []
+        with self._lock:
+            for key in keys:
+                if key in self._told:
+                    continue
+                with contextlib.suppress(OSError):
+                    found = self._fs.stat(self._segments.path(key))
+                    self._catalog.add(Found(key, found.st_ino, found.st_size, now_ns))
+                    fresh.append(key)
+            self._announce(removed=False, keys=tuple(fresh))
 
     def note_found(self, key: bytes, written: Written, now_ns: int) -> None:
         """Learn of a block that another process published."""
@@ -237,5 +255,9 @@ class Holdings:
         return results
 
     def _announce(self, *, removed: bool, keys: tuple[bytes, ...]) -> None:
+        if removed:
+            self._told.difference_update(keys)
+        else:
+            self._told.update(keys)
         if self._listener is not None and keys:
             self._listener(Change(removed, keys))

@@ -179,7 +179,7 @@ def test_a_read_only_root_serves_and_refuses(fleet: Fleet) -> None:
     file_of(tier, 2).write_bytes(data)
     assert load(tier, 2)[0].outcome is Outcome.MISS
     assert tier.lookup([key(2)]) == {key(2): False}
-    assert fleet.announced() == set()
+    assert fleet.announced() == {key(1)}
 
 
 def test_two_writers_of_one_block_leave_one_whole_block(fleet: Fleet) -> None:

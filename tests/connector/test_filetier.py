@@ -112,6 +112,24 @@ def test_a_restart_finds_everything(fleet: Fleet) -> None:
     assert load(again, 5)[1] == payload(5)
 
 
+def test_what_an_earlier_run_left_is_told_once_when_it_is_met(fleet: Fleet) -> None:
+    """After a restart a block is announced as the engine stores or loads it again, once, until it goes."""
+    store(fleet.tier(blocks_per_file=2), range(6))
+    fleet.changes.clear()
+    again = fleet.tier(blocks_per_file=2)
+    assert fleet.announced() == set()
+    assert store(again, [0])[key(0)].outcome is Outcome.EXISTS
+    load(again, 1)
+    load(again, 0)
+    store(again, [1])
+    again.touch([key(5)])
+    assert again.lookup([key(4)]) == {key(4): True}
+    assert [change.keys for change in fleet.changes] == [(key(0),), (key(1),)]
+    again.evict([key(0)])
+    store(again, [0])
+    assert [(change.removed, change.keys) for change in fleet.changes[2:]] == [(True, (key(0),)), (False, (key(0),))]
+
+
 # -- pressure and the end ----------------------------------------------------------------------------------------
 
 

@@ -38,9 +38,11 @@ def _key(number: int) -> bytes:
 class Node:
     """A model node: an engine's stream, and a connector that announces its files on it."""
 
-    def __init__(self, root: Path, pod: str, locality: Any) -> None:
+    def __init__(self, root: Path, pod: str, locality: Any, before: EnginePublisher | None = None) -> None:
         self.pod = pod
-        self.publisher = EnginePublisher("tcp://127.0.0.1:*", "tcp://127.0.0.1:*", topic=f"kv@{pod}@{_MODEL}")
+        # A node that comes back has the addresses of before.
+        live, replay = (before.endpoint, before.replay_endpoint) if before else ("tcp://127.0.0.1:*",) * 2
+        self.publisher = EnginePublisher(live, replay, topic=f"kv@{pod}@{_MODEL}")
         self.publisher.start()
         self.events = StorageEvents(self.publisher, locality=locality)
         self.events.start()
@@ -77,11 +79,15 @@ class Node:
         """Announce that the GPU gave every block up."""
         self.publish({"type": "BlockRemoved", "block_hashes": list(range(1, _BLOCKS + 1)), "medium": "GPU"})
 
+    def describe(self, number: int) -> None:
+        """Tell what is known of a block."""
+        tokens = tuple(_TOKENS[number * _BLOCK : (number + 1) * _BLOCK])
+        self.events.describe({_key(number): BlockMeta(number + 1, number or None, tokens)})
+
     def store(self, *numbers: int) -> None:
         """Spill blocks to the files, as the engine does: what is known of each is told first."""
         for number in numbers:
-            tokens = tuple(_TOKENS[number * _BLOCK : (number + 1) * _BLOCK])
-            self.events.describe({_key(number): BlockMeta(number + 1, number or None, tokens)})
+            self.describe(number)
             result = self.core.store([Item(_key(number), 0, number)]).result(20)[_key(number)]
             assert result.outcome is Outcome.STORED, result
 
@@ -215,3 +221,27 @@ def test_a_store_that_failed_never_reaches_the_index(stack: Stack, nodes: list[N
         _says(client, "pod-f", {"disk": 1}, stack)
         node.store(1)
         _says(client, "pod-f", {"disk": 3}, stack)
+
+
+def test_after_a_restart_the_files_are_told_again(stack: Stack, nodes: list[Node], tmp_path: Path) -> None:
+    """A restarted engine counts as empty; its files score again as it stores and loads the blocks they hold."""
+    first = Node(tmp_path / "root", "pod-r", "LOCAL")
+    nodes.append(first)
+    stack.start("bridge", first.flag)
+    with ScorerClient(stack.start("scorer", "--listen=127.0.0.1:0")) as client:
+        first.compute()
+        first.store(0, 1, 2)
+        first.forget()
+        _says(client, "pod-r", {"disk": 3}, stack)
+        nodes.remove(first)
+        first.close()
+        second = Node(tmp_path / "root", "pod-r", "LOCAL", first.publisher)
+        nodes.append(second)
+        second.publish({"type": "AllBlocksCleared"})
+        _says(client, "pod-r", {}, stack)
+        for number in (0, 1):
+            second.describe(number)
+            item = Item(_key(number), 0, number)
+            move = second.core.load if number else second.core.store
+            assert move([item]).result(20)[item.key].ok
+        _says(client, "pod-r", {"disk": 2}, stack)
