@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import math
 import time
@@ -34,17 +33,6 @@ _FILE_SECONDS: Final = 0.5
 _FIRST_LIST_SECONDS: Final = 10.0
 
 log = logging.getLogger(__name__)
-
-
-def calm_collector() -> None:
-    """Set the garbage collector of this process for a bridge.
-
-    What a message makes is freed by its reference counts, yet it is looked through again and again: without this
-    the slowest hundredth of messages takes half as long again.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
 
 
 class BridgeService:

@@ -19,6 +19,7 @@ from typing import Any, Final, cast
 
 from kvatlas.bridge import settings
 from kvatlas.bridge.errors import KvatlasError
+from kvatlas.bridge.runtime import settle_interpreter
 from kvatlas.bridge.telemetry import configure_logging
 from kvatlas.deploy.commands import common
 
@@ -61,6 +62,7 @@ async def serve(name: str, sections: dict[str, Any]) -> None:
     announcing = asyncio.create_task(announce())
     try:
         await service.start()
+        settle_interpreter()
         await service.run_until(stop)
     finally:
         announcing.cancel()

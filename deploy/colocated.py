@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.bridge.service import calm_collector
+from kvatlas.bridge.runtime import settle_interpreter
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.scorer.core import Core
 from kvatlas.scorer.local import LocalTables
@@ -92,7 +92,7 @@ class ScoringWorker:
         await self._scorer.start()
         await self.worker.ready.wait()
         await self._scorer.ready.wait()
-        calm_collector()
+        settle_interpreter()
         self.ready.set()
 
     async def run_until(self, stop: asyncio.Event) -> None:

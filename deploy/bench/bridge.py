@@ -26,7 +26,8 @@ from kvatlas.bridge import records
 from kvatlas.bridge.adapters.fields import encode_batch
 from kvatlas.bridge.engine_publisher import EnginePublisher
 from kvatlas.bridge.options import BridgeSettings
-from kvatlas.bridge.service import BridgeService, calm_collector
+from kvatlas.bridge.runtime import settle_interpreter
+from kvatlas.bridge.service import BridgeService
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.deploy.brokers.kafka import KafkaNode
 from kvatlas.deploy.brokers.topics import ensure_topics
@@ -173,7 +174,7 @@ async def _bridge(
         bridge = BridgeService(settings, kafka)
         bridge.observe = (lambda ns: delays.append((time.time_ns() - ns) / 1e6)) if rate else None
         await bridge.start()
-        calm_collector()
+        settle_interpreter()
         await asyncio.sleep(1.5)
         go.set()
         start, cpu = time.monotonic(), time.process_time()

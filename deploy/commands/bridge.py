@@ -9,7 +9,8 @@ from typing import Final
 
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.records import DLQ, EVENTS, PODS, TOPICS
-from kvatlas.bridge.service import BridgeService, calm_collector
+from kvatlas.bridge.runtime import settle_interpreter
+from kvatlas.bridge.service import BridgeService
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.bridge.telemetry import configure_logging
 from kvatlas.deploy.brokers.topics import ensure_topics
@@ -47,7 +48,7 @@ async def _serve(settings: BridgeSettings, kafka: KafkaSettings) -> int:
     await ensure_topics(kafka, [topic for topic in TOPICS if topic.name in (EVENTS, DLQ, PODS)])
     try:
         await service.start()
-        calm_collector()
+        settle_interpreter()
         print(f"ready bridge metrics={service.address}", flush=True)
         await service.run_until(stop)
     finally:

@@ -6,7 +6,7 @@ import argparse
 import asyncio
 from typing import Any, Final
 
-from kvatlas.bridge.service import calm_collector
+from kvatlas.bridge.runtime import settle_interpreter
 from kvatlas.bridge.telemetry import configure_logging
 from kvatlas.deploy.commands import common
 from kvatlas.deploy.rights import check_rights, rights_of
@@ -53,7 +53,7 @@ async def _serve(sections: dict[str, Any]) -> None:
         stopping = asyncio.ensure_future(stop.wait())
         await asyncio.wait({ready, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if ready.done():
-            calm_collector()
+            settle_interpreter()
             print(f"ready scorer={service.address}", flush=True)
         ready.cancel()
         await stopping

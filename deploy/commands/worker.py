@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from kvatlas.bridge import records
+from kvatlas.bridge.runtime import settle_interpreter
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.bridge.telemetry import configure_logging
 from kvatlas.deploy.brokers.topics import ensure_topics
@@ -138,6 +139,7 @@ def _service(
 
 async def _say_ready(service: WorkerService | ScoringWorker) -> None:
     await service.ready.wait()
+    settle_interpreter()
     scorer = getattr(service, "scorer_address", "")
     print(f"ready worker={service.address}" + (f" scorer={scorer}" if scorer else ""), flush=True)
 
