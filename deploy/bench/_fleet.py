@@ -22,7 +22,7 @@ from kvatlas.deploy.sim.options import SimSettings
 from kvatlas.deploy.sim.pod import SimPod
 
 _RECORD = tuple[bytes, bytes, list[tuple[str, bytes]]]
-_FIRST_INCARNATION: Final = 1_700_000_000
+FIRST_INCARNATION: Final = 1_700_000_000
 
 
 class _LogPublisher:
@@ -37,7 +37,7 @@ class _LogPublisher:
 
     def start(self) -> None:
         """Say that a new process is there."""
-        first = self._incarnation == _FIRST_INCARNATION
+        first = self._incarnation == FIRST_INCARNATION
         control = Control(type="start" if first else "restart", incarnation=self._incarnation)
         self._put(records.encode(control), records.CONTENT_CONTROL, 0)
 
@@ -84,7 +84,7 @@ class LogFleet:
             pod.start()
 
     def _pod(self, name: str, settings: SimSettings) -> SimPod:
-        incarnations = iter(range(_FIRST_INCARNATION, _FIRST_INCARNATION + 100_000))
+        incarnations = iter(range(FIRST_INCARNATION, FIRST_INCARNATION + 100_000))
         return SimPod(
             name,
             blocks=settings.blocks,

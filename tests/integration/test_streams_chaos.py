@@ -21,7 +21,7 @@ from streams_support import WorkerProcess, assert_true, fleet_of, make_topics, p
 
 from kvatlas.bridge import records
 from kvatlas.bridge.settings import KafkaSettings
-from kvatlas.deploy.bench._fleet import LogFleet
+from kvatlas.deploy.bench._fleet import FIRST_INCARNATION, LogFleet
 from kvatlas.deploy.brokers.kafka import KafkaNode
 from kvatlas.streams.announce import WorkerBook
 from kvatlas.streams.audit import compare, lookup_all, read_topic
@@ -84,13 +84,12 @@ async def restart_and_check(
     """Restart a pod: once its raised epoch is readable, nothing it held before is credited. Returns keys checked."""
     pod = dice.choice(list(fleet.pods.values()))
     before = sorted({bytes.fromhex(key) for keys in pod.held().values() for key in keys})
-    known = pods.merged(pod.name)
-    old = known.valid_from if known else 0
     pod.restart()
+    incarnation = FIRST_INCARNATION + pod.status().incarnations  # an earlier restart may not have been read yet
     await fleet.flush(producer)
     for _ in range(50):
         found = pods.merged(pod.name)
-        if found is not None and found.valid_from > old and records.clears_of(found.valid_from) == 0:
+        if found is not None and records.incarnation_of(found.valid_from) >= incarnation:
             break
         await asyncio.sleep(0.1)
     else:
