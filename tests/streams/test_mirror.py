@@ -283,3 +283,17 @@ async def test_another_layout_waits_until_nobody_writes_under_the_first(rig: Sim
         await worker.client.delete(NAMES.claim(number))
     await other.mirror.turn()
     assert await mirrored(worker) == {}
+
+
+async def test_a_worker_needs_its_prefix_alone(rig: SimpleNamespace):
+    """A user with all commands on the prefix's keys, and no others, is enough, also for a copy."""
+    admin, (key,) = rig.worker().client, keys_of(0, 1)
+    await admin.acl_setuser("writer", enabled=True, passwords=["+s3cret"], keys=["test:*"], categories=["+@all"])
+    try:
+        worker = Worker(f"redis://writer:s3cret@127.0.0.1:{rig.server.port}/0", rig.tables, "w", 1)
+        worker.commit(0, {key: b"h"})
+        await worker.mirror.turn()
+        assert await mirrored(worker) == {key: b"h"}
+        await worker.client.aclose()
+    finally:
+        await admin.acl_deluser("writer")
