@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -44,6 +44,8 @@ class Follower:
         *,
         client_id: str,
         from_end: bool = False,
+        start_at: Mapping[int, int] | None = None,
+        applied: Callable[[int, int], None] | None = None,
     ) -> None:
         """Describe what to follow.
 
@@ -53,6 +55,8 @@ class Follower:
             apply: gets every record; must not raise, must be fast, may see a record again after a reconnect.
             client_id: shown in the broker's logs.
             from_end: start with what comes from now on.
+            start_at: partition -> offset to start at, where the topic still has it.
+            applied: told partition and next offset after every batch of a partition.
         """
         self.caught_up = asyncio.Event()
         self.connected = False
@@ -63,7 +67,9 @@ class Follower:
         self._client_id = client_id
         self._from_end = from_end
         self._task: asyncio.Task[None] | None = None
-        self._positions: dict[TopicPartition, int] = {}
+        self._applied = applied
+        starts = (start_at or {}).items()
+        self._positions: dict[TopicPartition, int] = {TopicPartition(self._topic, number): at for number, at in starts}
 
     def start(self) -> None:
         """Start reading in the background."""
@@ -158,4 +164,6 @@ class Follower:
             for message in messages:
                 self._apply(message.key, message.value)
                 self._positions[tp] = message.offset + 1
+            if messages and self._applied is not None:
+                self._applied(tp.partition, self._positions[tp])
             self.records += len(messages)

@@ -87,7 +87,8 @@ class Indexer(Scores):
 
         Args:
             kafka: how to reach Kafka.
-            backend: a memory backend with bounds of its own; None for the default.
+            backend: a memory backend with bounds of its own, or one in RocksDB, which goes on where it was when it
+                is opened again; None for the default.
             options: as for the constructor.
             tokenizers: as for the constructor.
             clock: wall clock, ns.

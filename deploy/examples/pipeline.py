@@ -13,7 +13,7 @@ import contextlib
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -33,7 +33,9 @@ _STOP_SECONDS: Final = 30.0
 
 
 @contextlib.asynccontextmanager
-async def pipeline(engines: Sequence[StandInEngine], folder: Path, brokers: str) -> AsyncIterator[str]:
+async def pipeline(
+    engines: Sequence[StandInEngine], folder: Path, brokers: str, environment: Mapping[str, str] | None = None
+) -> AsyncIterator[str]:
     """Run ``kvatlas up`` over the engines; gives the scorer's address.
 
     Raises:
@@ -45,7 +47,10 @@ async def pipeline(engines: Sequence[StandInEngine], folder: Path, brokers: str)
     log = folder / "up.log"
     with log.open("wb") as errors:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "kvatlas.deploy", "up", *words), stdout=asyncio.subprocess.PIPE, stderr=errors
+            *(sys.executable, "-m", "kvatlas.deploy", "up", *words),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=errors,
+            env=environment,
         )
     try:
         assert process.stdout is not None

@@ -55,6 +55,15 @@ class RocksBackend:
             raise BackendError(f"rocksdb backend in {self._folder} is not started")
         return self._table
 
+    @property
+    def table(self) -> LocalTable:
+        """The open database, for who applies in bulk.
+
+        Raises:
+            BackendError: it is not started.
+        """
+        return self._open
+
     async def lookup(self, keys: Sequence[bytes]) -> list[bytes]:
         """Return the packed holders of each key, empty bytes where nobody holds it."""
         table = self._open

@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from kvatlas.deploy.examples import comparison, offline, pipeline, router
+from kvatlas.deploy.examples import comparison, mirror, offline, pipeline, router
 from kvatlas.deploy.sim import traffic
 from kvatlas.deploy.sim.options import SimSettings
 from kvatlas.scorer.tokenization.options import TokenizerSettings
@@ -104,3 +104,8 @@ async def test_pipeline_picks_the_cache() -> None:
     share, reason = await pipeline.cached_share(3, 60)
     assert share > 0.5
     assert "tokens cached" in reason
+
+
+async def test_mirror_finds_the_cache() -> None:
+    """A router that reads nothing but the mirror in Redis finds what the engines have cached."""
+    assert await mirror.cached_share(3, 60) > 0.5

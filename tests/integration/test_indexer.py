@@ -11,10 +11,12 @@ import pytest
 from kvatlas.bridge.errors import LogError, SettingsError
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.scorer import Indexer, IndexerOptions
+from kvatlas.scorer.backends.redis import RedisBackend
 from kvatlas.scorer.backends.rocks import RocksBackend
 from kvatlas.scorer.errors import InputError
 from tests.integration import pipeline_support as support
 from tests.integration.pipeline_support import RecordedEngine, Service
+from tests.integration.redis_support import RedisServer
 
 pytestmark = pytest.mark.kafka
 
@@ -69,9 +71,16 @@ async def test_a_replica_follows_the_log(
 
 
 async def test_what_a_replica_cannot_do(brokers: str, topic_prefix: str, tmp_path: Path) -> None:
-    """Without topics it says how to make them; an index on disk is refused."""
+    """Without topics it says how to make them; a shared index is refused: the workers fill that."""
     kafka = KafkaSettings(brokers=brokers, topic_prefix=topic_prefix)
     with pytest.raises(LogError, match="kvatlas topics"):
         await Indexer.from_kafka(kafka, options=IndexerOptions(start_timeout_seconds=5)).start()
-    with pytest.raises(SettingsError, match="memory"):
+    with pytest.raises(LogError, match="kvatlas topics"):
         await Indexer.from_kafka(kafka, RocksBackend(tmp_path / "index")).start()
+    server = RedisServer(tmp_path)
+    server.start()
+    try:
+        with pytest.raises(SettingsError, match="--mirror"):
+            await Indexer.from_kafka(kafka, RedisBackend(server.url)).start()
+    finally:
+        server.kill()
