@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,4 +154,21 @@ def test_host_memory_alone_is_a_tier(device: str) -> None:
         assert engine.store([item]).result(WAIT)[item.key].outcome is Outcome.STORED
     back = engine.load(items(range(6))).result(WAIT)
     assert [back[item.key].ok for item in items(range(6))].count(True) >= 3
+    engine.close()
+
+
+def test_threads_that_move_blocks_stay_on_their_cpus(fleet: Fleet) -> None:
+    """The CPUs that the settings name hold for every thread of the core and of the files."""
+    cpu = sorted(os.sched_getaffinity(0))[-1]
+    seen: list[set[int]] = []
+    source = paged("cpu", 9)
+    files = fleet.tier(cpus=(cpu,))
+    fleet.fs.faults["pwritev"] = lambda *_: seen.append(os.sched_getaffinity(0))
+    settings = EngineSettings(host_bytes=8 * source.slot_bytes, cpus=(cpu,))
+    engine = OffloadEngine(source, settings, files)
+    copy = engine._mover.store
+    engine._mover.store = lambda *args: (seen.append(os.sched_getaffinity(0)), copy(*args))[1]  # type: ignore[method-assign]
+    assert engine.store(items(range(4))).result(WAIT)
+    assert len(seen) >= 5  # 4 files and at least one copy
+    assert all(cpus == {cpu} for cpus in seen)
     engine.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -334,3 +335,68 @@ def test_a_damaged_file_that_cannot_be_moved_is_not_promised_again(fleet: Fleet)
     assert load(tier, 1)[0].outcome is Outcome.MISS
     assert tier.lookup([key(1)]) == {key(1): False}
     assert fleet.announced() == set()
+
+
+@pytest.mark.parametrize("call", ["open", "preadv"])
+def test_a_stale_handle_of_a_network_file_system_is_a_failure(fleet: Fleet, call: str) -> None:
+    """ESTALE while loading is reported, the block is neither dropped nor promised again at once."""
+    tier = fleet.tier()
+    store(tier, [1])
+    fleet.fs.faults[call] = fail(errno.ESTALE)
+    result, _ = load(tier, 1)
+    assert result.outcome is Outcome.FAILED
+    assert "ESTALE" in result.detail
+    fleet.fs.faults.clear()
+    assert tier.lookup([key(1)]) == {key(1): False}
+    fleet.monotonic += 31
+    assert load(tier, 1)[1] == payload(1)
+    assert fleet.announced() == {key(1)}
+
+
+SHARING = """
+import random, sys
+from pathlib import Path
+from kvatlas.connector.catalog import Budget
+from kvatlas.connector.file_settings import FileTierSettings
+from kvatlas.connector.filetier import FileTier
+from tests.connector.conftest import FINGERPRINT, block, key, payload, target
+rng = random.Random(int(sys.argv[2]))
+settings = FileTierSettings(
+    root=Path(sys.argv[1]), blocks_per_file=rng.choice([1, 3]), threads=2, budget=Budget(max_bytes=30 * 12_288)
+)
+loaded = wrong = failed = 0
+with FileTier(settings, FINGERPRINT) as tier:
+    tier.scanned.wait()
+    for _ in range(60):
+        results = tier.store([block(n) for n in rng.sample(range(40), 6)]).result(60)
+        failed += sum(result.outcome.name == "FAILED" for result in results.values())
+        for number in rng.sample(range(40), 6):
+            wanted, memory = target(number)
+            if tier.load([wanted]).result(60)[wanted.key].ok:
+                loaded += 1
+                wrong += bytes(memory) != payload(number)
+print(loaded, wrong, failed, tier.metrics.counts.get("corrupt", 0))
+"""
+
+
+def test_two_processes_share_a_root(fleet: Fleet) -> None:
+    """Engines in processes of their own store, evict and load the same blocks: never wrong bytes, nothing corrupt."""
+    root = Path(__file__).parents[2]
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARING, str(fleet.root), str(seed)],
+            stdout=subprocess.PIPE, text=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)},
+        )
+        for seed in (1, 2)
+    ]  # fmt: skip
+    for child in children:
+        output, _ = child.communicate(timeout=150)
+        loaded, wrong, failed, corrupt = map(int, output.split())
+        assert loaded > 50
+        assert (wrong, corrupt) == (0, 0)
+        assert failed < 20  # a name that the neighbour evicted in the same moment
+    tier = fleet.tier()
+    for number in range(40):
+        result, data = load(tier, number)
+        assert result.ok == (key(number) in tier.known())
+        assert not result.ok or data == payload(number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -110,6 +111,22 @@ def test_a_restart_finds_everything(fleet: Fleet) -> None:
     assert again.known() == {key(number) for number in range(8)}
     assert again.used_bytes == 2 * (4096 + 4 * 8192)
     assert load(again, 5)[1] == payload(5)
+
+
+def test_memory_file_systems_are_roots_too() -> None:
+    """On tmpfs blocks come back, are evicted within the budget, and a restart finds them."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        fleet = Fleet(Path(folder))
+        tier = fleet.tier(blocks_per_file=3, budget=Budget(max_bytes=30 * 12_288))
+        for first in range(0, 60, 3):
+            assert all(result.ok for result in store(tier, range(first, first + 3)).values())
+        tier.drain(WAIT)
+        assert tier.used_bytes <= 30 * 12_288
+        held = fleet.announced()
+        assert held == tier.known()
+        assert load(tier, 59)[1] == payload(59)
+        assert fleet.tier(blocks_per_file=3).known() == held
+        fleet.close()
 
 
 def test_what_an_earlier_run_left_is_told_once_when_it_is_met(fleet: Fleet) -> None:
