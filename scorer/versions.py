@@ -2,8 +2,8 @@
 
 The catalog on ``kv-workers`` says which versions exist and which one answers. A scorer keeps a reader of every version
 in it, so that a move finds pods, workers and connections ready, and moves in one step of the event loop: requests that
-began before end with the version they began with. It moves only when workers answer for every partition of the new
-version; until then the old one goes on answering.
+began before end with the version they began with. It moves only when workers own every partition of the new version and
+have answered a lookup in each, over connections that are then open; until then the old one goes on answering.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from collections.abc import Callable
 from typing import Final
 
 from kvatlas.bridge import records
+from kvatlas.bridge.block_key import KEY_BYTES
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.scorer.core import Index
 from kvatlas.scorer.follow import Follower
 from kvatlas.scorer.pods import PodTable
-from kvatlas.scorer.reader import Lookups, PartitionRouter
+from kvatlas.scorer.reader import ACTIVE, Lookups, PartitionRouter
 from kvatlas.scorer.workers import WorkerTable
 
 log = logging.getLogger(__name__)
 
 _TURN_SECONDS: Final = 0.2
+_PROBE_SECONDS: Final = 1.0
 
 
 class VersionReader:
@@ -108,10 +110,14 @@ class VersionReader:
                 return f"kv-{name} is being read"
         return None
 
-    @property
-    def takes_over(self) -> bool:
-        """Whether it can answer as completely as an index in use must: read to the end, every partition owned."""
-        return self.unread() is None and self.workers.covered
+    async def takes_over(self) -> bool:
+        """Tell whether it answers as completely as an index in use must: in every partition, by its owner."""
+        layout = self.workers.layout
+        if layout is None or self.unread() is not None or not self.workers.covered:
+            return False
+        keys = [number.to_bytes(4, "big") + bytes(KEY_BYTES - 4) for number in range(layout.partition_count)]
+        answers = await self.lookups.lookup(keys, time.monotonic() + _PROBE_SECONDS)
+        return None not in answers.values and all(seen.role == ACTIVE for seen in answers.partitions.values())
 
 
 class Versions:
@@ -170,7 +176,7 @@ class Versions:
             self.readers[name] = self._make(name)
             self.readers[name].start()
         active = self.readers[catalog.active]
-        if active is not self.used and active.takes_over:
+        if active is not self.used and await active.takes_over() and self.catalog.active == active.name:
             self._move(active)
         for name in self.readers.keys() - wanted:
             log.info("index version %s was dropped", name)

@@ -8,18 +8,43 @@ from collections.abc import Sequence
 import pytest
 
 from kvatlas.bridge import records
+from kvatlas.bridge.block_key import partition_of
 from kvatlas.bridge.records import IndexCatalog, IndexVersion, WorkerRecord, encode
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.scorer.pods import PodTable
+from kvatlas.scorer.reader import ACTIVE, Answers, Seen
 from kvatlas.scorer.versions import VersionReader, Versions
 from kvatlas.scorer.workers import Layout, WorkerTable
+
+
+class Answering:
+    """Lookups that answer in the partitions of the test."""
+
+    def __init__(self) -> None:
+        self.silent: set[int] = set()
+
+    async def lookup(self, keys: Sequence[bytes], deadline: float) -> Answers:
+        """Answer, but for silent partitions."""
+        numbers = [partition_of(key, 2) for key in keys]
+        values = [None if number in self.silent else b"" for number in numbers]
+        return Answers(values, {number: Seen(ACTIVE, "w", 0, 0) for number in numbers})
+
+    def unready(self) -> str | None:
+        """Return None."""
+        return None
+
+    async def close(self) -> None:
+        """Do nothing."""
 
 
 class Reader(VersionReader):
     """A reader whose records come from the test."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(name, KafkaSettings(), client_id="test", clock_ns=lambda: 0)
+        self.answering = Answering()
+        super().__init__(
+            name, KafkaSettings(), client_id="test", clock_ns=lambda: 0, lookups=lambda _workers: self.answering
+        )
         self.stopped = False
 
     def start(self) -> None:
@@ -82,6 +107,21 @@ async def test_moves_only_when_every_partition_is_covered() -> None:
     reader(versions, "v2").announce([0, 1])
     await versions.settle()
     assert (versions.used.name, used) == ("v2", ["v2"])
+
+
+async def test_moves_only_when_every_partition_has_answered() -> None:
+    """A partition that somebody owns and nobody answers for holds the move up."""
+    versions, used = made()
+    reader(versions, "base").catalog("v2", "base", "v2")
+    await versions.settle()
+    other = reader(versions, "v2")
+    other.announce([0, 1])
+    other.answering.silent = {1}
+    await versions.settle()
+    assert used == []
+    other.answering.silent = set()
+    await versions.settle()
+    assert used == ["v2"]
 
 
 async def test_moves_back_and_forgets_what_was_dropped() -> None:
