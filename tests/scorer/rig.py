@@ -15,11 +15,11 @@ from kvatlas.bridge.records import PodRecord, WorkerRecord, encode, pod_ref
 from kvatlas.scorer.client import AsyncScorerClient
 from kvatlas.scorer.core import Core
 from kvatlas.scorer.decisions import Decisions
+from kvatlas.scorer.front import ScorerFront
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.pods import PodTable
 from kvatlas.scorer.reader import PartitionRouter
 from kvatlas.scorer.security import Guard
-from kvatlas.scorer.service import ScorerFront
 from kvatlas.scorer.tokenization.pool import TokenizerPool
 from kvatlas.scorer.tracing import Tracing
 from kvatlas.scorer.workers import WorkerTable
