@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
+from types import SimpleNamespace
 
 import aiokafka
 import faust
@@ -14,6 +16,7 @@ from faust.tables.manager import TableManager
 from faust.tables.recovery import Recovery
 from faust.transport import consumer
 from faust.transport.drivers import aiokafka as driver
+from faust.types import TP
 
 from kvatlas.streams import recovery, store, table
 from kvatlas.streams.sources import SourceConsumer, SourceConsumerThread, SourceTransport
@@ -96,3 +99,34 @@ async def test_aiokafka_takes_the_fetch_wait_before_its_start() -> None:
     made = AIOKafkaConsumer(fetch_max_wait_ms=7)
     assert made._fetch_max_wait_ms == 7
     assert "self._fetch_max_wait_ms" in inspect.getsource(aiokafka.AIOKafkaConsumer.start)
+
+
+def test_batches_go_the_way_of_messages() -> None:
+    """Faust delivers what getmany yields, and commits what _new_offset says for the partitions with something done."""
+    drain = inspect.getsource(consumer.Consumer._drain_messages)
+    assert "getmany = self.getmany" in drain
+    assert "async for tp, message in ait" in drain
+    assert "callback(message)" in drain
+    stock = inspect.getsource(consumer.Consumer.getmany)
+    for used in ("_wait_next_records(timeout)", "consumer_generation_id", "flow_active", "_buffered_partitions"):
+        assert used in stock
+    assert "self._filter_tps_with_pending_acks(topics)" in inspect.getsource(consumer.Consumer.force_commit)
+    assert "self._new_offset(tp)" in inspect.getsource(consumer.Consumer._filter_committable_offsets)
+    for method in ("getmany", "_filter_tps_with_pending_acks", "_new_offset"):
+        assert method in vars(SourceConsumer)
+
+
+def test_only_finished_offsets_are_committed() -> None:
+    """What a flow has committed is committed to the group once; what Faust acknowledged of a source topic is not."""
+    made = SourceConsumer.__new__(SourceConsumer)
+    made.app = SimpleNamespace(sources={"kv-blocks": None})
+    made._done, made._acked, made._acked_index = {}, defaultdict(list), defaultdict(set)
+    tp = TP("kv-blocks", 3)
+    made._acked[tp].append(99)
+    made._acked_index[tp].add(99)
+    assert made._new_offset(tp) is None
+    assert not made._acked[tp]
+    made.committed(tp, 41)
+    assert tp in set(made._filter_tps_with_pending_acks())
+    assert made._new_offset(tp) == 42
+    assert made._new_offset(tp) is None
