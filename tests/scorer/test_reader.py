@@ -1,0 +1,195 @@
+"""Lookups at workers that are slow, dead, cut off or back again: whole answers where possible, flagged where not."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+
+from kvatlas.bridge.block_key import partition_of
+from kvatlas.scorer.reader import PartitionRouter
+from kvatlas.scorer.v1 import scorer_pb2 as pb
+from kvatlas.streams.v1 import block_index_pb2 as index_pb
+from kvatlas.streams.v1 import block_index_pb2_grpc as index_grpc
+from tests.scorer.rig import KEYS, PARTITIONS, TOKENS, Index, Rig
+
+ALL = set(range(PARTITIONS))
+
+
+class Slow(Index):
+    """A worker that takes its time, and counts the calls that were given up on."""
+
+    def __init__(self, *arguments: Any, seconds: float, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.seconds = seconds
+        self.cancelled = 0
+
+    async def Lookup(self, request: index_pb.LookupRequest, context: Any) -> index_pb.LookupResponse:  # noqa: N802
+        try:
+            await asyncio.sleep(self.seconds)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        return await super().Lookup(request, context)
+
+
+class Broken(Index):
+    """A worker that answers one key too few."""
+
+    async def Lookup(self, request: index_pb.LookupRequest, context: Any) -> index_pb.LookupResponse:  # noqa: N802
+        shorter = index_pb.LookupRequest(keys=request.keys[16:], partition_count=request.partition_count)
+        return await super().Lookup(shorter, context)
+
+
+class Watched(Rig):
+    """A rig that notes what its lookups went through."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.events: list[str] = []
+        self.router = PartitionRouter(
+            self.workers, hedge_seconds=self.settings.hedge_ms / 1e3, on_event=self.events.append
+        )
+        self.core.use(self.core._index._replace(lookups=self.router))
+        self.pod("a", 10)
+
+    async def score(self) -> tuple[pb.ScoreResponse, float]:
+        """Score the prompt; returns the answer and the seconds it took."""
+        began = time.monotonic()
+        answer = await self.core.score(pb.ScoreRequest(model="m", tokens=TOKENS))
+        return answer, time.monotonic() - began
+
+
+async def _watched(**settings: Any) -> AsyncIterator[Watched]:
+    rig = Watched(**settings)
+    async with rig.stack:
+        yield rig
+        await rig.router.close()
+
+
+def _found(answer: pb.ScoreResponse) -> tuple[float, bool, bool]:
+    return answer.scores["a"].score, answer.freshness.partial, answer.freshness.standby
+
+
+async def test_a_slow_owner_is_overtaken_by_its_standby() -> None:
+    """After hedge_ms the standby is asked too; its answer counts, is flagged, and the slow call is given up."""
+    async for rig in _watched(hedge_ms=30.0):
+        slow = Slow("w0", rig.table, ALL, seconds=1.5)
+        await rig.worker(slow)
+        await rig.worker(Index("w1", rig.table, ALL, role=2), standby=True)
+        answer, seconds = await rig.score()
+        assert _found(answer) == (10, False, True)
+        assert 0.03 <= seconds < 1.0
+        assert rig.events == ["hedged"]
+        await asyncio.sleep(0.1)
+        assert slow.cancelled == 1
+
+
+async def test_a_standby_that_is_slower_still_changes_nothing() -> None:
+    """The owner's answer counts when it comes before the standby's."""
+    async for rig in _watched(hedge_ms=20.0):
+        await rig.worker(Slow("w0", rig.table, ALL, seconds=0.1))
+        await rig.worker(Slow("w1", rig.table, ALL, role=2, seconds=1.5), standby=True)
+        answer, seconds = await rig.score()
+        assert _found(answer) == (10, False, False)
+        assert seconds < 1.0
+
+
+async def test_a_quick_owner_is_not_hedged() -> None:
+    """The standby is left alone while the owner answers in time, and always where hedging is off."""
+    for hedge_ms, seconds in ((500.0, 0.0), (0.0, 0.1)):
+        async for rig in _watched(hedge_ms=hedge_ms):
+            standby = Index("w1", rig.table, ALL, role=2)
+            await rig.worker(Slow("w0", rig.table, ALL, seconds=seconds))
+            await rig.worker(standby, standby=True)
+            answer, _ = await rig.score()
+            assert _found(answer) == (10, False, False)
+            assert (standby.asked, rig.events) == (0, [])
+
+
+@pytest.mark.parametrize("hedge_ms", [0.0, 30.0])
+async def test_a_dead_owner_is_replaced_by_its_standby(hedge_ms: float) -> None:
+    """Nobody at the owner's address: the standby answers, with hedging and without."""
+    async for rig in _watched(hedge_ms=hedge_ms):
+        await (await rig.worker(Index("w0", rig.table, ALL))).stop(0)
+        await rig.worker(Index("w1", rig.table, ALL, role=2), standby=True)
+        answer, seconds = await rig.score()
+        assert _found(answer) == (10, False, True)
+        assert seconds < 1.0
+        assert "failed" in rig.events
+
+
+async def test_an_answer_of_the_wrong_size_counts_as_none() -> None:
+    """A worker that answers another number of keys is not believed; its standby is asked."""
+    async for rig in _watched():
+        await rig.worker(Broken("w0", rig.table, ALL))
+        await rig.worker(Index("w1", rig.table, ALL, role=2), standby=True)
+        assert _found((await rig.score())[0]) == (10, False, True)
+
+
+async def test_the_deadline_holds_and_what_is_missing_is_flagged() -> None:
+    """With one of two owners silent, the answer comes at the deadline with what the other holds, flagged partial."""
+    async for rig in _watched(deadline_ms=300.0, hedge_ms=20.0):
+        first = partition_of(KEYS[0], PARTITIONS)
+        silent = partition_of(next(key for key in KEYS if partition_of(key, PARTITIONS) != first), PARTITIONS)
+        await rig.worker(Slow("w0", rig.table, {silent}, seconds=30))
+        await rig.worker(Index("w1", rig.table, ALL - {silent}))
+        known = next(at for at, key in enumerate(KEYS) if partition_of(key, PARTITIONS) == silent)
+        answer, seconds = await rig.score()
+        assert _found(answer) == (known, True, False)
+        assert 0.25 < seconds < 1.0
+        assert {p.partition for p in answer.freshness.partitions if p.role == "unanswered"} == {silent}
+        assert "unanswered" in rig.events
+
+
+async def test_the_deadline_of_a_caller_is_kept() -> None:
+    """A caller with 400 ms gets its partial answer before they are over, though the setting allows more."""
+    async for rig in _watched(deadline_ms=5_000.0):
+        await rig.worker(Slow("w0", rig.table, ALL, seconds=30))
+        client = await rig.client(timeout_seconds=0.4)
+        assert (await client.score("m", tokens=TOKENS)).freshness.partial
+
+
+async def test_a_worker_that_comes_back_is_found_again() -> None:
+    """While it is away answers are partial, afterwards whole, over the same router and without an error between."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    async for rig in _watched(deadline_ms=300.0):
+
+        async def up(rig: Watched = rig) -> grpc.aio.Server:
+            server = grpc.aio.server()
+            index_grpc.add_BlockIndexServicer_to_server(Index("w0", rig.table, ALL), server)
+            server.add_insecure_port(endpoint)
+            await server.start()
+            return server
+
+        rig.announce("w0", endpoint, sorted(ALL))
+        for _ in range(2):
+            server = await up()
+            async with asyncio.timeout(10):
+                while (await rig.score())[0].freshness.partial:
+                    await asyncio.sleep(0.02)
+            assert _found((await rig.score())[0]) == (10, False, False)
+            await server.stop(0)
+            assert (await rig.score())[0].freshness.partial
+
+
+async def test_connections_to_workers_that_left_are_closed() -> None:
+    """A worker that is announced elsewhere is asked there, and the old connection goes."""
+    async for rig in _watched():
+        await rig.worker(Index("w0", rig.table, ALL))
+        (old,) = rig.workers.endpoints()
+        await rig.score()
+        await rig.worker(Index("w0", rig.table, ALL))
+        (new,) = rig.workers.endpoints()
+        await rig.router.forget_gone()
+        assert (old == new, list(rig.router._calls)) == (False, [])
+        assert _found((await rig.score())[0]) == (10, False, False)
+        assert list(rig.router._calls) == [new]
