@@ -10,6 +10,7 @@ from typing import Final
 
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.connector.catalog import Budget
+from kvatlas.connector.errors import LayoutError
 from kvatlas.connector.evictor import Report, evict_root
 
 HELP: Final = "keep a shared offload folder within its budget"
@@ -44,8 +45,12 @@ def size(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     """Evict once, or every ``--interval`` seconds; 1 when a name could not be removed.
 
+    A root that cannot be read ends a single run; with ``--interval`` it is said and looked at again, since a mount that
+    is away for a while must not end what keeps it within its budget.
+
     Raises:
         SettingsError: the watermarks make no sense.
+        LayoutError: the root cannot be read, in a single run.
     """
     if not 0 < args.low <= args.high <= 1:
         raise SettingsError(f"--low {args.low} and --high {args.high}: need 0 < low <= high <= 1")
@@ -53,10 +58,16 @@ def run(args: argparse.Namespace) -> int:
         max_bytes=args.max_bytes, max_percent=args.max_percent, high_watermark=args.high, low_watermark=args.low
     )
     while True:
-        report = evict_root(args.root, budget, dry_run=args.dry_run, progress=_progress if args.progress else None)
-        print(_line(report, dry_run=args.dry_run), flush=True)
-        if not args.interval:
-            return 1 if report.failed else 0
+        try:
+            report = evict_root(args.root, budget, dry_run=args.dry_run, progress=_progress if args.progress else None)
+        except LayoutError as error:
+            if not args.interval:
+                raise
+            _progress(str(error))
+        else:
+            print(_line(report, dry_run=args.dry_run), flush=True)
+            if not args.interval:
+                return 1 if report.failed else 0
         time.sleep(args.interval)
 
 

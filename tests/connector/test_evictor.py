@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,3 +84,31 @@ def test_the_command_reports_and_obeys(fleet: Fleet, capsys: pytest.CaptureFixtu
     assert command.run(parser.parse_args([str(fleet.root), "--max-bytes", "50k", "--progress"])) == 0
     assert "evicted" in capsys.readouterr().out
     assert sum(tier.lookup([key(n) for n in range(6)]).values()) <= 4
+
+
+def test_a_root_that_is_away_does_not_end_the_service(fleet: Fleet) -> None:
+    """With an interval a root that cannot be read is said, and evicted from once it is back."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "kvatlas.deploy", "evictor", str(fleet.root), "--max-bytes", "50k", "--interval", "0.1"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        assert "cannot be read" in child.stderr.readline()
+        tier = filled(fleet, 6)
+        while "evicted 0 blocks" in (line := child.stdout.readline()):
+            assert child.poll() is None
+        assert "failures" in line
+        assert len(list(tier.directory.rglob("*.kv"))) <= 4
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def test_a_single_run_over_a_missing_root_fails(fleet: Fleet) -> None:
+    """Without an interval a root that cannot be read is the command's error."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    with pytest.raises(LayoutError, match="cannot be read"):
+        command.run(parser.parse_args([str(fleet.root)]))
