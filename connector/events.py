@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple, Protocol
 
 from kvatlas.connector.holdings import Change
 
 MEDIUM: Final = "STORAGE"
+_BATCH_EVENTS: Final = 1024
+_RETRY_SECONDS: Final = 1.0
+
+log = logging.getLogger(__name__)
 
 
 class Publisher(Protocol):
@@ -55,6 +61,7 @@ class StorageEvents:
         locality: LOCAL for a disk of this pod, REMOTE for a store that other pods mount.
         dp_rank: data-parallel rank in the batches.
         clock: seconds since the epoch.
+        described: blocks whose description is kept; of more, the oldest are told by :func:`default_meta`.
     """
 
     def __init__(
@@ -64,23 +71,30 @@ class StorageEvents:
         locality: Literal["LOCAL", "REMOTE"] = "LOCAL",
         dp_rank: int = 0,
         clock: Callable[[], float] = time.time,
+        described: int = 1_000_000,
     ) -> None:
         self._publisher = publisher
         self._locality = locality
         self._dp_rank = dp_rank
         self._clock = clock
-        self._meta: dict[bytes, BlockMeta] = {}
+        self._described = described
+        self._meta: OrderedDict[bytes, BlockMeta] = OrderedDict()
         self._pending: list[Change] = []
+        self._unsent: list[dict[str, Any]] = []
         self._lock = threading.Lock()
         self._sending = threading.Lock()
         self._wake = threading.Event()
-        self._closed = False
+        self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
     def describe(self, metas: Mapping[bytes, BlockMeta]) -> None:
         """Tell what is known of blocks, before they are stored; kept until they are removed."""
         with self._lock:
-            self._meta.update(metas)
+            for key, meta in metas.items():
+                self._meta[key] = meta
+                self._meta.move_to_end(key)
+            while len(self._meta) > self._described:
+                self._meta.popitem(last=False)
 
     def __call__(self, change: Change) -> None:
         """Queue a change (the tier's listener)."""
@@ -95,27 +109,44 @@ class StorageEvents:
 
     def close(self) -> None:
         """Send what is queued and end; the publisher stays open."""
-        self._closed = True
+        self._closed.set()
         self._wake.set()
         if self._thread is not None:
             self._thread.join()
-        self.flush()
+        self._try()
 
     def flush(self) -> int:
-        """Send what is queued as one batch; returns the number of events."""
+        """Send what is queued, in order; returns the number of events.
+
+        What the publisher refuses is kept for the next time: a removal that is lost would leave the index with a block
+        that is not there.
+        """
+        sent = 0
         with self._sending:
             with self._lock:
                 changes, self._pending = self._pending, []
-                events = [event for change in changes for event in self._events(change)]
-            if events:
-                self._publisher.publish(events, timestamp=self._clock(), dp_rank=self._dp_rank)
-            return len(events)
+                self._unsent += [event for change in changes for event in self._events(change)]
+            while self._unsent:
+                batch = self._unsent[:_BATCH_EVENTS]
+                self._publisher.publish(batch, timestamp=self._clock(), dp_rank=self._dp_rank)
+                del self._unsent[: len(batch)]
+                sent += len(batch)
+        return sent
 
     def _work(self) -> None:
-        while not self._closed:
+        while not self._closed.is_set():
             self._wake.wait()
             self._wake.clear()
+            if not self._try() and not self._closed.wait(_RETRY_SECONDS):
+                self._wake.set()
+
+    def _try(self) -> bool:
+        try:
             self.flush()
+        except Exception as error:  # noqa: BLE001 - whatever the publisher raises, the thread goes on
+            log.warning("storage events cannot be sent (%r); %d wait", error, len(self._unsent))
+            return False
+        return True
 
     def _events(self, change: Change) -> Iterable[dict[str, Any]]:
         for key in change.keys:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import msgspec
@@ -65,3 +66,78 @@ def test_the_bridge_reads_the_right_tier(locality: Any, tier: Tier) -> None:
     assert (stored.tier, removed.tier) == (tier, tier)
     assert stored.keys == removed.keys == [(77).to_bytes(8, "big")]
     assert (stored.parent, stored.block_size_tokens, stored.masked) == ((76).to_bytes(8, "big"), 2, False)
+
+
+class Broken(Recorder):
+    """Refuses while ``down``."""
+
+    down = True
+
+    def publish(self, events: Any, *, timestamp: float, dp_rank: int | None = 0) -> int:
+        if self.down:
+            raise ConnectionError("injected")
+        return super().publish(events, timestamp=timestamp, dp_rank=dp_rank)
+
+
+def kinds(recorder: Recorder) -> list[tuple[str, int]]:
+    """Return type and hash of every event sent."""
+    return [
+        (event["type"], event["block_hashes"][0])
+        for payload in recorder.payloads
+        for event in msgspec.msgpack.decode(payload)[1]
+    ]
+
+
+def test_what_the_publisher_refuses_is_sent_later_in_order() -> None:
+    """No change is lost or overtaken while nothing can be sent."""
+    recorder = Broken()
+    events = StorageEvents(recorder)
+    events.describe({key(1): BlockMeta(11)})
+    events(Change(False, (key(1),)))
+    with pytest.raises(ConnectionError):
+        events.flush()
+    events(Change(True, (key(1),)))
+    with pytest.raises(ConnectionError):
+        events.flush()
+    recorder.down = False
+    events(Change(False, (key(1),)))
+    assert events.flush() == 3
+    stored = default_meta(key(1)).block_hash
+    assert kinds(recorder) == [("BlockStored", 11), ("BlockRemoved", 11), ("BlockStored", stored)]
+
+
+def test_the_thread_outlives_a_refusal_and_closing_sends_the_rest(caplog: pytest.LogCaptureFixture) -> None:
+    """The background thread says what is wrong and goes on; close sends what is left."""
+    recorder = Broken()
+    events = StorageEvents(recorder)
+    events.start()
+    events(Change(False, (key(1),)))
+    deadline = time.monotonic() + 20
+    while "cannot be sent" not in caplog.text and time.monotonic() < deadline:
+        time.sleep(0.01)
+    recorder.down = False
+    events(Change(True, (key(1),)))
+    events.close()
+    assert [kind for kind, _ in kinds(recorder)] == ["BlockStored", "BlockRemoved"]
+    assert "1 wait" in caplog.text
+
+
+def test_many_changes_are_several_batches() -> None:
+    """A burst does not become one huge message."""
+    recorder = Recorder()
+    events = StorageEvents(recorder)
+    events(Change(True, tuple(key(number) for number in range(2500))))
+    assert events.flush() == 2500
+    assert len(recorder.payloads) == 3
+    assert [number for _, number in kinds(recorder)] == [default_meta(key(n)).block_hash for n in range(2500)]
+
+
+def test_descriptions_are_bounded() -> None:
+    """Of more descriptions than are kept the oldest are forgotten, and such a block is told by its key."""
+    recorder = Recorder()
+    events = StorageEvents(recorder, described=2)
+    for number in (1, 2, 1, 3):
+        events.describe({key(number): BlockMeta(number)})
+    events(Change(False, (key(1), key(2), key(3))))
+    events.flush()
+    assert [number for _, number in kinds(recorder)] == [1, default_meta(key(2)).block_hash, 3]
