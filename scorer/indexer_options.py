@@ -22,6 +22,7 @@ class IndexerOptions(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         block_size_tokens: canonical block size; a replica takes the workers' when they announce one.
         weights: worth of a block by tier.
+        strategy: how a match becomes a score, by name; see :mod:`kvatlas.scorer.strategies`.
         usable_only: leave out the block of the prompt's last token, which engines compute again.
         resolve: what events mean; its block size is set from here.
         bridge: subscription, replay and queue settings; ``buffer_bytes`` bounds the queue of each engine.
@@ -32,6 +33,7 @@ class IndexerOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     block_size_tokens: int = 16
     weights: Weights = Weights()
+    strategy: str = "longest-prefix"
     usable_only: bool = False
     resolve: ResolveOptions = ResolveOptions()
     bridge: BridgeSettings = BridgeSettings(buffer_bytes=32 * 1024 * 1024)

@@ -18,6 +18,7 @@ from kvatlas.scorer.indexer_explain import explain
 from kvatlas.scorer.indexer_options import IndexerOptions, Source, Tokenizers, Tokens
 from kvatlas.scorer.pods import PodTable
 from kvatlas.scorer.score import Match, Walk
+from kvatlas.scorer.strategies import strategy_named
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +51,17 @@ class Scores:
             tokenizers: for prompts and chats; None takes token ids only.
             clock: wall clock, ns.
             observe: told of each stage's duration in seconds: tokenize, keys, lookup, score.
+
+        Raises:
+            InputError: there is no such strategy.
         """
         self.backend = backend
         self._options = options
         self._tokenizers = tokenizers
         self._clock = clock
         self._observe = observe
+        self._strategy = strategy_named(options.strategy)
+        self._weights = self._strategy.weights(options.weights)
         self._size = options.block_size_tokens
         self._pods = PodTable(self._size)
         self._source: Source | None = None
@@ -220,7 +226,7 @@ class Scores:
         keys = self.block_keys(packed, model, lora=lora, cache_salt=cache_salt)
         began = time.perf_counter()
         scored, values = await self._score(keys, len(packed) // TOKEN_BYTES, model, pods, began=began, all_blocks=True)
-        scene = self._pods.fleet.scene(model, self._options.weights)
+        scene = self._pods.fleet.scene(model, self._weights)
         return explain(scored, keys, values, scene, pods, usable_only=self._options.usable_only)
 
     async def _score(
@@ -235,7 +241,7 @@ class Scores:
     ) -> tuple[Scored, list[bytes | None]]:
         hashed = time.perf_counter()
         source = self._running
-        scene = self._pods.fleet.scene(model, self._options.weights)
+        scene = self._pods.fleet.scene(model, self._weights)
         steps = Walk(scene, tokens, pods=pods, whole_prompt=not self._options.usable_only)
         values: list[bytes | None] = []
         looked, chunk, walking = 0.0, _FIRST_BLOCKS, True
@@ -256,7 +262,7 @@ class Scores:
             prompt_tokens=tokens,
             block_size_tokens=self._size,
             blocks=len(keys),
-            scores={match.pod.name: _score_of(match) for match in matches},
+            scores=self._scored(matches, len(keys)),
             freshness=self._freshness(matches),
             partial=steps.partial,
             stale=source.stale,
@@ -274,6 +280,11 @@ class Scores:
             log.warning("%s", error)
             return [None] * len(keys)
 
+    def _scored(self, matches: Sequence[Match], blocks: int) -> dict[str, PodScore]:
+        value = self._strategy.score
+        found = {match.pod.name: _score_of(match, value(match, blocks)) for match in matches}
+        return dict(sorted(found.items(), key=lambda item: -item[1].score))
+
     def _freshness(self, matches: Sequence[Match]) -> dict[str, PodFreshness]:
         now = self._clock()
         found = {}
@@ -287,9 +298,9 @@ class Scores:
         return found
 
 
-def _score_of(match: Match) -> PodScore:
+def _score_of(match: Match, score: float) -> PodScore:
     return PodScore(
-        score=match.score,
+        score=score,
         matched_blocks=match.blocks,
         matched_tokens=match.tokens,
         tiers=match.tiers,
