@@ -23,6 +23,7 @@ from kvatlas.bridge.block_key import block_keys, pack_tokens, root_key
 from kvatlas.bridge.engine_publisher import EnginePublisher
 from kvatlas.bridge.errors import KvatlasError
 from kvatlas.bridge.events import Kind, Tier
+from kvatlas.deploy.bench._mirror import mirror_rate
 from kvatlas.scorer.backends.base import Backend
 from kvatlas.scorer.backends.memory import MemoryBackend
 from kvatlas.scorer.backends.redis import RedisBackend
@@ -36,7 +37,7 @@ _KEYS: Final = 10_000
 _BATCH: Final = 64
 _SIZE: Final = 16
 _EPOCH: Final = records.epoch_of(5)
-_CASES: Final = ("memory-add", "memory-lookup", "memory-score-8192", "redis-score-8192", "events")
+_CASES: Final = ("memory-add", "memory-lookup", "memory-score-8192", "redis-score-8192", "events", "mirror")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=200, help="prompts scored (default %(default)s)")
     parser.add_argument("--tokens", type=int, default=8_192, help="tokens of a prompt (default %(default)s)")
     parser.add_argument("--pods", type=int, default=8, help="pods that hold the prompt (default %(default)s)")
-    parser.add_argument("--blocks", type=int, default=200_000, help="blocks of `events` (default %(default)s)")
+    parser.add_argument(
+        "--blocks", type=int, default=200_000, help="blocks of `events` and `mirror` (default %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -65,6 +68,8 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield asyncio.run(_redis(args))
     if "events" in wanted:
         yield asyncio.run(_events(args))
+    if "mirror" in wanted:
+        yield _mirror(args)
 
 
 # --- per key --------------------------------------------------------------------------------------------------------
@@ -205,7 +210,9 @@ async def _redis(args: argparse.Namespace) -> dict[str, Any]:
 def _server() -> Iterator[str]:
     executable = shutil.which("redis-server") or shutil.which("valkey-server")
     if executable is None:
-        raise KvatlasError("redis-score-8192 needs redis-server or valkey-server; `.ci/system-deps` installs it")
+        raise KvatlasError(
+            "redis-score-8192 and mirror need redis-server or valkey-server; `.ci/system-deps` installs it"
+        )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -271,6 +278,14 @@ async def _events(args: argparse.Namespace) -> dict[str, Any]:
         "unit": "blocks/s",
         "per_cpu_second": round(blocks / cpu_seconds),
     }
+
+
+def _mirror(args: argparse.Namespace) -> dict[str, Any]:
+    """Changed entries into a mirror on a local server."""
+    with _server() as url:
+        rate, per_cpu_second = asyncio.run(mirror_rate(url, args.blocks))
+    figure = {"bench": "library", "case": "mirror", "value": round(rate), "unit": "entries/s"}
+    return figure | {"per_cpu_second": round(per_cpu_second)}
 
 
 def _figure(case: str, values: list[float], unit: str) -> dict[str, Any]:

@@ -25,6 +25,7 @@ def test_figures() -> None:
         "memory-score-8192": "ms",
         "redis-score-8192": "ms",
         "events": "blocks/s",
+        "mirror": "entries/s",
     }
     assert all(float(str(figure["value"])) > 0 for figure in figures.values())
     assert {"baseline", "ratio"} <= set(figures["redis-score-8192"])
