@@ -24,6 +24,8 @@ from kvatlas.scorer.backends import Backend, MemoryBackend
 from kvatlas.scorer.backends.redis import RedisBackend
 from kvatlas.scorer.backends.rocks import RocksBackend
 
+pytestmark = pytest.mark.timeout(420)  # the first test on a pipeline starts it
+
 Deploy = Callable[..., World]
 SUBJECTS = ("memory", "rocksdb", "redis", "valkey", "pipeline")
 
