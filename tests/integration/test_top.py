@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import pty
+import select
 import signal
 import socket
 import subprocess
@@ -158,6 +161,10 @@ def test_top_shows_what_pods_workers_and_scorers_do(brokers, topic_prefix, fleet
     assert 0 < scorer["p50_ms"] <= scorer["p99_ms"] < 5_000
     assert scorer["requests_per_second"] > 1
 
+    code, shown = watched("1 scorers", "top", "--every=0.2", *words)
+    assert code == 0, shown
+    assert "1 scorers" in shown
+
     services[2].signal(signal.SIGTERM)
     assert services[2].wait() == 0
     code, document = top(*words, "--every=0.1")
@@ -172,6 +179,34 @@ def test_top_shows_what_pods_workers_and_scorers_do(brokers, topic_prefix, fleet
     )
     assert "does not answer" in done.stdout
     assert all(pod in done.stdout for pod in held)
+
+
+def watched(text: str, *words: str) -> tuple[int, str]:
+    """Run a command on a terminal until it shows a text, then press Ctrl-C; returns exit code and what was shown."""
+    ours, theirs = pty.openpty()
+    live = subprocess.Popen(
+        [sys.executable, "-m", "kvatlas.deploy", *words], stdout=theirs, stderr=theirs, start_new_session=True
+    )
+    os.close(theirs)
+    shown, deadline = "", time.monotonic() + 60
+    try:
+        while text not in shown and time.monotonic() < deadline:
+            if select.select([ours], [], [], 0.5)[0]:
+                shown += os.read(ours, 65536).decode(errors="replace")
+        live.send_signal(signal.SIGINT)
+        drained = threading.Thread(target=_drain, args=(ours,), daemon=True)
+        drained.start()
+        return live.wait(20), shown
+    finally:
+        live.kill()
+        live.wait()
+        os.close(ours)
+
+
+def _drain(terminal: int) -> None:
+    with contextlib.suppress(OSError):
+        while os.read(terminal, 65536):
+            pass
 
 
 @contextlib.contextmanager
