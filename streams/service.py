@@ -257,7 +257,10 @@ class WorkerService:
         table = app.bulk_table(BLOCK_INDEX)
         if not self._settings.mirror or table is None:
             return
-        from kvatlas.streams.mirror_worker import worker_mirror  # noqa: PLC0415 # Redis's client only where it is used
+        try:
+            from kvatlas.streams.mirror_worker import worker_mirror  # noqa: PLC0415 # Redis's client only where it is used
+        except ImportError as error:
+            raise SettingsError("[worker] mirror: needs Redis's client; install kvatlas[redis]") from error
 
         mirror = worker_mirror(
             self._settings,

@@ -9,7 +9,7 @@ Keys, all under a prefix and the schema version, so that versions can live side 
 
 An update is a read-modify-write. It runs as a script inside the server, which runs one script at a time, so writers
 that apply at once cannot lose each other's holders. A script reads keys that it is given, so all keys of a record must
-be on one server: Redis Cluster is not supported, replicas and Sentinel are.
+be on one server: Redis Cluster is not supported.
 """
 
 from __future__ import annotations
