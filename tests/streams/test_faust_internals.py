@@ -10,6 +10,7 @@ import aiokafka
 import faust
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka.consumer.group_coordinator import GroupCoordinator
 from faust.stores import rocksdb
 from faust.tables.base import Collection
 from faust.tables.manager import TableManager
@@ -45,6 +46,7 @@ from kvatlas.streams.sources import SourceConsumer, SourceConsumerThread, Source
         (driver.Consumer, "_new_consumer_thread", []),
         (driver.Producer, "_ensure_producer", []),
         (faust.App, "_new_transport", []),
+        (GroupCoordinator, "_do_heartbeat", []),
         (AIOKafkaProducer, "create_batch", []),
         (AIOKafkaProducer, "send_batch", ["batch", "topic", "partition"]),
     ],
@@ -130,3 +132,10 @@ def test_only_finished_offsets_are_committed() -> None:
     assert tp in set(made._filter_tps_with_pending_acks())
     assert made._new_offset(tp) == 42
     assert made._new_offset(tp) is None
+
+
+def test_each_accepted_heartbeat_is_the_coordinators_own_call() -> None:
+    """The heartbeat routine calls the method that we wrap on the instance, and True means accepted."""
+    routine = inspect.getsource(GroupCoordinator._heartbeat_routine)
+    assert "success = await self._do_heartbeat()" in routine
+    assert "_coordinator = GroupCoordinator(" in inspect.getsource(AIOKafkaConsumer.start)
