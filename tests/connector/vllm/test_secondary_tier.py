@@ -26,7 +26,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from tests.connector.vllm.fleet import Runner, make_scheduler, prompts
-runner = Runner(make_scheduler(Path(sys.argv[1]), Path(sys.argv[2])))
+runner = Runner(make_scheduler(Path(sys.argv[1]), Path(sys.argv[2]), whole_spec=sys.argv[3] == "True"))
 steps = 0
 def tell():
     print(runner.files.metrics.counts.get("hits", 0), flush=True)
@@ -89,13 +89,14 @@ def test_damaged_files_are_computed_again(tmp_path: Path) -> None:
     scheduler.shutdown()
 
 
-def test_kill_and_restart_on_the_same_root(tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole_spec", [False, True])
+def test_kill_and_restart_on_the_same_root(tmp_path: Path, whole_spec: bool) -> None:
     """Kill -9 in the middle; a new engine on the same root loads what was stored, byte-equal."""
-    from tests.connector.vllm.fleet import Runner, make_scheduler, prompts
+    from tests.connector.vllm.fleet import Runner, Witness, make_scheduler, prompts
 
     project = Path(__file__).parents[3]
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(tmp_path / "root"), str(tmp_path)],
+        [sys.executable, "-c", CHILD, str(tmp_path / "root"), str(tmp_path), str(whole_spec)],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=project,
         env={**os.environ, "PYTHONPATH": str(project)},
     )  # fmt: skip
@@ -107,13 +108,16 @@ def test_kill_and_restart_on_the_same_root(tmp_path: Path) -> None:
     child.send_signal(signal.SIGKILL)
     child.wait(20)
     child.stdout.close()
-    scheduler = make_scheduler(tmp_path / "root", tmp_path)
+    scheduler = make_scheduler(tmp_path / "root", tmp_path, whole_spec=whole_spec)
     runner = Runner(scheduler)
+    witness = Witness(runner)
     assert runner.files.scanned.wait(20)
     assert len(runner.files.known()) > 50
     runner.run(prompts(4, 400))
     assert runner.files.metrics.counts["hits"] > 50
     assert runner.files.metrics.counts.get("corrupt", 0) == 0
+    assert witness.promised > 100
+    assert witness.loaded == runner.files.metrics.counts["hits"]
     scheduler.shutdown()
 
 
