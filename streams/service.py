@@ -6,22 +6,18 @@ import asyncio
 import contextlib
 import errno
 import os
-import socket
 import time
-import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from aiokafka import AIOKafkaConsumer
-from aiokafka.errors import KafkaError
 from faust.types import TP
 from mode import get_logger
 
 from kvatlas.bridge import records
 from kvatlas.bridge.block_key import KEY_VERSION
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.bridge.kafka import client_config, lost_right
+from kvatlas.bridge.kafka import lost_right
 from kvatlas.bridge.records import WorkerRecord
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.bridge.telemetry import Telemetry
@@ -31,8 +27,8 @@ from kvatlas.streams.announce import Announcer, WorkerBook
 from kvatlas.streams.app import BLOCK_INDEX, ENGINE_BLOCKS, WorkerApp, build_app
 from kvatlas.streams.census import Census
 from kvatlas.streams.engine_sweep import sweep_engine_blocks
-from kvatlas.streams.errors import StoreError, TopicsError, WorkerCrashError
-from kvatlas.streams.follow import TopicFollower, partitions_of
+from kvatlas.streams.errors import StoreError, WorkerCrashError
+from kvatlas.streams.follow import TopicFollower
 from kvatlas.streams.gauges import Gauges
 from kvatlas.streams.index import sweep_index
 from kvatlas.streams.keeper import Keeper
@@ -41,12 +37,12 @@ from kvatlas.streams.pods import PodBook
 from kvatlas.streams.query import LookupServer, LookupService
 from kvatlas.streams.sources import Watchdog
 from kvatlas.streams.store import PartitionState, Role
+from kvatlas.streams.surroundings import advertised, discover, worker_id
 from kvatlas.streams.sweeper import Sweeper
 from kvatlas.streams.table import BulkTable
 
 logger = get_logger(__name__)
 
-_TOPICS_WAIT_SECONDS: Final = 60.0
 _STOP_SECONDS: Final = 4.0
 _RESTART_SECONDS: Final = 1.0
 _POLL_SECONDS: Final = 0.05
@@ -101,7 +97,7 @@ class WorkerService:
         """
         folder = Path(self._settings.state_dir)
         self.worker_id = worker_id(folder)
-        self._partitions = await self._discover()
+        self._partitions = await discover(self._settings, self._kafka, f"kvatlas-worker-{self.worker_id}")
         await self._serve()
         self._telemetry.add_check("partitions", lambda: None if self.ready.is_set() else "partitions are not restored")
         await self._telemetry.start()
@@ -375,62 +371,6 @@ class WorkerService:
             blocks=self._census.holdings,
         )
 
-    async def _discover(self) -> dict[str, int]:
-        """Return the partitions of every topic, waiting until they all exist."""
-        changelogs = {topic.name: topic for topic in records.changelog_topics(self._settings.versioned_app)}
-        blocks = self._settings.blocks_topic
-        names = [t.name for t in records.TOPICS if t.name != records.BLOCKS] + [blocks, *changelogs]
-        consumer = AIOKafkaConsumer(**client_config(self._kafka, f"kvatlas-worker-{self.worker_id}"))
-        counts: dict[str, int] = {}
-        deadline = time.monotonic() + _TOPICS_WAIT_SECONDS
-        try:
-            await _until_reachable(consumer, deadline)
-            while True:
-                for name in names:
-                    if not counts.get(name):
-                        counts[name] = len(await partitions_of(consumer, self._kafka.topic(name)))
-                missing = [self._kafka.topic(name) for name, count in counts.items() if not count]
-                if not missing:
-                    break
-                if time.monotonic() > deadline:
-                    raise TopicsError(f"topics {', '.join(missing)} do not exist; create them with `kvatlas topics`")
-                await asyncio.sleep(0.5)
-        finally:
-            await consumer.stop()
-        engine, index = changelogs
-        for source, changelog in ((records.EVENTS, engine), (blocks, index)):
-            if counts[source] != counts[changelog]:
-                raise TopicsError(
-                    f"{self._kafka.topic(source)} has {counts[source]} partitions and "
-                    f"{self._kafka.topic(changelog)} {counts[changelog]}; they must be equal: make the changelog anew"
-                )
-        return counts
-
-
-async def _until_reachable(consumer: Any, deadline: float) -> None:
-    while True:
-        try:
-            await consumer.start()
-        except KafkaError as error:
-            if time.monotonic() > deadline:
-                raise TopicsError(f"Kafka is not reachable: {error!r}") from error
-            logger.warning("Kafka is not reachable yet: %s", error)
-            await asyncio.sleep(1.0)
-        else:
-            return
-
-
-def full_disk(error: BaseException | None, folder: str) -> StoreError | None:
-    """Return what an error and its causes say of a full disk, None where they say nothing of it."""
-    while error is not None:
-        if _NO_SPACE in str(error):
-            return StoreError(
-                f"[worker] state_dir {folder}: the disk is full ({error}); free some of it or take a larger one, then "
-                "start the worker again. Nothing is lost: it reads from the changelogs what is not on its disk"
-            )
-        error = error.__cause__ or error.__context__
-    return None
-
 
 async def _report_crash(app: WorkerApp, on_crash: Callable[[BaseException], None]) -> None:
     """Watch Faust's app: mode services note a crash and stop, but tell nobody outside of its own worker program."""
@@ -447,29 +387,13 @@ def source_lag(app: WorkerApp, topic: str, partition: int, applied: int) -> int:
     return -1 if end is None else max(end - applied - 1, 0)
 
 
-def worker_id(folder: Path) -> str:
-    """Return the id of the worker that lives in a state folder, making one at first use.
-
-    Raises:
-        StoreError: the folder cannot be written.
-    """
-    path = folder / "worker-id"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if path.exists() and (found := path.read_text(encoding="utf-8").strip()):
-            return found
-        made = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
-        path.write_text(made + "\n", encoding="utf-8")
-    except OSError as error:
-        raise StoreError(f"state folder {folder} cannot be used: {error.strerror}; choose another state_dir") from error
-    return made
-
-
-def advertised(listen: str, advertise: str, port: int) -> str:
-    """Return the host:port that scorers are told."""
-    if advertise:
-        return advertise if advertise.rpartition(":")[2].isdigit() and ":" in advertise else f"{advertise}:{port}"
-    host = listen.rpartition(":")[0].strip("[]")
-    if host in ("", "0.0.0.0", "::"):  # noqa: S104 # compared, not bound
-        host = socket.gethostname()
-    return f"{host}:{port}"
+def full_disk(error: BaseException | None, folder: str) -> StoreError | None:
+    """Return what an error and its causes say of a full disk, None where they say nothing of it."""
+    while error is not None:
+        if _NO_SPACE in str(error):
+            return StoreError(
+                f"[worker] state_dir {folder}: the disk is full ({error}); free some of it or take a larger one, then "
+                "start the worker again. Nothing is lost: it reads from the changelogs what is not on its disk"
+            )
+        error = error.__cause__ or error.__context__
+    return None

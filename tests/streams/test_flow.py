@@ -66,6 +66,14 @@ def flows_of(
     return flows, failed
 
 
+async def reach(log: list[Any], entries: int) -> None:
+    """Wait until the log has so many entries, for as long as a busy machine may need."""
+    for _ in range(1000):
+        if len(log) >= entries:
+            return
+        await asyncio.sleep(0.005)
+
+
 async def settle() -> None:
     for _ in range(20):
         await asyncio.sleep(0)
