@@ -50,6 +50,7 @@ async def settled(service: WorkerService, restarts: float) -> None:
         await asyncio.sleep(0.1)
 
 
+@pytest.mark.timeout(400)
 async def test_a_worker_that_stood_still_in_the_middle_of_its_work_harms_nothing(
     brokers: str, topic_prefix: str, tmp_path: Path, workers: list[WorkerProcess]
 ) -> None:
