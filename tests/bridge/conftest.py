@@ -8,12 +8,17 @@ from typing import Any, cast
 
 import msgspec
 import pytest
+from hypothesis import settings
 
 from kvatlas.bridge import records
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.publisher import Item, Publisher
 from kvatlas.bridge.shared import Shared
 from kvatlas.bridge.stream import PodStream
+
+# How long an example takes says more of what else the machine does than of the code.
+settings.register_profile("kvatlas", deadline=None)
+settings.load_profile("kvatlas")
 
 
 class MemoryLog:
