@@ -57,6 +57,13 @@ class Batch(ConsumerMessage):
         self.records = records
 
 
+class _Ahead(NamedTuple):
+    """A fetch under way, and the group's generation that it was asked for in: what it brings is nobody else's then."""
+
+    fetched: asyncio.Future[Any]
+    generation: int
+
+
 class _NoPositions(dict[TP, int | None]):
     """Faust's note of the newest offset that it has delivered, which it uses to drop what is read again.
 
@@ -120,19 +127,24 @@ class SourceConsumer(driver.Consumer):
         super().__init__(*args, **kwargs)
         self._read_offset = _NoPositions()
         self._done: dict[TP, int] = {}
+        self._ahead: _Ahead | None = None
 
     def _new_consumer_thread(self) -> Any:
         return SourceConsumerThread(self, loop=self.loop, beacon=self.beacon)
 
     async def getmany(self, timeout: float) -> AsyncIterator[tuple[TP, ConsumerMessage]]:
         """Yield what is there: a :class:`Batch` for each source topic, other records one by one."""
-        found, active = await self._wait_next_records(timeout)
+        ahead = self._ahead or self._ask(timeout)
+        self._ahead = None
+        found, active = await ahead.fetched
         if found is None or self.should_stop:
             return
         if not self.flow_active:
             await self.perform_seek()
             return
-        generation = self.app.consumer_generation_id
+        generation = ahead.generation
+        if self._current(generation):
+            self._ahead = self._ask(timeout)  # the next fetch is under way while this one is handed over
         sources: dict[str, dict[int, Sequence[Any]]] = {}
         others: dict[TP, Any] = {}
         for topic_partition, fetched in found.items():
@@ -151,6 +163,16 @@ class SourceConsumer(driver.Consumer):
                 return
             if active is None or tp in active or tp in self._buffered_partitions:
                 yield tp, self._to_message(tp, record)
+
+    def _ask(self, timeout: float) -> _Ahead:
+        return _Ahead(asyncio.ensure_future(self._wait_next_records(timeout)), self.app.consumer_generation_id)
+
+    async def on_stop(self) -> None:
+        """Stop, with the fetch that is under way."""
+        if self._ahead is not None:
+            self._ahead.fetched.cancel()
+            self._ahead = None
+        await super().on_stop()
 
     def _current(self, generation: int) -> bool:
         """Tell whether what was fetched is still ours to deliver."""
