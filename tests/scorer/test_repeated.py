@@ -6,7 +6,7 @@ from array import array
 
 import pytest
 from google.protobuf.message import DecodeError
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvatlas.scorer.repeated import decode, score_request
@@ -19,6 +19,7 @@ def ids(request: pb.ScoreRequest) -> list[int]:
     return list(request.tokens) or list(array("I", request.tokens_packed))
 
 
+@settings(deadline=None)
 @given(
     st.lists(_ANY, max_size=60) | st.lists(st.integers(0, 2**28), min_size=600, max_size=900),
     st.fixed_dictionaries(
@@ -71,6 +72,7 @@ def test_a_field_in_pieces_is_joined():
     assert ids(score_request(single + part)) == [*[7] * 200, *range(2000)]
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=2048, max_size=2600))
 def test_bytes_that_are_no_request_end_as_protobuf_says(data):
     """Whatever arrives, the outcome is protobuf's: its message or its error."""
@@ -83,6 +85,7 @@ def test_bytes_that_are_no_request_end_as_protobuf_says(data):
     assert ids(score_request(data)) == ids(plain)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=40))
 def test_broken_varints_are_refused(data):
     """What decodes is the numbers that protobuf reads; all else is None."""
