@@ -184,8 +184,9 @@ def test_stores_are_shed_when_too_many_wait_and_loads_are_not(fleet: Fleet) -> N
     reading = tier.load([target(100)[0]])
     gate.set()
     outcomes = [future.result(WAIT)[key(number)].outcome for number, future in enumerate(futures)]
-    assert outcomes.count(Outcome.SHED) >= 5
-    assert outcomes.count(Outcome.STORED) >= 3
+    # Three wait at most, and as many are in the hands of the one thread and its two for checksums, or fewer yet.
+    assert 4 <= outcomes.count(Outcome.SHED) <= 7
+    assert 3 <= outcomes.count(Outcome.STORED) <= 6
     assert reading.result(WAIT)[key(100)].ok
     assert fleet.announced() == {
         key(100),
