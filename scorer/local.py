@@ -15,10 +15,17 @@ class Partition(Protocol):
     """What is read of a :class:`kvatlas.streams.store.PartitionState`; the scorer imports no RocksDB."""
 
     role: Any
-    meta: Any
     cache: Any
 
-    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+    @property
+    def ahead(self) -> Any:
+        """What was applied and may be newer than the cache, None for nothing."""
+
+    @property
+    def reflected(self) -> Any:
+        """Source offset and receive time that answers reflect."""
+
+    def answer(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """Return the values of keys in order, None where there is none."""
 
 
@@ -100,7 +107,7 @@ class TableLookups:
                 continue
             states[number] = state
             role = _ROLES.get(state.role.name, UNANSWERED)
-            seen[number] = Seen(role, worker, state.meta.source_offset, state.meta.receive_ns)
+            seen[number] = Seen(role, worker, *state.reflected)
         return states, seen
 
     def _fall_back(
@@ -142,11 +149,16 @@ def _read(keys: Sequence[bytes], numbers: Sequence[int], states: Mapping[int, Pa
 
     The hot path: one dict lookup a key where the cache has it, see :class:`kvatlas.streams.cache.BytesCache`.
     """
-    cached = {number: state.cache.young.get for number, state in states.items()}
+    cached = {number: _unread if state.ahead else state.cache.young.get for number, state in states.items()}
     values: list[bytes | None] = [cached[number](key) for number, key in zip(numbers, keys, strict=True)]
     if None in values:
         _fill(values, keys, numbers, states)
     return values
+
+
+def _unread(_: bytes) -> bytes | None:
+    """Return nothing: where something was applied that the cache does not have yet, the partition itself answers."""
+    return None
 
 
 def _fill(
@@ -159,5 +171,5 @@ def _fill(
             rows[numbers[row]].append(row)
     for number, wanted in rows.items():
         if wanted:
-            for row, value in zip(wanted, states[number].get_many([keys[row] for row in wanted]), strict=True):
+            for row, value in zip(wanted, states[number].answer([keys[row] for row in wanted]), strict=True):
                 values[row] = value or b""

@@ -17,15 +17,17 @@ from kvatlas.bridge.kafka import password, ssl_context
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.streams.changelog import Meta, encode_meta, send_claim
 from kvatlas.streams.fence import Lease
-from kvatlas.streams.flow import Flows, Stage
+from kvatlas.streams.flow import Stage
+from kvatlas.streams.flows import Flows
 from kvatlas.streams.options import WorkerSettings
+from kvatlas.streams.output import Output
 from kvatlas.streams.pods import PodPublisher
 from kvatlas.streams.recovery import BulkTableManager
 from kvatlas.streams.resolve import ResolveOptions, Resolver
 from kvatlas.streams.restore import BulkReader
 from kvatlas.streams.rocks import RocksBudget
 from kvatlas.streams.sources import SourceConsumer, SourceTransport, Waiting
-from kvatlas.streams.stages import IndexStage, Output, ResolveStage
+from kvatlas.streams.stages import IndexStage, ResolveStage
 from kvatlas.streams.store import Role
 from kvatlas.streams.table import BulkTable
 
@@ -107,7 +109,7 @@ class WorkerApp(faust.App):
         self.tell(restored=True)
 
     async def quiesce(self) -> None:
-        """Finish flushes in progress, drop what is queued, and demote what is active to a flagged copy."""
+        """Commit what was applied, drop what is queued, and demote what is active to a flagged copy."""
         await asyncio.gather(*(flows.stop(_DRAIN_SECONDS) for flows in self.flows.values()))
         if self.publisher is not None:
             self.publisher.forget()
@@ -290,6 +292,7 @@ def _add_flows(parts: _Parts, source: str, name: str, table: BulkTable, make_sta
         may_commit=lambda: parts.app.lease.valid,
         pass_hole=lambda partition, offset: parts.app.source_consumer().pass_hole(TP(source, partition), offset),
         on_committed=lambda partition, offset: parts.app.source_consumer().committed(TP(source, partition), offset),
+        commit_interval_seconds=parts.settings.commit_interval_ms / 1000,
     )
     parts.app.sources[source] = table
     parts.app.flows[source] = flows

@@ -132,28 +132,42 @@ class Effects:
         found.last = sequence
         return found
 
+    @property
+    def segments(self) -> list[PodUpdates]:
+        """Return the updates gathered, in order."""
+        return [segment for segment in self._segments if segment.keys]
+
     def encode(self, receive_ns: int | None = None) -> dict[int, list[bytes]]:
         """Return the ``kv-blocks`` records by partition, to be sent in the order of each list.
 
         Args:
             receive_ns: receive time to stamp, ns since the epoch; None takes the newest message's.
         """
-        segments = [segment for segment in self._segments if segment.keys]
-        if not segments:
-            return {}
-        stamp = self.receive_ns if receive_ns is None else receive_ns
-        if sum(len(segment.keys) for segment in segments) <= min(_FEW, RECORD_UPDATES):
-            return _encode_few(segments, self.partitions, stamp)
-        columns = _Columns(segments)
-        where = columns.partitions(self.partitions)
-        order = np.argsort(where, kind="stable")
-        bounds = np.searchsorted(where[order], np.arange(self.partitions + 1))
-        records: dict[int, list[bytes]] = {}
-        for partition in range(self.partitions):
-            rows = order[bounds[partition] : bounds[partition + 1]]
-            if len(rows):
-                records[partition] = columns.records(rows, stamp)
-        return records
+        return encode(self.segments, self.partitions, self.receive_ns if receive_ns is None else receive_ns)
+
+
+def encode(segments: list[PodUpdates], partitions: int, receive_ns: int) -> dict[int, list[bytes]]:
+    """Return the ``kv-blocks`` records of updates by partition, to be sent in the order of each list.
+
+    Args:
+        segments: updates, those of one pod in the order of its messages; none is empty.
+        partitions: partitions of ``kv-blocks``.
+        receive_ns: receive time to stamp, ns since the epoch.
+    """
+    if not segments:
+        return {}
+    if sum(len(segment.keys) for segment in segments) <= min(_FEW, RECORD_UPDATES):
+        return _encode_few(segments, partitions, receive_ns)
+    columns = _Columns(segments)
+    where = columns.partitions(partitions)
+    order = np.argsort(where, kind="stable")
+    bounds = np.searchsorted(where[order], np.arange(partitions + 1))
+    records: dict[int, list[bytes]] = {}
+    for partition in range(partitions):
+        rows = order[bounds[partition] : bounds[partition + 1]]
+        if len(rows):
+            records[partition] = columns.records(rows, receive_ns)
+    return records
 
 
 def _encode_few(segments: list[PodUpdates], partitions: int, stamp: int) -> dict[int, list[bytes]]:

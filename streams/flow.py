@@ -1,16 +1,15 @@
 """Flows: one partition of one agent, from source records to a committed flush.
 
-Faust delivers source records one by one; a flow gathers what has come while its last flush was being committed and
-applies all of it as the next one. So flushes grow with load and stay small, and fresh, without it.
+A flow applies what has come as soon as it comes and sends what follows from it; all of it together is committed when
+the last commit is done and ``commit_interval_seconds`` old, or when it is much. So what is known is fresh at any load,
+and commits, which cost the same for one update as for a thousand, stay few.
 """
 
 from __future__ import annotations
 
 import asyncio
-import enum
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final, Protocol
 
 from aiokafka.errors import KafkaError
@@ -18,23 +17,34 @@ from mode import get_logger
 
 from kvatlas.bridge.errors import KvatlasError
 from kvatlas.bridge.kafka import refusal_in
-from kvatlas.streams import metrics
 from kvatlas.streams.errors import UncertainError
+from kvatlas.streams.hole import Hole
 
 logger = get_logger(__name__)
 
 _BACKOFF_FIRST_SECONDS: Final = 0.1
 _BACKOFF_MOST_SECONDS: Final = 2.0
-_READINGS: Final = 2
 #: Commits that Kafka may refuse for want of a right before the flow ends, about 3 s.
 _REFUSALS: Final = 6
 
 
+class Step(Protocol):
+    """What follows from records that were applied."""
+
+    async def send(self) -> None:
+        """Send it; sending again after a failure is allowed.
+
+        Raises:
+            KvatlasError: with ``retriable`` set, it can be tried again.
+            KafkaError: it can be tried again.
+        """
+
+
 class Work(Protocol):
-    """A flush that was applied and waits to be committed; committing again after a failure is allowed."""
+    """A flush that waits to be committed."""
 
     async def commit(self) -> None:
-        """Commit it.
+        """Commit it; committing again after a failure is allowed.
 
         Raises:
             KvatlasError: with ``retriable`` set, it can be tried again.
@@ -46,51 +56,23 @@ class Stage(Protocol):
     """What an agent does with the records of one partition; one instance a partition.
 
     Attributes:
-        lock: held from the first read of a flush to its commit; the sweep takes it too.
+        lock: held for a commit; the sweep takes it too.
     """
 
     lock: asyncio.Lock
 
-    async def apply(self, take: Callable[[], Any | None]) -> Work | None:
-        """Apply records until ``take`` returns None or the flush is large enough; None for nothing to commit."""
+    @property
+    def full(self) -> bool:
+        """Whether so much was applied since the last cut that it should be committed before more is."""
 
+    async def apply(self, take: Callable[[], Any | None]) -> Step | None:
+        """Apply records until ``take`` returns None or the stage is full; None when there was nothing."""
 
-class Verdict(enum.Enum):
-    """What to do with a record that does not follow the last one."""
+    def cut(self) -> Work:
+        """Return what was applied since the last cut, all of which was sent, to be committed."""
 
-    DROP = "drop"
-    READ_AGAIN = "read again"
-    ACCEPT = "accept"
-
-
-class Hole:
-    """Judges whether records that are missing were lost on their way, or are not in the topic.
-
-    Records of one reading come with rising offsets; one that is not above the last begins another reading. When two
-    readings that began where the hole begins have nothing there, retention took the records.
-    """
-
-    def __init__(self) -> None:
-        self._after = -2
-        self._seen = self._first = -1
-        self._readings = 0
-
-    def judge(self, last: int, offset: int) -> Verdict:
-        """Judge a record.
-
-        Args:
-            last: offset of the last record that was taken.
-            offset: offset of the one that came, beyond the next.
-        """
-        if last != self._after:
-            self._after, self._seen, self._first, self._readings = last, offset, offset, 0
-            return Verdict.READ_AGAIN
-        same_reading, self._seen = offset > self._seen, offset
-        if same_reading:
-            return Verdict.DROP
-        self._readings = self._readings + 1 if offset == self._first else 0
-        self._first = offset
-        return Verdict.ACCEPT if self._readings >= _READINGS else Verdict.READ_AGAIN
+    def drop(self) -> None:
+        """Forget what was applied and is not committed."""
 
 
 class Flow:
@@ -99,10 +81,11 @@ class Flow:
     Args:
         name: for logs.
         stage: applies records.
-        on_taken: called with the number of records that left the queue.
+        on_taken: called with the number of records that are done with.
         on_failed: called with the error that ended the flow.
         may_commit: whether this worker is sure to own the partition.
         on_committed: called with the offset of the last record of each flush.
+        commit_interval_seconds: least time between the beginnings of two commits, unless the stage is full.
     """
 
     def __init__(
@@ -114,19 +97,26 @@ class Flow:
         *,
         may_commit: Callable[[], bool],
         on_committed: Callable[[int], None],
+        commit_interval_seconds: float,
     ) -> None:
         self.name = name
         self.last_offset = -1
         self._may_commit = may_commit
         self._on_committed = on_committed
+        self._interval = commit_interval_seconds
         self.hole = Hole()
         self._stage = stage
         self._on_taken = on_taken
         self._queue: deque[Any] = deque()
-        self._taken: list[Any] = []
+        self._applied = 0
+        self._applied_offset = -1
         self._wake = asyncio.Event()
         self._stopping = False
         self._on_failed = on_failed
+        self._loop = asyncio.get_running_loop()
+        self._due = 0.0
+        self._alarm: asyncio.TimerHandle | None = None
+        self._commit: asyncio.Task[bool] | None = None
         self._task = asyncio.create_task(self._run(), name=f"flow-{name}")
         self._task.add_done_callback(self._ended)
 
@@ -142,12 +132,12 @@ class Flow:
     @property
     def idle(self) -> bool:
         """Return whether everything that came is committed."""
-        return not self._queue and not self._taken
+        return not self._queue and not self._applied and self._commit is None
 
     async def stop(self, grace_seconds: float) -> None:
-        """Finish the flush in progress, drop what is queued (it is read again), and end.
+        """Commit what was applied, drop what is queued (it is read again), and end.
 
-        A flush that does not end in time is cut off; what it wrote is found again in the changelog.
+        What is not committed in time is cut off; what of it was written is found again in the changelog.
         """
         self._stopping = True
         self._wake.set()
@@ -156,8 +146,9 @@ class Flow:
             logger.warning("%s: flush not committed within %.1f s, cut off", self.name, grace_seconds)
             self._task.cancel()
             await asyncio.wait([self._task], timeout=1.0)
-        self._on_taken(len(self._queue))
+        self._on_taken(len(self._queue) + self._applied)
         self._queue.clear()
+        self._applied = 0
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -168,34 +159,88 @@ class Flow:
         if not self._queue:
             return None
         record = self._queue.popleft()
-        self._taken.append(record)
+        self._applied += 1
+        self._applied_offset = record.offset
         return record
 
     async def _run(self) -> None:
-        while not self._stopping:
-            if not self._queue:
-                self._wake.clear()
-                await self._wake.wait()
-                continue
-            self._taken = []
-            async with self._stage.lock:
-                work = await self._stage.apply(self._take)
-                if work is not None and not await self._commit(work):
+        try:
+            while not self._stopping:
+                if self._queue and not self._stage.full and not await self._step():
                     return
-            taken, self._taken = self._taken, []
-            if taken:
-                self._on_committed(taken[-1].offset)
-            self._on_taken(len(taken))
+                if not self._begin_commit() and (not self._queue or self._stage.full):
+                    self._wake.clear()
+                    await self._wake.wait()
+            await self._commit_rest()
+        finally:
+            if self._alarm is not None:
+                self._alarm.cancel()
+            if self._commit is not None:
+                self._commit.cancel()
+                await asyncio.gather(self._commit, return_exceptions=True)
+            self._stage.drop()
 
-    async def _commit(self, work: Work) -> bool:
-        """Commit until it succeeds; False when the flow was stopped before that."""
+    async def _step(self) -> bool:
+        """Apply what is queued and send what follows; False when the flow was stopped before it could be sent."""
+        step = await self._stage.apply(self._take)
+        return step is None or await self._tried(step.send, "records are not sent")
+
+    def _begin_commit(self) -> bool:
+        """Begin to commit what was applied when that is due, or see to it that it is looked at then."""
+        if self._commit is not None:
+            if not self._commit.done():
+                return False
+            commit, self._commit = self._commit, None
+            commit.result()
+        now = self._loop.time()
+        if not self._applied:
+            return False
+        if now < self._due and not self._stage.full:
+            if self._alarm is None:
+                self._alarm = self._loop.call_at(self._due, self._ring)
+            return False
+        self._due = now + self._interval
+        self._commit = asyncio.create_task(self._commit_cut(), name=f"commit-{self.name}")
+        self._commit.add_done_callback(lambda _: self._wake.set())
+        return True
+
+    def _ring(self) -> None:
+        self._alarm = None
+        self._wake.set()
+
+    async def _commit_rest(self) -> None:
+        """Commit all that was applied, the flow being stopped."""
+        if self._commit is not None:
+            commit, self._commit = self._commit, None
+            if not await commit:
+                return
+        if self._applied:
+            await self._commit_cut()
+
+    def _commit_cut(self) -> Coroutine[Any, Any, bool]:
+        """Cut off what was applied and return what commits it; False of that when the flow was stopped before."""
+        work, records, offset = self._stage.cut(), self._applied, self._applied_offset
+        self._applied = 0
+
+        async def commit() -> bool:
+            async with self._stage.lock:
+                done = await self._tried(work.commit, "not committed")
+            if done:
+                self._on_committed(offset)
+            self._on_taken(records)
+            return done
+
+        return commit()
+
+    async def _tried(self, attempt: Callable[[], Awaitable[None]], failed: str) -> bool:
+        """Try until it succeeds; False when the flow was stopped before that."""
         backoff = _BACKOFF_FIRST_SECONDS
         refusals = 0
         while True:
             try:
                 if not self._may_commit():
                     raise UncertainError("the group has not answered for a session; it may have others write this")
-                await work.commit()
+                await attempt()
             except (KvatlasError, KafkaError) as error:
                 if isinstance(error, KvatlasError) and not error.retriable:
                     raise
@@ -203,167 +248,9 @@ class Flow:
                 if refusals >= _REFUSALS:
                     raise
                 if self._stopping:
-                    self._on_taken(len(self._taken))
                     return False
-                logger.warning("%s: commit failed, tried again in %.1f s: %s", self.name, backoff, error)
+                logger.warning("%s: %s, tried again in %.1f s: %s", self.name, failed, backoff, error)
                 await asyncio.sleep(backoff)
                 backoff = min(backoff * 2, _BACKOFF_MOST_SECONDS)
             else:
                 return True
-
-
-class Flows:
-    """All flows of one agent on this worker.
-
-    Args:
-        name: the agent's name.
-        make_stage: partition -> its stage.
-        source_offset: partition -> last source offset that the table reflects, None when it is not ours to write.
-        buffer_records: records held in all queues together before the agent waits.
-        on_failed: called with the error that ended a flow: the app must not go on without it.
-        may_commit: whether this worker is sure to own its partitions; commits wait while it is not.
-        rewind: has a partition read again from an offset.
-        pass_hole: told of a partition and the offset before which the topic has lost records.
-        on_committed: told of a partition and the offset of the last record that was committed.
-
-    Attributes:
-        skipped: records that came again after they were applied.
-        rewinds: times that records were lost on their way here and read again.
-        missed: records that the topic does not have any more, though they were not applied.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        make_stage: Callable[[int], Stage],
-        source_offset: Callable[[int], int | None],
-        buffer_records: int,
-        on_failed: Callable[[BaseException], None],
-        *,
-        may_commit: Callable[[], bool],
-        rewind: Callable[[int, int], None],
-        pass_hole: Callable[[int, int], None],
-        on_committed: Callable[[int, int], None],
-    ) -> None:
-        self.name = name
-        self.skipped = 0
-        self.rewinds = 0
-        self.missed = 0
-        self._may_commit = may_commit
-        self._rewind = rewind
-        self._pass_hole = pass_hole
-        self._on_committed = on_committed
-        self._paused = False
-        self._make_stage = make_stage
-        self._source_offset = source_offset
-        self._limit = buffer_records
-        self._on_failed = on_failed
-        self._held = 0
-        self._space = asyncio.Event()
-        self._space.set()
-        self._flows: dict[int, Flow] = {}
-
-    @property
-    def held(self) -> int:
-        """Return the number of records queued."""
-        return self._held
-
-    def queued(self, partition: int) -> int:
-        """Return the number of records queued for a partition."""
-        flow = self._flows.get(partition)
-        return len(flow) if flow else 0
-
-    def waiting(self, partition: int) -> int | None:
-        """Return the offset that a partition waits for; None when it has work, or is not ours to write."""
-        if self._paused or not self._space.is_set():
-            return None
-        flow = self._flows.get(partition)
-        if flow is not None:
-            return flow.last_offset + 1 if flow.idle else None
-        applied = self._source_offset(partition)
-        return None if applied is None else applied + 1
-
-    async def offer(self, fetched: Mapping[int, Sequence[Any]]) -> None:
-        """Hand records to their partitions' flows; waits while too many are queued.
-
-        A record at or below the offset that the table already reflects is dropped. One that does not follow the last
-        is not taken: what lies between was lost on its way, and is read again. Records that come between a
-        revocation and the next restore are dropped: the restore ends with a seek to the tables' offsets.
-
-        Args:
-            fetched: partition -> records in order of their offsets.
-        """
-        if self._paused:
-            return
-        for partition, records in fetched.items():
-            flow = self._flow(partition)
-            if flow is None:
-                continue
-            for record in records:
-                if record.offset <= flow.last_offset:
-                    self.skipped += 1
-                elif record.offset == flow.last_offset + 1 or self._passes(flow, partition, record.offset):
-                    self._held += 1
-                    flow.offer(record)
-        if self._held >= self._limit:
-            self._space.clear()
-            await self._space.wait()
-
-    def _flow(self, partition: int) -> Flow | None:
-        """Return a partition's flow; None when it is not ours to write."""
-        flow = self._flows.get(partition)
-        if flow is not None:
-            return flow
-        applied = self._source_offset(partition)
-        if applied is None:
-            return None
-        flow = Flow(
-            f"{self.name}-{partition}",
-            self._make_stage(partition),
-            self._on_taken,
-            self._on_failed,
-            may_commit=self._may_commit,
-            on_committed=partial(self._on_committed, partition),
-        )
-        flow.last_offset = applied
-        self._flows[partition] = flow
-        return flow
-
-    def _passes(self, flow: Flow, partition: int, offset: int) -> bool:
-        """Return whether a record that does not follow the last may be taken all the same."""
-        verdict = flow.hole.judge(flow.last_offset, offset)
-        wanted = flow.last_offset + 1
-        if verdict is Verdict.READ_AGAIN:
-            self.rewinds += 1
-            metrics.REWINDS.labels(self.name).inc()
-            logger.info("%s: record %d came where %d was expected; read again from there", flow.name, offset, wanted)
-            self._rewind(partition, wanted)
-        elif verdict is Verdict.ACCEPT:
-            self.missed += offset - wanted
-            metrics.MISSED.labels(self.name).inc(offset - wanted)
-            logger.warning(
-                "%s: records %d to %d are not in the topic any more: retention took them before they were applied",
-                flow.name,
-                wanted,
-                offset - 1,
-            )
-            self._pass_hole(partition, offset)
-        return verdict is Verdict.ACCEPT
-
-    async def stop(self, grace_seconds: float) -> None:
-        """Stop all flows, each after its flush in progress; records are dropped until :meth:`resume`."""
-        self._paused = True
-        flows, self._flows = list(self._flows.values()), {}
-        if flows:
-            await asyncio.gather(*(flow.stop(grace_seconds) for flow in flows))
-        self._held = 0
-        self._space.set()
-
-    def resume(self) -> None:
-        """Take records again."""
-        self._paused = False
-
-    def _on_taken(self, records: int) -> None:
-        self._held -= records
-        if self._held <= self._limit // 2:
-            self._space.set()

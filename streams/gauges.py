@@ -10,8 +10,7 @@ from faust.types import TP
 
 from kvatlas.streams import metrics
 from kvatlas.streams.app import WorkerApp
-from kvatlas.streams.changelog import Meta
-from kvatlas.streams.store import Role
+from kvatlas.streams.store import Reflected, Role
 from kvatlas.streams.table import BulkTable
 
 _INTERVAL_SECONDS: Final = 2.0
@@ -45,7 +44,7 @@ class Gauges:
                 if state.role is Role.ACTIVE:
                     shown.add((flows.name, table.name, state.partition))
                     metrics.APPLIED_OFFSET.labels(table.name, state.partition).set(state.meta.source_offset)
-                    self._lag(flows.name, TP(topic, state.partition), state.meta)
+                    self._lag(flows.name, TP(topic, state.partition), state.reflected)
         for agent, name, partition in self._shown - shown:  # another worker shows them now
             metrics.APPLIED_OFFSET.remove(name, partition)
             metrics.LAG_RECORDS.remove(agent, partition)
@@ -63,9 +62,9 @@ class Gauges:
         metrics.TABLE_BYTES.labels(table.name).set(sum(state.size_bytes() for state in states))
         metrics.TABLE_KEYS.labels(table.name).set(sum(state.entries() for state in states))
 
-    def _lag(self, agent: str, tp: TP, meta: Meta) -> None:
+    def _lag(self, agent: str, tp: TP, reflected: Reflected) -> None:
         end = self._app.source_end(tp)
-        lag = 0 if end is None else max(end - meta.source_offset - 1, 0)
+        lag = 0 if end is None else max(end - reflected.source_offset - 1, 0)
         metrics.LAG_RECORDS.labels(agent, tp.partition).set(lag)
-        age_ms = (time.time_ns() - meta.receive_ns) / 1e6 if lag > 0 and meta.receive_ns else 0.0
+        age_ms = (time.time_ns() - reflected.receive_ns) / 1e6 if lag > 0 and reflected.receive_ns else 0.0
         metrics.LAG_MS.labels(agent, tp.partition).set(max(age_ms, 0.0))

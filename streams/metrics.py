@@ -18,13 +18,13 @@ BATCHES: Final = Counter("kvatlas_worker_batches_total", "Flushes committed", ["
 COUNTS: Final = Counter("kvatlas_worker_events_total", "What applying met, by kind", ["agent", "kind"])
 COMMIT_SECONDS: Final = Histogram(
     "kvatlas_worker_commit_seconds",
-    "From applied to committed",
+    "From applied to committed, of the oldest record in each flush",
     ["agent"],
     buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10),
 )
 VISIBLE_SECONDS: Final = Histogram(
     "kvatlas_worker_visible_seconds",
-    "From the bridge's receive time to committed, of the newest message in each flush",
+    "From the bridge's receive time to resolved, or to what lookups see, of the newest message each time",
     ["agent"],
     buckets=(0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.5, 1, 2, 5, 10, 60),
 )
@@ -91,20 +91,28 @@ MIRROR_ERRORS: Final = Counter("kvatlas_worker_mirror_errors_total", "Times the 
 RESTARTS: Final = Counter("kvatlas_worker_app_restarts_total", "Times the Faust app was started anew after an error")
 
 
-def flushed(agent: str, updates: int, started: float, receive_ns: int, counts: Mapping[str, int]) -> None:
+def visible(agent: str, receive_ns: int) -> None:
+    """Note that messages have come through an agent.
+
+    Args:
+        agent: ``resolve`` or ``index``.
+        receive_ns: the newest one's receive time, ns since the epoch; 0 for none.
+    """
+    if receive_ns:
+        VISIBLE_SECONDS.labels(agent).observe(max(time.time_ns() - receive_ns, 0) / 1e9)
+
+
+def flushed(agent: str, updates: int, started: float, counts: Mapping[str, int]) -> None:
     """Note a committed flush.
 
     Args:
         agent: ``resolve`` or ``index``.
         updates: block updates in it.
-        started: monotonic time when it was applied, seconds.
-        receive_ns: newest receive time in it, ns since the epoch; 0 for none.
+        started: monotonic time when the first of it was applied, seconds.
         counts: what applying met.
     """
     UPDATES.labels(agent).inc(updates)
     BATCHES.labels(agent).inc()
     COMMIT_SECONDS.labels(agent).observe(time.monotonic() - started)
-    if receive_ns:
-        VISIBLE_SECONDS.labels(agent).observe(max(time.time_ns() - receive_ns, 0) / 1e9)
     for kind, number in counts.items():
         COUNTS.labels(agent, kind).inc(number)

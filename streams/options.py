@@ -81,6 +81,14 @@ class WorkerSettings(Section, frozen=True, kw_only=True):
         Meta(description="local state older than this is rebuilt: the changelog drops tombstones after a day", gt=0),
     ] = 12.0
 
+    commit_interval_ms: Annotated[
+        int,
+        Meta(
+            description="least time between two commits of a partition unless a flush is full; lookups do not wait",
+            ge=0,
+            le=10_000,
+        ),
+    ] = 100
     flush_records: Annotated[int, Meta(description="largest flush of a partition, in source records", ge=1)] = 256
     flush_updates: Annotated[int, Meta(description="largest flush of a partition, in updates", ge=1)] = 8_192
     slice_updates: Annotated[

@@ -118,7 +118,7 @@ class LookupService(pb_grpc.BlockIndexServicer):
                 if state is None or role is Role.RESTORING or (role is Role.STANDBY and not allow_standby):
                     unanswered.extend(rows)
                     continue
-                self._fill(values, rows, state.get_many([keys[row] for row in rows]))
+                self._fill(values, rows, state.answer([keys[row] for row in rows]))
         columns, index = answer_columns(values, unanswered)
         return pb.LookupResponse(values=columns, index=index, partitions=states, worker=self._worker)
 
@@ -141,12 +141,13 @@ class LookupService(pb_grpc.BlockIndexServicer):
                 owner=self._others.owner(partition, self._worker),
                 lag_records=-1,
             )
+        reflected = state.reflected
         return pb.PartitionState(
             partition=partition,
             role=_ROLES[role],
             owner="" if role is Role.ACTIVE else self._others.owner(partition, self._worker),
-            applied_offset=state.meta.source_offset,
-            applied_receive_ns=state.meta.receive_ns,
+            applied_offset=reflected.source_offset,
+            applied_receive_ns=reflected.receive_ns,
             lag_records=self._lag_of(partition) if role is Role.ACTIVE else -1,
         )
 

@@ -335,7 +335,7 @@ class WorkerService:
         state = self._state_of(partition)
         if app is None or state is None:
             return -1
-        return source_lag(app, self._kafka.topic(self._settings.blocks_topic), partition, state.meta.source_offset)
+        return source_lag(app, self._kafka.topic(self._settings.blocks_topic), partition, state.reflected.source_offset)
 
     def _roles_changed(self, restored: bool) -> None:
         if self._app is None:

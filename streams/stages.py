@@ -1,4 +1,4 @@
-"""The two agents' work on one partition: apply source records to a view, then commit in the order of ``table``."""
+"""The two agents' work on one partition: apply source records, send what follows, commit, in the order of ``table``."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import asyncio
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mode import get_logger
 
-from kvatlas.bridge import records
 from kvatlas.bridge.errors import WireError
 from kvatlas.bridge.records import PodRecord
 from kvatlas.streams import metrics
@@ -20,6 +19,8 @@ from kvatlas.streams.effects import DeadLetter, Effects
 from kvatlas.streams.index import apply_blocks, table_keys_of
 from kvatlas.streams.message import parse_message
 from kvatlas.streams.options import WorkerSettings
+from kvatlas.streams.output import Output
+from kvatlas.streams.pending import Pending
 from kvatlas.streams.pods import PodPublisher
 from kvatlas.streams.resolve import Resolver
 from kvatlas.streams.table import BulkTable, PartitionView
@@ -27,74 +28,67 @@ from kvatlas.streams.table import BulkTable, PartitionView
 logger = get_logger(__name__)
 
 
-class Output:
-    """Records that the agents produce beside their tables.
+class _Gathered:
+    """What was applied to a partition since the last cut; what both agents' stages have in common.
 
     Args:
-        producer: returns the started ``AIOKafkaProducer``.
-        blocks: topic ``kv-blocks`` and its number of partitions.
-        dlq: topic ``kv-events-dlq`` and its number of partitions.
-        events: topic name of ``kv-events``, named as the origin of dead letters.
+        agent: its name, for metrics.
+        table: the agent's table.
+        partition: the partition.
+        settings: the worker's.
     """
 
-    def __init__(self, producer: Callable[[], Any], blocks: tuple[str, int], dlq: tuple[str, int], events: str) -> None:
-        self.blocks_partitions = blocks[1]
-        self._producer = producer
-        self._blocks = blocks[0]
-        self._dlq, self._dlq_partitions = dlq
-        self._events = events
+    def __init__(self, agent: str, table: BulkTable, partition: int, settings: WorkerSettings) -> None:
+        self.lock = table.store.local(partition).lock
+        self.pending = Pending(
+            table, partition, most_records=settings.flush_records, most_updates=settings.flush_updates
+        )
+        self._agent = agent
+        self._counts: Counter[str] = Counter()
+        self._updates = 0
+        self._since = 0.0
 
-    async def send_blocks(self, by_partition: Mapping[int, Sequence[bytes]]) -> None:
-        """Send ``kv-blocks`` records in order per partition and wait until the brokers have them.
+    @property
+    def full(self) -> bool:
+        """Whether so much was applied since the last cut that it should be committed before more is."""
+        return self.pending.full
 
-        Raises:
-            KafkaError: not acknowledged.
-        """
-        producer = self._producer()
-        pending = [
-            await producer.send(self._blocks, value, partition=partition)
-            for partition, values in by_partition.items()
-            for value in values
-        ]
-        await asyncio.gather(*pending)
+    def advance(
+        self, source_offset: int, receive_ns: int, *, records: int, updates: int, counts: Mapping[str, int]
+    ) -> None:
+        """Take note of records that were applied; readers see what they changed from here on."""
+        if not self._since:
+            self._since = time.monotonic()
+        self._updates += updates
+        self._counts.update(counts)
+        self.pending.advance(source_offset, receive_ns, records=records, updates=updates)
+        metrics.SOURCE_RECORDS.labels(self._agent).inc(records)
 
-    async def send_dead(self, letters: Sequence[DeadLetter]) -> None:
-        """Send dead letters and wait until the brokers have them.
+    def cut(self) -> Flush:
+        """Return what was applied since the last cut, to be committed."""
+        flush = Flush(self.pending, self._agent, self._updates, self._since, self._counts)
+        self._counts, self._updates, self._since = Counter(), 0, 0.0
+        return flush
 
-        Raises:
-            KafkaError: not acknowledged.
-        """
-        producer = self._producer()
-        pending = []
-        for letter in letters:
-            headers = [(name, value) for name, value in letter.headers.items() if name != records.H_REASON]
-            headers += [
-                (records.H_REASON, letter.reason.encode()[:4096]),
-                (records.H_ORIGIN, f"{self._events}/{letter.partition}/{letter.offset}".encode()),
-            ]
-            partition = records.pod_partition(letter.pod, self._dlq_partitions)
-            pending.append(
-                await producer.send(
-                    self._dlq, letter.raw, key=letter.pod.encode(), partition=partition, headers=headers
-                )
-            )
-        await asyncio.gather(*pending)
-
-    async def send_dead_blocks(self, partition: int, offset: int, value: bytes, reason: str) -> None:
-        """Dead-letter one ``kv-blocks`` record that cannot be read.
-
-        Raises:
-            KafkaError: not acknowledged.
-        """
-        headers = [
-            (records.H_REASON, reason.encode()[:4096]),
-            (records.H_ORIGIN, f"{self._blocks}/{partition}/{offset}".encode()),
-        ]
-        target = partition % self._dlq_partitions
-        await (await self._producer().send(self._dlq, value, partition=target, headers=headers))
+    def drop(self) -> None:
+        """Forget what was applied and is not committed."""
+        self.pending.drop()
 
 
-class ResolveStage:
+class Flush:
+    """Changes that were cut off to be committed."""
+
+    def __init__(self, pending: Pending, agent: str, updates: int, since: float, counts: Mapping[str, int]) -> None:
+        self._pending, self._cut = pending, pending.cut()
+        self._agent, self._updates, self._since, self._counts = agent, updates, since, counts
+
+    async def commit(self) -> None:
+        """Commit them."""
+        await self._pending.commit(self._cut)
+        metrics.flushed(self._agent, self._updates, self._since, self._counts)
+
+
+class ResolveStage(_Gathered):
     """The resolve agent's work on one partition of ``kv-events``."""
 
     def __init__(
@@ -107,17 +101,15 @@ class ResolveStage:
         pods: PodPublisher,
         settings: WorkerSettings,
     ) -> None:
-        self.lock = table.store.local(partition).lock
-        self._table = table
-        self._partition = partition
+        super().__init__("resolve", table, partition, settings)
         self._resolver = resolver
         self._output = output
         self._pods = pods
         self._settings = settings
 
-    async def apply(self, take: Callable[[], Any | None]) -> ResolveWork | None:
-        """Apply engine messages to a fresh view of ``engine_blocks``."""
-        view = self._table.view(self._partition)
+    async def apply(self, take: Callable[[], Any | None]) -> ResolveStep | None:
+        """Apply engine messages to ``engine_blocks``."""
+        view = self.pending.view
         effects = Effects(self._output.blocks_partitions)
         count, last, sliced = 0, -1, 0
         while count < self._settings.flush_records and (message := take()) is not None:
@@ -132,8 +124,8 @@ class ResolveStage:
                 await asyncio.sleep(0)
         if last < 0:
             return None
-        metrics.SOURCE_RECORDS.labels("resolve").inc(count)
-        return ResolveWork(self, view, effects, last)
+        self.advance(last, effects.receive_ns, records=count, updates=effects.updates, counts=effects.counts)
+        return ResolveStep(effects, self._output, self._pods)
 
     def _one(self, view: PartitionView, message: Any, effects: Effects) -> None:
         parsed = parse_message(message.key, message.value, message.headers, message.partition, message.offset)
@@ -153,54 +145,45 @@ class ResolveStage:
                 )
             )
 
-    async def commit(self, work: ResolveWork) -> None:
-        """Commit in the order written down in ``table``."""
-        effects = work.effects
-        if effects.urgent and not work.pods_sent:
-            await self._pods.send(work.pods)
-            work.pods_sent = True
-        if not work.blocks_sent:
-            await self._output.send_blocks(work.records)
-            await self._output.send_dead(effects.dead)
-            work.blocks_sent = True
-        await self._table.commit(self._partition, work.view, work.source_offset, effects.receive_ns)
-        if not work.pods_sent:
-            self._pods.offer(work.pods)
-        metrics.flushed("resolve", effects.updates, work.started, effects.receive_ns, effects.counts)
+
+class ResolveStep:
+    """What follows from applied messages; what was sent before a failure is not sent again."""
+
+    def __init__(self, effects: Effects, output: Output, pods: PodPublisher) -> None:
+        self._output, self._publisher = output, pods
+        self._pods: dict[str, PodRecord] = effects.pods
+        self._segments = effects.segments
+        self._dead = effects.dead
+        self._urgent = effects.urgent
+        self._receive_ns = effects.receive_ns
+
+    async def send(self) -> None:
+        """Send raised epochs, block updates and dead letters, in this order; hand the other pod records over."""
+        if self._urgent:
+            await self._publisher.send(self._pods)
+            self._urgent, self._pods = False, {}
+        if self._segments:
+            await self._output.send_blocks(self._segments, self._receive_ns)
+            self._segments = []
+        if self._dead:
+            await self._output.send_dead(self._dead)
+            self._dead = []
+        self._publisher.offer(self._pods)
+        metrics.visible("resolve", self._receive_ns)
 
 
-class ResolveWork:
-    """One flush of resolve that waits for its commit."""
-
-    def __init__(self, stage: ResolveStage, view: PartitionView, effects: Effects, source_offset: int) -> None:
-        self.view = view
-        self.effects = effects
-        self.source_offset = source_offset
-        self.pods: dict[str, PodRecord] = effects.pods
-        self.records = effects.encode()
-        self.started = time.monotonic()
-        self.pods_sent = False
-        self.blocks_sent = False
-        self._stage = stage
-
-    async def commit(self) -> None:
-        """Commit; what was sent before a failure is not sent again."""
-        await self._stage.commit(self)
-
-
-class IndexStage:
+class IndexStage(_Gathered):
     """The index agent's work on one partition of ``kv-blocks``."""
 
     def __init__(self, table: BulkTable, partition: int, output: Output, settings: WorkerSettings) -> None:
-        self.lock = table.store.local(partition).lock
-        self._table = table
+        super().__init__("index", table, partition, settings)
         self._partition = partition
         self._output = output
         self._settings = settings
 
-    async def apply(self, take: Callable[[], Any | None]) -> IndexWork | None:
-        """Apply records of block updates to a fresh view of ``block_index``."""
-        view = self._table.view(self._partition)
+    async def apply(self, take: Callable[[], Any | None]) -> DeadBlocks | None:
+        """Apply records of block updates to ``block_index``; lookups see them at once."""
+        view = self.pending.view
         counts: Counter[str] = Counter()
         dead: list[tuple[int, bytes, str]] = []
         taken: list[tuple[BlocksRecord, list[bytes]]] = []
@@ -229,40 +212,20 @@ class IndexStage:
                 await asyncio.sleep(0)
         if last < 0:
             return None
-        metrics.SOURCE_RECORDS.labels("index").inc(count)
-        return IndexWork(self, view, dead=dead, source_offset=last, receive_ns=receive_ns, counts=counts)
+        self.advance(last, receive_ns, records=count, updates=counts["updates"], counts=counts)
+        metrics.visible("index", receive_ns)
+        return DeadBlocks(self._output, self._partition, dead) if dead else None
 
-    async def commit(self, work: IndexWork) -> None:
-        """Commit in the order written down in ``table``."""
-        while work.dead:
-            offset, value, reason = work.dead[-1]
+
+class DeadBlocks:
+    """Records of block updates that cannot be read; what was sent before a failure is not sent again."""
+
+    def __init__(self, output: Output, partition: int, dead: list[tuple[int, bytes, str]]) -> None:
+        self._output, self._partition, self._dead = output, partition, dead
+
+    async def send(self) -> None:
+        """Dead-letter them."""
+        while self._dead:
+            offset, value, reason = self._dead[-1]
             await self._output.send_dead_blocks(self._partition, offset, value, reason)
-            work.dead.pop()
-        await self._table.commit(self._partition, work.view, work.source_offset, work.receive_ns)
-        metrics.flushed("index", work.counts["updates"], work.started, work.receive_ns, work.counts)
-
-
-class IndexWork:
-    """One flush of the index that waits for its commit."""
-
-    def __init__(
-        self,
-        stage: IndexStage,
-        view: PartitionView,
-        *,
-        dead: list[tuple[int, bytes, str]],
-        source_offset: int,
-        receive_ns: int,
-        counts: Counter[str],
-    ) -> None:
-        self.view = view
-        self.dead = dead
-        self.source_offset = source_offset
-        self.receive_ns = receive_ns
-        self.counts = counts
-        self.started = time.monotonic()
-        self._stage = stage
-
-    async def commit(self) -> None:
-        """Commit."""
-        await self._stage.commit(self)
+            self._dead.pop()

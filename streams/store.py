@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import rocksdict
 from faust.stores import rocksdb
@@ -51,6 +51,27 @@ class Role(enum.Enum):
     """Assigned and caught up."""
 
 
+class Ahead(NamedTuple):
+    """What was applied to a partition and is not in its database yet.
+
+    Attributes:
+        layers: key -> value, None where it was removed; the newest layer first.
+        source_offset: last source record that is in it.
+        receive_ns: newest receive time in it, bridge clock.
+    """
+
+    layers: tuple[Mapping[bytes, bytes | None], ...]
+    source_offset: int
+    receive_ns: int
+
+
+class Reflected(NamedTuple):
+    """What the answers from a partition reflect: last source record, and newest receive time (ns, bridge clock)."""
+
+    source_offset: int
+    receive_ns: int
+
+
 class PartitionState:
     """One partition of a table on this worker.
 
@@ -60,7 +81,8 @@ class PartitionState:
         role: what may be said about it.
         changelog_offset: last changelog record in the state, None for none.
         meta: source offset and times that the state reflects.
-        lock: held by whoever reads, changes and commits; there is one writer at a time.
+        ahead: what was applied and is not committed yet, None for nothing.
+        lock: held by whoever commits; there is one at a time.
         foreign: keys that replaced writers wrote to the changelog; their true values have to be written once more.
     """
 
@@ -77,6 +99,7 @@ class PartitionState:
         self.cache = BytesCache(cache_bytes)
         self.role = Role.RESTORING
         self.lock = asyncio.Lock()
+        self.ahead: Ahead | None = None
         self.foreign: set[bytes] = set()
         self._dropping = False
         self._budget = budget
@@ -117,7 +140,7 @@ class PartitionState:
     async def fetch_apart(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """Return values straight from the database like :meth:`fetch`, in a thread when there are many keys.
 
-        Only for whoever holds ``lock``: what comes back may be put into the cache, and must not be older than it.
+        Only for the partition's writer: what comes back must not be older than what it knows.
         """
         if self._threads is None or len(keys) < _APART_KEYS:
             return self.fetch(keys)
@@ -139,6 +162,33 @@ class PartitionState:
                 if value is not None:
                     values[number] = value
                     put(keys[number], value)
+        return values
+
+    @property
+    def reflected(self) -> Reflected:
+        """Return what answers from here reflect: what was applied, committed or not."""
+        ahead, meta = self.ahead, self.meta
+        if ahead is None:
+            return Reflected(meta.source_offset, meta.receive_ns)
+        return Reflected(ahead.source_offset, max(ahead.receive_ns, meta.receive_ns))
+
+    def answer(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Return the values of keys in order as of what was applied, committed or not."""
+        ahead = self.ahead
+        if ahead is None:
+            return self.get_many(keys)
+        values: list[bytes | None] = [None] * len(keys)
+        rest: list[int] = []
+        for number, key in enumerate(keys):
+            for layer in ahead.layers:
+                if key in layer:
+                    values[number] = layer[key]
+                    break
+            else:
+                rest.append(number)
+        if rest:
+            for number, value in zip(rest, self.get_many([keys[number] for number in rest]), strict=True):
+                values[number] = value
         return values
 
     def items(self, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:

@@ -1,17 +1,21 @@
 """The bulk table: a ``faust.Table`` that is written one flush at a time.
 
-Stock Faust writes a changelog record and a RocksDB entry for every assignment; a bulk table gathers a flush in a
-:class:`PartitionView` and commits it as a whole. Order of a flush's commit, for resolve; the index has (2), (3), (5):
+Stock Faust writes a changelog record and a RocksDB entry for every assignment; a bulk table gathers changes in a
+:class:`PartitionView` and commits them as a whole. Order of what happens to source records, for resolve; the index has
+(1), (4), (5), (6):
 
-1. send the kv-blocks records and wait for their acknowledgement;
-2. send the changelog as one record batch, with the meta record that holds the source offset, and wait for its
-   acknowledgement;
-3. write one RocksDB batch: values, changelog offset, meta record;
-4. send the kv-pods records (before 1 when an epoch rose: readers must see the raised epoch first);
-5. acknowledge the source records.
+1. apply them to the view;
+2. send the kv-blocks records and wait for their acknowledgement, the kv-pods records before them when an epoch rose:
+   readers must see the raised epoch first;
+3. hand the other kv-pods records over to be sent;
+4. with what else was applied and sent since the last commit, send the changelog as one record batch, with the meta
+   record that holds the source offset, and wait for its acknowledgement;
+5. write one RocksDB batch: values, changelog offset, meta record;
+6. acknowledge the source records.
 
-A crash between any two steps repeats the flush from its source records, which changes nothing that is already there:
-kv-blocks runs that the index has applied are dropped by sequence, table writes are sets.
+While (4) and (5) are under way, (1) to (3) go on with the next records. A crash between any two steps repeats the
+work from the source records after the last commit, which changes nothing that is already there: kv-blocks runs that
+the index has applied are dropped by sequence, table writes are sets.
 """
 
 from __future__ import annotations
@@ -35,17 +39,22 @@ _ABSENT: Final = object()
 
 
 class PartitionView:
-    """One partition of a bulk table during one flush: reads through, gathers writes.
+    """One partition of a bulk table between two commits: reads through, gathers writes.
+
+    Args:
+        state: the partition.
+        above: a view whose writes are not in the partition yet; reads see them.
 
     Attributes:
-        writes: what the flush changed, in the order of the first write of each key; None removes.
+        writes: what changed, in the order of the first write of each key; None removes.
     """
 
     __slots__ = ("_known", "_state", "writes")
 
-    def __init__(self, state: PartitionState) -> None:
+    def __init__(self, state: PartitionState, above: PartitionView | None = None) -> None:
         self._state = state
-        self._known: dict[bytes, bytes | None] = {}  # what was fetched ahead, and every write on top of it
+        # What was fetched ahead, and every write on top of it. Writes of the view before stay true once committed.
+        self._known: dict[bytes, bytes | None] = {} if above is None else dict(above.writes)
         self.writes: dict[bytes, bytes | None] = {}
 
     def get(self, key: bytes) -> bytes | None:
@@ -148,12 +157,12 @@ class BulkTable(faust.Table[bytes, bytes]):
         """Our store."""
         return cast("BulkStore", self.data)
 
-    def view(self, partition: int) -> PartitionView:
-        """Return a fresh view of a partition for one flush."""
-        return PartitionView(self.store.local(partition))
+    def view(self, partition: int, *, above: PartitionView | None = None) -> PartitionView:
+        """Return a fresh view of a partition, on top of one that is being committed when there is one."""
+        return PartitionView(self.store.local(partition), above)
 
     async def commit(self, partition: int, view: PartitionView, source_offset: int, receive_ns: int) -> None:
-        """Commit a flush: steps 2 and 3 of the order above.
+        """Commit a flush: steps 4 and 5 of the order above.
 
         Args:
             partition: the table's partition.

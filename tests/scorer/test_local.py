@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import time
 from collections.abc import Sequence
-from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +12,7 @@ from kvatlas.bridge.block_key import block_keys, pack_tokens, partition_of, root
 from kvatlas.scorer.local import LocalTables, TableLookups
 from kvatlas.scorer.reader import Answers, Seen
 from kvatlas.streams.cache import BytesCache
+from kvatlas.streams.store import Reflected
 
 COUNT = 4
 KEYS = block_keys(root_key("m"), pack_tokens(list(range(640))), 16)
@@ -32,13 +32,14 @@ class Part:
 
     def __init__(self, role: Role, values: dict[bytes, bytes], offset: int = 7) -> None:
         self.role, self.values = role, values
-        self.meta = SimpleNamespace(source_offset=offset, receive_ns=99)
+        self.reflected = Reflected(offset, 99)
+        self.ahead: dict[bytes, bytes] | None = None
         self.cache = BytesCache(100_000)
         self.read: list[bytes] = []
 
-    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+    def answer(self, keys: Sequence[bytes]) -> list[bytes | None]:
         self.read += keys
-        return [self.values.get(key) for key in keys]
+        return [(self.ahead or self.values).get(key) for key in keys]
 
 
 class Others:
@@ -95,6 +96,17 @@ async def test_cached_values_are_not_read_again() -> None:
     assert answers.values == [VALUES.get(key, b"") for key in KEYS]
     read = {key for part in tables.values() for key in part.read}
     assert read == set(KEYS) - (set(KEYS[:20]) & VALUES.keys())
+
+
+async def test_what_was_applied_counts_before_the_cache_has_it() -> None:
+    """A value that is cached and written over, and not committed yet, is answered as it is now."""
+    tables = parts()
+    key = next(key for key in KEYS if key in VALUES)
+    here = tables[partition_of(key, COUNT)]
+    here.cache.put(key, VALUES[key])
+    here.ahead = {**VALUES, key: b"newer"}
+    answers = await lookups(tables).lookup(KEYS, 0.0)
+    assert answers.values == [b"newer" if other == key else VALUES.get(other, b"") for other in KEYS]
 
 
 async def test_partitions_elsewhere_are_asked_for_and_only_those() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kvatlas.streams.errors import ChangelogError, StoreError
-from kvatlas.streams.flow import Flows
+from kvatlas.streams.flows import Flows
 
 
 def fetched(*offsets: int, partition: int = 0) -> dict[int, list[Any]]:
@@ -18,16 +18,35 @@ def fetched(*offsets: int, partition: int = 0) -> dict[int, list[Any]]:
 
 
 class FakeStage:
-    """Takes everything, commits when the gate is open, fails as told."""
+    """Takes everything, sends at once, commits when the gate is open, fails as told; full after ``most`` records."""
 
-    def __init__(self, log: list[Any], gate: asyncio.Event, failures: list[Exception]) -> None:
+    def __init__(self, log: list[Any], gate: asyncio.Event, failures: list[Exception], most: int, sends: bool) -> None:
         self.lock = asyncio.Lock()
-        self._log, self._gate, self._failures = log, gate, failures
+        self._log, self._gate, self._failures, self._most = log, gate, failures, most
+        self._sends = sends
+        self._offsets: list[int] = []
+
+    @property
+    def full(self) -> bool:
+        return len(self._offsets) >= self._most
 
     async def apply(self, take: Callable[[], Any | None]) -> Any:
-        offsets = []
-        while (record := take()) is not None:
-            offsets.append(record.offset)
+        taken = []
+        while not self.full and (record := take()) is not None:
+            taken.append(record.offset)
+            self._offsets.append(record.offset)
+        log, failures = self._log, self._failures
+
+        class Step:
+            async def send(self) -> None:
+                if failures:
+                    raise failures.pop()
+                log.append(("send", tuple(taken)))
+
+        return Step() if self._sends else None
+
+    def cut(self) -> Any:
+        offsets, self._offsets = self._offsets, []
         log, gate, failures = self._log, self._gate, self._failures
 
         class Work:
@@ -39,6 +58,9 @@ class FakeStage:
 
         return Work()
 
+    def drop(self) -> None:
+        self._offsets.clear()
+
 
 def flows_of(
     log: list[Any],
@@ -48,13 +70,16 @@ def flows_of(
     limit: int = 100,
     seeks: list[Any] | None = None,
     sure: asyncio.Event | None = None,
+    most: int = 1000,
+    sends: bool = False,
+    interval: float = 0.0,
 ) -> tuple[Flows, list[BaseException]]:
     failed: list[BaseException] = []
     pending = list(failures)
     asked = [] if seeks is None else seeks
     flows = Flows(
         "t",
-        lambda _: FakeStage(log, gate, pending),
+        lambda _: FakeStage(log, gate, pending, most, sends),
         lambda _: applied,
         limit,
         failed.append,
@@ -62,6 +87,7 @@ def flows_of(
         rewind=lambda partition, offset: asked.append((partition, offset)),
         pass_hole=lambda partition, offset: asked.append(("hole", partition, offset)),
         on_committed=lambda _, offset: log.append(("done", offset)),
+        commit_interval_seconds=interval,
     )
     return flows, failed
 
@@ -140,27 +166,26 @@ async def test_a_failure_that_is_not_retriable_ends_the_app() -> None:
     await flows.stop(1.0)
 
 
-async def test_a_stop_finishes_the_flush_and_drops_the_queue_until_resumed() -> None:
-    """A rebalance waits for the flush in progress; queued records are read again by whoever owns them next."""
+async def test_a_stop_commits_what_was_applied_and_drops_the_queue_until_resumed() -> None:
+    """A rebalance waits for the commits; queued records are read again by whoever owns them next."""
     log: list[Any] = []
     gate = asyncio.Event()
-    flows, _ = flows_of(log, gate)
-    await flows.offer(fetched(0))
-    await settle()
-    await flows.offer(fetched(1))
+    flows, _ = flows_of(log, gate, most=1)
+    for offset in range(3):
+        await flows.offer(fetched(offset))
+        await settle()
     stopping = asyncio.create_task(flows.stop(5.0))
     await settle()
     gate.set()
     await stopping
-    await flows.offer(fetched(2))
+    await flows.offer(fetched(3))
     await settle()
-    assert log == [("commit", (0,)), ("done", 0)]
+    assert log == [("commit", (0,)), ("done", 0), ("commit", (1,)), ("done", 1)]
     assert flows.held == 0
     flows.resume()
-    for offset in range(2):
-        await flows.offer(fetched(offset))
+    await flows.offer(fetched(0))
     await settle()
-    assert log[2:] == [("commit", (0, 1)), ("done", 1)]
+    assert log[4:] == [("commit", (0,)), ("done", 0)]
     await flows.stop(1.0)
 
 
@@ -255,4 +280,102 @@ async def test_commits_wait_while_the_group_may_have_others_write(monkeypatch: p
     await asyncio.sleep(0.05)
     assert log == [("commit", (0,)), ("done", 0)]
     assert failed == []
+    await flows.stop(1.0)
+
+
+async def test_records_are_applied_and_sent_while_a_commit_is_under_way() -> None:
+    """What follows from a record does not wait for the commit of those before it."""
+    log: list[Any] = []
+    gate = asyncio.Event()
+    flows, _ = flows_of(log, gate, sends=True)
+    for offset in range(3):
+        await flows.offer(fetched(offset))
+        await settle()
+    assert log == [("send", (0,)), ("send", (1,)), ("send", (2,))]
+    gate.set()
+    await settle()
+    assert log[3:] == [("commit", (0,)), ("done", 0), ("commit", (1, 2)), ("done", 2)]
+    await flows.stop(1.0)
+
+
+async def test_a_full_stage_is_committed_before_more_is_applied() -> None:
+    """What waits for a commit is bounded: the queue grows behind it."""
+    log: list[Any] = []
+    gate = asyncio.Event()
+    flows, _ = flows_of(log, gate, sends=True, most=2)
+    await flows.offer(fetched(*range(7)))
+    await settle()
+    assert log == [("send", (0, 1)), ("send", (2, 3))]
+    assert flows.queued(0) == 3
+    gate.set()
+    await reach(log, 12)
+    assert [entry for entry in log if entry[0] == "commit"] == [
+        ("commit", (0, 1)),
+        ("commit", (2, 3)),
+        ("commit", (4, 5)),
+        ("commit", (6,)),
+    ]
+    await flows.stop(1.0)
+
+
+async def test_commits_keep_their_distance_unless_the_stage_is_full() -> None:
+    """The first commit is at once, the next after the interval or when much was applied; a stop waits for none."""
+    log: list[Any] = []
+    gate = asyncio.Event()
+    gate.set()
+    flows, _ = flows_of(log, gate, interval=3600.0, most=3)
+    for offset in range(2):
+        await flows.offer(fetched(offset))
+        await settle()
+    assert log == [("commit", (0,)), ("done", 0)]
+    for offset in range(2, 5):
+        await flows.offer(fetched(offset))
+        await settle()
+    assert log[2:] == [("commit", (1, 2, 3)), ("done", 3)]
+    await flows.stop(5.0)
+    assert log[4:] == [("commit", (4,)), ("done", 4)]
+
+
+async def test_what_waits_for_its_time_is_committed_when_that_comes() -> None:
+    """Nothing that was applied stays uncommitted for want of more."""
+    log: list[Any] = []
+    gate = asyncio.Event()
+    gate.set()
+    flows, _ = flows_of(log, gate, interval=0.02)
+    for offset in range(2):
+        await flows.offer(fetched(offset))
+        await settle()
+    await reach(log, 4)
+    assert log == [("commit", (0,)), ("done", 0), ("commit", (1,)), ("done", 1)]
+    assert flows.waiting(0) == 2
+    await flows.stop(1.0)
+
+
+async def test_what_could_not_be_sent_is_not_committed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flow that is stopped while Kafka is away leaves the records to the partition's next owner."""
+    monkeypatch.setattr("kvatlas.streams.flow._BACKOFF_FIRST_SECONDS", 0.001)
+    log: list[Any] = []
+    gate = asyncio.Event()
+    gate.set()
+    flows, failed = flows_of(log, gate, *[ChangelogError("away")] * 1000, sends=True)
+    await flows.offer(fetched(0))
+    await asyncio.sleep(0.02)
+    await flows.stop(5.0)
+    assert log == []
+    assert failed == []
+    assert flows.held == 0
+
+
+async def test_a_commit_that_is_not_retriable_ends_the_flow_with_records_behind_it() -> None:
+    """The error of a commit reaches the app also while later records are applied."""
+    log: list[Any] = []
+    gate = asyncio.Event()
+    flows, failed = flows_of(log, gate, StoreError("disk"))
+    for offset in range(3):
+        await flows.offer(fetched(offset))
+        await settle()
+    gate.set()
+    await settle()
+    assert [str(error) for error in failed] == ["disk"]
+    assert log == []
     await flows.stop(1.0)
