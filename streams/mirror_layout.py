@@ -34,9 +34,17 @@ _POSITION: Final = struct.Struct(">qqqq")
 _GENERATION: Final = struct.Struct(">Q")
 
 #: KEYS: claim, position. ARGV: token, lifetime in ms. Returns whether it is ours, and the position or the other claim.
+#: Generations are compared byte by byte: Lua's own order follows the server's locale, in which bytes are letters.
 CLAIM: Final = """
 local held = redis.call('GET', KEYS[1])
-if held and held ~= ARGV[1] and string.sub(held, 1, 8) >= string.sub(ARGV[1], 1, 8) then return {0, held} end
+if held and held ~= ARGV[1] then
+  local later = false
+  for i = 1, 8 do
+    local mine, theirs = string.byte(ARGV[1], i), string.byte(held, i)
+    if mine ~= theirs then later = mine > theirs; break end
+  end
+  if not later then return {0, held} end
+end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return {1, redis.call('GET', KEYS[2]) or ''}
 """

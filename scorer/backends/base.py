@@ -8,11 +8,12 @@ missed hit, never a wrong one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
 from kvatlas.streams.codec import BlocksRecord
+from kvatlas.streams.index import Validity
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,11 +70,39 @@ class Backend(Protocol):
         Readers ignore them in any case; this only gives their room back. 2**64 - 1 as ``valid_from`` drops the pod.
         """
 
+    async def drop_epochs(self, valid: Validity) -> int:
+        """The same for several pods in one pass: pod ref -> (valid_from, gpu_valid_from)."""
+
     async def stats(self) -> Stats:
         """Return what it says of itself."""
 
     async def close(self) -> None:
         """Let go of what it holds open."""
+
+
+@runtime_checkable
+class Losable(Protocol):
+    """A backend on a server that may be emptied, or come back with an older state, while it is used.
+
+    Such a loss is seen by what was acknowledged: :meth:`Backend.apply` and :meth:`check` raise ``IndexLostError`` for
+    it. Whoever fills the index then calls :meth:`begin_anew`, applies everything that it knows, and :meth:`whole`.
+
+    Attributes:
+        positions: pod ref -> position that was acknowledged.
+        lost: whether something is; lookups then have no answer for what is absent.
+    """
+
+    positions: dict[int, bytes]
+    lost: bool
+
+    async def check(self) -> None:
+        """Look whether what was acknowledged is still there."""
+
+    async def begin_anew(self) -> None:
+        """Remove everything."""
+
+    def whole(self) -> None:
+        """Note that everything is in it again."""
 
 
 def slices(keys: Iterable[bytes], size: int) -> Iterable[list[bytes]]:

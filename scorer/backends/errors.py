@@ -5,6 +5,7 @@
     ScorerError
     └── BackendError             the index does not answer or cannot be opened (retriable)
         ├── SchemaError          a store holds another schema version than this build writes
+        ├── IndexLostError       a server has lost what it had acknowledged
         └── ReadOnlyError        an index that others keep was to be written
 """
 
@@ -21,6 +22,12 @@ class BackendError(ScorerError):
 
 class SchemaError(BackendError):
     """A shared store holds entries of another schema version."""
+
+    retriable = False
+
+
+class IndexLostError(BackendError):
+    """An index has lost what it had acknowledged: it has to be written anew before anything goes on."""
 
     retriable = False
 

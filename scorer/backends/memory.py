@@ -9,8 +9,9 @@ from typing import Final
 
 from kvatlas.scorer.backends.base import Stats, slices
 from kvatlas.scorer.backends.sketch import FrequencySketch
+from kvatlas.scorer.errors import InputError
 from kvatlas.streams.codec import BlocksRecord
-from kvatlas.streams.index import apply_blocks, is_meta, sweep_index
+from kvatlas.streams.index import Validity, apply_blocks, is_meta, sweep_index
 
 #: What one entry costs beside its bytes: key and value objects, and their places in the ordered dict (measured).
 ENTRY_OVERHEAD_BYTES: Final = 220
@@ -26,11 +27,17 @@ class MemoryBackend:
     Args:
         max_entries: block keys kept; None for no bound by entries.
         max_bytes: memory kept, with what Python adds; None for no bound by bytes.
+
+    Raises:
+        InputError: a bound below 1.
     """
 
     name = "memory"
 
     def __init__(self, max_entries: int | None = 4_000_000, max_bytes: int | None = None) -> None:
+        for name, bound in (("max_entries", max_entries), ("max_bytes", max_bytes)):
+            if bound is not None and bound < 1:
+                raise InputError(f"{name}: {bound}; expected at least 1, or None for no such bound")
         self._max_entries = max_entries
         self._max_bytes = max_bytes
         self._entries: OrderedDict[bytes, bytes] = OrderedDict()
@@ -133,8 +140,11 @@ class MemoryBackend:
                 self._evicted += 1
 
     async def drop_epoch(self, pod_ref: int, valid_from: int, gpu_valid_from: int = 0) -> int:
-        """Remove the entries of a pod's ended epochs; lets the loop go on between slices."""
-        valid = {pod_ref: (valid_from, gpu_valid_from)}
+        """Remove the entries of a pod's ended epochs."""
+        return await self.drop_epochs({pod_ref: (valid_from, gpu_valid_from)})
+
+    async def drop_epochs(self, valid: Validity) -> int:
+        """The same for several pods in one pass; lets the loop go on between slices."""
         dropped = 0
         for part in slices(list(self._entries), _SWEEP_SLICE):
             found = sweep_index(((key, value) for key in part if (value := self._entries.get(key))), valid)

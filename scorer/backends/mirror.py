@@ -22,6 +22,7 @@ from kvatlas.scorer.backends.base import Stats
 from kvatlas.scorer.backends.errors import BackendError, ReadOnlyError, SchemaError
 from kvatlas.scorer.pods import PodTable
 from kvatlas.streams.codec import BlocksRecord
+from kvatlas.streams.index import Validity
 from kvatlas.streams.mirror_layout import MirrorLayout, Names, Position, position_of
 from kvatlas.streams.redis_link import connect, where
 
@@ -166,6 +167,10 @@ class MirrorBackend:
         """Do nothing: the workers sweep."""
         return 0
 
+    async def drop_epochs(self, valid: Validity) -> int:  # noqa: ARG002
+        """Do nothing: the workers sweep."""
+        return 0
+
     async def stats(self) -> Stats:
         """Return what it says of itself; bytes are the whole server's."""
         memory = await self._asked(self._client.info("memory"))
@@ -225,8 +230,9 @@ class MirrorFollower:
         return bool(self._mirror.seen.positions) and None not in self._mirror.seen.positions.values()
 
     def failed(self) -> BaseException | None:
-        """Return None: it goes on after every error."""
-        return None
+        """Return what ended the polling; the server's errors do not."""
+        done = self._task is not None and self._task.done() and not self._task.cancelled()
+        return self._task.exception() if done and self._task is not None else None
 
     async def _run(self) -> None:
         failing = False

