@@ -8,13 +8,15 @@ rises past that one: predicted blocks stop counting in the same moment, without 
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+import asyncio
+from collections import Counter, OrderedDict
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 from kvatlas.bridge.events import Kind, Tier
 from kvatlas.bridge.records import WRITER_STREAMS, PodRecord, epoch_of, pod_key, pod_ref
 from kvatlas.scorer.backends.base import Backend
+from kvatlas.scorer.backends.errors import IndexLostError
 from kvatlas.scorer.errors import InputError, UnknownPodError
 from kvatlas.scorer.pods import PodTable
 from kvatlas.streams.codec import OP_ADD, OP_REMOVE, BlocksRecord, Run, pack_holder
@@ -36,6 +38,10 @@ class PredictedCache:
     def __len__(self) -> int:
         return len(self._keys)
 
+    def keys(self) -> Iterable[bytes]:
+        """Return what is in it, least recently used first."""
+        return self._keys
+
     def used(self, keys: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:
         """Note that a prompt of these blocks ran; returns the keys that entered and those that left.
 
@@ -53,6 +59,23 @@ class PredictedCache:
         return entered, left
 
 
+class _Predicted:
+    """One pod's predicted cache, and what the index does not know of it yet.
+
+    Attributes:
+        cache: the prediction.
+        epoch: epoch of its entries.
+        owed: block key -> whether it entered (or left) since the index last took an update.
+        lock: held while the index is told, so that updates reach it in the order of the decisions.
+    """
+
+    def __init__(self, cache: PredictedCache, epoch: int) -> None:
+        self.cache = cache
+        self.epoch = epoch
+        self.owed: dict[bytes, bool] = {}
+        self.lock = asyncio.Lock()
+
+
 class Approximate:
     """The predicted caches of an indexer.
 
@@ -60,15 +83,20 @@ class Approximate:
         backend: the index that predictions are written to.
         pods: table that the pods are entered in, marked approximate.
         clock: wall clock, ns.
+        recover: brings an index that has lost what it had to what is known.
     """
 
-    def __init__(self, backend: Backend, pods: PodTable, clock: Callable[[], int]) -> None:
+    def __init__(
+        self, backend: Backend, pods: PodTable, clock: Callable[[], int], recover: Callable[[], Awaitable[None]]
+    ) -> None:
         self._backend = backend
         self._pods = pods
         self._clock = clock
-        self._caches: dict[str, PredictedCache] = {}
+        self._recover = recover
+        self._predicted: dict[str, _Predicted] = {}
+        # These outlive a pod's removal: added again, it must go past what the index has applied of it.
         self._epochs: dict[str, int] = {}
-        self._sequences: dict[str, int] = {}
+        self._sequences: Counter[str] = Counter()
 
     def add(self, pod: str, model: str, capacity_blocks: int) -> None:
         """Enter a pod without events; one whose events are known already stays precise.
@@ -83,13 +111,13 @@ class Approximate:
         """
         if capacity_blocks < 1:
             raise InputError(f"capacity_blocks: {capacity_blocks}; expected the pod's cache in blocks, at least 1")
-        if pod in self._caches or self.precise(pod):
+        if pod in self._predicted or self.precise(pod):
             return
         # A stream that starts now gets this second as its incarnation; the one before lies below it, and above all
         # that an earlier run of this program left in a lasting index.
-        epoch = epoch_of(max(self._clock() // _NS - 1, 0))
-        self._caches[pod] = PredictedCache(capacity_blocks)
-        self._epochs[pod], self._sequences[pod] = epoch, 0
+        epoch = max(epoch_of(max(self._clock() // _NS - 1, 0)), self._epochs.get(pod, -1) + 1)
+        self._epochs[pod] = epoch
+        self._predicted[pod] = _Predicted(PredictedCache(capacity_blocks), epoch)
         record = PodRecord(pod=pod, writer=WRITER_STREAMS, epoch=epoch, valid_from=epoch, model=model, approximate=True)
         self._pods.put(WRITER_STREAMS, pod, record)
 
@@ -99,17 +127,27 @@ class Approximate:
         Raises:
             UnknownPodError: no such pod is predicted.
         """
-        if pod not in self._caches:
+        found = self._predicted.pop(pod, None)
+        if found is None:
             raise UnknownPodError(f"no predicted cache for pod {pod!r}")
-        del self._caches[pod]
         if not self.precise(pod):
             self._pods.apply(pod_key(WRITER_STREAMS, pod), None)
-        await self._backend.drop_epoch(pod_ref(pod), self._epochs.pop(pod) + 1)
+        async with found.lock:
+            await self._backend.drop_epoch(pod_ref(pod), found.epoch + 1)
+
+    def predicts(self, pod: str) -> bool:
+        """Whether a pod has a predicted cache."""
+        return pod in self._predicted
 
     def precise(self, pod: str) -> bool:
         """Whether a pod is known by its events."""
         record = self._pods.merged.get(pod)
         return record is not None and not record.approximate
+
+    def forgotten(self) -> None:
+        """Note that the index has lost everything: it is told with the next decision of each pod."""
+        for found in self._predicted.values():
+            found.owed = dict.fromkeys(found.cache.keys(), True)
 
     async def decided(self, pod: str, keys: Sequence[bytes]) -> bool:
         """Note that a prompt went to a pod; False when the pod is precise, so that its events tell.
@@ -120,28 +158,43 @@ class Approximate:
 
         Raises:
             UnknownPodError: the pod is neither precise nor predicted.
-            BackendError: the index does not answer.
+            BackendError: the index does not answer; the decision is noted, and told to it with the next one.
         """
         if self.precise(pod):
-            if pod in self._caches:
+            if pod in self._predicted:
                 await self.remove(pod)
             return False
-        cache = self._caches.get(pod)
-        if cache is None:
+        found = self._predicted.get(pod)
+        if found is None:
             raise UnknownPodError(f"pod {pod!r} has no events and no predicted cache; add it first")
-        entered, left = cache.used(keys)
-        if entered or left:
-            await self._backend.apply(self._record(pod, entered, left))
+        entered, left = found.cache.used(keys)
+        found.owed |= dict.fromkeys(entered, True)
+        found.owed |= dict.fromkeys(left, False)
+        async with found.lock:
+            try:
+                await self._tell(pod, found)
+            except IndexLostError:
+                await self._recover()
+                await self._tell(pod, found)
         return True
 
-    def _record(self, pod: str, entered: Sequence[bytes], left: Sequence[bytes]) -> BlocksRecord:
-        ref, epoch, sequence = pod_ref(pod), self._epochs[pod], self._sequences[pod]
-        self._sequences[pod] = sequence + 1
-        count = len(entered) + len(left)
+    async def _tell(self, pod: str, found: _Predicted) -> None:
+        if not found.owed or self._predicted.get(pod) is not found:
+            return
+        owed, found.owed = found.owed, {}
+        try:
+            await self._backend.apply(self._record(pod, found.epoch, owed))
+        except BaseException:
+            found.owed = owed | found.owed
+            raise
+
+    def _record(self, pod: str, epoch: int, owed: Mapping[bytes, bool]) -> BlocksRecord:
+        ref, sequence, count = pod_ref(pod), self._sequences[pod], len(owed)
+        self._sequences[pod] += 1
         return BlocksRecord(
             runs=(Run(ref, epoch, sequence, sequence, count),),
-            keys=b"".join([*entered, *left]),
-            ops=bytes([OP_ADD]) * len(entered) + bytes([OP_REMOVE]) * len(left),
+            keys=b"".join(owed),
+            ops=bytes(OP_ADD if entered else OP_REMOVE for entered in owed.values()),
             holders=pack_holder(ref, 0, Tier.GPU, Kind.FULL, 0, epoch) * count,
             receive_ns=self._clock(),
         )

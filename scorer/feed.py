@@ -1,13 +1,8 @@
 """Engines straight into an index: the bridge's streams in front, the workers' resolve behind, no log between.
 
 Each engine has a stream of the bridge's (subscription, sequence tracking, gap repair) whose records go into a bounded
-queue instead of Kafka. One task takes them out, pod by pod in turn, and applies them in this order:
-
-1. resolve the messages into block updates (``engine_blocks`` is a dict per pod),
-2. when an epoch rose, the pods' records first: readers must know of it before they see its entries,
-3. the updates, into the index,
-4. the pods' records,
-5. acknowledge, which makes room in the queues.
+queue instead of Kafka. One task takes them out, pod by pod in turn, applies them (see :mod:`kvatlas.scorer.feed_apply`)
+and acknowledges, which makes room in the queues.
 
 A queue that is full leaves live messages to replay, as a bridge without Kafka does.
 """
@@ -15,17 +10,13 @@ A queue that is full leaves live messages to replay, as a bridge without Kafka d
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
-import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable
 from typing import Final, cast
 
-import msgspec
 import zmq
-from xxhash import xxh3_64_intdigest
 
 from kvatlas.bridge import records
 from kvatlas.bridge.errors import SettingsError
@@ -34,17 +25,11 @@ from kvatlas.bridge.publisher import Item, Publisher
 from kvatlas.bridge.recovery import Recovered
 from kvatlas.bridge.stream import PodStream, Shared
 from kvatlas.scorer.backends.base import Backend
-from kvatlas.scorer.backends.errors import BackendError
-from kvatlas.scorer.feed_state import FeedState, Kept, KeptView, Lasting, recovered_of
+from kvatlas.scorer.feed_apply import Applier
+from kvatlas.scorer.feed_state import FeedState
 from kvatlas.scorer.pods import PodTable
-from kvatlas.streams.codec import decode_blocks
-from kvatlas.streams.effects import Effects
-from kvatlas.streams.engine_sweep import sweep_engine_blocks
 from kvatlas.streams.message import Message, parse_message
-from kvatlas.streams.resolve import ResolveOptions, Resolver
-from kvatlas.streams.view import DictView
-
-log = logging.getLogger(__name__)
+from kvatlas.streams.resolve import ResolveOptions
 
 #: What a queued message costs beside its payload.
 _OVERHEAD_BYTES: Final = 512
@@ -53,10 +38,6 @@ _TURN_MESSAGES: Final = 16
 #: Work done before other tasks of the loop run.
 _SLICE_SECONDS: Final = 0.002
 _TICK_SECONDS: Final = 0.25
-_SWEEP_SLICE: Final = 5_000
-#: Last messages of a pod by which its stream is known again after a restart.
-_DIGESTS: Final = 64
-_BACKOFF_SECONDS: Final = (0.05, 0.2, 0.5, 1.0, 2.0)
 
 
 class Inbox:
@@ -121,6 +102,7 @@ class Feed:
         counts: what was applied, by name, as the workers count it.
         pods: where the pods' records go.
         engines: by live address.
+        applier: what brings messages into the index.
     """
 
     def __init__(
@@ -143,26 +125,17 @@ class Feed:
             clock: wall clock, ns.
             state: where what was learnt is kept; None keeps it in memory alone.
         """
-        self.counts: Counter[str] = Counter()
+        self.applier = Applier(backend, pods, resolve=resolve, clock=clock, state=state)
+        self.counts: Counter[str] = self.applier.counts
         self.pods = pods
         self.engines: dict[str, Engine] = {}
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.replays = asyncio.Semaphore(bridge.replay_parallel)
         self.recovered: dict[str, Recovered] = {}
-        self._backend = backend
         self._bridge = bridge
         self._clock = clock
-        self._resolver = Resolver(resolve, 1, clock)
-        self._state = state
-        self._touched: dict[str, None] = {}
-        self._digests: dict[str, deque[tuple[int, int]]] = {}
-        self._views: dict[str, DictView] = {}
-        self._valid: dict[str, tuple[int, int]] = {}
-        self._sweeps: asyncio.Queue[str] = asyncio.Queue()
-        self._reported: set[str] = set()
         self._wake = asyncio.Event()
         self._offsets = itertools.count()
-        self._applying = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
 
     def wake(self) -> None:
@@ -176,31 +149,14 @@ class Feed:
             BackendError: what was kept cannot be opened.
             SettingsError: the index does not last, so that nothing that is kept would go with it.
         """
-        if self._state is not None:
-            if not isinstance(self._backend, Lasting):
-                raise SettingsError(
-                    f"state_dir: the {self._backend.name} backend is empty after a restart; use rocksdb or redis"
-                )
-            views, kept = await self._state.open(self._backend)
-            self._views.update(views)
-            for pod in kept:
-                self._take_over(pod)
-        self._tasks = [
-            asyncio.create_task(work, name=name)
-            for name, work in (("apply", self._run()), ("tick", self._tick()), ("sweep", self._sweep()))
-        ]
-
-    def _take_over(self, kept: Kept) -> None:
-        """Go on with a pod as it was: it scores at once, as ``stale`` until its engine is heard."""
-        known = recovered_of(kept)
-        if known is None:
-            return
-        self.recovered[kept.pod] = known
-        self._digests[kept.pod] = deque(kept.digests, _DIGESTS)
-        self.pods.put(records.WRITER_BRIDGE, kept.pod, known.record)
-        if kept.streams:
-            self.pods.apply(records.pod_key(records.WRITER_STREAMS, kept.pod), kept.streams)
-        self._valid[kept.pod] = (known.record.valid_from, known.record.gpu_valid_from)
+        self.recovered.update(await self.applier.open())
+        work = {
+            "apply": self._run(),
+            "tick": self._tick(),
+            "sweep": self.applier.sweep(),
+            "watch": self.applier.watch(),
+        }
+        self._tasks = [asyncio.create_task(each, name=name) for name, each in work.items()]
 
     async def stop(self) -> None:
         """Stop reading and applying."""
@@ -210,8 +166,7 @@ class Feed:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.context.destroy(linger=0)
-        if self._state is not None:
-            self._state.close()
+        self.applier.close()
 
     def failed(self) -> BaseException | None:
         """Return what ended one of the tasks, None while all work."""
@@ -239,28 +194,17 @@ class Feed:
         leaving = [key for key, engine in self.engines.items() if pod in (engine.stream.pod, key)]
         for key in leaving:
             engine = self.engines.pop(key)
+            name = engine.stream.pod  # it names its endpoint once it has ended
             await engine.stream.close()
             engine.stream.end()
-            async with self._applying:
+            async with self.applier.lock:
                 await self._apply([engine], until=None)
-            await self._forget(engine.stream.pod)
+            epoch = await self.applier.forget(name)
+            if epoch:
+                # Were the engine added again at once, its incarnation must still lie above all that were used.
+                record = records.PodRecord(pod=name, writer=records.WRITER_BRIDGE, epoch=epoch)
+                self.recovered[record.pod] = Recovered(record)
         return bool(leaving)
-
-    async def _forget(self, pod: str) -> None:
-        record = self.pods.merged.get(pod)
-        for writer in (records.WRITER_BRIDGE, records.WRITER_STREAMS):
-            self.pods.apply(records.pod_key(writer, pod), None)
-        view = self._views.pop(pod, None)
-        if self._state is not None:
-            self._state.drop(pod, view)
-        self._valid.pop(pod, None)
-        if record is not None:
-            # Were the engine added again at once, its incarnation must still lie above all that were used.
-            self.recovered[pod] = Recovered(
-                records.PodRecord(pod=pod, writer=records.WRITER_BRIDGE, epoch=record.epoch)
-            )
-            with contextlib.suppress(BackendError):  # only room is lost: nobody reads entries of an ended epoch
-                await self._backend.drop_epoch(records.pod_ref(pod), record.epoch)
 
     @property
     def stale(self) -> bool:
@@ -270,7 +214,7 @@ class Feed:
     @property
     def caught_up(self) -> bool:
         """Whether every engine's messages so far have been applied."""
-        return all(engine.caught_up for engine in self.engines.values()) and not self._applying.locked()
+        return all(engine.caught_up for engine in self.engines.values()) and not self.applier.lock.locked()
 
     @property
     def pending_bytes(self) -> int:
@@ -284,13 +228,13 @@ class Feed:
             await self._wake.wait()
             self._wake.clear()
             while waiting := [engine for engine in self.engines.values() if engine.inbox.items]:
-                async with self._applying:
+                async with self.applier.lock:
                     await self._apply(waiting, until=time.perf_counter() + _SLICE_SECONDS)
                 await asyncio.sleep(0)
 
     async def _apply(self, engines: list[Engine], until: float | None) -> None:
         """Apply what waits, in turns, until it is done or the time is over."""
-        effects = self._resolver.effects()
+        effects = self.applier.effects()
         taken: list[tuple[Engine, list[Item]]] = []
         while engines and (until is None or time.perf_counter() < until):
             for engine in engines:
@@ -298,110 +242,19 @@ class Feed:
                 part = [items.popleft() for _ in range(min(len(items), _TURN_MESSAGES))]
                 taken.append((engine, part))
                 for item in part:
-                    self._resolve(engine, item, effects)
+                    self.applier.resolve(_message(engine.spec, item), effects, streamed=True)
             engines = [engine for engine in engines if engine.inbox.items]
-        await self._commit(effects)
+        await self.applier.commit(effects)
         offset = next(self._offsets)
         for engine, part in taken:
             engine.inbox.settle(part, offset)
 
     async def record(self, message: Message) -> None:
         """Apply one message that no stream of ours read."""
-        async with self._applying:
-            effects = self._resolver.effects()
-            self._resolver.apply(self._view(message.pod), message, effects)
-            await self._commit(effects)
-
-    async def _commit(self, effects: Effects) -> None:
-        if effects.urgent:
-            self._announce(effects)
-        for payloads in effects.encode().values():
-            for payload in payloads:
-                await self._write(payload)
-        self._tell(effects)
-        self._keep()
-        self.counts.update(effects.counts)
-
-    def _keep(self) -> None:
-        """Write down what was learnt; in memory it is already, so that a crash before this repeats it."""
-        if self._state is None or not self._touched:
-            return
-        touched, self._touched = list(self._touched), {}
-        kept = []
-        for pod in touched:
-            parts = self.pods.parts(pod)
-            bridge, streams = parts.get(records.WRITER_BRIDGE), parts.get(records.WRITER_STREAMS)
-            digests = list(self._digests.get(pod, ()))
-            kept.append(
-                Kept(
-                    pod,
-                    records.encode(bridge) if bridge is not None else b"",
-                    records.encode(streams) if streams is not None else b"",
-                    digests,
-                )
-            )
-        views = (self._views.get(pod) for pod in touched)
-        self._state.write([view for view in views if isinstance(view, KeptView)], kept)
-
-    def _view(self, pod: str) -> DictView:
-        view = self._views.get(pod)
-        if view is None:
-            view = self._views[pod] = DictView() if self._state is None else KeptView(pod)
-        if self._state is not None:
-            self._touched[pod] = None
-        return view
-
-    def _resolve(self, engine: Engine, item: Item, effects: Effects) -> None:
-        spec = engine.spec
-        headers = item.headers
-        if spec.store:
-            headers = [*headers, (records.H_STORE, spec.store.encode())]
-        if spec.announcements:
-            headers = [*headers, (records.H_ANNOUNCEMENTS, spec.announcements.encode())]
-        message = parse_message(item.key, item.value, headers)
-        if self._state is not None and message.sequence >= 0:
-            digests = self._digests.setdefault(message.pod, deque(maxlen=_DIGESTS))
-            digests.append((message.sequence, xxh3_64_intdigest(item.value)))
-        self._resolver.apply(self._view(message.pod), message, effects)
-
-    async def _write(self, payload: bytes) -> None:
-        record = decode_blocks(payload)
-        for attempt in itertools.count():
-            try:
-                await self._backend.apply(record)
-            except BackendError as error:
-                if not error.retriable:
-                    raise
-                pause = _BACKOFF_SECONDS[min(attempt, len(_BACKOFF_SECONDS) - 1)]
-                (log.warning if attempt == 0 else log.debug)("%s; trying again every %.2g s", error, pause)
-                self.counts["backend_retries"] += 1
-                await asyncio.sleep(pause)
-            else:
-                return
-
-    def _announce(self, effects: Effects) -> None:
-        """Tell of risen epochs before their updates are in the index, and not yet of the messages they came with."""
-        for pod, record in effects.pods.items():
-            before = self.pods.merged.get(pod)
-            received = before.receive_ns if before is not None else 0
-            self.pods.put(
-                records.WRITER_STREAMS, pod, msgspec.structs.replace(record, last_sequence=-1, receive_ns=received)
-            )
-
-    def _tell(self, effects: Effects) -> None:
-        for pod, record in effects.pods.items():
-            self.pods.put(records.WRITER_STREAMS, pod, record)
-            valid = (record.valid_from, record.gpu_valid_from)
-            before = self._valid.get(pod)
-            if before != valid:
-                self._valid[pod] = valid
-                if before is not None:
-                    self._sweeps.put_nowait(pod)
-        for letter in effects.dead:
-            # The counts have them all; an engine that goes on sending what cannot be read must not fill the log.
-            first = letter.pod not in self._reported
-            self._reported.add(letter.pod)
-            log.log(logging.WARNING if first else logging.DEBUG, "pod %s: %s; left out", letter.pod, letter.reason)
+        async with self.applier.lock:
+            effects = self.applier.effects()
+            self.applier.resolve(message, effects, streamed=False)
+            await self.applier.commit(effects)
 
     # --- in the background ----------------------------------------------------------------------------------------
 
@@ -423,26 +276,12 @@ class Feed:
                 if due and stream.changed:
                     stream.write_record()
 
-    async def _sweep(self) -> None:
-        """Give back the room of ended epochs; nothing reads it in any case."""
-        while True:
-            pod = await self._sweeps.get()
-            valid, view = self._valid.get(pod), self._views.get(pod)
-            if valid is None or view is None:
-                continue
-            ref = records.pod_ref(pod)
-            keys = list(view.values)
-            for start in range(0, len(keys), _SWEEP_SLICE):
-                part = keys[start : start + _SWEEP_SLICE]
-                found = sweep_engine_blocks(
-                    ((key, value) for key in part if (value := view.values.get(key)) is not None), {ref: valid}
-                )
-                for key, value in found.puts.items():
-                    view.put(key, value)
-                for key in found.deletes:
-                    view.delete(key)
-                await asyncio.sleep(0)
-            try:
-                self.counts["holders_swept"] += await self._backend.drop_epoch(ref, *valid)
-            except BackendError as error:
-                log.warning("sweep of pod %s: %s", pod, error)
+
+def _message(spec: EngineSpec, item: Item) -> Message:
+    """Return what is to be applied of a record that an engine's stream sent."""
+    headers = item.headers
+    if spec.store:
+        headers = [*headers, (records.H_STORE, spec.store.encode())]
+    if spec.announcements:
+        headers = [*headers, (records.H_ANNOUNCEMENTS, spec.announcements.encode())]
+    return parse_message(item.key, item.value, headers)

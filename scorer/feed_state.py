@@ -47,12 +47,20 @@ class Lasting(Protocol):
 
 
 class Kept(msgspec.Struct, frozen=True, array_like=True):
-    """What is kept of a pod: both writers' records, encoded, empty for none; and digests of its last messages."""
+    """What is kept of a pod.
+
+    Attributes:
+        pod: pod id.
+        bridge, streams: both writers' records, encoded, empty for none.
+        digests: of its last messages.
+        position: what a server that may lose it has acknowledged, empty for none.
+    """
 
     pod: str
     bridge: bytes
     streams: bytes
     digests: list[tuple[int, int]] = []
+    position: bytes = b""
 
 
 class KeptView(DictView):

@@ -61,9 +61,18 @@ class Indexer(Scores):
             tokenizers: for prompts and chats; None takes token ids only. Closed by whoever made it.
             clock: wall clock, ns.
             observe: told of each stage's duration in seconds: tokenize, keys, lookup, score.
+
+        Raises:
+            InputError: an argument that cannot mean anything.
         """
+        if isinstance(engines, str):
+            raise InputError(f"engines: {engines!r} is text; expected a collection of endpoints, such as [{engines!r}]")
+        if backend is not None and not hasattr(backend, "lookup"):
+            raise InputError(
+                f"backend: {backend!r} is none; expected one such as RedisBackend(url) or RocksBackend(folder)"
+            )
         super().__init__(
-            backend or MemoryBackend(),
+            MemoryBackend() if backend is None else backend,
             options or IndexerOptions(),
             tokenizers=tokenizers,
             clock=clock,
@@ -71,7 +80,7 @@ class Indexer(Scores):
         )
         self._engines = list(engines)
         self._open: Callable[[], Awaitable[Source]] = self._subscribe
-        self.approximate = Approximate(self.backend, self._pods, clock)
+        self.approximate = Approximate(self.backend, self._pods, clock, recover=self._recover)
 
     @classmethod
     def from_kafka(
@@ -82,6 +91,7 @@ class Indexer(Scores):
         *,
         tokenizers: Tokenizers | None = None,
         clock: Callable[[], int] = time.time_ns,
+        observe: Callable[[str, float], None] = lambda _stage, _seconds: None,
     ) -> Self:
         """Return an indexer that follows ``kv-blocks`` and ``kv-pods`` instead of engines.
 
@@ -92,10 +102,11 @@ class Indexer(Scores):
             options: as for the constructor.
             tokenizers: as for the constructor.
             clock: wall clock, ns.
+            observe: as for the constructor.
 
         The replica has what ``kv-blocks`` still holds (its retention) and everything written from then on.
         """
-        indexer = cls(backend, options, tokenizers=tokenizers, clock=clock)
+        indexer = cls(backend, options, tokenizers=tokenizers, clock=clock, observe=observe)
 
         async def follow() -> Source:
             from kvatlas.scorer.replica import Replica  # noqa: PLC0415 - Kafka's client only where it is used
@@ -116,6 +127,7 @@ class Indexer(Scores):
         *,
         tokenizers: Tokenizers | None = None,
         clock: Callable[[], int] = time.time_ns,
+        observe: Callable[[str, float], None] = lambda _stage, _seconds: None,
     ) -> Self:
         """Return an indexer that only reads: the index that workers mirror into a Redis or Valkey server.
 
@@ -124,8 +136,9 @@ class Indexer(Scores):
             options: as for the constructor; the block size is the mirror's.
             tokenizers: as for the constructor.
             clock: wall clock, ns.
+            observe: as for the constructor.
         """
-        indexer = cls(mirror, options, tokenizers=tokenizers, clock=clock)
+        indexer = cls(mirror, options, tokenizers=tokenizers, clock=clock, observe=observe)
 
         async def follow() -> Source:
             from kvatlas.scorer.backends.mirror import MirrorFollower  # noqa: PLC0415 - Redis only where it is used
@@ -146,10 +159,13 @@ class Indexer(Scores):
         Raises:
             BackendError: the index cannot be opened.
             LogError: Kafka could not be read in time.
+            InputError: it has been started already.
             KvatlasError: an endpoint is not valid.
         """
-        await self.backend.start()
+        if self._source is not None:
+            raise InputError("the indexer has been started already")
         try:
+            await self.backend.start()
             self._source = await self._open()
         except BaseException:
             await self.stop()
@@ -164,6 +180,7 @@ class Indexer(Scores):
         feed = Feed(
             self.backend, self._pods, bridge=self._options.bridge, resolve=resolve, clock=self._clock, state=state
         )
+        feed.applier.forgotten = self.approximate.forgotten
         self._source = self._feed = feed
         await feed.start()
         for text in self._engines:
@@ -175,9 +192,15 @@ class Indexer(Scores):
     async def stop(self) -> None:
         """Stop reading and close the index."""
         source, self._source, self._feed = self._source, None, None
-        if source is not None:
-            await source.stop()
-        await self.backend.close()
+        try:
+            if source is not None:
+                await source.stop()
+        finally:
+            await self.backend.close()
+
+    async def _recover(self) -> None:
+        if self._feed is not None:
+            await self._feed.applier.recover()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -216,12 +239,16 @@ class Indexer(Scores):
             feed.add(spec)
 
     async def remove_engine(self, pod: str) -> None:
-        """Leave a pod (by pod id, or by live address): it scores no more.
+        """Leave a pod (by pod id, or by live address; one without events by pod id): it scores no more.
 
         Raises:
             UnknownPodError: there is none.
         """
-        if not await self._engine_feed().remove(pod):
+        if await self._engine_feed().remove(pod):
+            return
+        if self.approximate.predicts(pod):
+            await self.approximate.remove(pod)
+        else:
             raise UnknownPodError(f"no engine {pod!r} here; there are {', '.join(self._pods.names()) or 'none'}")
 
     async def apply_record(
@@ -260,14 +287,22 @@ class Indexer(Scores):
         self.approximate.add(pod, model, capacity_blocks)
 
     async def note_decision(
-        self, pod: str, tokens: Tokens, model: str, *, lora: str | None = None, cache_salt: str | None = None
+        self,
+        pod: str,
+        tokens: Tokens,
+        model: str,
+        *,
+        lora: str | None = None,
+        cache_salt: str | None = None,
+        multimodal: Sequence[tuple[str, int, int]] = (),
     ) -> bool:
         """Tell that a prompt was sent to a pod; False when the pod is precise, so that nothing is predicted.
 
         Raises:
             UnknownPodError: the pod is not known.
         """
-        return await self.approximate.decided(pod, self.block_keys(tokens, model, lora=lora, cache_salt=cache_salt))
+        keys = self.block_keys(tokens, model, lora=lora, cache_salt=cache_salt, multimodal=multimodal)
+        return await self.approximate.decided(pod, keys)
 
     def pods(self, model: str = "") -> list[PodRecord]:
         """Return the pods known, by name; of one model when given."""

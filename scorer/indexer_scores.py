@@ -53,8 +53,10 @@ class Scores:
             observe: told of each stage's duration in seconds: tokenize, keys, lookup, score.
 
         Raises:
-            InputError: there is no such strategy.
+            InputError: there is no such strategy, or a block size that is none.
         """
+        if options.block_size_tokens < 1:
+            raise InputError(f"block_size_tokens: {options.block_size_tokens}; expected at least 1")
         self.backend = backend
         self._options = options
         self._tokenizers = tokenizers
@@ -65,6 +67,7 @@ class Scores:
         self._size = options.block_size_tokens
         self._pods = PodTable(self._size)
         self._source: Source | None = None
+        self._away = False
 
     @property
     def _running(self) -> Source:
@@ -104,6 +107,7 @@ class Scores:
         packed = _packed(tokens)
         extra = None
         if multimodal:
+            _check_items(multimodal, len(packed) // TOKEN_BYTES)
             extra = multimodal_extra(multimodal, self._size, len(packed) // TOKEN_BYTES // self._size)
         return block_keys(root_key(model, lora, cache_salt), packed, self._size, extra)
 
@@ -216,6 +220,7 @@ class Scores:
         lora: str | None = None,
         cache_salt: str | None = None,
         pods: Collection[str] = (),
+        multimodal: Sequence[tuple[str, int, int]] = (),
     ) -> Explained:
         """Say block by block who holds a prompt, and why each pod's match ends where it does.
 
@@ -223,7 +228,7 @@ class Scores:
             ScorerError: the request cannot be scored.
         """
         packed = _packed(tokens)
-        keys = self.block_keys(packed, model, lora=lora, cache_salt=cache_salt)
+        keys = self.block_keys(packed, model, lora=lora, cache_salt=cache_salt, multimodal=multimodal)
         began = time.perf_counter()
         scored, values = await self._score(keys, len(packed) // TOKEN_BYTES, model, pods, began=began, all_blocks=True)
         scene = self._pods.fleet.scene(model, self._weights)
@@ -240,6 +245,8 @@ class Scores:
         all_blocks: bool = False,
     ) -> tuple[Scored, list[bytes | None]]:
         hashed = time.perf_counter()
+        if isinstance(pods, str):
+            raise InputError(f"pods: {pods!r} is text; expected a collection of pod ids")
         source = self._running
         scene = self._pods.fleet.scene(model, self._weights)
         steps = Walk(scene, tokens, pods=pods, whole_prompt=not self._options.usable_only)
@@ -272,13 +279,16 @@ class Scores:
 
     async def _lookup(self, keys: list[bytes]) -> Sequence[bytes | None]:
         try:
-            return await self.backend.lookup(keys)
+            found = await self.backend.lookup(keys)
         except BackendError as error:
             if not error.retriable:
                 raise
             # As with a worker that is away: no answer is not "nobody holds it", and the score says that it is partial.
-            log.warning("%s", error)
+            (log.debug if self._away else log.warning)("%s; scores are partial meanwhile", error)
+            self._away = True
             return [None] * len(keys)
+        self._away = False
+        return found
 
     def _scored(self, matches: Sequence[Match], blocks: int) -> dict[str, PodScore]:
         value = self._strategy.score
@@ -307,6 +317,15 @@ def _score_of(match: Match, score: float) -> PodScore:
         suspect_blocks=match.suspect,
         approximate=match.pod.approximate,
     )
+
+
+def _check_items(items: Sequence[tuple[str, int, int]], tokens: int) -> None:
+    for number, (identifier, offset, length) in enumerate(items):
+        if not identifier or offset < 0 or length < 1 or offset + length > tokens:
+            raise InputError(
+                f"multimodal[{number}]: needs an identifier and a range inside the prompt of {tokens} tokens, "
+                f"has offset {offset} and length {length}"
+            )
 
 
 def _packed(tokens: Tokens) -> bytes:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from kvatlas.bridge.options import EngineSpec
 from kvatlas.bridge.records import PodRecord
+from kvatlas.scorer.backends.base import Stats
 from kvatlas.scorer.errors import NotReadyError
 from kvatlas.scorer.indexer import Indexer
 from kvatlas.scorer.indexer_answers import Explained, Scored
@@ -57,8 +58,10 @@ class SyncIndexer:
         """Stop the indexer and its thread."""
         if self._indexer is not None:
             indexer, self._indexer = self._indexer, None
-            self._do(indexer.stop())
-        self._end()
+            try:
+                self._do(indexer.stop())
+            finally:
+                self._end()
 
     def _end(self) -> None:
         loop, self._loop = self._loop, None
@@ -96,6 +99,19 @@ class SyncIndexer:
         """See :meth:`Indexer.remove_engine`."""
         self._do(self._it.remove_engine(pod))
 
+    def add_approximate(self, pod: str, model: str, capacity_blocks: int) -> None:
+        """See :meth:`Indexer.add_approximate`."""
+        indexer = self._it
+
+        async def added() -> None:
+            indexer.add_approximate(pod, model, capacity_blocks)
+
+        self._do(added())
+
+    def note_decision(self, pod: str, tokens: Tokens, model: str, **options: Any) -> bool:
+        """See :meth:`Indexer.note_decision`."""
+        return self._do(self._it.note_decision(pod, tokens, model, **options))
+
     def apply_record(self, key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes]] = ()) -> None:
         """See :meth:`Indexer.apply_record`."""
         self._do(self._it.apply_record(key, value, headers))
@@ -131,3 +147,12 @@ class SyncIndexer:
             return self._it.pods(model)
 
         return self._do(listed())
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """See :attr:`Indexer.counts`."""
+        return self._it.counts
+
+    def stats(self) -> Stats:
+        """See :meth:`Indexer.stats`."""
+        return self._do(self._it.stats())

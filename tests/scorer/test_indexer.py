@@ -233,6 +233,7 @@ async def test_engines_come_and_go(fleet: Fleet):
         await truth_holds(indexer, fleet, 60)
         await indexer.remove_engine("pod-1")
         assert [record.pod for record in indexer.pods(MODEL)] == ["pod-0", "pod-2"]
+        assert "pod-1" not in indexer._feed.applier._views  # what was known of its engine keys has gone too
         with pytest.raises(UnknownPodError, match="pod-1"):
             await indexer.remove_engine("pod-1")
         await indexer.add_engine(fleet.engines[1])
@@ -383,6 +384,22 @@ async def test_metrics_say_what_happened(publisher: EnginePublisher):
     assert registry.get_sample_value("kvatlas_indexer_pods") is None
 
 
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: Indexer(engines="tcp://127.0.0.1:1"), "collection"),
+        (lambda: Indexer("redis://127.0.0.1:1/0"), "RedisBackend"),
+        (lambda: Indexer(options=IndexerOptions(block_size_tokens=0)), "block_size_tokens"),
+        (lambda: MemoryBackend(0), "max_entries"),
+        (lambda: MemoryBackend(None, max_bytes=-1), "max_bytes"),
+    ],
+)
+def test_what_cannot_be_made_is_refused(make: Any, match: str):
+    """An argument that cannot mean anything is named before anything is opened."""
+    with pytest.raises(InputError, match=match):
+        make()
+
+
 async def test_what_makes_no_sense_is_refused():
     """Requests and calls that cannot mean anything name what is wrong."""
     indexer = Indexer()
@@ -396,8 +413,14 @@ async def test_what_makes_no_sense_is_refused():
             await indexer.score_tokens([-1], "m")
         with pytest.raises(InputError, match="multiple of 4"):
             await indexer.score_tokens(b"abc", "m")
+        with pytest.raises(InputError, match="pods"):
+            await indexer.score_tokens([1], "m", pods="one")
+        with pytest.raises(InputError, match=r"multimodal\[0\]"):
+            await indexer.score_tokens([1] * 16, "m", multimodal=[("image", 8, 9)])
         with pytest.raises(SettingsError, match="neither"):
             await indexer.add_engine("nonsense")
+        with pytest.raises(InputError, match="started already"):
+            await indexer.start()
 
 
 def test_the_same_without_a_loop(fleet: Fleet):
@@ -414,5 +437,11 @@ def test_the_same_without_a_loop(fleet: Fleet):
         assert {n: s.matched_blocks for n, s in scored.scores.items()} == {
             n: e.matched_blocks for n, e in expected.items()
         }
+        indexer.add_approximate("predicted", MODEL, 100)
+        assert indexer.note_decision("predicted", request.tokens, MODEL)
+        assert not indexer.note_decision("pod-0", request.tokens, MODEL)
+        assert "predicted" in indexer.score_tokens(request.tokens, MODEL).scores
+        assert indexer.counts["blocks_stored"] > 0
+        assert indexer.stats().entries > 0
     with pytest.raises(NotReadyError):
         indexer.score_tokens([1], MODEL)

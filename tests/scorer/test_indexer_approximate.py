@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from typing import Any
 
 import pytest
@@ -12,7 +13,10 @@ from hypothesis import strategies as st
 from kvatlas.bridge.engine_publisher import EnginePublisher
 from kvatlas.scorer import Indexer
 from kvatlas.scorer.approximate import PredictedCache
+from kvatlas.scorer.backends.errors import BackendError
+from kvatlas.scorer.backends.memory import MemoryBackend
 from kvatlas.scorer.errors import InputError, UnknownPodError
+from kvatlas.streams.codec import BlocksRecord
 
 PROMPT = list(range(160))
 
@@ -76,6 +80,56 @@ async def test_what_makes_no_sense_is_refused():
         assert not (await indexer.score_tokens(PROMPT, "m")).scores
         with pytest.raises(UnknownPodError):
             await indexer.approximate.remove("a")
+
+
+class Slow(MemoryBackend):
+    """An index that takes its time, a different one for each update, and may be away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.away = False
+        self.pauses = itertools.cycle([0.02, 0.0, 0.01])
+
+    async def apply(self, record: BlocksRecord) -> None:
+        await asyncio.sleep(next(self.pauses))
+        if self.away:
+            raise BackendError("away")
+        await super().apply(record)
+
+
+async def test_decisions_at_once_all_count():
+    """However long each update takes, none overtakes another of its pod, so none is taken for a late one."""
+    async with Indexer(Slow()) as indexer:
+        indexer.add_approximate("a", "m", 1000)
+        prompts = [list(range(number * 1000, number * 1000 + 32)) for number in range(9)]
+        await asyncio.gather(*(indexer.note_decision("a", prompt, "m") for prompt in prompts))
+        for prompt in prompts:
+            assert (await indexer.score_tokens(prompt, "m")).scores["a"].matched_blocks == 2
+
+
+async def test_what_an_index_that_was_away_missed_is_told_later():
+    """A decision that could not be written counts as soon as the next one can."""
+    backend = Slow()
+    async with Indexer(backend) as indexer:
+        indexer.add_approximate("a", "m", 100)
+        backend.away = True
+        with pytest.raises(BackendError):
+            await indexer.note_decision("a", PROMPT, "m")
+        backend.away = False
+        await indexer.note_decision("a", [7] * 16, "m")
+        assert (await indexer.score_tokens(PROMPT, "m")).scores["a"].matched_blocks == 10
+
+
+async def test_a_pod_added_again_starts_anew_at_once():
+    """Removed and added within one second, a pod has none of its old blocks and all of its new ones."""
+    async with Indexer(clock=lambda: 10**18) as indexer:
+        for prompt, other in ((PROMPT, [7] * 32), ([7] * 32, PROMPT)):
+            indexer.add_approximate("a", "m", 100)
+            await indexer.note_decision("a", prompt, "m")
+            assert (await indexer.score_tokens(prompt, "m")).best == "a"
+            assert not (await indexer.score_tokens(other, "m")).scores
+            await indexer.remove_engine("a")
+        assert not indexer.pods()
 
 
 @given(st.integers(1, 8), st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=10, unique=True), max_size=20))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,8 +12,13 @@ from typing import Any
 import msgspec
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "integration"))
+from redis_support import RedisServer
+
+from kvatlas.bridge import records
 from kvatlas.bridge.engine_publisher import EnginePublisher
 from kvatlas.bridge.errors import SettingsError
+from kvatlas.bridge.events import Tier
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.deploy.sim.cache import Request
 from kvatlas.deploy.sim.fleet import Fleet
@@ -21,6 +27,7 @@ from kvatlas.scorer import Indexer, IndexerOptions
 from kvatlas.scorer.backends import Backend
 from kvatlas.scorer.backends.redis import RedisBackend
 from kvatlas.scorer.backends.rocks import RocksBackend
+from kvatlas.streams.codec import OP_ADD, BlocksRecord, Run, pack_holder
 
 MODEL = "sim-model"
 OPTIONS = IndexerOptions(bridge=BridgeSettings(replay_backoff_seconds=0.02))
@@ -73,6 +80,74 @@ async def test_a_server_that_dies_in_the_middle(own_redis: Any, fleet: Fleet):
         await asyncio.to_thread(own_redis.start)
         await check(indexer, fleet, served)
         assert indexer.counts["backend_retries"] > 0
+
+
+async def test_a_server_that_comes_back_empty(tmp_path: Path, fleet: Fleet):
+    """What an emptied Redis had is written anew from what is known of the engines, with and without new messages."""
+    server = RedisServer(tmp_path, durable=False)
+    server.start()
+    try:
+        async with Indexer(RedisBackend(server.url, retries=1), OPTIONS, engines=fleet.engines) as indexer:
+            served = fleet.serve(60)
+            await check(indexer, fleet, served)
+            for more in (0, 40):
+                rebuilt = indexer.counts["index_rebuilt"]
+                server.kill()
+                served += fleet.serve(more)
+                await asyncio.to_thread(server.start)
+                async with asyncio.timeout(60):
+                    while indexer.counts["index_rebuilt"] == rebuilt:
+                        await asyncio.sleep(0.02)
+                await check(indexer, fleet, served)
+    finally:
+        server.kill()
+
+
+@pytest.mark.parametrize("block_size", [16, 64])
+async def test_what_is_written_anew_is_what_was_there(redis_server: Any, tmp_path: Path, block_size: int):
+    """Tiers, groups, shared canonical blocks, suspect epochs: every entry comes back as it was."""
+    backend = RedisBackend(redis_server.url, prefix=tmp_path.name)
+    fields = {"parent_block_hash": None, "block_size": 16}
+    events = [
+        {"block_hashes": list(range(12)), "token_ids": list(range(192)), "medium": "GPU"},
+        {"block_hashes": [3, 5], "token_ids": [], "medium": "CPU"},
+        {"block_hashes": [0, 1, 2, 3], "token_ids": [], "medium": "CPU"},
+        {"block_hashes": [40], "token_ids": list(range(16)), "medium": "GPU", "group_idx": 1},
+    ]
+    messages = [[{"type": "BlockStored", **fields, **event}] for event in events]
+    messages.append([{"type": "BlockRemoved", "block_hashes": [9], "medium": "GPU"}])
+    options = msgspec.structs.replace(OPTIONS, block_size_tokens=block_size)
+    async with Indexer(backend, options) as indexer:
+        for sequence, message in enumerate(messages):
+            number = sequence + 3 * (sequence > 2)  # messages are missing: what was there is suspect
+            headers = [("sequence", str(number).encode()), ("model", b"m")]
+            await indexer.apply_record(b"one", msgspec.msgpack.encode((1.0, message)), headers)
+        keys = indexer.block_keys(list(range(192)), "m")
+        before = await backend.lookup(keys)
+        assert any(before)
+        await backend.begin_anew()
+        assert await backend.lookup(keys) == [None] * len(keys)
+        await indexer._feed.applier.recover()
+        assert await backend.lookup(keys) == before
+
+
+async def test_entries_of_an_earlier_run_leave_a_lasting_index(make_lasting: Callable[[], Backend]):
+    """What an earlier run left belongs to ended epochs, and is removed once its pod is heard."""
+    old = [b"%016d" % number for number in range(20)]
+    first = make_lasting()
+    await first.start()
+    held = pack_holder(records.pod_ref("one"), 0, Tier.GPU, 0, 0, records.epoch_of(5))
+    run = Run(records.pod_ref("one"), records.epoch_of(5), 3, 3, len(old))
+    await first.apply(BlocksRecord((run,), b"".join(old), bytes([OP_ADD]) * len(old), held * len(old), 0))
+    await first.close()
+    backend = make_lasting()
+    async with Indexer(backend, OPTIONS) as indexer:
+        assert all(await backend.lookup(old))
+        headers = [("sequence", b"0"), ("model", b"m"), ("incarnation", b"9")]
+        await indexer.apply_record(b"one", msgspec.msgpack.encode((1.0, [])), headers)
+        async with asyncio.timeout(60):
+            while any(await backend.lookup(old)):
+                await asyncio.sleep(0.01)
 
 
 @pytest.fixture(params=["rocksdb", "redis"])
