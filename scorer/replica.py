@@ -12,6 +12,8 @@ It goes on from there when it is opened again, and starts anew when the log no l
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -24,8 +26,10 @@ from kvatlas.bridge import records
 from kvatlas.bridge.block_key import KEY_BYTES, partition_of
 from kvatlas.bridge.errors import LogError, SettingsError, WireError
 from kvatlas.bridge.kafka import client_config
+from kvatlas.bridge.records import PodRecord
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.scorer.backends.base import Backend
+from kvatlas.scorer.backends.errors import BackendError
 from kvatlas.scorer.backends.memory import MemoryBackend
 from kvatlas.scorer.follow import Follower
 from kvatlas.scorer.pods import PodTable
@@ -39,6 +43,7 @@ log = logging.getLogger(__name__)
 _CLIENT_ID: Final = "kvatlas-indexer"
 _LOG: Final = b"\x00log"
 _COUNT: Final = b"\x00count"
+_SWEEP_SECONDS: Final = 30.0
 
 
 class Store(Protocol):
@@ -109,6 +114,9 @@ class Replica:
         self.counts: Counter[str] = Counter()
         self._kafka = kafka
         self._backend = backend
+        self._pods = pods
+        self._swept: dict[str, PodRecord] = {}
+        self._sweeping: asyncio.Task[None] | None = None
         self._set_block_size = set_block_size
         self._views: list[PartitionView] = []
         self._table: Any = None
@@ -144,6 +152,7 @@ class Replica:
         for follower in self._followers:
             follower.start()
             await follower.wait(timeout_seconds)
+        self._sweeping = asyncio.create_task(self._sweep_on(), name="sweep replica")
 
     def _resume(self, table: LocalTable, begins: Mapping[int, int]) -> dict[int, int]:
         """Return where to go on in the log; where it no longer has what came next, empty the table and start anew."""
@@ -185,6 +194,10 @@ class Replica:
 
     async def stop(self) -> None:
         """Stop following."""
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._sweeping
         for follower in self._followers:
             await follower.stop()
 
@@ -201,6 +214,28 @@ class Replica:
     def failed(self) -> BaseException | None:
         """Return None: a follower goes on after every error."""
         return None
+
+    async def _sweep_on(self) -> None:
+        while True:
+            try:
+                await self.sweep()
+            except BackendError as error:  # only room is lost
+                log.warning("sweep of the replica: %s", error)
+            await asyncio.sleep(_SWEEP_SECONDS)
+
+    async def sweep(self) -> None:
+        """Give back the room of epochs that ended since the last time: the workers' sweeps are not on the log."""
+        known, before = dict(self._pods.merged), self._swept
+        valid = {
+            records.pod_ref(name): _bounds(pod)
+            for name, pod in known.items()
+            if name not in before or _bounds(before[name]) != _bounds(pod)
+        }
+        # Of a pod that nobody knows any more everything is dead; should it come back now, its epochs lie above.
+        valid |= {records.pod_ref(name): (before[name].epoch + 1, 0) for name in before.keys() - known.keys()}
+        if valid:
+            self.counts["holders_swept"] += await self._backend.drop_epochs(valid)
+        self._swept = known
 
     def _worker(self, key: bytes | None, value: bytes | None) -> None:
         if not value or key == records.CATALOG_KEY:
@@ -225,3 +260,7 @@ class Replica:
             apply_blocks(self._views[number], record, self.counts)
             if isinstance(self._backend, MemoryBackend):
                 self._backend.shrink()
+
+
+def _bounds(pod: PodRecord) -> tuple[int, int]:
+    return pod.valid_from, pod.gpu_valid_from

@@ -25,9 +25,12 @@ from kvatlas.scorer.client import ScorerClient, score_request
 from kvatlas.scorer.indexer import Indexer
 from kvatlas.scorer.indexer_sync import SyncIndexer
 from kvatlas.scorer.score import Weights
+from kvatlas.scorer.v1 import scorer_pb2 as pb
 from kvatlas.streams.resolve import ResolveOptions
 
 Record = tuple[bytes, bytes, list[tuple[str, bytes]]]
+#: Identifier, offset and length in tokens.
+Item = tuple[str, int, int]
 #: A model whose host memory counts half, in every subject.
 HALF = "half"
 _names = itertools.count()
@@ -63,6 +66,12 @@ class Subject(Protocol):
     def sequences(self) -> dict[str, int]:
         """Return the last sequence applied of each pod."""
 
+    def multimodal(self, items: Sequence[Item]) -> list[Any]:
+        """Return items of a prompt as :meth:`score` takes them."""
+
+    def decide(self, pod: str, tokens: Sequence[int], model: str) -> Callable[[], None]:
+        """Predict that a pod will hold a prompt, because it was sent there; returns what ends the prediction."""
+
 
 class Library:
     """The indexer library; records go straight in."""
@@ -85,6 +94,14 @@ class Library:
 
     def sequences(self) -> dict[str, int]:
         return {pod.pod: pod.last_sequence for pod in self._indexer.pods()}
+
+    def multimodal(self, items: Sequence[Item]) -> list[Any]:
+        return list(items)
+
+    def decide(self, pod: str, tokens: Sequence[int], model: str) -> Callable[[], None]:
+        self._indexer.add_approximate(pod, model, 100)
+        assert self._indexer.note_decision(pod, tokens, model)
+        return lambda: self._indexer.remove_engine(pod)
 
     def close(self) -> None:
         self._indexer.stop()
@@ -129,6 +146,31 @@ class Pipeline:
 
     def sequences(self) -> dict[str, int]:
         return {pod.pod: pod.last_sequence for pod in self._client.list_pods()}
+
+    def multimodal(self, items: Sequence[Item]) -> list[Any]:
+        return [pb.MultimodalItem(identifier=name, offset=offset, length=length) for name, offset, length in items]
+
+    def decide(self, pod: str, tokens: Sequence[int], model: str) -> Callable[[], None]:
+        request = score_request(model, tokens=tokens)
+
+        def report(ttl_ms: int) -> Any:
+            # The same request id again: the later word counts.
+            return self._client.call(
+                "ReportDecision",
+                pb.ReportDecisionRequest(request_id=f"decision-{pod}", pod=pod, request=request, ttl_ms=ttl_ms),
+            )
+
+        assert report(60_000).blocks
+
+        def end() -> None:
+            deadline = time.monotonic() + 60
+            # The scorer reads its own decisions on the log too: the first may come back after it was taken back.
+            while any(score.speculative_blocks for score in self._client.score(model, tokens=tokens).scores.values()):
+                assert time.monotonic() < deadline
+                report(1)
+                time.sleep(0.02)
+
+        return end
 
     def close(self) -> None:
         self._client.close()
@@ -235,6 +277,10 @@ class World:
         named = [pod + self._suffix for pod in pods]
         answer = self.subject.score(tokens, model or self.model, pods=named, **options)
         return {pod.removesuffix(self._suffix): found for pod, found in answer.items() if pod.endswith(self._suffix)}
+
+    def decide(self, pod: str, tokens: Sequence[int]) -> Callable[[], None]:
+        """Predict that a pod will hold a prompt; returns what ends the prediction."""
+        return self.subject.decide(pod + self._suffix, tokens, self.model)
 
     def holders(self, tokens: Sequence[int], model: str = "") -> list[set[tuple[str, str, int]]]:
         """Return (pod, tier, group) of each block."""

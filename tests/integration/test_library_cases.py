@@ -27,7 +27,7 @@ from kvatlas.scorer.backends.rocks import RocksBackend
 pytestmark = pytest.mark.timeout(420)  # the first test on a pipeline starts it
 
 Deploy = Callable[..., World]
-SUBJECTS = ("memory", "rocksdb", "redis", "valkey", "pipeline")
+SUBJECTS = ("memory", "memory-bytes", "rocksdb", "redis", "valkey", "pipeline")
 
 
 def tokens(first: int, last: int) -> list[int]:
@@ -77,6 +77,8 @@ def deploy(request: pytest.FixtureRequest, tmp_path: Path, pipelines: Any, serve
     def backend() -> Backend:
         if kind == "memory":
             return MemoryBackend()
+        if kind == "memory-bytes":
+            return MemoryBackend(None, max_bytes=64 * 1024 * 1024)
         if kind == "rocksdb":
             return RocksBackend(tmp_path / f"index-{len(libraries)}", cache_bytes=8 * 1024 * 1024)
         return RedisBackend(servers(kind).url, prefix=f"{tmp_path.name}-{len(libraries)}")
@@ -259,6 +261,22 @@ def test_12_a_clear_ends_one_pod_s_entries(deploy: Deploy):
     assert ("a", "gpu", 0) in world.holders(prompt)[0]
 
 
+def test_12_an_update_from_before_a_clear_comes_late(deploy: Deploy):
+    """It changes nothing, and does not stand in the way of what is stored after the clear."""
+    world = deploy()
+    prompt = tokens(1, 16)
+    late = world.record("a", msgspec.msgpack.encode((1.0, [stored([1], prompt, 16)], None)))
+    world.subject.send([late])
+    world.send("a", CLEARED)
+    world.subject.send([late])
+    world.settle("a")
+    assert world.holders(prompt) == [set()]
+    world.send("a", stored([1], prompt, 16))
+    world.subject.send([late])
+    world.settle("a")
+    assert world.score(prompt) == {"a": 1.0}
+
+
 def test_13_copies_count_and_repetitions_do_not(deploy: Deploy):
     """Stored twice and removed once is still there; the same message twice is one announcement."""
     world = deploy()
@@ -299,6 +317,25 @@ def test_15_a_child_waits_for_its_parent(deploy: Deploy):
     world.send("a", stored([1], tokens(1, 16), 16))
     world.settle("a")
     assert world.score(tokens(1, 32)) == {"a": 2.0}
+
+
+def test_16_what_is_predicted_and_what_is_told_are_apart(deploy: Deploy):
+    """The end of a prediction leaves what was told of the same block, and a removal leaves what is predicted."""
+    world = deploy()
+    prompt = tokens(1, 32)
+    if isinstance(world.subject, Library):  # predictions are for pods without events: the other pod's is told
+        told, predicted = "a", "b"
+    else:
+        told = predicted = "a"
+    world.send(told, stored([1, 2], prompt, 16))
+    world.settle(told)
+    end = world.decide(predicted, prompt)
+    assert world.found(prompt)[predicted].blocks == world.found(prompt)[told].blocks == 2
+    world.send(told, removed(2))
+    world.settle(told)
+    assert world.found(prompt)[predicted].blocks == 2
+    end()
+    assert world.score(prompt) == {told: 1.0}
 
 
 # --- decoding -----------------------------------------------------------------------------------------------------
@@ -348,6 +385,22 @@ def test_20_an_image_changes_the_keys_from_its_block_on(deploy: Deploy):
     world.send("a", stored([1, 2, 3, 4], prompt, 16, extra_keys=extra))
     world.settle("a")
     assert world.score(prompt) == {"a": 2.0}
+    for name, blocks in (("image-a", 4), ("image-b", 2)):
+        items = world.subject.multimodal([(name, 32, 16)])
+        assert world.found(prompt, multimodal=items)["a"].blocks == blocks
+
+
+def test_20_two_images_and_nothing_between(deploy: Deploy):
+    """Images at [0, 32) and [48, 80) of 80 tokens: the blocks carry A, A, nothing, B, B."""
+    world = deploy()
+    prompt = tokens(1, 80)
+    extra = [[["a", 0]], [["a", -16]], None, [["b", 0]], [["b", -16]]]
+    world.send("a", stored([1, 2, 3, 4, 5], prompt, 16, extra_keys=extra))
+    world.settle("a")
+    assert world.score(prompt) == {}
+    for second, blocks in (("b", 5), ("c", 3)):
+        items = world.subject.multimodal([("a", 0, 32), (second, 48, 32)])
+        assert world.found(prompt, multimodal=items)["a"].blocks == blocks
 
 
 # --- epochs -------------------------------------------------------------------------------------------------------
