@@ -243,12 +243,15 @@ class Indexer(Scores):
 
         Raises:
             UnknownPodError: there is none.
+            InputError: this indexer follows a log or a mirror, and the pod is not one of predictions.
         """
-        if await self._engine_feed().remove(pod):
+        _ = self._running
+        if self._feed is not None and await self._feed.remove(pod):
             return
         if self.approximate.predicts(pod):
             await self.approximate.remove(pod)
         else:
+            self._engine_feed()
             raise UnknownPodError(f"no engine {pod!r} here; there are {', '.join(self._pods.names()) or 'none'}")
 
     async def apply_record(

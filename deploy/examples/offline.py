@@ -14,6 +14,7 @@ from pathlib import Path
 from kvatlas.bridge import records
 from kvatlas.bridge.adapters import vllm
 from kvatlas.bridge.block_key import TOKEN_BYTES
+from kvatlas.bridge.errors import KvatlasError
 from kvatlas.bridge.events import Limits, Stored
 from kvatlas.deploy.history.capture import read_capture
 from kvatlas.scorer import Indexer
@@ -55,7 +56,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("capture", nargs="?", type=Path, default=CAPTURE)
     parser.add_argument("--prompts", type=int, default=5, help="prompts to score (default %(default)s)")
     args = parser.parse_args(argv)
-    asyncio.run(show(args.capture, args.prompts))
+    try:
+        asyncio.run(show(args.capture, args.prompts))
+    except KvatlasError as error:
+        parser.exit(1, f"{error}\n")
 
 
 if __name__ == "__main__":

@@ -113,7 +113,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--requests", type=int, default=200, help="requests sent (default %(default)s)")
     parser.add_argument("--brokers", default="", help="a real Kafka, host:port; default: a broker inside kvatlas up")
     args = parser.parse_args(argv)
-    share, reason = asyncio.run(cached_share(args.pods, args.requests, args.brokers))
+    try:
+        share, reason = asyncio.run(cached_share(args.pods, args.requests, args.brokers))
+    except KvatlasError as error:
+        parser.exit(1, f"{error}\n")
     print(f"by the pipeline: {share:.0%} of prompt tokens were cached")
     print(f"last pick: {reason}")
 

@@ -13,7 +13,7 @@ import asyncio
 import itertools
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final
 
 import aiohttp
@@ -154,9 +154,14 @@ async def cached_share(pods: int, requests: int, *, precise: bool) -> float:
     return total["cached"] / total["prompt"]
 
 
-async def _serve(pods: int, pool: TokenizerPool | None, model: str, port: int) -> None:
-    async with running(pods, pool, model=model, port=port) as (url, _):
-        print(f"router on {url}/v1/completions")
+async def _serve(pods: int, tokenizer: str, port: int) -> None:
+    model = tokenizer.partition("=")[0] or _MODEL
+    async with AsyncExitStack() as stack:
+        pool = None
+        if tokenizer:
+            pool = await stack.enter_async_context(TokenizerPool(TokenizerSettings(models=(tokenizer,))))
+        url, _ = await stack.enter_async_context(running(pods, pool, model=model, port=port))
+        print(f"router on {url}/v1/completions", flush=True)
         await asyncio.Event().wait()
 
 
@@ -170,10 +175,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=8000, help="of the router, with --serve (default %(default)s)")
     args = parser.parse_args(argv)
     if args.serve:
-        model = args.tokenizer.partition("=")[0] or _MODEL
-        pool = TokenizerPool(TokenizerSettings(models=(args.tokenizer,))) if args.tokenizer else None
-        asyncio.run(_serve(args.pods, pool, model, args.port))
-        return
+        try:
+            asyncio.run(_serve(args.pods, args.tokenizer, args.port))
+        except (KvatlasError, OSError) as error:
+            parser.exit(1, f"{error}\n")
+        except KeyboardInterrupt:
+            return
     for name, precise in (("round robin", False), ("by the index", True)):
         share = asyncio.run(cached_share(args.pods, args.requests, precise=precise))
         print(f"{name}: {share:.0%} of prompt tokens were cached")

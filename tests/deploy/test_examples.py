@@ -47,6 +47,24 @@ def test_an_example_as_a_command() -> None:
     assert "score" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("example", "words", "text"),
+    [
+        (offline, ["nowhere.kvcap"], "nowhere.kvcap"),
+        (router, ["--serve", "--tokenizer=nonsense"], "MODEL=DIR"),
+        (pipeline, ["--brokers=127.0.0.1:1"], "no broker answers at 127.0.0.1:1"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(
+    example: Any, words: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A wrong file, tokenizer or broker ends the program with its name, and without a traceback."""
+    with pytest.raises(SystemExit) as ended:
+        example.main(words)
+    assert ended.value.code == 1
+    assert text in capsys.readouterr().err
+
+
 async def test_router_finds_the_cache() -> None:
     """The same conversations hit far more through the index than round robin."""
     blind = await router.cached_share(3, 80, precise=False)

@@ -21,6 +21,8 @@ from kvatlas.bridge.block_key import block_keys, pack_tokens, partition_of, root
 from kvatlas.bridge.records import Control
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.scorer import IndexerOptions
+from kvatlas.scorer.backends.errors import BackendError
+from kvatlas.scorer.backends.mirror import MirrorBackend
 from kvatlas.scorer.client import ScorerClient, score_request
 from kvatlas.scorer.indexer import Indexer
 from kvatlas.scorer.indexer_sync import SyncIndexer
@@ -52,7 +54,13 @@ class Options(NamedTuple):
 
 
 class Subject(Protocol):
-    """What is tested."""
+    """What is tested.
+
+    Attributes:
+        read_only: it only reads what others write.
+    """
+
+    read_only: bool
 
     def send(self, batch: Sequence[Record]) -> None:
         """Bring records onto the log, or what stands for it."""
@@ -76,6 +84,8 @@ class Subject(Protocol):
 class Library:
     """The indexer library; records go straight in."""
 
+    read_only = False
+
     def __init__(self, make: Callable[[], Indexer]) -> None:
         self._indexer = SyncIndexer(make)
         self._indexer.start()
@@ -85,8 +95,11 @@ class Library:
             self._indexer.apply_record(key, value, headers)
 
     def score(self, tokens: Sequence[int], model: str, **options: Any) -> dict[str, Found]:
-        scored = self._indexer.score_tokens(tokens, model, **options)
-        assert not scored.partial
+        deadline = time.monotonic() + 30
+        while (scored := self._indexer.score_tokens(tokens, model, **options)).partial:
+            assert self.read_only  # a mirror says so while a partition is copied
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         return {pod: Found(s.score, s.matched_blocks, s.suspect_blocks) for pod, s in scored.scores.items()}
 
     def holders(self, tokens: Sequence[int], model: str) -> list[set[tuple[str, str, int]]]:
@@ -110,10 +123,14 @@ class Library:
 class Pipeline:
     """Worker and scorer in processes of their own over a real Kafka; records go onto ``kv-events``."""
 
-    def __init__(self, brokers: str, prefix: str, folder: Path, options: Options) -> None:
-        self._kafka: KafkaSettings = asyncio.run(make_topics(brokers, prefix))
+    read_only = False
+
+    def __init__(self, brokers: str, prefix: str, folder: Path, options: Options, mirror: str) -> None:
+        self.kafka: KafkaSettings = asyncio.run(make_topics(brokers, prefix))
+        self.mirror = (mirror, prefix)
         flags = [f"--block-size-tokens={options.block_size}", *(["--strict-gaps"] if options.strict_gaps else [])]
-        self._worker = WorkerProcess(self._kafka, folder / "state", *flags)
+        flags += [f"--mirror={mirror}", f"--mirror-prefix={prefix}"]
+        self._worker = WorkerProcess(self.kafka, folder / "state", *flags)
         asyncio.run(self._worker.ready(180))
         self._scorer = Service(
             folder / "scorer.log",
@@ -126,8 +143,8 @@ class Pipeline:
         asyncio.run(self._send(batch))
 
     async def _send(self, batch: Sequence[Record]) -> None:
-        async with producing(self._kafka) as producer:
-            topic = self._kafka.topic(records.EVENTS)
+        async with producing(self.kafka) as producer:
+            topic = self.kafka.topic(records.EVENTS)
             for key, value, headers in batch:
                 partition = records.pod_partition(key.decode(), PARTITIONS)
                 await producer.send(topic, value, key=key, headers=headers, partition=partition)
@@ -176,6 +193,33 @@ class Pipeline:
         self._client.close()
         self._scorer.close()
         self._worker.close()
+
+
+class Follower(Library):
+    """The library on what the pipeline writes: a replica of its log, or its mirror."""
+
+    def __init__(self, pipeline: Pipeline, make: Callable[[], Indexer], *, read_only: bool) -> None:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                super().__init__(make)
+                break
+            except BackendError:  # the mirror has not been begun yet
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        self.read_only = read_only
+        self._pipeline = pipeline
+
+    def send(self, batch: Sequence[Record]) -> None:
+        self._pipeline.send(batch)
+
+
+def follower(kind: str, pipeline: Pipeline, options: Options, model: str) -> Follower:
+    """Return a subject of a kind, ``replica`` or ``mirror``."""
+    chosen = library_options(options, model)
+    if kind == "replica":
+        return Follower(pipeline, lambda: Indexer.from_kafka(pipeline.kafka, options=chosen), read_only=False)
+    return Follower(pipeline, lambda: Indexer.from_mirror(MirrorBackend(*pipeline.mirror), chosen), read_only=True)
 
 
 def _counting(holders: Iterable[Any]) -> set[tuple[str, str, int]]:
