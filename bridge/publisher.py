@@ -19,9 +19,9 @@ from itertools import accumulate
 from typing import Any, Final, NamedTuple
 
 from aiokafka import AIOKafkaProducer, TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, ProducerClosed
 
-from kvatlas.bridge.errors import LogError
+from kvatlas.bridge.errors import KvatlasError, LogError
 from kvatlas.bridge.kafka import client_config, lost_right, pace_metadata
 from kvatlas.bridge.records import Headers
 from kvatlas.bridge.settings import KafkaSettings
@@ -29,6 +29,7 @@ from kvatlas.bridge.settings import KafkaSettings
 _RETRY_SECONDS: Final = 0.5
 #: A right that is taken away and given back at once, as a tool that writes all of them anew does, ends nothing.
 _RIGHT_TRIES: Final = 6
+_WAIT_SECONDS: Final = 0.05
 _OVERHEAD_BYTES: Final = 256
 
 log = logging.getLogger(__name__)
@@ -125,7 +126,8 @@ class Publisher:
         sent_bytes: size of their batches on the log, compressed.
         failures: batches that had to be sent again by us.
         latency: how long batches took from send to acknowledgement, each record counted.
-        failed: gets a :class:`RightsError` once Kafka keeps on refusing a topic to the account.
+        failed: gets a :class:`RightsError` once Kafka keeps on refusing a topic to the account, or what ended a task.
+        may_send: whether records may go out now; what is accepted meanwhile waits.
     """
 
     def __init__(
@@ -147,6 +149,7 @@ class Publisher:
         self._message_bytes = message_bytes
         self._producer: Any = None
         self._queues: dict[tuple[str, int], deque[Item]] = {}
+        self._flying: dict[tuple[str, int], int] = {}
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._wake: dict[tuple[str, int], asyncio.Event] = {}
         self._gates: dict[int | None, Gate] = {}
@@ -157,6 +160,7 @@ class Publisher:
         self.failures = 0
         self.latency = Buckets()
         self.failed: asyncio.Future[None] | None = None
+        self.may_send: Callable[[], bool] = lambda: True
 
     async def start(self) -> None:
         """Connect.
@@ -202,10 +206,18 @@ class Publisher:
         if queue is None:
             queue = self._queues[place] = deque()
             self._wake[place] = asyncio.Event()
-            self._tasks[place] = asyncio.create_task(self._run(place), name=f"publish-{topic}-{partition}")
+            task = self._tasks[place] = asyncio.create_task(self._run(place), name=f"publish-{topic}-{partition}")
+            task.add_done_callback(self._ended)
         queue.append(item)
         self.pending_bytes += len(item.value) + _OVERHEAD_BYTES
         self._wake[place].set()
+
+    def discard(self, topic: str, partition: int) -> None:
+        """Forget what is accepted for a partition and not on its way yet."""
+        place = (topic, partition)
+        queue, flying = self._queues.get(place, deque()), self._flying.get(place, 0)
+        while len(queue) > flying:
+            self.pending_bytes -= len(queue.pop().value) + _OVERHEAD_BYTES
 
     async def flush(self, timeout_seconds: float) -> bool:
         """Wait until everything is acknowledged, sent without pauses; False when the time is over first."""
@@ -235,19 +247,31 @@ class Publisher:
                 await wake.wait()
             await self._send_head(place, queue)
 
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """End the service with what ended a partition's task: nothing would be sent for it any more."""
+        error = None if task.cancelled() else task.exception()
+        if error is not None and self.failed is not None and not self.failed.done():
+            self.failed.set_exception(error)
+
     async def _send_head(self, place: tuple[str, int], queue: deque[Item]) -> None:
         tries = 0
         while True:
+            while not self.may_send():  # noqa: ASYNC110 - a lease ends by the clock, with no event
+                await asyncio.sleep(_WAIT_SECONDS)
             producer = self._producer
             assert producer is not None
             try:
                 async with self._gate(producer, place):
+                    if not queue:
+                        return  # discarded
                     started = time.monotonic()
                     batch, count = self._build(producer, queue)
+                    self._flying[place] = count
                     future = await producer.send_batch(batch, place[0], partition=place[1])
                     base: Any = await future
                 break
             except (KafkaError, TimeoutError) as error:
+                self._flying[place] = 0
                 self.failures += 1
                 log.warning("Kafka did not take a batch for %s/%d (%s); sending it again", *place, error)
                 tries += 1
@@ -255,6 +279,7 @@ class Publisher:
                 await asyncio.sleep(_RETRY_SECONDS)
                 if not getattr(error, "retriable", False):
                     await self._replace(producer)
+        self._flying[place] = 0
         self.latency.add(time.monotonic() - started, count)
         for number in range(count):
             item = queue.popleft()
@@ -296,7 +321,7 @@ class Publisher:
             while True:
                 try:
                     self._producer = await self._connect()
-                except LogError as error:
+                except KvatlasError as error:  # a password file that is being replaced, too
                     log.warning("%s; trying again", error)
                     await asyncio.sleep(_RETRY_SECONDS)
                 else:
@@ -318,3 +343,5 @@ async def _close(producer: Any, seconds: float) -> None:
             await asyncio.wait_for(producer.client.close(), seconds)
         if sender is not None:
             await asyncio.wait([sender], timeout=seconds)
+        # Nobody sends these any more, and whoever waits for them would wait for ever.
+        producer._message_accumulator.fail_all(ProducerClosed())

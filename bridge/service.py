@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from kvatlas.bridge import records
 from kvatlas.bridge.absent import Absent
-from kvatlas.bridge.discovery import discover
+from kvatlas.bridge.discovery import discover, read_engines
 from kvatlas.bridge.errors import EngineError, KvatlasError
 from kvatlas.bridge.inbound import Inbound
 from kvatlas.bridge.metrics import BridgeCollector
@@ -49,9 +49,11 @@ class BridgeService:
         """Describe the service; ``clock`` is the wall clock in ns.
 
         Raises:
-            SettingsError: an endpoint is not valid.
+            SettingsError: an endpoint or the engines file is not valid.
         """
         settings.specs()
+        if settings.engines_file:
+            read_engines(Path(settings.engines_file))
         self._settings = settings
         self._kafka = kafka
         self._clock = clock
@@ -63,6 +65,7 @@ class BridgeService:
         self._resolved: dict[str, list[EngineSpec]] = {}
         self._missing: dict[str, float] = {}
         self._complete = False
+        self._replaced = 0
         self._inbound: list[Inbound] = []
         self._pods: PodWatch | None = None
         self._look = asyncio.Event()
@@ -119,7 +122,7 @@ class BridgeService:
         shared.observe = self.observe
         shared.partitions = await publisher.partitions(self._kafka.topic(records.EVENTS))
         self._ownership = Ownership(settings, self._kafka, shared.partitions, self._gained, self._lost)
-        shared.owns = self._ownership.owns
+        shared.owns, publisher.may_send = self._ownership.owns, self._ownership.leased
         self.registry.register(BridgeCollector(self.streams, shared))
         await self._ownership.start()
         if settings.kubernetes_selector:
@@ -133,7 +136,7 @@ class BridgeService:
             self._pods.start()
             if not await asyncio.to_thread(self._pods.listed.wait, _FIRST_LIST_SECONDS):
                 log.warning("Kubernetes has not answered yet; its pods follow")
-        self._sync(await self._found())
+        await self._sync(await self._found())
         self._bind()
         self._tasks = [asyncio.create_task(self._tick()), asyncio.create_task(self._discover())]
         if settings.engines_file:
@@ -190,6 +193,10 @@ class BridgeService:
             known_records=settings.strip_recover_records,
         )
         self._shared.recovered.update(found)
+        for known in found.values():
+            if known.ahead:  # the next start need not read so far back
+                self._shared.put_record(known.record)
+                known.ahead = False
 
     async def _lost(self, partitions: list[int]) -> None:
         assert self._shared is not None
@@ -202,7 +209,11 @@ class BridgeService:
         for pod in list(shared.recovered):
             if records.pod_partition(pod, shared.partitions) in partitions:
                 del shared.recovered[pod]
-        await self._publisher.flush(2.0)
+        if self._ownership is not None and self._ownership.leased():
+            await self._publisher.flush(2.0)
+        for number in partitions:
+            for name in (records.EVENTS, records.PODS):
+                self._publisher.discard(self._kafka.topic(name), number)
 
     def _open(self, spec: EngineSpec) -> None:
         assert self._shared is not None
@@ -221,10 +232,12 @@ class BridgeService:
         assert self._shared is not None
         self._inbound = [Inbound(text, self._shared, self.streams) for text in self._settings.bind]
 
-    def _sync(self, specs: list[EngineSpec]) -> None:
+    async def _sync(self, specs: list[EngineSpec]) -> None:
         wanted = {spec.key: spec for spec in specs}
         for key, spec in wanted.items():
             self._missing.pop(key, None)
+            if key in self.streams and self.streams[key].spec != spec:
+                await self._replace(key)
             if key not in self.streams:
                 self._open(spec)
         for key, stream in self.streams.items():
@@ -234,22 +247,33 @@ class BridgeService:
             if stream.leaving:
                 self._missing.setdefault(key, time.monotonic())
 
+    async def _replace(self, key: str) -> None:
+        """Stop hearing an address of which other things are said now; the next stream there may take its pod.
+
+        A pod that the next one does not take, since another one has the address now, ends like one that is not listed.
+        """
+        old = self.streams.pop(key)
+        log.info("%s: listed otherwise than before; connecting anew", key)
+        await old.close()
+        self._replaced += 1
+        self.streams[f"{key} (before change {self._replaced})"] = old
+
     async def _discover(self) -> None:
         while True:
             self._look.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._look.wait(), self._until_next_look())
             try:
-                self._sync(await self._found())
+                await self._sync(await self._found())
             except KvatlasError as error:
                 log.warning("discovery: %s; keeping the endpoints of before", error)
             for key, since in list(self._missing.items()):
                 if time.monotonic() - since >= self._settings.gone_seconds:
                     del self._missing[key]
-                    await self._end(self.streams[key])
+                    await self._end(key)
 
-    async def _end(self, stream: PodStream) -> None:
-        self.streams.pop(stream.spec.key, None)
+    async def _end(self, key: str) -> None:
+        stream = self.streams.pop(key)
         await stream.close()
         stream.end()
 
@@ -283,7 +307,7 @@ class BridgeService:
                     absent.look(written, self.streams)
             for inbound in self._inbound:
                 for stream in inbound.left(time.monotonic(), settings.gone_seconds):
-                    await self._end(stream)
+                    await self._end(stream.spec.key)
             for key, stream in list(self.streams.items()):
                 stream.retry()
                 silent = (now - stream.heard_ns) / 1e9

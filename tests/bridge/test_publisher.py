@@ -145,6 +145,56 @@ async def test_nothing_is_dropped_while_the_broker_is_away() -> None:
     await publisher.stop()
 
 
+async def test_what_may_not_go_out_waits_or_is_discarded() -> None:
+    """Without leave nothing is sent; what is discarded meanwhile never is, and gives its room back."""
+    publisher, producer = _publisher()
+    leave = asyncio.Event()
+    publisher.may_send = leave.is_set
+    for partition in (0, 1):
+        publisher.send("t", partition, Item(b"k", b"early", [], None))
+    assert not await publisher.flush(0.1)
+    assert producer.batches == []
+    publisher.discard("t", 0)
+    publisher.send("t", 0, Item(b"k", b"late", [], None))
+    leave.set()
+    assert await publisher.flush(60.0)
+    assert sorted(producer.batches) == [("t", 0, [b"late"]), ("t", 1, [b"early"])]
+    await publisher.stop()
+
+
+async def test_what_is_in_flight_is_not_discarded() -> None:
+    """A batch that is on its way is acknowledged though the rest of its queue is discarded behind it."""
+    publisher, producer = _publisher()
+    producer.hold = asyncio.Event()
+    offsets: list[int] = []
+    publisher.send("t", 0, Item(b"k", b"flying", [], offsets.append))
+    async with asyncio.timeout(60):
+        while not producer.batches:
+            await asyncio.sleep(0.01)
+    publisher.send("t", 0, Item(b"k", b"waiting", [], offsets.append))
+    publisher.discard("t", 0)
+    producer.hold.set()
+    assert await publisher.flush(60.0)
+    assert offsets == [0]
+    assert producer.batches == [("t", 0, [b"flying"])]
+    await publisher.stop()
+
+
+async def test_what_nobody_expected_ends_the_publisher_aloud() -> None:
+    """A partition whose task fails is never sent to again, so the service is told."""
+    publisher, producer = _publisher()
+    publisher.failed = asyncio.get_running_loop().create_future()
+
+    def broken() -> Any:
+        raise RuntimeError("not a batch")
+
+    producer.create_batch = broken  # type: ignore[method-assign]
+    publisher.send("t", 0, Item(b"k", b"v", [], None))
+    with pytest.raises(RuntimeError, match="not a batch"):
+        await asyncio.wait_for(publisher.failed, 60)
+    await publisher.stop()
+
+
 async def test_no_broker_at_start_is_an_error() -> None:
     """A cluster that does not answer is named."""
     publisher = Publisher(KafkaSettings(brokers="127.0.0.1:1"))
