@@ -57,12 +57,15 @@ def read_engines(path: Path) -> list[EngineSpec]:
             document = json.loads(text)
         else:
             document = yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise SettingsError(f"engines file {path}: {error}") from error
     engines = document.get("engines") if isinstance(document, dict) else document
     if not isinstance(engines, list) or not all(isinstance(item, str) for item in engines):
         raise SettingsError(f"engines file {path}: expected `engines`, a list of endpoint specs")
-    return [spec for item in engines for spec in parse_engine(item)]
+    try:
+        return [spec for item in engines for spec in parse_engine(item)]
+    except SettingsError as error:
+        raise SettingsError(f"engines file {path}: {error}") from error
 
 
 async def resolve(text: str) -> list[EngineSpec]:
@@ -75,7 +78,7 @@ async def resolve(text: str) -> list[EngineSpec]:
     host = parse_engine(text)[0].live.partition("://")[2].rpartition(":")[0]
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, None, family=socket.AF_INET, type=socket.SOCK_STREAM)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise UnresolvedError(f"DNS name {host}: {error}") from error
     addresses = sorted({str(entry[4][0]) for entry in found})
     return [spec for address in addresses for spec in parse_engine(text.replace(f"://{host}:", f"://{address}:"))]

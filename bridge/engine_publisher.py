@@ -45,6 +45,12 @@ def binds(endpoint: str) -> bool:
     )
 
 
+def allow_ipv6(socket: zmq.Socket[Any], endpoint: str) -> None:
+    """Let a socket use an address in brackets; names stay with IPv4, where engines listen by default."""
+    if "[" in endpoint:
+        socket.setsockopt(zmq.IPV6, 1)
+
+
 class EnginePublisher:
     """One engine process (one data-parallel rank) as its subscribers see it. Thread-safe.
 
@@ -212,6 +218,7 @@ def _open(socket: zmq.Socket[bytes], endpoint: str, *, bind: bool) -> str:
     """Bind or connect; returns the address that a peer on this machine connects to."""
     if endpoint.startswith("tcp://") and endpoint.endswith(":0"):
         endpoint = endpoint[:-1] + "*"
+    allow_ipv6(socket, endpoint)
     try:
         if not bind:
             socket.connect(endpoint)

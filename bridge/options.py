@@ -138,6 +138,12 @@ def engine_specs(where: str, live: str, replay: str, options: dict[str, str]) ->
     for address in filter(None, (live, replay)):
         _check_address(where, address)
         _check_address(where, _offset(address, int(ranks) - 1))
+    lives, replays = ({_offset(address, rank) for rank in range(int(ranks))} for address in (live, replay))
+    if replay and lives & replays:
+        raise SettingsError(
+            f"engine {where!r}: with {ranks} rank(s) {min(lives & replays)} is a live and a replay address; rank r is "
+            "at both ports plus r, so put them further apart"
+        )
     return [
         EngineSpec(
             live=_offset(live, rank),
@@ -277,6 +283,8 @@ class BridgeSettings(Section, frozen=True, kw_only=True):
             raise SettingsError("bridge.bind needs bridge.ownership=all: an engine is heard only where it connects")
         for text in self.bind:
             parse_bind(text)
+        for text in self.dns:
+            parse_engine(text)
         return [spec for text in self.engines for spec in parse_engine(text)]
 
     def limits(self) -> Limits:

@@ -17,9 +17,10 @@ from collections.abc import Callable
 import zmq
 import zmq.asyncio
 
-from kvatlas.bridge.engine_publisher import END_OF_REPLAY, SEQUENCE_BYTES
+from kvatlas.bridge.engine_publisher import END_OF_REPLAY, SEQUENCE_BYTES, allow_ipv6
 
-Take = Callable[[bytes, int, bytes], bool]
+#: Gets topic (None where the engine's replies have none), sequence and payload.
+Take = Callable[[bytes | None, int, bytes], bool]
 
 
 async def replay(
@@ -51,6 +52,7 @@ async def replay(
     socket = zmq.asyncio.Socket(zmq.asyncio.Context(context), zmq.DEALER)
     newest: int | None = None
     try:
+        allow_ipv6(socket, address)
         socket.setsockopt(zmq.RCVHWM, 0)
         socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
         socket.connect(address)
@@ -71,7 +73,7 @@ async def replay(
                 continue
             sequence = int.from_bytes(frames[-2], "big")
             newest = sequence if newest is None else max(newest, sequence)
-            if not take(b"" if bare else frames[1], sequence, frames[-1]):
+            if not take(None if bare else frames[1], sequence, frames[-1]):
                 return True, newest
         return False, newest
     finally:

@@ -10,7 +10,8 @@ a live message ``n``                  forwarded
 live, above ``n``                     held; the hole is asked for (:attr:`Tracker.request`)
 live, at or below the newest live one the engine restarted: one publisher never goes back on one connection
 any, below ``n``, bytes known         equal: a duplicate, dropped; different: the engine restarted
-live, below ``n``, bytes not known    a duplicate when it is newer than the newest live one, else a restart
+live, below ``n``, bytes not known    a duplicate when it is newer than the newest live one; else what the replay of
+                                      ``n - 1`` that is under way says, and without one a restart
 a replay without the hole's start     tried again a bounded number of times, then lost: a gap
 a replay of ``n - 1`` with other      the engine restarted and overtook us while we were away
 bytes than ours
@@ -180,7 +181,7 @@ class Tracker:
         self._failed = 0
         self._verify = position.sequence >= 0  # the next replay must show that it is still the same engine
         self._catch_up = True
-        self._restarted_by: Message | None = None
+        self._shown = -1  # what the answer to a probe must show, since the same engine has it; -1 for nothing
 
     # --- what the driver asks -----------------------------------------------------------------------------------
 
@@ -205,6 +206,8 @@ class Tracker:
         if not self._can_replay or not (self.hole or self._catch_up):
             return None
         start = self.expected - 1 if self._verify and self.expected > 0 else self.expected
+        if self._shown >= 0:
+            start = min(start, self._shown)
         # Held messages are only the upper bound when nothing above them was dropped.
         return Request(start, min(self._held) if self._held and not self._catch_up else None)
 
@@ -226,14 +229,23 @@ class Tracker:
         """Note that the connection was down: the engine may be another, and messages may be missing."""
         self._catch_up = True
         self._verify = self.expected > 0
+        if not self._verify:
+            # Nothing of this engine is on the log to know it by, so what is held may be another's than what comes.
+            self._held.clear()
+            self._held_bytes = 0
+            self._seen, self._newest_live = -1, None
 
     def replaced(self, reason: str) -> list[Output]:
         """Take note that another engine publishes from now on."""
         return self._restart(None, reason)
 
     def probe(self) -> None:
-        """Ask for the stream's tail although nothing seems to be missing (a lost last message leaves no hole)."""
-        self.reconnected()
+        """Ask for the stream's tail although nothing seems to be missing (a lost last message leaves no hole).
+
+        The connection is the one of before, so live messages need not wait for the answer.
+        """
+        self._catch_up = True
+        self._shown = self.expected - 1
 
     # --- what comes in -------------------------------------------------------------------------------------------
 
@@ -272,8 +284,8 @@ class Tracker:
             # A restart; what follows the next accepted message shows it.
             self.reconnected()
             return
-        self._newest_live = sequence
         if sequence - self._seen <= JUMP_MAX:
+            self._newest_live = sequence
             self._seen = max(self._seen, sequence)
 
     def replayed(self, message: Message) -> list[Output]:
@@ -307,10 +319,14 @@ class Tracker:
             complete: the end marker came, or the part that was asked for.
             newest: highest sequence it showed, None when it showed none.
         """
-        if complete and self._verify and self.expected > 0 and (newest is None or newest < self.expected - 1):
-            return self._restart(None, f"the engine's newest message is {newest}, ours was {self.expected - 1}")
+        known = self.expected - 1 if self._verify else self._shown
+        if complete and known >= 0 and (newest is None or newest < known):
+            return self._restart(None, f"the engine's newest message is {newest}, ours was {known}")
         if complete:
             self._catch_up = False
+            self._shown = -1
+        elif self._shown >= 0:
+            self._shown = self.expected - 1
         if not self.hole and not self._held:
             if complete:
                 self._verify = False
@@ -388,6 +404,10 @@ class Tracker:
 
     def _known(self, message: Message) -> list[Output]:
         same = self._same(message)
+        if same is None and self._newest_live is None and self._verify and self._can_replay:
+            # What a bridge hears right after it took the pod over may be older than what the other one has logged.
+            self.counts.duplicates += 1
+            return []
         if same is False or (same is None and self._newest_live is None):
             return self._restart(message, f"sequence {message.sequence} came again, with other bytes than before")
         self._newest_live = message.sequence
@@ -424,6 +444,7 @@ class Tracker:
         self._newest_live = None
         self._failed = 0
         self._verify = False
+        self._shown = -1
         self._catch_up = True
         if message is None:
             return outputs
@@ -433,6 +454,8 @@ class Tracker:
         self.counts.gaps += 1
         self.counts.lost += last - first + 1
         self.incarnation = self._next(self.incarnation)
+        self._last_ts = 0.0
+        self._shown = -1
         for sequence in range(max(first, last - DIGESTS + 1), last + 1):
             self._digests[sequence & (DIGESTS - 1)] = 0
         return Turn(GAP, self.incarnation, first, last, reason)

@@ -50,6 +50,7 @@ class Shared:
         self.recovered: dict[str, Recovered] = {}
         self.partitions = 1
         self.replays = asyncio.Semaphore(settings.replay_parallel)
+        self.silent_replays = asyncio.Semaphore(settings.replay_parallel)
         self.owns: Callable[[int], bool] = lambda _: True
         self.dead: dict[str, int] = {}
         self.oversized = 0

@@ -17,7 +17,7 @@ from kvatlas.bridge.identity import Identity, identify
 from kvatlas.bridge.options import EngineSpec
 from kvatlas.bridge.publisher import Item
 from kvatlas.bridge.records import Control, PodRecord
-from kvatlas.bridge.recovery import Recovered, apply_control, read_ts
+from kvatlas.bridge.recovery import Recovered, apply_control, event_ns, read_ts
 from kvatlas.bridge.replay import replay
 from kvatlas.bridge.sequence import Forward, Message, Output, Position, Tracker, Turn
 from kvatlas.bridge.shared import Shared, open_socket
@@ -72,6 +72,9 @@ class PodStream:
         self._topic = b""
         self._wake = asyncio.Event()
         self._probe = True
+        self._nameless = False  # what a replay gives does not say whose it is; a live message will
+        self._answered = False
+        self._closed = False
         self._socket = (
             None if spec.bound else open_socket(shared, spec.live, self.received, reconnected=self.reconnected)
         )
@@ -79,6 +82,7 @@ class PodStream:
 
     async def close(self) -> None:
         """Stop reading; what was accepted still goes out."""
+        self._closed = True
         if self._socket is not None:
             self._socket.close()
         if self._task is not None:
@@ -98,7 +102,7 @@ class PodStream:
 
     def beat(self) -> None:
         """Ask a silent engine for its tail: a lost last message leaves no hole, and an answer is a sign of life."""
-        if self._waiting is not None:
+        if self._waiting is not None or self._nameless:
             return  # it would send its whole buffer, each time, for nothing
         if self.tracker is not None:
             self.tracker.probe()
@@ -107,7 +111,9 @@ class PodStream:
 
     def retry(self) -> None:
         """Take the pod that was held elsewhere as soon as it is free, and ask for what was missed."""
-        if self._waiting is not None and self._claim(self._waiting, self._topic) is not None:
+        if self._closed or self._waiting is None:
+            return
+        if self._claim(self._waiting, self._topic) is not None:
             self._wake.set()
 
     def hand_over(self) -> Handover | None:
@@ -162,6 +168,7 @@ class PodStream:
             shared.dead_letter(self.pod, frames, f"implausible sequence: {sequence}", self.spec.live)
             return
         now = self.heard_ns = shared.now_ns()
+        self._nameless = False
         tracker = self.tracker
         if tracker is None or topic != self._topic:
             waits = self._waiting is not None and topic == self._topic
@@ -172,7 +179,7 @@ class PodStream:
             tracker.shed(sequence)
             self._wake.set()
             return
-        size = len(payload)
+        size = len(payload) + len(topic)
         if size <= shared.settings.message_bytes and tracker.accept(sequence, payload):
             self._forward(Message(sequence, topic, payload, now), tracker.incarnation)
             return
@@ -181,11 +188,12 @@ class PodStream:
             self._wake.set()
 
     def _message(self, sequence: int, topic: bytes, payload: bytes, now: int, source: str) -> Message:
-        if len(payload) <= self._shared.settings.message_bytes:
+        size = len(payload) + len(topic)
+        if size <= self._shared.settings.message_bytes:
             return Message(sequence, topic, payload, now, source)
         self._shared.oversized += 1
-        reason = f"oversized: message {sequence} of {len(payload)} bytes is over the limit"
-        self._shared.dead_letter(self.pod, [topic, b"", b""], reason, self.spec.live)
+        reason = f"oversized: message {sequence} of {size} bytes is over the limit"
+        self._shared.dead_letter(self.pod, [b""] * 3, reason, self.spec.live)
         return Message(sequence, topic, None, now, source)
 
     def _known(self, topic: bytes, payload: bytes) -> Tracker | None:
@@ -270,6 +278,7 @@ class PodStream:
             return
         if self.tracker is not None:
             self.tracker.reconnected()
+        self._nameless = False
         self._probe = True
         self._wake.set()
 
@@ -366,11 +375,10 @@ class PodStream:
         if self._acknowledged is not None and self.record is not None:
             message, offset = self._acknowledged
             self._acknowledged = None
-            ts = read_ts(message.payload or b"")
             self.record = msgspec.structs.replace(
                 self.record,
                 last_sequence=message.sequence,
-                last_event_ns=0 if ts is None else int(ts * 1e9),
+                last_event_ns=event_ns(read_ts(message.payload or b"")),
                 receive_ns=message.receive_ns,
                 events_partition=self._partition,
                 events_offset=offset,
@@ -407,7 +415,7 @@ class PodStream:
             self._probe = False
             start, until = request or (0, None)
             restarts = tracker.counts.restarts if tracker is not None else 0
-            async with shared.replays:
+            async with shared.replays if self._answered else shared.silent_replays:
                 take = self._taker(until)
                 complete, newest = await replay(
                     shared.context,
@@ -419,6 +427,8 @@ class PodStream:
                     max_bytes=settings.socket_message_bytes,
                     room=shared.room,
                 )
+            # Engines that do not answer wait for each other, and hold up nobody else's repair.
+            self._answered = complete or newest is not None
             if complete:
                 self.heard_ns = shared.now_ns()
             if tracker is not None and tracker is self.tracker and tracker.counts.restarts == restarts:
@@ -427,11 +437,14 @@ class PodStream:
             if not complete or (self.tracker is not None and self.tracker.hole):
                 await asyncio.sleep(settings.replay_backoff_seconds)
 
-    def _taker(self, until: int | None) -> Callable[[bytes, int, bytes], bool]:
-        def take(topic: bytes, sequence: int, payload: bytes) -> bool:
+    def _taker(self, until: int | None) -> Callable[[bytes | None, int, bytes], bool]:
+        def take(topic: bytes | None, sequence: int, payload: bytes) -> bool:
             if until is not None and sequence >= until:
                 return False
-            if self.tracker is None and self._known(topic, payload) is None:
+            if self.tracker is None and topic is None:
+                self._nameless = True
+                return False
+            if self.tracker is None and self._known(topic or b"", payload) is None:
                 return False
             tracker = self.tracker
             assert tracker is not None

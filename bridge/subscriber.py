@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import zmq
 
+from kvatlas.bridge.engine_publisher import allow_ipv6
 from kvatlas.bridge.errors import EngineError
 
 _BURST = 200
@@ -71,6 +72,7 @@ class Subscriber:
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
         self._socket.setsockopt_string(zmq.SUBSCRIBE, topic_filter)
+        allow_ipv6(self._socket, address)
         self._monitor = self._socket.get_monitor_socket(
             zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED if bind else zmq.EVENT_HANDSHAKE_SUCCEEDED
         )
@@ -80,7 +82,7 @@ class Subscriber:
             self._socket.close(linger=0)
             raise EngineError(f"cannot {'bind' if bind else 'connect to'} {address}: {error}") from error
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._read = self._read_from if bind else self._read_frames
+        self._drain = self._drain_bound if bind else self._drain_connected
         self._fd = int(self._socket.getsockopt(zmq.FD))
         self._monitor_fd = int(self._monitor.getsockopt(zmq.FD))
         self._loop.add_reader(self._fd, self._drain)
@@ -99,10 +101,25 @@ class Subscriber:
         self._monitor.close(linger=0)
         self._socket.close(linger=0)
 
-    def _drain(self) -> None:
-        # The descriptor fires once for many messages, so read until nothing is left, in bursts to be fair. Asking
-        # whether there is more costs half of what being refused does, and most wake-ups are for one message.
-        receive, read, more = self._receive, self._read, self._socket.get
+    # The descriptor fires once for many messages, so both read until nothing is left, in bursts to be fair. Asking
+    # whether there is more costs half of what being refused does, and most wake-ups are for one message.
+
+    def _drain_connected(self) -> None:
+        read, more, burst = self._read_frames, self._socket.get, list[list[bytes]]()
+        while not self._closed and int(more(_EVENTS)) & _POLLIN:
+            burst.append(read())
+            if len(burst) == _BURST:
+                self._loop.call_soon(self._drain)
+                break
+        # A new connection is told before its first message: that one may go on where the old connection ended.
+        if burst and int(self._monitor.get(_EVENTS)) & _POLLIN:
+            self._watch()
+        receive = self._receive
+        for frames in burst:
+            receive(frames)
+
+    def _drain_bound(self) -> None:
+        receive, read, more = self._receive, self._read_from, self._socket.get
         for _ in range(_BURST):
             if self._closed or not int(more(_EVENTS)) & _POLLIN:
                 return

@@ -47,7 +47,8 @@ async def _serve(settings: BridgeSettings, kafka: KafkaSettings) -> int:
         return 0
     await ensure_topics(kafka, [topic for topic in TOPICS if topic.name in (EVENTS, DLQ, PODS)])
     try:
-        await service.start()
+        if not await common.unless_stopped(stop, service.start()):
+            return 0
         settle_interpreter()
         print(f"ready bridge metrics={service.address}", flush=True)
         await service.run_until(stop)

@@ -7,6 +7,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from xxhash import xxh3_64_intdigest
 
 from kvatlas.bridge.sequence import Forward, Message, Output, Position, Request, Tracker, Turn
 
@@ -67,6 +68,61 @@ def test_an_engine_that_does_not_answer_is_no_restart() -> None:
     outputs += tracker.replay_ended(complete=False, newest=None)
     outputs += tracker.replay_ended(complete=False, newest=None)
     assert _forwarded(outputs)[-1:] == [(100, 10)]
+    assert not tracker.hole
+
+
+def test_a_heartbeat_holds_no_live_message() -> None:
+    """While the tail of a silent stream is asked for, live messages of the same connection go on at once."""
+    tracker = _tracker()
+    outputs = tracker.begin() + tracker.replay_ended(complete=True, newest=None) + tracker.live(_message(0))
+    tracker.probe()
+    assert tracker.request == Request(0, None)
+    assert tracker.accept(1, b"0/1")
+    outputs += tracker.replayed(_message(0, "replay")) + tracker.replay_ended(complete=True, newest=0)
+    assert [o.kind for o in outputs if isinstance(o, Turn)] == ["start"]
+    assert tracker.request is None
+    tracker.probe()
+    assert [o.kind for o in tracker.replay_ended(complete=True, newest=None) if isinstance(o, Turn)] == ["restart"]
+
+
+def test_a_late_message_after_a_takeover_is_no_restart() -> None:
+    """What is heard late and is on the log already says nothing; the replay that is under way tells."""
+    position = Position(100, 9, digests=((9, xxh3_64_intdigest(b"0/9")),))
+    tracker = _tracker(position)
+    outputs = tracker.live(_message(7)) + tracker.live(_message(8)) + tracker.live(_message(10))
+    for sequence in (9, 10):
+        outputs += tracker.replayed(_message(sequence, "replay"))
+    outputs += tracker.replay_ended(complete=True, newest=10)
+    assert _forwarded(outputs) == [(100, 10)]
+    assert tracker.request is None
+    restarted = _tracker(position)
+    outputs = restarted.live(_message(0, life=1)) + restarted.replay_ended(complete=True, newest=0)
+    outputs += restarted.replayed(_message(0, "replay", life=1))
+    assert _forwarded(outputs) == [(101, 0)]
+
+
+def test_behind_a_gap_the_clock_of_before_says_nothing() -> None:
+    """A message that was given up and is there after all has another clock than the last one before the gap."""
+    tracker = Tracker(
+        Position(100, 9, 9.0),
+        next_incarnation=lambda previous: previous + 1,
+        read_ts=lambda payload: float(payload.split(b"/")[1]),
+        tries=1,
+    )
+    tracker.shed(12)
+    outputs = tracker.replay_ended(complete=False, newest=None)
+    tracker.reconnected()
+    outputs += tracker.replayed(_message(12, "replay")) + tracker.replay_ended(complete=True, newest=12)
+    assert [o.kind for o in outputs if isinstance(o, Turn)] == ["gap"]
+
+
+def test_a_sequence_that_is_nonsense_leaves_no_trace() -> None:
+    """Far beyond the last one, heard or left to replay, it neither makes a hole nor looks like a restart later."""
+    tracker = _tracker()
+    outputs = tracker.begin() + tracker.replay_ended(complete=True, newest=None) + tracker.live(_message(0))
+    tracker.shed(1 << 40)
+    outputs += tracker.live(_message(1 << 40)) + tracker.live(_message(1))
+    assert _forwarded(outputs) == [(100, 0), (100, 1)]
     assert not tracker.hole
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import zmq
 
 from kvatlas.bridge import records
 from kvatlas.bridge.engine_publisher import EnginePublisher
@@ -20,8 +24,9 @@ _CLEAR = [{"type": "AllBlocksCleared"}]
 class Engine(EnginePublisher):
     """An engine that counts how often its replay socket is asked."""
 
-    def __init__(self, pod: str = "pod-x") -> None:
-        super().__init__("tcp://127.0.0.1:*", "tcp://127.0.0.1:*", topic=f"kv@{pod}@m")
+    def __init__(self, pod: str = "pod-x", **options: Any) -> None:
+        options = {"endpoint": "tcp://127.0.0.1:*", "replay_endpoint": "tcp://127.0.0.1:*", "bind": True, **options}
+        super().__init__(topic=f"kv@{pod}@m", **options)
         self.asked: list[int] = []
         self.start()
 
@@ -170,3 +175,108 @@ async def test_late_acknowledgements_say_nothing_of_the_next_pod(bridge: Any, en
     assert bridge.log.pod("pod-b").state == records.LIVE
     assert bridge.log.pod("pod-b").last_sequence == bridge.log.messages("pod-b")[-1][1]
     assert bridge.log.controls("pod-b")[0].type == "start"
+
+
+async def test_an_engine_whose_clock_says_nonsense_harms_nothing(bridge: Any, engines: list[Engine]) -> None:
+    """Its messages are on the log like any other, and the record has no time of the last event."""
+    engine = Engine()
+    engines.append(engine)
+    stream = _open(bridge, engine)
+    for number in (math.nan, math.inf, -1e300):
+        engine.publish(_CLEAR, timestamp=number)
+    await bridge.until(lambda: len(bridge.log.messages("pod-x")) == 3)
+    stream.write_record()
+    record = bridge.log.pod("pod-x")
+    assert (record.last_sequence, record.last_event_ns) == (2, 0)
+
+
+async def test_a_topic_counts_for_the_size_of_a_message(bridge: Any, engines: list[Engine]) -> None:
+    """A topic goes into a header, so a huge one is as little forwarded as a huge payload."""
+    bridge.change(message_bytes=4096)
+    engine = Engine("p" * 5000)
+    engines.append(engine)
+    _open(bridge, engine)
+    engine.say(0, 1)
+    await bridge.until(lambda: bridge.shared.oversized > 0)
+    assert all(len(value) < 4096 for _, item in bridge.log.records for _, value in item.headers)
+
+
+async def test_replies_without_topics_wait_for_the_name(bridge: Any, engines: list[Engine]) -> None:
+    """Old engines' replies do not say whose they are: nothing is put on the log under another name meanwhile."""
+    engine = Engine(replay_layout="bare")
+    engines.append(engine)
+    engine.say(0, 5)
+    stream = _open(bridge, engine)
+    await bridge.until(lambda: bool(engine.asked))
+    for _ in range(5):
+        stream.beat()
+        await asyncio.sleep(0.05)
+    assert bridge.log.records == []
+    engine.say(5, 6)
+    await bridge.until(lambda: len(bridge.log.messages("pod-x")) == 6)
+    assert [sequence for _, sequence in bridge.log.messages("pod-x")] == list(range(6))
+    assert {item.key for _, item in bridge.log.records} == {b"pod-x", b"bridge|pod-x"}
+
+
+async def test_engines_that_do_not_answer_hold_up_no_repair(bridge: Any, engines: list[Engine]) -> None:
+    """With one replay at a time, a hole is filled while another engine's socket keeps silent."""
+    bridge.change(replay_parallel=1, replay_timeout_seconds=600.0)
+    engine, silent = Engine(), Engine("silent")
+    engines += [engine, silent]
+    _open(bridge, engine)
+    engine.say(0, 1)
+    await bridge.until(lambda: bool(engine.asked) and len(bridge.log.messages("pod-x")) == 1)
+    bridge.streams["silent"] = PodStream(parse_engine(f"{silent.endpoint},tcp://127.0.0.1:1")[0], bridge.shared)
+    await bridge.until(bridge.shared.silent_replays.locked)
+    engine.withhold(b"\x93\x01\x90\xc0")
+    engine.say(2, 3)
+    await bridge.until(lambda: len(bridge.log.messages("pod-x")) == 3)
+
+
+async def test_the_first_message_of_a_new_connection_is_not_the_old_ones_next(
+    bridge: Any, engines: list[Engine]
+) -> None:
+    """An engine that restarted and says exactly the next sequence is told from the one before it."""
+    engine = Engine()
+    engines.append(engine)
+    stream = _open(bridge, engine)
+    engine.say(0, 3)
+    await bridge.until(lambda: len(bridge.log.messages("pod-x")) == 3)
+    await bridge.until(lambda: stream.tracker is not None and stream.tracker.request is None)
+    live, replay = engine.endpoint, engine.replay_endpoint
+    engine.close()
+    engines[0] = again = Engine(endpoint=live, replay_endpoint=replay)
+    again.say(100, 103)  # nobody is connected yet
+    assert stream._socket is not None
+    deadline = time.monotonic() + 60
+    while not stream._socket._socket.get(zmq.EVENTS) & zmq.POLLIN:  # the event loop stands still meanwhile
+        assert time.monotonic() < deadline
+        if again.next_sequence == 3 and stream._socket._monitor.get(zmq.EVENTS) & zmq.POLLIN:
+            time.sleep(0.5)
+            again.say(103, 104)
+        time.sleep(0.01)
+    stream._socket._drain()
+    await bridge.until(lambda: len(bridge.log.messages("pod-x")) >= 7)
+    found = bridge.log.messages("pod-x")
+    assert [sequence for _, sequence in found] == [0, 1, 2, 0, 1, 2, 3]
+    assert found[3][0] > found[2][0]
+
+
+async def test_an_address_in_brackets_is_heard(bridge: Any, engines: list[Engine]) -> None:
+    """Pods of an IPv6 network are heard and replayed."""
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        pytest.skip("no IPv6 on this machine")
+    engine = Engine(endpoint="tcp://[::1]:0", replay_endpoint="tcp://[::1]:0")
+    engines.append(engine)
+    engine.say(0, 2)
+    _open(bridge, engine)
+    await bridge.until(lambda: len(bridge.log.messages("pod-x")) == 2)
+
+    def live() -> bool:
+        engine.say(2, 3)
+        return b"live" in {dict(item.headers).get("source") for _, item in bridge.log.records}
+
+    await bridge.until(live)
