@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import itertools
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from kvatlas.bridge import records
 from kvatlas.bridge.block_key import block_keys, pack_tokens, root_key
 from kvatlas.bridge.engine_publisher import EnginePublisher
 from kvatlas.bridge.options import BridgeSettings
+from kvatlas.bridge.recovery import recover
 from kvatlas.bridge.service import BridgeService
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
@@ -196,8 +198,13 @@ async def test_kafka_away_loses_nothing_and_keeps_the_buffer_bounded(own_kafka: 
         await asyncio.sleep(0.002)
     stream = next(iter(bridge.streams.values()))
     assert stream.tracker is not None
-    shed, pending = stream.tracker.counts.shed, stream._shared.publisher.pending_bytes
+    publisher = stream._shared.publisher
+    shed, pending = stream.tracker.counts.shed, publisher.pending_bytes
+    # A producer that fails is replaced; what other partitions had given to it must not wait for ever.
+    replacing = asyncio.create_task(publisher._replace(publisher._producer))
+    await asyncio.sleep(2.0)
     own_kafka.start()
+    await asyncio.wait_for(replacing, 60)
     found = _sequences(await _until(kafka, "pod-x", 400), "pod-x")
     await bridge.stop()
     engine.close()
@@ -417,3 +424,82 @@ async def test_an_engine_that_connected_and_left_is_gone(brokers: str, topic_pre
         record = records.decode(records.PodRecord, message.value)
         found[record.pod] = record.state
     assert found == {"pod-a": "gone", "pod-b": "live"}
+
+
+async def test_an_address_that_another_pod_has_now_is_the_other_pods(
+    brokers: str, topic_prefix: str, tmp_path: Path
+) -> None:
+    """A spec that changes under its address is heard anew: messages count for the new name, and the old pod is gone."""
+    kafka = await _setup(brokers, topic_prefix)
+    engine = EnginePublisher("tcp://127.0.0.1:*", "tcp://127.0.0.1:*")
+    engine.start()
+    path = tmp_path / "engines.toml"
+
+    def listed(pod: str) -> str:
+        return f'engines = ["{engine.endpoint},{engine.replay_endpoint},pod={pod}"]'
+
+    path.write_text(listed("pod-a"))
+    settings = BridgeSettings(engines_file=str(path), ownership="all", gone_seconds=0.5, heartbeat_seconds=1.0)
+    bridge = BridgeService(settings, kafka)
+    await bridge.start()
+    engine.publish(_CLEAR, timestamp=1.0)
+    await _until(kafka, "pod-a", 1)
+    path.write_text(listed("pod-b"))
+    engine.publish(_CLEAR, timestamp=2.0)
+    await _until(kafka, "pod-b", 2)
+    async with asyncio.timeout(60):
+        while len(bridge.streams) > 1:
+            await asyncio.sleep(0.05)
+    await bridge.stop()
+    engine.close()
+    controls = [m for m in await _read(kafka, records.EVENTS) if dict(m.headers)["content_type"] == b"control"]
+    found = [(m.key, records.decode(records.Control, m.value).type) for m in controls]
+    assert sorted(found) == [(b"pod-a", "gone"), (b"pod-a", "start"), (b"pod-b", "start")]
+
+
+async def test_a_quiet_pod_costs_no_reading_of_all_that_others_said(brokers: str, topic_prefix: str) -> None:
+    """Positions are read from the last minute of the log and the records; what only the log says is not missed."""
+    kafka = await _setup(brokers, topic_prefix)
+    names = [f"pod-{n}" for n in range(100) if records.pod_partition(f"pod-{n}", 2) == 0]
+    quiet, busy, unknown = names[:3]
+    now = time.time_ns()
+
+    def event(pod: str, sequence: int, age_seconds: float) -> dict[str, Any]:
+        headers = [("content_type", b"engine"), ("incarnation", b"5"), ("sequence", b"%d" % sequence)]
+        at = {"partition": 0, "timestamp_ms": int(now / 1e6 - age_seconds * 1000)}
+        return {"topic": kafka.topic(records.EVENTS), "key": pod.encode(), "value": b"x", "headers": headers, **at}
+
+    def record(pod: str, sequence: int, offset: int, age_seconds: float) -> dict[str, Any]:
+        value = records.PodRecord(
+            pod=pod,
+            writer=records.WRITER_BRIDGE,
+            epoch=records.epoch_of(5),
+            last_sequence=sequence,
+            events_partition=0,
+            events_offset=offset,
+            updated_ns=int(now - age_seconds * 1e9),
+        )
+        key = records.pod_key(records.WRITER_BRIDGE, pod)
+        return {"topic": kafka.topic(records.PODS), "key": key, "value": records.encode(value), "partition": 0}
+
+    started = {"type": "start", "incarnation": 5}
+    control = event(unknown, -1, 2.0) | {
+        "value": records.encode(records.Control(**started)),  # type: ignore[arg-type]
+        "headers": [("content_type", b"control"), ("incarnation", b"5")],
+    }
+    async with AIOKafkaProducer(bootstrap_servers=brokers) as producer:
+        for sent in [
+            event(quiet, 0, 7200.0),
+            *(event(busy, number, 3600.0) for number in range(50)),
+            event(busy, 50, 3.0),
+            control,
+            event(unknown, 0, 1.0),
+            event(busy, 51, 0.5),
+            record(quiet, 0, 0, 7200.0),
+            record(busy, 50, 51, 2.0),
+        ]:
+            await producer.send_and_wait(**sent)
+    found = await recover(kafka, [0])
+    assert {pod: known.record.last_sequence for pod, known in found.items()} == {quiet: 0, busy: 51, unknown: 0}
+    assert [sequence for sequence, _ in found[busy].digests] == [50, 51]
+    assert {pod for pod, known in found.items() if known.ahead} == {busy, unknown}

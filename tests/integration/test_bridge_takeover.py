@@ -1,8 +1,10 @@
-"""Two bridges of one group on the real Kafka: one is killed, the other takes its pods over."""
+"""Two bridges of one group on the real Kafka: one is killed or frozen, the other takes its pods over."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -92,3 +94,64 @@ async def test_another_bridge_takes_over_the_pods_of_a_killed_one(brokers: str, 
         assert [sequence for _, sequence in first_seen] == list(range(published))
         assert len({incarnation for incarnation, _ in places}) == 1
     assert sources == {b"live", b"replay"}
+
+
+def _applied(places: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return what a reader takes of a pod: only what goes past its last (incarnation, sequence)."""
+    found: list[tuple[int, int]] = []
+    for place in places:
+        if not found or place > found[-1]:
+            found.append(place)
+    return found
+
+
+async def test_a_bridge_that_was_frozen_takes_nothing_back(brokers: str, topic_prefix: str) -> None:
+    """A bridge that sleeps through its own replacement and an engine's restart puts nothing above the other's log."""
+    kafka = KafkaSettings(brokers=brokers, topic_prefix=topic_prefix, partitions=_PARTITIONS)
+    await ensure_topics(kafka, [topic for topic in records.TOPICS if topic.by == "pod"])
+
+    def engine(number: int, live: str = "tcp://127.0.0.1:*", replay: str = "tcp://127.0.0.1:*") -> EnginePublisher:
+        made = EnginePublisher(live, replay, topic=f"kv@pod-{number}@m", bind=True)
+        made.start()
+        return made
+
+    async def until(life: list[int]) -> dict[str, list[tuple[int, int]]]:
+        for _ in range(120):
+            found, _ = await _log(kafka)
+            applied = {pod: _applied(places) for pod, places in found.items()}
+            ends = [applied.get(f"pod-{n}", [(0, -1)])[-1][1] + 1 for n in range(_PODS)]
+            if ends == life:
+                return applied
+            await asyncio.sleep(0.5)
+        raise AssertionError(f"{ends}, not {life}")
+
+    engines = [engine(number) for number in range(_PODS)]
+    bridges = [_bridge(kafka, engines), _bridge(kafka, engines)]
+    try:
+        for bridge in bridges:
+            assert bridge.stdout is not None
+            assert (await asyncio.wait_for(asyncio.to_thread(bridge.stdout.readline), 60)).startswith("ready")
+        early = await _traffic(engines, 1.0)
+        await until([early] * _PODS)
+        os.kill(bridges[0].pid, signal.SIGSTOP)
+        for number, old in enumerate(engines):
+            old.close()
+            assert old.replay_endpoint is not None
+            engines[number] = engine(number, old.endpoint, old.replay_endpoint)
+        late = await _traffic(engines, 2.0)
+        taken = await until([late] * _PODS)  # by the other one
+        os.kill(bridges[0].pid, signal.SIGCONT)
+        late += await _traffic(engines, 2.0)
+        found = await until([late] * _PODS)
+        for bridge in bridges:
+            bridge.terminate()
+        assert [await asyncio.to_thread(bridge.wait, 60) for bridge in bridges] == [0, 0]
+    finally:
+        for bridge in bridges:
+            bridge.kill()
+            bridge.wait()
+        for made in engines:
+            made.close()
+    for pod, places in found.items():
+        assert {incarnation for incarnation, _ in places} == {incarnation for incarnation, _ in taken[pod]}
+        assert [sequence for _, sequence in places] == [*range(early), *range(late)]
