@@ -166,6 +166,7 @@ def load(
     flags: Mapping[str, Any] | None = None,
     environ: Mapping[str, str] | None = None,
     document: Mapping[str, Mapping[str, Any]] | None = None,
+    file: str = "",
 ) -> S:
     """Build one section from its three sources.
 
@@ -175,14 +176,16 @@ def load(
         flags: settings given on the command line.
         environ: the environment; only names of this section are read.
         document: what :func:`read_file` returned.
+        file: the name of that file, for errors.
 
     Raises:
         SettingsError: a key is unknown or a value is bad; names the source, the key and the reason.
     """
     known = {field.name: field for field in fields_of(section)}
     merged: dict[str, Any] = {}
+    file = file.replace("{", "{{").replace("}", "}}")
     sources: tuple[tuple[str, dict[str, Any]], ...] = (
-        (f"[{name}] {{key}} in the settings file", dict((document or {}).get(name, {}))),
+        (f"[{name}] {{key}} in the settings file {file}".rstrip(), dict((document or {}).get(name, {}))),
         (f"environment variable {env_name(name, '')}{{KEY}}", _from_environ(name, environ or {})),
         ("flag --{flag}", dict(flags or {})),
     )

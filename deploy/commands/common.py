@@ -99,9 +99,10 @@ def load_sections(
         name: {**dict((defaults or {}).get(name, {})), **document.get(name, {})}
         for name in {*document, *(defaults or {})}
     }
+    file = str(args.config or environ.get(ENV_FILE, ""))
     return {
         name: settings.load(
-            name, section_class(name), flags=settings.flags_of(args, name), environ=environ, document=merged
+            name, section_class(name), flags=settings.flags_of(args, name), environ=environ, document=merged, file=file
         )
         for name in args.sections
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -41,13 +42,14 @@ def test_a_file_lists_endpoints(tmp_path: Path, name: str, text: str) -> None:
         ("e.yaml", "engines: [1, 2]"),
         ("e.yaml", "engines: ['tcp://nowhere']"),
         ("e.json", "3"),
+        ("e.json", "[" * 100_000),
     ],
 )
 def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path, name: str, text: str) -> None:
     """A broken file says nothing about the engines, so it is an error and no empty list."""
     path = tmp_path / name
     path.write_text(text)
-    with pytest.raises(SettingsError):
+    with pytest.raises(SettingsError, match=re.escape(str(path))):
         read_engines(path)
 
 
@@ -67,6 +69,12 @@ async def test_a_name_that_does_not_resolve_is_an_error() -> None:
     """An unknown name says nothing about the engines behind it."""
     with pytest.raises(SettingsError, match=r"no-such-host\.invalid"):
         await resolve("tcp://no-such-host.invalid:5557")
+
+
+async def test_a_name_that_no_name_can_be_is_an_error_too() -> None:
+    """The resolver refuses some names before it asks anybody."""
+    with pytest.raises(UnresolvedError, match=r"a{70}"):
+        await resolve(f"tcp://{'a' * 70}.invalid:5557")
 
 
 async def test_every_source_is_asked(tmp_path: Path) -> None:

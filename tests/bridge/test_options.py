@@ -60,6 +60,7 @@ def test_an_ipv6_address_keeps_its_brackets() -> None:
         "tcp://a:1,dp=-1",
         "tcp://a:1,dp=5000",
         "tcp://a:65535,dp=2",
+        "tcp://a:5557,tcp://a:5558,dp=2",
         "tcp://a:1,engine=other",
         "tcp://a:1,announcements=never",
     ],

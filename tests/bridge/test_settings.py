@@ -119,6 +119,12 @@ def test_a_bad_value_names_its_source(
         load("--name=x", *words, environ=environ, document=document)
 
 
+def test_a_bad_value_of_a_file_names_the_file() -> None:
+    """Whatever its name: braces in it are no places of ours."""
+    with pytest.raises(SettingsError, match=r"\[example\] kount in the settings file /etc/\{a\}\.toml; known"):
+        settings.load("example", Example, document={"example": {"kount": 1}}, file="/etc/{a}.toml")
+
+
 def test_a_bad_value_counts_even_where_a_higher_source_overrides_it() -> None:
     """What is overridden is checked all the same, so that it does not surface on another day."""
     with pytest.raises(SettingsError, match="KVATLAS_EXAMPLE_COUNT"):
