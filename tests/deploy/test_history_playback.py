@@ -23,7 +23,7 @@ async def recorded(*at_ms: int) -> AsyncIterator[Record]:
         yield Record(records.EVENTS, 0, number, 0, b"p", b"%d" % number, headers)
 
 
-@pytest.mark.parametrize(("speed", "recorded_ms", "least"), [(1.0, 300, 0.3), (50.0, 10_000, 0.2), (0.0, 10_000, 0.0)])
+@pytest.mark.parametrize(("speed", "recorded_ms", "least"), [(1.0, 300, 0.3), (3_000.0, 600_000, 0.2), (0.0, 600_000, 0.0)])
 async def test_the_pace_is_the_recorded_one_times_the_speed(speed: float, recorded_ms: int, least: float) -> None:
     """Playback takes the recorded time divided by the speed, and at speed 0 no longer than sending takes."""
     context = zmq.Context.instance()
@@ -35,4 +35,4 @@ async def test_the_pace_is_the_recorded_one_times_the_speed(speed: float, record
         assert await playback.send(recorded(0, recorded_ms // 2, recorded_ms)) == 3
         took = time.monotonic() - began
         assert [subscriber.recv_multipart()[2] for _ in range(3)] == [b"0", b"1", b"2"]
-    assert least <= took < least + 5.0
+    assert least <= took < 60

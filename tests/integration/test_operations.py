@@ -14,7 +14,7 @@ from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.deploy.cli import main
 
-from .test_replay import DATA, PARTITIONS, log  # noqa: F401 - the fixture
+from .test_replay import BEGAN, DATA, PARTITIONS, log  # noqa: F401 - the fixture
 
 
 async def _send(brokers: str, topic: str, sent: list[tuple[bytes, bytes, int]]) -> None:
@@ -38,7 +38,7 @@ def decision(pod: str, seconds: int, predicted: int) -> records.DecisionRecord:
         keys=b"".join(keys),
         predicted_blocks=predicted,
         scores={pod: (float(predicted), predicted)},
-        decided_ns=(1_795_464_000 + seconds) * 10**9,
+        decided_ns=(BEGAN + seconds) * 10**9,
     )
 
 

@@ -23,7 +23,7 @@ from kvatlas.streams.codec import holders
 from kvatlas.streams.index import is_meta
 from kvatlas.streams.resolve import ResolveOptions
 
-from .test_replay import DATA, log  # noqa: F401 - the fixture
+from .test_replay import BEGAN, DATA, log  # noqa: F401 - the fixture
 
 OPTIONS = ResolveOptions(block_size_tokens=16)
 
@@ -60,7 +60,7 @@ def test_the_end_of_the_log_answers_as_the_engine_does(log, tmp_path, capsys, po
 
 def test_a_state_from_a_snapshot_equals_one_from_the_start(log, tmp_path):  # noqa: F811
     """Going on from a saved state gives the same tables, byte for byte."""
-    middle, end = Moment(time_ms=1_795_464_040_000), Moment(edge="latest")
+    middle, end = Moment(time_ms=(BEGAN + 40) * 1000), Moment(edge="latest")
     early = asyncio.run(_state(log, middle, tmp_path / "early"))
     early.save(tmp_path / "snapshots" / "1", log[1], log[3] + "kv-events")
     resumed = asyncio.run(_state(log, end, tmp_path / "resumed", tmp_path / "snapshots"))
@@ -76,7 +76,7 @@ def test_a_snapshot_past_the_moment_is_not_used(log, tmp_path):  # noqa: F811
     """A state saved later than the moment asked for cannot be its base."""
     late = asyncio.run(_state(log, Moment(edge="latest"), tmp_path / "late"))
     late.save(tmp_path / "snapshots" / "1", log[1], log[3] + "kv-events")
-    middle = Moment(time_ms=1_795_464_040_000)
+    middle = Moment(time_ms=(BEGAN + 40) * 1000)
     with_snapshots = asyncio.run(_state(log, middle, tmp_path / "a", tmp_path / "snapshots"))
     shutil.rmtree(tmp_path / "snapshots")
     without = asyncio.run(_state(log, middle, tmp_path / "b"))
@@ -87,9 +87,9 @@ def test_a_snapshot_past_the_moment_is_not_used(log, tmp_path):  # noqa: F811
 
 def test_pods_and_explain_of_the_past(log, tmp_path, capsys):  # noqa: F811
     """Before the first message there is no pod; ten messages in, there are two and their blocks have holders."""
-    assert main(["at", "@1795463999", "pods", "--json", *log]) == 0
+    assert main(["at", f"@{BEGAN - 1}", "pods", "--json", *log]) == 0
     assert capsys.readouterr().out == ""
-    assert main(["at", "@1795464010", "pods", "--json", *log]) == 0
+    assert main(["at", f"@{BEGAN + 10}", "pods", "--json", *log]) == 0
     found = {pod["pod"]: pod for line in capsys.readouterr().out.splitlines() if (pod := json.loads(line))}
     assert {name: pod["last_sequence"] for name, pod in found.items()} == {"pod-a": 9, "pod-b": 9}
     expected = questions(tmp_path / "q.jsonl", "pod-a")
@@ -112,12 +112,12 @@ def test_diff_counts_what_came_and_went(log, capsys):  # noqa: F811
     whole = {row["pod"]: row for line in capsys.readouterr().out.splitlines() if (row := json.loads(line))}
     assert whole["pod-a"]["removed"] == 0
     assert whole["pod-b"]["messages"] == 99
-    assert main(["diff", "@1795464020", "latest", "--json", *log]) == 0
+    assert main(["diff", f"@{BEGAN + 20}", "latest", "--json", *log]) == 0
     part = {row["pod"]: row for line in capsys.readouterr().out.splitlines() if (row := json.loads(line))}
     assert part["pod-a"]["epoch_raised"]
     assert not part["pod-b"]["epoch_raised"]
     assert part["pod-b"]["messages"] == 79
-    assert main(["diff", "earliest", "@1795464020", "--json", *log]) == 0
+    assert main(["diff", "earliest", f"@{BEGAN + 20}", "--json", *log]) == 0
     start = {row["pod"]: row for line in capsys.readouterr().out.splitlines() if (row := json.loads(line))}
     for pod in whole:
         assert start[pod]["added"] + part[pod]["added"] - part[pod]["removed"] == whole[pod]["added"]
