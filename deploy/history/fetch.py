@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from typing import Any, Final
 
 from aiokafka import TopicPartition
@@ -36,24 +36,41 @@ class RangeFetcher:
         client: a started ``AIOKafkaClient``.
         topic: full topic name.
         bounds: partition -> (first offset, offset after the last).
+        wants: asked before every fetch whether more of a partition is wanted now. It must want one of those that are
+            left whenever all that was fetched has been taken.
     """
 
-    def __init__(self, client: Any, topic: str, bounds: Mapping[int, tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        client: Any,
+        topic: str,
+        bounds: Mapping[int, tuple[int, int]],
+        wants: Callable[[int], bool] = lambda _: True,
+    ) -> None:
+        self._wants = wants
         self._client = client
         self._topic = topic
         self._positions = {partition: start for partition, (start, end) in bounds.items() if start < end}
         self._ends = {partition: end for partition, (_, end) in bounds.items()}
         self._answered = time.monotonic()
 
+    @property
+    def left(self) -> Collection[int]:
+        """Partitions that have not been read to the end of their range."""
+        return self._positions.keys()
+
     async def batches(self) -> AsyncIterator[tuple[int, list[RecordBatch]]]:
         """Yield (partition, its next batches). The first and last batch may hold records outside the bounds.
+
+        A partition that ends without a further record yields no batches once more.
 
         Raises:
             LogError: the range is not on the log any more, or no broker answered for half a minute.
         """
-        pending = self._ask({})
+        pending: dict[int, asyncio.Task[Any]] = {}
         try:
-            while pending:
+            while pending or self._positions:
+                pending |= self._ask(pending)  # what was not wanted before may be now
                 done, _ = await asyncio.wait(pending.values(), return_when=asyncio.FIRST_COMPLETED)
                 found: list[tuple[int, list[RecordBatch]]] = []
                 for node, task in list(pending.items()):
@@ -72,6 +89,8 @@ class RangeFetcher:
         """Send one request to each leader that has none under way; node -> its answer."""
         by_node: dict[int, list[tuple[int, int, int]]] = {}
         for partition, position in self._positions.items():
+            if not self._wants(partition):
+                continue
             node = self._client.cluster.leader_for_partition(TopicPartition(self._topic, partition))
             by_node.setdefault(-1 if node is None else node, []).append((partition, position, _PARTITION_BYTES))
         return {
@@ -102,7 +121,7 @@ class RangeFetcher:
             await self._client.force_metadata_update()
             return []
         self._answered = time.monotonic()
-        return [(partition, batches) for partition, batches in found if batches]
+        return [(partition, batches) for partition, batches in found if batches or partition not in self._positions]
 
     def _advanced(self, partition: int, code: int, data: bytes) -> tuple[int, list[RecordBatch]]:
         if code:
@@ -113,11 +132,13 @@ class RangeFetcher:
             raise for_code(code)(f"{self._topic}/{partition}")
         batches = []
         records = MemoryRecords(data)
-        while records.has_next():
+        while (position := self._positions.get(partition)) is not None and records.has_next():
             batch = records.next_batch()
+            if batch.next_offset <= position:
+                continue  # the old and the new leader of a partition answered both
             self._positions[partition] = batch.next_offset
             if not batch.is_control_batch:
                 batches.append(batch)
-        if self._positions[partition] >= self._ends[partition]:
-            del self._positions[partition]
+            if batch.next_offset >= self._ends[partition]:
+                del self._positions[partition]
         return partition, batches

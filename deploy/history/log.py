@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
-from kvatlas.bridge.errors import KvatlasError, LogError, SettingsError
+from kvatlas.bridge.errors import KvatlasError, LogError
 from kvatlas.bridge.kafka import client_config, lost_right
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.deploy.history.fetch import RangeFetcher, RecordBatch
@@ -74,6 +75,7 @@ class LogReader:
         try:
             (await contact(self._kafka)).close()  # its errors say which setting is refused, the consumer's do not
             await self._consumer.start()
+            await asyncio.sleep(0)  # stopped before its tasks have begun, aiokafka would raise their cancellation
         except KvatlasError:
             await self._consumer.stop()
             raise
@@ -130,15 +132,9 @@ class LogReader:
         Raises:
             LogError: Kafka stopped answering.
         """
-        client: Any = self._consumer._client
-        name = self._kafka.topic(span.topic)
-        await client.add_topic(name)
+        client, name = await self._client(span.topic)
         async for partition, batches in RangeFetcher(client, name, span.bounds).batches():
-            first, end = span.bounds[partition]
-            chunk = [record for batch in batches for record in _records(span.topic, partition, batch)]
-            if chunk and not (first <= chunk[0].offset and chunk[-1].offset < end):
-                chunk = [record for record in chunk if first <= record.offset < end]
-            if chunk:
+            if chunk := _chunk(span, partition, batches):
                 yield chunk
 
     async def read_in_time(self, span: Range) -> AsyncIterator[Record]:
@@ -147,33 +143,60 @@ class LogReader:
         Raises:
             LogError: Kafka stopped answering.
         """
-        queues: dict[int, deque[Record]] = {
-            partition: deque() for partition, (start, end) in span.bounds.items() if start < end
-        }
-        heads: list[tuple[int, int]] = []  # (time, partition) of every queue that has records
-        awaited = set(queues)  # nothing can be given out before these have shown what they have
-        ended: set[int] = set()
-        async for chunk in self.read(span):
-            partition = chunk[0].partition
-            queue = queues[partition]
+        client, name = await self._client(span.topic)
+        async for record in in_time(client, name, span):
+            yield record
+
+    async def _client(self, topic: str) -> tuple[Any, str]:
+        client: Any = self._consumer._client
+        name = self._kafka.topic(topic)
+        await client.add_topic(name)
+        return client, name
+
+
+async def in_time(client: Any, topic: str, span: Range) -> AsyncIterator[Record]:
+    """Merge the partitions of a range by time.
+
+    About two fetches of each partition are held: brokers fill an answer partition by partition, so without a limit the
+    first ones would be read to their end while the last are still waited for.
+    """
+    queues: dict[int, deque[Record]] = {
+        partition: deque() for partition, (start, end) in span.bounds.items() if start < end
+    }
+    heads: list[tuple[int, int]] = []  # (time, partition) of every queue that has records
+    awaited = set(queues)  # nothing can be given out before these have shown what they have
+    fetched = dict.fromkeys(queues, 0)  # records of each partition's last fetch
+    fetcher = RangeFetcher(client, topic, span.bounds, lambda partition: len(queues[partition]) <= fetched[partition])
+    async for partition, batches in fetcher.batches():
+        queue = queues[partition]
+        if chunk := _chunk(span, partition, batches):
             if not queue:
                 heapq.heappush(heads, (chunk[0].timestamp_ms, partition))
             queue.extend(chunk)
+            fetched[partition] = len(chunk)
+        if chunk or partition not in fetcher.left:
             awaited.discard(partition)
-            if chunk[-1].offset >= span.bounds[partition][1] - 1:
-                ended.add(partition)
-            while heads and not awaited:
-                first = heads[0][1]
-                queue = queues[first]
-                yield queue.popleft()
-                if queue:
-                    heapq.heapreplace(heads, (queue[0].timestamp_ms, first))
-                else:
-                    heapq.heappop(heads)
-                    if first not in ended:
-                        awaited.add(first)
-        for record in heapq.merge(*queues.values(), key=lambda found: found.timestamp_ms):
-            yield record
+        while heads and not awaited:
+            first = heads[0][1]
+            queue = queues[first]
+            yield queue.popleft()
+            if queue:
+                heapq.heapreplace(heads, (queue[0].timestamp_ms, first))
+            else:
+                heapq.heappop(heads)
+                if first in fetcher.left:
+                    awaited.add(first)
+    for record in heapq.merge(*queues.values(), key=lambda found: found.timestamp_ms):
+        yield record
+
+
+def _chunk(span: Range, partition: int, batches: list[RecordBatch]) -> list[Record]:
+    """Return the records of batches that lie in the range: the first and the last batch may reach out of it."""
+    first, end = span.bounds[partition]
+    chunk = [record for batch in batches for record in _records(span.topic, partition, batch)]
+    if chunk and not (first <= chunk[0].offset and chunk[-1].offset < end):
+        chunk = [record for record in chunk if first <= record.offset < end]
+    return chunk
 
 
 def _records(topic: str, partition: int, batch: RecordBatch) -> list[Record]:
@@ -183,14 +206,11 @@ def _records(topic: str, partition: int, batch: RecordBatch) -> list[Record]:
     ]
 
 
-async def find_sequence(reader: LogReader, topic: str, partition: int, matches: Callable[[Record], bool]) -> int:
-    """Return the offset of the first record of a partition that matches, or the end of the partition."""
-    tps = [tp for tp in await reader.partitions(topic) if tp.partition == partition]
-    if not tps:
-        raise SettingsError(f"topic {topic} has no partition {partition}")
-    span = await reader.range(topic, Moment(edge="earliest"), Moment(edge="latest"), only=[partition])
+async def find_record(reader: LogReader, span: Range, matches: Callable[[Record], bool]) -> int:
+    """Return the offset of the first record of a range in one partition that matches, or the end of the range."""
     async for chunk in reader.read(span):
         for record in chunk:
             if matches(record):
                 return record.offset
-    return span.bounds[partition][1]
+    (end,) = (end for _, end in span.bounds.values())
+    return end
