@@ -9,7 +9,7 @@ router is told that they may be gone.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import grpc
@@ -250,9 +250,11 @@ async def read_records(kafka: KafkaSettings, topic: str, apply: Any) -> None:
     )
     await consumer.start()
     try:
-        partitions: Iterable[Any] = [TopicPartition(name, number) for number in await partitions_of(consumer, name)]
-        consumer.assign(list(partitions))
-        ends = await consumer.end_offsets(list(partitions))
+        partitions: list[Any] = [TopicPartition(name, number) for number in await partitions_of(consumer, name)]
+        if not partitions:
+            raise StreamsError(f"topic {name} does not exist on {kafka.brokers}; check topic_prefix and app")
+        consumer.assign(partitions)
+        ends = await consumer.end_offsets(partitions)
         await consumer.seek_to_beginning()
         left = {at for at in partitions if ends[at]}
         while left:

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from kvatlas.deploy.brokers.errors import BrokerStartError, BrokerStateError
+from kvatlas.deploy.brokers.errors import BrokerSetupError, BrokerStartError, BrokerStateError
 from kvatlas.deploy.brokers.jars import KafkaHome, find_kafka
 from kvatlas.deploy.brokers.process import Reaper, free_ports, process_token, read_from, tail, trouble
 from kvatlas.deploy.brokers.properties import new_cluster_id, node_properties, render
@@ -63,7 +63,7 @@ def read_state(data_dir: Path) -> NodeState | None:
     """The state of the node whose data lies in `data_dir`; None where none runs."""
     try:
         state = NodeState(**json.loads((data_dir / _STATE_FILE).read_text()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, TypeError) as error:
         raise BrokerStateError(f"{data_dir / _STATE_FILE} is not a node's state ({error}); delete it") from error
@@ -198,7 +198,10 @@ class KafkaNode:
         if self.running or read_state(self.data_dir) is not None:
             raise BrokerStateError(f"a broker runs already with data in {self.data_dir}; stop it first")
         home = self._home = self._home or find_kafka(self._cache_dir)
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BrokerSetupError(f"--data-dir {self.data_dir} cannot be used: {error.strerror}") from error
         for attempt in range(1, _START_ATTEMPTS + 1):
             self._ports = self._ports or self._choose_ports()
             config = self._write_config(home)

@@ -16,7 +16,7 @@ import msgspec
 
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.settings import KafkaSettings
-from kvatlas.deploy.commands.common import add_sections, load_sections
+from kvatlas.deploy.commands.common import add_sections, at_least, file_error, load_sections, token_ids
 from kvatlas.deploy.history import ask
 from kvatlas.deploy.history.log import LogReader
 from kvatlas.deploy.history.moment import FORMS, Moment, parse_moment
@@ -44,11 +44,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_rebuild_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say how a past state is rebuilt."""
-    parser.add_argument("--block-size-tokens", type=int, default=16, help="canonical block size (default 16)")
+    parser.add_argument("--block-size-tokens", type=at_least(1), default=16, help="canonical block size (default 16)")
     parser.add_argument("--announcements", choices=("copies", "presence"), default="copies", help="as the workers run")
     parser.add_argument("--strict-gaps", action="store_true", help="as the workers run")
     parser.add_argument("--clears", choices=("all", "gpu"), default="all", help="as the workers run")
     parser.add_argument("--snapshots", type=Path, metavar="DIR", help="go on from the nearest saved state in DIR")
+
+
+def check_snapshots(folder: Path | None, *, saving: bool = False) -> None:
+    """See that the snapshots' folder is there, or can be made, before the log is read for it.
+
+    Raises:
+        SettingsError: it is missing, no folder, or cannot be written to.
+    """
+    if folder is None:
+        if saving:
+            raise SettingsError("save needs --snapshots DIR: where the state is kept")
+        return
+    if not saving and not folder.is_dir():
+        raise SettingsError(f"--snapshots {folder}: no such folder; `kvatlas at MOMENT save` makes the first snapshot")
+    if saving:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise file_error("--snapshots", folder, error) from error
 
 
 def options_of(args: argparse.Namespace) -> ResolveOptions:
@@ -78,11 +98,11 @@ def run(args: argparse.Namespace) -> int:
     """Rebuild the state, answer, and leave nothing behind but a snapshot that was asked for."""
     kafka: KafkaSettings = load_sections(args)["kafka"]
     questions = list(_questions(args)) if args.question in ("score", "explain") else []
-    if args.question == "save" and args.snapshots is None:
-        raise SettingsError("save needs --snapshots DIR: where the state is kept")
+    check_snapshots(args.snapshots, saving=args.question == "save")
     moment = parse_moment(args.moment, time.time_ns() // 1_000_000)
     with tempfile.TemporaryDirectory(prefix="kvatlas-at-") as folder:
         past = asyncio.run(_rebuild(args, kafka, moment, Path(folder)))
+        note_beginning(past)
         if args.question == "save":
             name = f"{time.time_ns()}"
             past.save(args.snapshots / name, kafka.brokers, kafka.topic("kv-events"))
@@ -92,6 +112,16 @@ def run(args: argparse.Namespace) -> int:
             print(row)
         past.close(keep=False)
     return 0
+
+
+def note_beginning(past: PastIndex) -> None:
+    """Say on standard error where the log begins, if what was before it is not in the state."""
+    if past.begins:
+        where = ", ".join(f"{partition}/{offset}" for partition, offset in sorted(past.begins.items()))
+        print(
+            f"kv-events begins at {where}: what was stored before and not announced again is not in this state",
+            file=sys.stderr,
+        )
 
 
 async def _rebuild(args: argparse.Namespace, kafka: KafkaSettings, moment: Moment, folder: Path) -> PastIndex:
@@ -112,18 +142,14 @@ def _questions(args: argparse.Namespace) -> Iterator[ask.Question]:
     if not args.model:
         raise SettingsError(f"{args.question} needs --model: block keys start from the model's name")
     if args.tokens:
-        try:
-            tokens = [int(part) for part in args.tokens.split(",")]
-        except ValueError as error:
-            raise SettingsError(f"--tokens {args.tokens!r}: give token ids as 1,2,3") from error
-        yield ask.Question(tokens=tokens, cache_salt=args.cache_salt, lora=args.lora)
+        yield ask.Question(tokens=token_ids(args.tokens), cache_salt=args.cache_salt, lora=args.lora)
         return
     if args.input is None:
         raise SettingsError(f"{args.question} needs --tokens or --input FILE")
     try:
         lines = args.input.read_bytes().splitlines()
     except OSError as error:
-        raise SettingsError(f"cannot read {args.input}: {error.strerror}") from error
+        raise file_error("--input", args.input, error) from error
     for number, line in enumerate(lines, start=1):
         try:
             yield msgspec.json.decode(line, type=ask.Question)
@@ -147,9 +173,9 @@ def _answers(args: argparse.Namespace, past: PastIndex, questions: list[ask.Ques
 def _pod_rows(found: list[dict[str, Any]]) -> Iterator[str]:
     yield f"{'pod':<24}{'state':<8}{'epoch':>22}{'sequence':>10}{'lost':>6}  model"
     for pod in found:
+        epoch = f"{pod['epoch'] >> 32}.{pod['epoch'] & 0xFFFFFFFF}"
         yield (
-            f"{pod['pod']:<24}{pod['state']:<8}{pod['epoch']:>22}{pod['last_sequence']:>10}{pod['lost']:>6}"
-            f"  {pod['model']}"
+            f"{pod['pod']:<24}{pod['state']:<8}{epoch:>22}{pod['last_sequence']:>10}{pod['lost']:>6}  {pod['model']}"
         )
 
 

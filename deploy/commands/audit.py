@@ -12,6 +12,7 @@ from typing import Final
 
 import msgspec
 
+from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.deploy.commands import common
 from kvatlas.deploy.reindex.catalog import configured
@@ -40,6 +41,11 @@ def run(args: argparse.Namespace) -> int:
     """Print ghost and missing blocks per pod; returns 1 if there are any."""
     sections = common.load_sections(args)
     found = asyncio.run(_audit(args, sections["kafka"], sections["worker"]))
+    if unknown := set(args.pod) - {pod.pod for pod in found}:
+        known = ", ".join(pod.pod for pod in found) or "none"
+        raise SettingsError(
+            f"--pod {', '.join(sorted(unknown))}: neither the truth nor the index knows it; pods: {known}"
+        )
     chosen = [pod for pod in found if not args.pod or pod.pod in args.pod]
     for line in lines(chosen, as_json=args.json):
         print(line)

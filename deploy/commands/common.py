@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import importlib
 import importlib.util
+import math
 import os
 import signal
 import sys
@@ -39,6 +40,8 @@ _PREFIXES: Final = {"log": "log_", "tokenizer": "tokenizer_"}
 
 #: Environment names that are no settings of a section.
 _OTHER_NAMES: Final = frozenset({ENV_FILE, "KVATLAS_CACHE_DIR"})
+
+_LAST_TOKEN: Final = 2**32 - 1
 
 #: What is left of a service that has stopped gets this long to end by itself.
 _LEAVE_SECONDS: Final = 3.0
@@ -173,6 +176,40 @@ async def unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, object])
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     return False
+
+
+def at_least(least: float, kind: type[int] | type[float] = int, *, above: bool = False) -> Callable[[str], Any]:
+    """Return a type for argparse: a number that is not below ``least``, nor equal to it with ``above``."""
+
+    def number(text: str) -> int | float:
+        wanted = f"a {'whole ' if kind is int else ''}number {'above' if above else 'of at least'} {least:g} is wanted"
+        try:
+            found = kind(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: {wanted}") from error
+        if not (least < found if above else least <= found) or math.isinf(found):  # also for what is no number
+            raise argparse.ArgumentTypeError(f"{text!r}: {wanted}")
+        return found
+
+    return number
+
+
+def token_ids(text: str) -> list[int]:
+    """Read the value of ``--tokens``.
+
+    Raises:
+        SettingsError: a part is no token id; names it.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if not part.isdecimal() or int(part) > _LAST_TOKEN:
+            raise SettingsError(f"--tokens: {part!r} is no token id; give 1,2,3 with numbers from 0 to {_LAST_TOKEN}")
+    return [int(part) for part in parts]
+
+
+def file_error(what: str, path: Path, error: OSError) -> SettingsError:
+    """Return the error about a file that cannot be read or written, to raise from the one of the system."""
+    return SettingsError(f"{what} {path}: {error.strerror or error}")
 
 
 @contextlib.contextmanager

@@ -14,11 +14,18 @@ from typing import Final
 import msgspec
 
 from kvatlas.bridge import records
+from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.settings import KafkaSettings
-from kvatlas.deploy.commands.at import add_rebuild_arguments, options_of, progress_to_stderr
+from kvatlas.deploy.commands.at import (
+    add_rebuild_arguments,
+    check_snapshots,
+    note_beginning,
+    options_of,
+    progress_to_stderr,
+)
 from kvatlas.deploy.commands.common import add_sections, load_sections
 from kvatlas.deploy.history.log import LogReader, Range
-from kvatlas.deploy.history.moment import FORMS, parse_moment
+from kvatlas.deploy.history.moment import EARLIEST, FORMS, Moment, parse_moment
 from kvatlas.deploy.history.rebuild import PastIndex, advance, differences, rebuild
 from kvatlas.streams.codec import HOLDER_BYTES, IDENTITY_BYTES, POD_BYTES
 from kvatlas.streams.index import is_meta, live_holders
@@ -51,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Rebuild both states and print one row for each pod that is in either."""
     kafka: KafkaSettings = load_sections(args)["kafka"]
+    check_snapshots(args.snapshots)
     with tempfile.TemporaryDirectory(prefix="kvatlas-diff-") as folder:
         before, after = asyncio.run(_both(args, kafka, Path(folder)))
         changes = compare(before, after)
@@ -73,8 +81,9 @@ def run(args: argparse.Namespace) -> int:
 async def _both(args: argparse.Namespace, kafka: KafkaSettings, folder: Path) -> tuple[PastIndex, PastIndex]:
     now_ms = time.time_ns() // 1_000_000
     options = options_of(args)
+    first, second = (parse_moment(text, now_ms) for text in (args.first, args.second))
     async with LogReader(kafka) as reader:
-        first, second = (parse_moment(text, now_ms) for text in (args.first, args.second))
+        await _check_order(reader, args, first, second)
         before = await rebuild(
             reader,
             kafka,
@@ -85,6 +94,7 @@ async def _both(args: argparse.Namespace, kafka: KafkaSettings, folder: Path) ->
             snapshots=args.snapshots,
             progress=progress_to_stderr("first moment"),
         )
+        note_beginning(before)
         offsets, names = before.offsets, set(before.pods())
         before.close()
         await asyncio.to_thread(shutil.copytree, folder / "first", folder / "second")
@@ -97,6 +107,17 @@ async def _both(args: argparse.Namespace, kafka: KafkaSettings, folder: Path) ->
     before = PastIndex(folder / "first", options, time.time_ns)
     before.resume(offsets, names)
     return before, after
+
+
+async def _check_order(reader: LogReader, args: argparse.Namespace, first: Moment, second: Moment) -> None:
+    """See that the second moment is not before the first.
+
+    Raises:
+        SettingsError: it is, in some partition.
+    """
+    ends = [(await reader.range(records.EVENTS, EARLIEST, moment)).bounds for moment in (first, second)]
+    if any(ends[1][partition][1] < end for partition, (_, end) in ends[0].items()):
+        raise SettingsError(f"{args.second} is before {args.first}; give the earlier moment first")
 
 
 def compare(before: PastIndex, after: PastIndex) -> list[PodChange]:

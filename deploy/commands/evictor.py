@@ -12,6 +12,7 @@ from kvatlas.bridge.errors import SettingsError
 from kvatlas.connector.catalog import Budget
 from kvatlas.connector.errors import LayoutError
 from kvatlas.connector.evictor import Report, evict_root
+from kvatlas.deploy.commands.common import at_least
 
 HELP: Final = "keep a shared offload folder within its budget"
 _UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -21,10 +22,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this subcommand."""
     parser.add_argument("root", type=Path, help="the folder that engines offload to")
     parser.add_argument("--max-bytes", type=size, help="budget in bytes; k, m, g, t stand for powers of 1000")
-    parser.add_argument("--max-percent", type=float, default=80.0, help="budget in %% of the file system (default 80)")
+    parser.add_argument(
+        "--max-percent",
+        type=at_least(0, float, above=True),
+        default=80.0,
+        help="budget in %% of the file system (default 80)",
+    )
     parser.add_argument("--high", type=float, default=0.95, help="begin above this share of the budget")
     parser.add_argument("--low", type=float, default=0.85, help="go down to this share of the budget")
-    parser.add_argument("--interval", type=float, default=0.0, metavar="SECONDS", help="repeat; 0 runs once (default)")
+    parser.add_argument(
+        "--interval", type=at_least(0, float), default=0.0, metavar="SECONDS", help="repeat; 0 runs once (default)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would go, remove nothing")
     parser.add_argument("--progress", action="store_true", help="say on standard error what is being done")
 
@@ -54,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
     """
     if not 0 < args.low <= args.high <= 1:
         raise SettingsError(f"--low {args.low} and --high {args.high}: need 0 < low <= high <= 1")
+    if args.root.is_file():
+        raise SettingsError(f"{args.root} is a file; name the folder that engines offload to")
     budget = Budget(
         max_bytes=args.max_bytes, max_percent=args.max_percent, high_watermark=args.high, low_watermark=args.low
     )

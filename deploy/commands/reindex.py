@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
-from kvatlas.bridge.records import IndexCatalog
+from kvatlas.bridge.records import WORKERS, IndexCatalog
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.deploy.commands import common
 from kvatlas.deploy.history.log import LogReader
@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return made
 
     start = step("start", "make a version's topics and enter it in the catalog; its workers come next")
-    start.add_argument("--block-size-tokens", type=int, default=0, help="canonical block size; default: as now")
-    start.add_argument("--index-partitions", type=int, default=0, help="partitions of its index; default: as now")
+    start.add_argument("--block-size-tokens", type=common.at_least(1), help="canonical block size; default: as now")
+    start.add_argument("--index-partitions", type=common.at_least(1), help="partitions of its index; default: as now")
     step("status", "show all versions: workers, partitions, lag", version=False)
     for name, text in (
         ("wait", "show a version's progress until it has caught up"),
@@ -70,7 +70,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do one step; returns 1 when versions differ or a version did not catch up in time."""
     kafka: KafkaSettings = common.load_sections(args)["kafka"]
-    return asyncio.run(_STEPS[args.step](args, kafka))
+    return asyncio.run(_step(args, kafka))
+
+
+async def _step(args: argparse.Namespace, kafka: KafkaSettings) -> int:
+    await _check_topics(kafka)
+    return await _STEPS[args.step](args, kafka)
+
+
+async def _check_topics(kafka: KafkaSettings) -> None:
+    """See that the deployment is there: what follows its topics would wait for them for long."""
+    async with LogReader(kafka) as reader:
+        await reader.partitions(WORKERS)
 
 
 async def _start(args: argparse.Namespace, kafka: KafkaSettings) -> int:

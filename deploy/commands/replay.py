@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
 import json
 import sys
 import time
@@ -17,28 +18,34 @@ import msgspec
 from kvatlas.bridge import records
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.settings import KafkaSettings
-from kvatlas.deploy.commands.common import add_sections, load_sections
-from kvatlas.deploy.history.capture import CaptureWriter, read_capture
-from kvatlas.deploy.history.filters import Filter, Wanted, prefix_keys
-from kvatlas.deploy.history.log import LogReader, Range, Record, find_sequence
-from kvatlas.deploy.history.moment import FORMS, Moment, parse_moment
+from kvatlas.deploy.commands.common import add_sections, at_least, file_error, load_sections, token_ids
+from kvatlas.deploy.history.capture import CaptureWriter, capture_topic, read_capture
+from kvatlas.deploy.history.filters import FILTERS, Filter, Wanted, prefix_keys
+from kvatlas.deploy.history.log import LogReader, Range, Record
+from kvatlas.deploy.history.moment import FORMS, SEQUENCE_FORM, parse_moment
 from kvatlas.deploy.history.playback import SCHEME, Playback
-from kvatlas.deploy.history.show import EVENTS_HEAD, describe, event_rows
+from kvatlas.deploy.history.show import HEADS, describe, event_rows, row
 from kvatlas.deploy.history.summary import TYPES
+from kvatlas.deploy.history.window import Window, range_of
 
 HELP: Final = "read, filter, save or play back the event log"
 _TOPICS: Final = (records.EVENTS, records.BLOCKS, records.DECISIONS, records.PODS, records.WORKERS, records.DLQ)
+_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this subcommand."""
-    parser.epilog = f"MOMENT: {FORMS}."
-    parser.add_argument("--topic", choices=_TOPICS, default=records.EVENTS, help="what to read (default kv-events)")
+    parser.epilog = f"MOMENT: {FORMS}, or {SEQUENCE_FORM}."
+    parser.add_argument(
+        "--topic", choices=_TOPICS, help="what to read (default kv-events; of a capture: the topic it begins with)"
+    )
     parser.add_argument("--since", default="earliest", metavar="MOMENT", help="first record (default earliest)")
     parser.add_argument("--until", default="latest", metavar="MOMENT", help="end before this moment (default latest)")
     parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="read a capture file instead of Kafka")
     parser.add_argument("--to", dest="target", metavar="FILE|zmq://...", help="save a capture, or play at a subscriber")
-    parser.add_argument("--speed", type=float, default=1.0, help="of playback: 1 as recorded, 0 as fast as it goes")
+    parser.add_argument(
+        "--speed", type=at_least(0, float), default=1.0, help="of playback: 1 as recorded, 0 as fast as it goes"
+    )
     parser.add_argument("--pod", action="append", default=[], help="only this pod, repeatable")
     parser.add_argument("--model", action="append", default=[], help="only this model, repeatable")
     parser.add_argument("--type", action="append", default=[], choices=TYPES, help="only these events, repeatable")
@@ -46,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", metavar="IDS", help="only records that touch a block of this token prefix: 1,2,3")
     parser.add_argument("--lora", help="adapter that --tokens is meant with")
     parser.add_argument("--cache-salt", help="cache salt that --tokens is meant with")
-    parser.add_argument("--block-size-tokens", type=int, default=16, help="canonical block size (default 16)")
-    parser.add_argument("--limit", type=int, default=0, help="stop after so many records that match")
+    parser.add_argument("--block-size-tokens", type=at_least(1), default=16, help="canonical block size (default 16)")
+    parser.add_argument("--limit", type=at_least(0), default=0, help="stop after so many records that match")
     parser.add_argument("--count", action="store_true", help="print counts alone")
     parser.add_argument("--json", action="store_true", help="one JSON object a record")
     add_sections(parser, "kafka", "log")
@@ -76,40 +83,50 @@ def wanted(args: argparse.Namespace) -> Wanted:
     if args.tokens:
         if not args.model:
             raise SettingsError("--tokens needs --model: block keys start from the model's name")
-        try:
-            tokens = [int(part) for part in args.tokens.split(",")]
-        except ValueError as error:
-            raise SettingsError(f"--tokens {args.tokens!r}: give token ids as 1,2,3") from error
+        tokens = token_ids(args.tokens)
         if len(tokens) < args.block_size_tokens:
             raise SettingsError(f"--tokens: {len(tokens)} tokens fill no block of {args.block_size_tokens}")
         for model in args.model:
             keys |= prefix_keys(tokens, model, args.lora, args.cache_salt, args.block_size_tokens)
-    first, last = (_sequence(text) for text in (args.since, args.until))
     return Wanted(
-        pods=frozenset(args.pod),
-        models=frozenset(args.model),
-        types=frozenset(args.type),
-        keys=frozenset(keys),
-        sequences=(first, last - 1 if last > 0 else -1),
+        pods=frozenset(args.pod), models=frozenset(args.model), types=frozenset(args.type), keys=frozenset(keys)
     )
 
 
-def _sequence(text: str) -> int:
-    return int(text[4:]) if text.startswith("seq:") and text[4:].isdecimal() else -1
+def _check_filters(args: argparse.Namespace, topic: str) -> None:
+    """See that no filter is given that the topic's records cannot be asked for.
+
+    Raises:
+        SettingsError: one is.
+    """
+    known = FILTERS[topic] | ({"model"} if args.tokens else set())
+    for name in ("pod", "model", "type", "key", "tokens"):
+        if getattr(args, name) and name not in known:
+            there = ", ".join(f"--{one}" for one in sorted(FILTERS[topic])) or "none"
+            raise SettingsError(f"--{name} is no filter of {topic}; there are: {there}")
 
 
 async def _replay(args: argparse.Namespace, kafka: KafkaSettings) -> Counter[str]:
+    now_ms = time.time_ns() // 1_000_000
+    since, until = (parse_moment(text, now_ms, sequences=True) for text in (args.since, args.until))
     chosen = Filter(wanted(args), args.block_size_tokens)
     counts: Counter[str] = Counter()
+    topic = args.topic or (records.EVENTS if args.source is None else capture_topic(args.source))
+    _check_filters(args, topic)
     if args.source is not None:
-        await _consume(args, chosen, _from_file(args.source, args.topic), counts, kafka.brokers)
+        source = _from_file(args.source, topic, Window(topic, since, until, args.pod))
+        await _consume(args, topic, _matching(args, chosen, source, counts), counts, kafka.brokers)
         return counts
     async with LogReader(kafka) as reader:
-        span = await _span(args, reader)
+        only = None
+        if args.pod and topic in (records.EVENTS, records.PODS):
+            count = len(await reader.partitions(topic))
+            only = {records.pod_partition(pod, count) for pod in args.pod}
+        span = await range_of(reader, topic, since, until, pods=args.pod, only=only)
         # The order of time costs a merge of the partitions; a mere count is the same in any order.
         source = _unordered(reader, span) if args.count and not args.limit else reader.read_in_time(span)
-        progress = _with_progress(source, span)
-        await _consume(args, chosen, progress, counts, kafka.brokers)
+        matching = _matching(args, chosen, _with_progress(source, span), counts)
+        await _consume(args, topic, matching, counts, kafka.brokers)
     return counts
 
 
@@ -119,43 +136,23 @@ async def _unordered(reader: LogReader, span: Range) -> AsyncIterator[Record]:
             yield record
 
 
-async def _span(args: argparse.Namespace, reader: LogReader) -> Range:
-    now_ms = time.time_ns() // 1_000_000
-    since, until = parse_moment(args.since, now_ms), parse_moment(args.until, now_ms)
-    partitions = await reader.partitions(args.topic)
-    only = None
-    if args.pod and args.topic in (records.EVENTS, records.PODS):
-        only = {records.pod_partition(pod, len(partitions)) for pod in args.pod}
-    if since.sequence is None and until.sequence is None:
-        return await reader.range(args.topic, since, until, only)
-    if len(args.pod) != 1 or args.topic != records.EVENTS:
-        raise SettingsError("a moment by sequence needs exactly one --pod and the topic kv-events")
-    pod, partition = args.pod[0].encode(), records.pod_partition(args.pod[0], len(partitions))
-    ends = []
-    for moment in (since, until):
-        if moment.sequence is None:
-            ends.append(moment)
-            continue
-        at = await find_sequence(reader, args.topic, partition, _reaches(pod, moment.sequence))
-        ends.append(Moment(offsets={partition: at}))
-    return await reader.range(args.topic, ends[0], ends[1], only)
+async def _from_file(path: Path, topic: str, window: Window) -> AsyncIterator[Record]:
+    """Yield the records of a topic in a capture that lie in a window.
 
-
-class _reaches:  # noqa: N801 - reads as a predicate where it is used
-    """Matches a pod's first record at or past a sequence."""
-
-    def __init__(self, pod: bytes, sequence: int) -> None:
-        self._pod, self._sequence = pod, sequence
-
-    def __call__(self, record: Record) -> bool:
-        value = dict(record.headers).get(records.H_SEQUENCE, b"")
-        return record.key == self._pod and value.isdigit() and int(value) >= self._sequence
-
-
-async def _from_file(path: Path, topic: str) -> AsyncIterator[Record]:
+    Raises:
+        SettingsError: the capture has records, and none of the topic.
+    """
+    others: set[str] = set()
+    found = False
     for record in read_capture(path):
-        if record.topic == topic:
+        if record.topic != topic:
+            others.add(record.topic)
+            continue
+        found = True
+        if window.holds(record):
             yield record
+    if others and not found:
+        raise SettingsError(f"{path} holds no records of {topic}; give --topic {' or '.join(sorted(others))}")
 
 
 async def _with_progress(source: AsyncIterator[Record], span: Range) -> AsyncIterator[Record]:
@@ -169,27 +166,46 @@ async def _with_progress(source: AsyncIterator[Record], span: Range) -> AsyncIte
         yield record
 
 
+Match = tuple[Record, list[str] | None]
+
+
 async def _consume(
-    args: argparse.Namespace, chosen: Filter, source: AsyncIterator[Record], counts: Counter[str], brokers: str
+    args: argparse.Namespace, topic: str, matching: AsyncIterator[Match], counts: Counter[str], brokers: str
 ) -> None:
-    matching = _matching(args, chosen, source, counts)
     if args.target is None:
-        await _print(args, matching)
+        await _print(args, topic, matching)
     elif args.target.startswith(SCHEME):
-        if args.topic != records.EVENTS:
+        if topic != records.EVENTS:
             raise SettingsError(f"--to {args.target}: only kv-events can be played at a subscriber")
         with Playback(args.target, args.speed) as playback:
             print(f"playing at {playback.endpoint}", file=sys.stderr, flush=True)
             await playback.wait_for_subscriber()
             counts["played"] = await playback.send(_records(matching))
     else:
-        with CaptureWriter(Path(args.target), time.time_ns(), brokers) as writer:
+        counts["saved"] = await _save(Path(args.target), matching, brokers)
+
+
+async def _save(path: Path, matching: AsyncIterator[Match], brokers: str) -> int:
+    """Write a capture; returns how many records it holds.
+
+    Raises:
+        SettingsError: the file cannot be written.
+    """
+    if not path.name:
+        raise SettingsError(f"--to {str(path)!r} names no file")
+    try:
+        writer = CaptureWriter(path, time.time_ns(), brokers)
+    except OSError as error:
+        raise file_error("--to", path, error) from error
+    try:
+        with writer:
             async for record, _ in matching:
                 writer.write(record)
-        counts["saved"] = writer.records
-
-
-Match = tuple[Record, list[str] | None]
+    except OSError as error:
+        if error.errno not in _NO_ROOM:  # of Kafka's connection, not of the file
+            raise
+        raise file_error("--to", path, error) from error
+    return writer.records
 
 
 async def _records(matching: AsyncIterator[Match]) -> AsyncIterator[Record]:
@@ -214,28 +230,21 @@ async def _matching(
                 line = chosen.line(message)
                 rows = [msgspec.json.encode(line).decode()] if args.json else event_rows(line)
         else:
-            if not _other(chosen, record):
+            if not chosen.other(record):
                 continue
             if printing:
-                rows = [json.dumps(describe(record))]
+                rows = [json.dumps(describe(record)) if args.json else row(record)]
         counts["matched"] += 1
         yield record, rows
         if args.limit and counts["matched"] >= args.limit:
             return
 
 
-def _other(chosen: Filter, record: Record) -> bool:
-    if record.topic == records.BLOCKS:
-        return chosen.blocks(record)
-    if record.topic == records.DECISIONS:
-        return chosen.decision(record)
-    return True
-
-
-async def _print(args: argparse.Namespace, matching: AsyncIterator[Match]) -> None:
-    head = args.topic == records.EVENTS and not args.json and not args.count
-    if head:
-        print(EVENTS_HEAD)
+async def _print(args: argparse.Namespace, topic: str, matching: AsyncIterator[Match]) -> None:
+    head = not args.json and not args.count
     async for _, rows in matching:
+        if head:
+            print(HEADS[topic])
+            head = False
         if rows:
             print("\n".join(rows))

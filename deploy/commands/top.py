@@ -13,9 +13,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from kvatlas.bridge.errors import LogError
+from kvatlas.bridge import records
+from kvatlas.bridge.errors import LogError, SettingsError
 from kvatlas.bridge.settings import KafkaSettings
-from kvatlas.deploy.commands.common import add_sections, async_stop_event, load_sections
+from kvatlas.deploy.commands.common import add_sections, async_stop_event, at_least, load_sections
+from kvatlas.deploy.history.log import LogReader
 from kvatlas.deploy.history.watch import Picture, Watch
 from kvatlas.deploy.rights import check_rights, rights_of
 
@@ -30,7 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     parser.add_argument("--once", action="store_true", help="look twice, a second apart, print and end")
     parser.add_argument("--json", action="store_true", help="with --once: one JSON object")
-    parser.add_argument("--every", type=float, default=1.0, metavar="SECONDS", help="time between looks (default 1)")
+    parser.add_argument(
+        "--every",
+        type=at_least(0, float, above=True),
+        default=1.0,
+        metavar="SECONDS",
+        help="time between looks (default 1)",
+    )
     parser.add_argument(
         "--scorer-metrics",
         action="append",
@@ -46,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
 
     With ``--once`` the exit code is 1 while some partition is not served or a named scorer does not answer.
     """
+    if args.json and not args.once:
+        raise SettingsError("--json needs --once: the live view is for people")
     kafka: KafkaSettings = load_sections(args)["kafka"]
     return asyncio.run(_run(args, kafka))
 
@@ -53,6 +63,9 @@ def run(args: argparse.Namespace) -> int:
 async def _run(args: argparse.Namespace, kafka: KafkaSettings) -> int:
     stop = async_stop_event()
     await check_rights(kafka, rights_of("top", kafka))
+    async with LogReader(kafka) as reader:  # what follows the topics would wait for those that are missing
+        for topic in (records.PODS, records.WORKERS):
+            await reader.partitions(topic)
     async with Watch(kafka, args.scorer_metrics) as watch:
         picture = await watch.look()
         if args.once:

@@ -49,26 +49,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--since", default="earliest", metavar="MOMENT", help="first decision (default earliest)")
     parser.add_argument("--until", default="latest", metavar="MOMENT", help="end before this moment (default latest)")
     common.add_sections(parser, "kafka")
-    parser.add_argument("--pods", type=int, help="pods in the fleet (default 8; of decisions: as many as they name)")
-    parser.add_argument("--blocks", type=int, default=2048, help="blocks in one pod's cache (default 2048)")
+    number, positive = common.at_least(1), common.at_least(0, float, above=True)
+    parser.add_argument("--pods", type=number, help="pods in the fleet (default 8; of decisions: as many as they name)")
+    parser.add_argument("--blocks", type=number, default=2048, help="blocks in one pod's cache (default 2048)")
     parser.add_argument(
-        "--block-size-tokens", type=int, help="tokens per block of the trace (512); of decisions: as recorded"
+        "--block-size-tokens", type=number, help="tokens per block of the trace (512); of decisions: as recorded"
     )
-    parser.add_argument("--load-weight", type=float, default=0.3, help="cost of a waiting block (default 0.3)")
-    parser.add_argument("--delay-ms", type=float, default=30.0, help="age of what a precise scorer knows (30)")
-    parser.add_argument("--blocks-per-second", type=float, help="prefill rate of a pod; default: 90 %% busy")
+    parser.add_argument(
+        "--load-weight", type=common.at_least(0, float), default=0.3, help="cost of a waiting block (default 0.3)"
+    )
+    parser.add_argument(
+        "--delay-ms", type=common.at_least(0, float), default=30.0, help="age of what a precise scorer knows (30)"
+    )
+    parser.add_argument("--blocks-per-second", type=positive, help="prefill rate of a pod; default: 90 %% busy")
     parser.add_argument("--seed", type=int, default=1, help="seed of the random choices (default 1)")
     parser.add_argument("--json", action="store_true", help="one JSON object a policy instead of a table")
 
 
 def run(args: argparse.Namespace) -> int:
     """Simulate each policy and print one row for each."""
-    for name in ("pods", "blocks", "block_size_tokens"):
-        if (getattr(args, name) or 1) < 1:
-            raise SettingsError(f"--{name.replace('_', '-')} must be 1 or more")
     policies = args.policy or list(_DEFAULT if args.trace else ("recorded", *_DEFAULT))
     for policy in policies:
-        parse(policy)
+        if parse(policy)[0] == "recorded" and args.trace:
+            raise SettingsError(f"policy {policy!r} needs --decisions; a trace does not say where its requests went")
     observed = None
     if args.trace:
         args.pods, args.block_size_tokens = args.pods or 8, args.block_size_tokens or 512
@@ -94,8 +97,8 @@ def run(args: argparse.Namespace) -> int:
 
 async def _recorded(args: argparse.Namespace, kafka: KafkaSettings) -> Recording:
     now_ms = time.time_ns() // 1_000_000
+    since, until = parse_moment(args.since, now_ms), parse_moment(args.until, now_ms)
     async with LogReader(kafka) as reader:
-        since, until = parse_moment(args.since, now_ms), parse_moment(args.until, now_ms)
         return recording(await read_decisions(reader, since, until))
 
 

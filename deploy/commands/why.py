@@ -15,8 +15,14 @@ import msgspec
 from kvatlas.bridge import records
 from kvatlas.bridge.errors import KvatlasError, WireError
 from kvatlas.bridge.settings import KafkaSettings
-from kvatlas.deploy.commands.at import add_rebuild_arguments, options_of, progress_to_stderr
-from kvatlas.deploy.commands.common import add_sections, load_sections
+from kvatlas.deploy.commands.at import (
+    add_rebuild_arguments,
+    check_snapshots,
+    note_beginning,
+    options_of,
+    progress_to_stderr,
+)
+from kvatlas.deploy.commands.common import add_sections, at_least, load_sections
 from kvatlas.deploy.history.log import LogReader
 from kvatlas.deploy.history.moment import EARLIEST, LATEST, Moment
 from kvatlas.deploy.history.rebuild import rebuild
@@ -29,7 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this subcommand."""
     parser.add_argument("request_id", metavar="REQUEST-ID", help="as it was reported to a scorer")
     parser.add_argument(
-        "--after", type=float, default=10.0, metavar="SECONDS", help="later moment to compare with (default 10)"
+        "--after",
+        type=at_least(0, float),
+        default=10.0,
+        metavar="SECONDS",
+        help="later moment to compare with (default 10)",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object")
     add_rebuild_arguments(parser)
@@ -39,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Find the decision, rebuild the index as of then and later, and say what became of the hit."""
     kafka: KafkaSettings = load_sections(args)["kafka"]
+    check_snapshots(args.snapshots)
     decision, outcome, verdict = asyncio.run(_why(args, kafka))
     if args.json:
         print(json.dumps(_document(decision, outcome, verdict)))
@@ -78,6 +89,8 @@ async def _why(
                     snapshots=args.snapshots,
                     progress=progress_to_stderr("rebuilding"),
                 )
+                if not held:
+                    note_beginning(past)
                 held.append(leading(past, keys))
                 past.close(keep=False)
     return decision, outcome, judge(decision, *held)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -23,7 +23,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
         pods: pod ids to consider; empty means all.
     """
 
-    tokens: list[int]
+    tokens: list[Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]]
     cache_salt: str | None = None
     lora: str | None = None
     pods: list[str] = []

@@ -20,7 +20,8 @@ from typing import Final, Self
 
 import msgspec
 
-from kvatlas.bridge.errors import WireError
+from kvatlas.bridge import records
+from kvatlas.bridge.errors import SettingsError, WireError
 from kvatlas.deploy.history.log import Record
 
 FORMAT: Final = "kvatlas-capture"
@@ -62,11 +63,21 @@ class CaptureWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """Close the file and give it its name; a failed capture leaves no file of that name."""
-        self._file.close()
-        if kind is None:
-            self._partial.replace(self._path)
-        else:
+        try:
+            self._file.close()
+            if kind is None:
+                self._partial.replace(self._path)
+        finally:
             self._partial.unlink(missing_ok=True)
+
+
+def capture_topic(path: Path) -> str:
+    """Return the topic of a capture's first record; ``kv-events`` for an empty one.
+
+    Raises:
+        WireError: as :func:`read_capture`.
+    """
+    return next((record.topic for record in read_capture(path)), records.EVENTS)
 
 
 _Row = tuple[str, int, int, int, bytes | None, bytes | None, list[tuple[str, bytes]]]
@@ -76,9 +87,14 @@ def read_capture(path: Path) -> Iterator[Record]:
     """Yield the records of a capture.
 
     Raises:
-        WireError: the file is no capture, is of another version, or is cut short; says after which record.
+        SettingsError: the file is not there or may not be read.
+        WireError: it is no capture, is of another version, or is cut short; says after which record.
     """
     number = 0
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise SettingsError(f"capture {path} cannot be read: {error.strerror}") from error
     try:
         with gzip.open(path, "rb") as file:
             values = _values(file)

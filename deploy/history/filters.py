@@ -15,14 +15,15 @@ import msgspec
 from kvatlas.bridge import block_key, records
 from kvatlas.bridge.errors import WireError
 from kvatlas.deploy.history.log import Record
-from kvatlas.deploy.history.summary import Message, MessageLine, number_of, read_message
-from kvatlas.streams.codec import decode_blocks
+from kvatlas.deploy.history.summary import REMOVED, STORED, Message, MessageLine, read_message
+from kvatlas.streams.codec import OP_ADD, OP_REMOVE, decode_blocks
 from kvatlas.streams.effects import Effects
 from kvatlas.streams.message import parse_message
 from kvatlas.streams.resolve import ResolveOptions, Resolver
 from kvatlas.streams.view import DictView
 
 _KEY: Final = block_key.KEY_BYTES
+_OPERATIONS: Final = {STORED: OP_ADD, REMOVED: OP_REMOVE}
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,14 +34,23 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
         models: model names.
         types: event types (:data:`kvatlas.deploy.history.summary.TYPES`).
         keys: block keys, 16 bytes each.
-        sequences: first and last sequence, inclusive; -1 leaves an end open.
     """
 
     pods: frozenset[str] = frozenset()
     models: frozenset[str] = frozenset()
     types: frozenset[str] = frozenset()
     keys: frozenset[bytes] = frozenset()
-    sequences: tuple[int, int] = (-1, -1)
+
+
+#: Topic -> flags of ``kvatlas replay`` that its records can be filtered by.
+FILTERS: Final = {
+    records.EVENTS: frozenset({"pod", "model", "type", "key", "tokens"}),
+    records.BLOCKS: frozenset({"pod", "type", "key", "tokens"}),
+    records.DECISIONS: frozenset({"pod", "model", "key", "tokens"}),
+    records.PODS: frozenset({"pod", "model"}),
+    records.DLQ: frozenset({"pod"}),
+    records.WORKERS: frozenset[str](),
+}
 
 
 def prefix_keys(
@@ -72,11 +82,6 @@ class Filter:
         headers = dict(record.headers)
         if self._models and headers.get(records.H_MODEL) not in self._models:
             return None
-        first, last = wanted.sequences
-        if first >= 0 or last >= 0:
-            sequence = number_of(headers.get(records.H_SEQUENCE))
-            if (first >= 0 and sequence < first) or (0 <= last < sequence):
-                return None
         found = read_message(record, headers)
         return found if not wanted.types or found.has_type(wanted.types) else None
 
@@ -99,13 +104,37 @@ class Filter:
         found = message.types()
         return [name for name in found if name in self._wanted.types] if self._wanted.types else found
 
+    def other(self, record: Record) -> bool:
+        """Tell whether a record of any topic but ``kv-events`` matches, by what :data:`FILTERS` has for it."""
+        if record.topic == records.BLOCKS:
+            return self.blocks(record)
+        if record.topic == records.DECISIONS:
+            return self.decision(record)
+        if record.topic == records.PODS:
+            return self._pod(record)
+        return not self._pods or record.topic != records.DLQ or record.key in self._pods
+
+    def _pod(self, record: Record) -> bool:
+        if self._pods and (record.key or b"").rpartition(b"|")[2] not in self._pods:
+            return False
+        if not self._models:
+            return True
+        try:
+            return records.decode(records.PodRecord, record.value or b"").model in self._wanted.models
+        except WireError:
+            return False
+
     def blocks(self, record: Record) -> bool:
-        """Tell whether a ``kv-blocks`` record matches the pods and block keys."""
-        if not (self._wanted.pods or self._wanted.keys):
+        """Tell whether a ``kv-blocks`` record matches the pods, types (stored, removed) and block keys."""
+        if not (self._wanted.pods or self._wanted.keys or self._wanted.types):
             return True
         try:
             found = decode_blocks(record.value or b"")
         except WireError:
+            return False
+        if self._wanted.types and not any(
+            name in _OPERATIONS and _OPERATIONS[name] in found.ops for name in self._wanted.types
+        ):
             return False
         if self._pod_refs and not any(run.pod_ref in self._pod_refs for run in found.runs):
             return False

@@ -14,8 +14,9 @@ from kvatlas.bridge.errors import SettingsError
 
 FORMS: Final = (
     "earliest, latest, a time (2026-11-24T10:00:00Z, @1795464237.5, or -15m before now), offset:N (every partition), "
-    "offset:PARTITION:N[,PARTITION:N], or seq:N with --pod"
+    "or offset:PARTITION:N[,PARTITION:N]"
 )
+SEQUENCE_FORM: Final = "seq:N or seq:INCARNATION:N with one --pod"
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _AGO: Final = re.compile(r"-(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 
@@ -29,6 +30,7 @@ class Moment(msgspec.Struct, frozen=True, kw_only=True):
         offset: the same offset in every partition.
         offsets: partition -> offset.
         sequence: a pod's sequence; the reader finds its offset.
+        incarnation: of the pod's engine that the sequence is of; -1 takes the first that gets there.
     """
 
     edge: str = ""
@@ -36,39 +38,47 @@ class Moment(msgspec.Struct, frozen=True, kw_only=True):
     offset: int | None = None
     offsets: dict[int, int] | None = None
     sequence: int | None = None
+    incarnation: int = -1
 
 
 EARLIEST: Final = Moment(edge="earliest")
 LATEST: Final = Moment(edge="latest")
 
 
-def parse_moment(text: str, now_ms: int) -> Moment:
+def parse_moment(text: str, now_ms: int, *, sequences: bool = False) -> Moment:
     """Read a moment as people write it.
 
     Args:
         text: see :data:`FORMS`.
         now_ms: the wall clock, for relative times.
+        sequences: also take :data:`SEQUENCE_FORM`, where the caller can search a pod's records.
 
     Raises:
         SettingsError: the text is none of the forms.
     """
+    forms = f"{FORMS}, or {SEQUENCE_FORM}" if sequences else FORMS
     kind, _, rest = text.partition(":")
     ago = _AGO.fullmatch(text)
     if text in ("earliest", "latest"):
         return Moment(edge=text)
     if ago:
-        return Moment(time_ms=now_ms - int(float(ago[1]) * _UNITS[ago[2]] * 1000))
-    if kind == "seq" and rest.isdecimal():
-        return Moment(sequence=int(rest))
+        return _time(now_ms / 1000 - float(ago[1]) * _UNITS[ago[2]])
+    if sequences and kind == "seq" and all(part.isdecimal() for part in rest.split(":", 1)):
+        incarnation, _, sequence = rest.rpartition(":")
+        return Moment(sequence=int(sequence), incarnation=int(incarnation or -1))
     if kind == "offset":
         return _offsets(text, rest)
     try:
         if text.startswith("@"):
-            return Moment(time_ms=int(float(text[1:]) * 1000))
-        found = dt.datetime.fromisoformat(text)
-    except ValueError as error:
-        raise SettingsError(f"{text!r} is no moment; give {FORMS}") from error
-    return Moment(time_ms=int(found.astimezone(dt.UTC).timestamp() * 1000))
+            return _time(float(text[1:]))
+        return _time(dt.datetime.fromisoformat(text).astimezone(dt.UTC).timestamp())
+    except (ValueError, OverflowError) as error:
+        raise SettingsError(f"{text!r} is no moment; give {forms}") from error
+
+
+def _time(seconds: float) -> Moment:
+    # Kafka knows no time before 1970; the edge of the log is the same answer.
+    return Moment(time_ms=max(0, round(seconds * 1000)))
 
 
 def _offsets(text: str, rest: str) -> Moment:

@@ -3,7 +3,7 @@
 A state is two scratch tables and the pods' records, and stands between two records of ``kv-events`` in every
 partition. It can be saved as a snapshot, a folder, and a later rebuild goes on from the nearest one::
 
-    <snapshots>/<name>/snapshot.json      which log, which offsets, which block size
+    <snapshots>/<name>/snapshot.json      which log, which offsets, what events meant
     <snapshots>/<name>/engine_blocks.db   RocksDB
     <snapshots>/<name>/block_index.db     RocksDB
 """
@@ -14,7 +14,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -34,7 +34,7 @@ from kvatlas.streams.rocks import RocksBudget
 _META: Final = "snapshot.json"
 _ENGINE_BLOCKS: Final = "engine_blocks.db"
 _BLOCK_INDEX: Final = "block_index.db"
-_VERSION: Final = 1
+_VERSION: Final = 2
 _CACHE_BYTES: Final = 256 * 1024 * 1024
 
 
@@ -43,7 +43,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         brokers, topic: the log it was folded from.
-        block_size_tokens: canonical block size it was folded with.
+        options: what events meant when it was folded: canonical block size, announcements, gaps, clears.
         offsets: ``kv-events`` partition -> offset after the last record in it.
         pods: pod ids in it.
         created_ns: wall clock, ns since the epoch.
@@ -52,7 +52,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     v: int = _VERSION
     brokers: str
     topic: str
-    block_size_tokens: int
+    options: dict[str, Any]
     offsets: dict[int, int]
     pods: list[str]
     created_ns: int
@@ -65,6 +65,10 @@ class PastIndex:
         folder: an empty folder, or a copy of a snapshot.
         options: what the deployment decides about the meaning of events.
         clock: wall clock, ns since the epoch, for the pods' records.
+
+    Attributes:
+        offsets: ``kv-events`` partition -> offset after the last record in it.
+        begins: partition -> first record on the log, where records between the state's beginning and that are gone.
     """
 
     def __init__(self, folder: Path, options: ResolveOptions, clock: Callable[[], int]) -> None:
@@ -75,6 +79,7 @@ class PastIndex:
         self.engine_blocks = LocalTable(folder / _ENGINE_BLOCKS, budget)
         self.counts: Counter[str] = Counter()
         self.offsets: dict[int, int] = {}
+        self.begins: dict[int, int] = {}
         self._names: set[str] = set()
         self._clock = clock
         self._resolver = Resolver(options, 1, clock)
@@ -115,7 +120,7 @@ class PastIndex:
         snapshot = Snapshot(
             brokers=brokers,
             topic=topic,
-            block_size_tokens=self.options.block_size_tokens,
+            options=_meaning(self.options),
             offsets=self.offsets,
             pods=pods,
             created_ns=self._clock(),
@@ -132,12 +137,19 @@ class PastIndex:
         self.engine_blocks.close(keep=keep)
 
 
-def nearest(folder: Path, brokers: str, topic: str, block_size_tokens: int, ends: dict[int, int]) -> Path | None:
-    """Return the snapshot of this log that is furthest along without passing ``ends`` in any partition."""
+def _meaning(options: ResolveOptions) -> dict[str, Any]:
+    """Return options as a snapshot keeps them."""
+    plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(options))
+    return plain
+
+
+def nearest(folder: Path, brokers: str, topic: str, options: ResolveOptions, ends: dict[int, int]) -> Path | None:
+    """Return the snapshot of this log, folded with these options, that is furthest along without passing ``ends``."""
+    meaning = _meaning(options)
     best: tuple[int, Path] | None = None
     for meta in sorted(folder.glob(f"*/{_META}")):
         snapshot = load_snapshot(meta.parent)
-        same = (snapshot.brokers, snapshot.topic, snapshot.block_size_tokens) == (brokers, topic, block_size_tokens)
+        same = (snapshot.brokers, snapshot.topic, snapshot.options) == (brokers, topic, meaning)
         if not same or any(offset > ends.get(partition, 0) for partition, offset in snapshot.offsets.items()):
             continue
         reach = sum(snapshot.offsets.values())
@@ -190,8 +202,7 @@ async def rebuild(
     """
     whole = await reader.range(records.EVENTS, Moment(edge="earliest"), until)
     ends = {partition: end for partition, (_, end) in whole.bounds.items()}
-    size = options.block_size_tokens
-    base = nearest(snapshots, kafka.brokers, kafka.topic(records.EVENTS), size, ends) if snapshots else None
+    base = nearest(snapshots, kafka.brokers, kafka.topic(records.EVENTS), options, ends) if snapshots else None
     starts: dict[int, int] = {}
     if base is not None:
         shutil.copytree(base, folder, dirs_exist_ok=True)
@@ -199,6 +210,7 @@ async def rebuild(
     past = PastIndex(folder, options, clock)
     if base is not None:
         past.resume(starts, load_snapshot(base).pods)
+    past.begins = {part: first for part, (first, _) in whole.bounds.items() if first > starts.get(part, 0)}
     bounds = {part: (max(first, starts.get(part, first)), end) for part, (first, end) in whole.bounds.items()}
     await advance(reader, past, Range(records.EVENTS, bounds), progress)
     return past
@@ -215,7 +227,10 @@ async def advance(
     for partition, (start, end) in span.bounds.items():
         reached = past.offsets.get(partition)
         if reached is not None and start > reached and start < end:
-            raise LogError(f"kv-events/{partition}: records {reached} to {start - 1} are no longer on the log")
+            raise LogError(
+                f"kv-events/{partition}: records {reached} to {start - 1} are no longer on the log, and the "
+                "snapshot ends before them; leave out --snapshots, or keep later ones"
+            )
     done = 0
     async for chunk in reader.read(span):
         past.apply(chunk)

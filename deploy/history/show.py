@@ -15,7 +15,16 @@ from kvatlas.deploy.history.log import Record
 from kvatlas.deploy.history.summary import MessageLine
 from kvatlas.streams.codec import HOLDER, OP_ADD, decode_blocks
 
-EVENTS_HEAD = f"{'time':<13}{'where':>12}  {'pod':<20}{'sequence':>9} {'event':<11}{'blocks':>7}{'tokens':>8}  what"
+_PLACE = f"{'time':<13}{'where':>12}  "
+#: Topic -> the line above its rows.
+HEADS = {
+    records.EVENTS: f"{_PLACE}{'pod':<20}{'sequence':>9} {'event':<11}{'blocks':>7}{'tokens':>8}  what",
+    records.BLOCKS: f"{_PLACE}{'added':>7}{'removed':>9}  {'tiers':<20}pod reference, epoch: sequences (updates)",
+    records.DECISIONS: f"{_PLACE}{'request':<24}{'kind':<10}{'pod':<20}{'predicted':>10}{'real':>6}  what",
+    records.PODS: f"{_PLACE}{'pod':<20}{'writer':<16}{'state':<7}{'epoch':>14}{'sequence':>10}{'lost':>6}  model",
+    records.WORKERS: f"{_PLACE}{'worker':<24}{'serves':>7}{'standby':>8}{'restoring':>10}  endpoint",
+    records.DLQ: f"{_PLACE}{'pod':<20}{'bytes':>8}  reason",
+}
 
 
 def clock(timestamp_ms: int) -> str:
@@ -36,6 +45,73 @@ def event_rows(line: MessageLine) -> list[str]:
         what = " ".join(part for part in (place, chain + parent, event.lora, event.detail) if part)
         rows.append(f"{head}{event.type:<11}{event.blocks or '':>7}{event.tokens or '':>8}  {what}")
     return rows or [f"{head}{'(none)':<11}"]
+
+
+def row(record: Record) -> str:
+    """Return one line of a record of any topic but ``kv-events``, as :data:`HEADS` has the columns."""
+    found = describe(record)
+    head = f"{clock(record.timestamp_ms):<13}{f'{record.partition}/{record.offset}':>12}  "
+    if "tombstone" in found:
+        return f"{head}{found['key']:<20}(deleted)"
+    if "error" in found:
+        return f"{head}{found['key']:<20}unreadable: {found['error']}"
+    return head + _ROWS[record.topic](found)
+
+
+def _block_row(found: dict[str, Any]) -> str:
+    tiers = " ".join(f"{tier}={count}" for tier, count in found["tiers"].items())
+    runs = ", ".join(
+        f"{run['pod_ref']}, {epoch(run['epoch'])}: {run['first_sequence']}..{run['last_sequence']} ({run['updates']})"
+        for run in found["runs"]
+    )
+    return f"{found['added']:>7}{found['removed']:>9}  {tiers:<20}{runs}"
+
+
+def _decision_row(found: dict[str, Any]) -> str:
+    one = found["decision"]
+    real = one["real_blocks"] if one["real_blocks"] >= 0 else ""
+    blocks = f"of {one['blocks']} blocks" if one["blocks"] else ""
+    what = " ".join(filter(None, (one["outcome"], one["policy"], blocks)))
+    head = f"{one['request_id']:<24}{one['kind']:<10}{one['pod']:<20}"
+    return f"{head}{one['predicted_blocks']:>10}{real:>6}  {what}".rstrip()
+
+
+def _pod_row(found: dict[str, Any]) -> str:
+    if "pod" not in found:
+        return found["key"]
+    pod = found["pod"]
+    return (
+        f"{pod['pod']:<20}{found['key'].rpartition('|')[0]:<16}{pod['state']:<7}{epoch(pod['epoch']):>14}"
+        f"{pod['last_sequence']:>10}{pod['lost']:>6}  {pod['model']}"
+    )
+
+
+def _worker_row(found: dict[str, Any]) -> str:
+    if "worker" not in found:
+        catalog = found["catalog"]
+        return f"index versions {', '.join(catalog['versions'])}; {catalog['active']} answers"
+    one = found["worker"]
+    counts = f"{len(one['partitions']):>7}{len(one['standby']):>8}{len(one['restoring']):>10}"
+    return f"{one['worker']:<24}{counts}  {one['endpoint']}"
+
+
+def _dlq_row(found: dict[str, Any]) -> str:
+    reason, origin = (found["headers"].get(name, "") for name in (records.H_REASON, records.H_ORIGIN))
+    return f"{found['key']:<20}{found['bytes']:>8}  {reason} ({origin})"
+
+
+_ROWS = {
+    records.BLOCKS: _block_row,
+    records.DECISIONS: _decision_row,
+    records.PODS: _pod_row,
+    records.WORKERS: _worker_row,
+    records.DLQ: _dlq_row,
+}
+
+
+def epoch(number: int) -> str:
+    """Return an epoch as people read it: incarnation and clears."""
+    return f"{number >> 32}.{number & 0xFFFFFFFF}"
 
 
 def describe(record: Record) -> dict[str, Any]:
@@ -61,6 +137,8 @@ def _value(record: Record) -> dict[str, Any]:
         return _blocks(value)
     if record.topic == records.PODS:
         return {"pod": msgspec.to_builtins(records.decode(records.PodRecord, value), str_keys=True)}
+    if record.topic == records.WORKERS and record.key == records.CATALOG_KEY:
+        return {"catalog": msgspec.to_builtins(records.decode(records.IndexCatalog, value), str_keys=True)}
     if record.topic == records.WORKERS:
         return {"worker": msgspec.to_builtins(records.decode(records.WorkerRecord, value), str_keys=True)}
     if record.topic == records.DECISIONS:

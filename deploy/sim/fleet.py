@@ -12,6 +12,7 @@ from typing import Final
 import yaml
 
 from kvatlas.bridge.engine_publisher import EnginePublisher
+from kvatlas.bridge.errors import SettingsError
 from kvatlas.deploy.sim import traffic
 from kvatlas.deploy.sim.cache import Request
 from kvatlas.deploy.sim.errors import UnknownPodError
@@ -108,8 +109,11 @@ class Fleet:
             replay = f",{status.replay_endpoint}" if status.replay_endpoint else ""
             entries.append(f"{status.endpoint}{replay},pod={status.pod},model={self.settings.model}")
         draft = path.with_name(path.name + ".new")
-        draft.write_text(yaml.safe_dump({"engines": entries}, sort_keys=False), encoding="utf-8")
-        draft.replace(path)
+        try:
+            draft.write_text(yaml.safe_dump({"engines": entries}, sort_keys=False), encoding="utf-8")
+            draft.replace(path)
+        except OSError as error:
+            raise SettingsError(f"[sim] engines_file {path} cannot be written: {error.strerror}") from error
 
     def pod(self, name: str) -> SimPod:
         """Return a pod.

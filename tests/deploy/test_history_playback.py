@@ -23,7 +23,9 @@ async def recorded(*at_ms: int) -> AsyncIterator[Record]:
         yield Record(records.EVENTS, 0, number, 0, b"p", b"%d" % number, headers)
 
 
-@pytest.mark.parametrize(("speed", "recorded_ms", "least"), [(1.0, 300, 0.3), (3_000.0, 600_000, 0.2), (0.0, 600_000, 0.0)])
+@pytest.mark.parametrize(
+    ("speed", "recorded_ms", "least"), [(1.0, 300, 0.3), (3_000.0, 600_000, 0.2), (0.0, 600_000, 0.0)]
+)
 async def test_the_pace_is_the_recorded_one_times_the_speed(speed: float, recorded_ms: int, least: float) -> None:
     """Playback takes the recorded time divided by the speed, and at speed 0 no longer than sending takes."""
     context = zmq.Context.instance()

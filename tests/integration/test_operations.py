@@ -10,6 +10,7 @@ import pytest
 from aiokafka import AIOKafkaProducer
 
 from kvatlas.bridge import block_key, records
+from kvatlas.bridge.adapters.fields import encode_batch
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.deploy.cli import main
@@ -54,6 +55,67 @@ def test_why_compares_the_prediction_with_the_log(log, capsys, seconds, reason):
     assert found["decision"]["pod"] == "pod-b"
     assert any(reason in text for text in found["verdict"]["reasons"])
     assert (found["verdict"]["held"] >= 10) == (seconds > 0)
+
+
+async def _stored_and_evicted(settings: KafkaSettings, tokens: list[int]) -> None:
+    """Pod `a` stores four blocks and evicts the last two of them 30 s later; pod `b` stores the first one."""
+    await ensure_topics(settings, records.TOPICS)
+    stored = {"type": "BlockStored", "parent_block_hash": None, "block_size": 16, "lora_id": None, "medium": "GPU"}
+    sent: list[tuple[str, int, dict[str, object]]] = [
+        ("a", 0, {**stored, "block_hashes": [1, 2, 3, 4], "token_ids": tokens, "lora_name": None}),
+        ("b", 0, {**stored, "block_hashes": [1], "token_ids": tokens[:16], "lora_name": None}),
+        ("a", 30, {"type": "BlockRemoved", "block_hashes": [4, 3], "medium": "GPU"}),
+    ]
+    producer = AIOKafkaProducer(bootstrap_servers=settings.brokers)
+    await producer.start()
+    for number, (pod, seconds, event) in enumerate(sent):
+        await producer.send_and_wait(
+            settings.topic(records.EVENTS),
+            encode_batch(0.0, [event], 0),
+            key=pod.encode(),
+            partition=records.pod_partition(pod, PARTITIONS),
+            timestamp_ms=(BEGAN + seconds) * 1000,
+            headers=[
+                (records.H_SEQUENCE, str(number).encode()),
+                (records.H_INCARNATION, b"1"),
+                (records.H_MODEL, b"m"),
+                (records.H_ENGINE, b"vllm"),
+                (records.H_CONTENT_TYPE, b"engine"),
+            ],
+        )
+    await producer.stop()
+
+
+def test_why_tells_where_a_lost_hit_went(brokers, topic_prefix, capsys):
+    """Five blocks of prompt: never cached, to another pod, counted when they were gone, and evicted soon after."""
+    settings = KafkaSettings(brokers=brokers, topic_prefix=topic_prefix, partitions=PARTITIONS)
+    tokens = list(range(80))
+    asyncio.run(_stored_and_evicted(settings, tokens[:64]))
+    keys = b"".join(block_key.block_keys(block_key.root_key("m"), block_key.pack_tokens(tokens), 16))
+    never = "never cached: 1 of 5 blocks were on no pod"
+    expected = {
+        "hit": ("a", 10, 4, [never]),
+        "routing": ("b", 10, 1, [never, "routing: a held 3 blocks more than b"]),
+        "evicted": ("a", 25, 4, [never, "eviction: 2 of the blocks were gone by the later moment"]),
+        "stale": ("a", 40, 4, ["never cached: 3 of 5", "stale view: 2 predicted blocks were gone already"]),
+    }
+    sent = []
+    for name, (pod, seconds, predicted, _) in expected.items():
+        made = records.DecisionRecord(
+            request_id=name,
+            pod=pod,
+            model="m",
+            keys=keys,
+            predicted_blocks=predicted,
+            decided_ns=(BEGAN + seconds) * 10**9,
+        )
+        sent.append((name.encode(), records.encode(made), 0))
+    asyncio.run(_send(brokers, settings.topic(records.DECISIONS), sent))
+    for name, (_, _, _, reasons) in expected.items():
+        assert main(["why", name, "--after=10", "--brokers", brokers, "--topic-prefix", topic_prefix, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)["verdict"]["reasons"]
+        assert len(found) == len(reasons), (name, found)
+        assert all(text.startswith(start) for text, start in zip(found, reasons, strict=True)), (name, found)
 
 
 def test_why_of_an_unknown_request_says_how_decisions_get_there(log, capsys):  # noqa: F811

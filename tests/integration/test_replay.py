@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import io
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.deploy.cli import main
 from kvatlas.deploy.history.capture import read_capture
 from kvatlas.streams.codec import OP_ADD, Run, encode_blocks, pack_holder
+
+from .pipeline_support import Service, eventually
 
 DATA = Path(__file__).parent.parent / "data" / "captures"
 PARTITIONS = 4
@@ -143,6 +146,31 @@ def test_playback_sends_the_engine_s_own_bytes(log: list[str], tmp_path: Path):
     assert received == frames("pod-a")
 
 
+def test_a_capture_is_played_to_a_bridge(brokers: str, topic_prefix: str, tmp_path: Path):
+    """A bridge that engines connect to takes a capture for the engines: the same messages are on its log, in order."""
+    capture = Path(__file__).parents[2] / "deploy" / "examples" / "demo.kvcap"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = ["--brokers", brokers, "--topic-prefix", topic_prefix]
+    bridge = Service(
+        tmp_path / "bridge.log", "bridge", *flags, "--partitions=2", "--ownership=all", f"--bind=tcp://127.0.0.1:{port}"
+    )
+    try:
+        bridge.ready()
+        assert main(["replay", "--from", str(capture), "--to", f"zmq://127.0.0.1:{port}", "--speed", "0"]) == 0
+        saved = [record for record in read_capture(capture) if record.key == b"pod-b"]
+        assert not eventually(lambda: _payloads(flags, tmp_path / "log.kvcap") != [one.value for one in saved], 60)
+    finally:
+        bridge.close()
+
+
+def _payloads(flags: list[str], path: Path) -> list[bytes | None]:
+    """The engine messages of pod-b on a log, in order."""
+    assert main(["replay", *flags, "--pod", "pod-b", "--to", str(path)]) == 0
+    return [record.value for record in read_capture(path) if (records.H_CONTENT_TYPE, b"engine") in record.headers]
+
+
 def test_a_range_by_offset(log: list[str], capsys: pytest.CaptureFixture[str]):
     """Offsets may be given for each partition; partitions that are not named are left out."""
     partition = records.pod_partition("pod-a", PARTITIONS)
@@ -200,6 +228,44 @@ def test_block_updates_and_decisions_are_replayed(log: list[str], capsys: pytest
     assert main(["replay", *log, "--topic", "kv-decisions", *flags, "--json"]) == 0
     (decision,) = lines(capsys)
     assert (decision["decision"]["request_id"], decision["decision"]["blocks"]) == ("r-pod-b", 1)
+
+
+@pytest.mark.parametrize(
+    ("topic", "words"),
+    [("kv-blocks", ["added", "gpu=1"]), ("kv-decisions", ["request", "r-pod-b"])],
+)
+def test_other_topics_have_tables_too(log: list[str], capsys: pytest.CaptureFixture[str], topic: str, words: list[str]):
+    """People get a header and one row a record; types of updates are filtered like those of events."""
+    asyncio.run(_send_derived(log[1], log[3]))
+    assert main(["replay", *log, "--topic", topic, "--pod", "pod-b"]) == 0
+    head, row = capsys.readouterr().out.splitlines()
+    assert words[0] in head
+    assert words[1] in row
+    if topic == "kv-blocks":
+        assert main(["replay", *log, "--topic", topic, "--type", "removed", "--count", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == {"read": 2}
+
+
+def test_a_capture_is_cut_like_the_log(log: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Moments by time, offset and sequence mean the same over a capture as over Kafka."""
+    path = tmp_path / "log.kvcap"
+    assert main(["replay", *log, "--to", str(path)]) == 0
+    partition = records.pod_partition("pod-a", PARTITIONS)
+    for words in (
+        ["--since", f"@{BEGAN + 10}", "--until", f"@{BEGAN + 20}"],
+        ["--since", "offset:7", "--until", "offset:9"],
+        ["--since", f"offset:{partition}:5", "--until", f"offset:{partition}:8"],
+        ["--pod", "pod-b", "--since", "seq:10", "--until", "seq:13"],
+        ["--pod", "pod-b", "--since", "seq:1:10", "--until", "seq:2:0", "--type", "removed"],
+        ["--since", "latest"],
+        ["--until", "earliest"],
+    ):
+        capsys.readouterr()
+        assert main(["replay", *log, *words, "--json"]) == 0
+        live = list(lines(capsys))
+        assert main(["replay", "--from", str(path), *words, "--json"]) == 0
+        assert list(lines(capsys)) == live, words
+        assert live or words[1] in ("latest", "earliest")
 
 
 def test_a_topic_that_is_not_there_says_how_to_make_it(brokers: str, capsys: pytest.CaptureFixture[str]):

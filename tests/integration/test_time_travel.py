@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from aiokafka import TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
 sys.path.insert(0, str(Path(__file__).parent))
 from streams_support import WorkerProcess, assert_true, fleet_of, make_topics, producing, until_true
@@ -23,7 +25,7 @@ from kvatlas.streams.codec import holders
 from kvatlas.streams.index import is_meta
 from kvatlas.streams.resolve import ResolveOptions
 
-from .test_replay import BEGAN, DATA, log  # noqa: F401 - the fixture
+from .test_replay import BEGAN, DATA, PARTITIONS, log  # noqa: F401 - the fixture
 
 OPTIONS = ResolveOptions(block_size_tokens=16)
 
@@ -37,10 +39,12 @@ def questions(path: Path, pod: str) -> list[int]:
     return [query["hit_tokens"] for query in truth["queries"]]
 
 
-async def _state(flags: list[str], until: Moment, folder: Path, snapshots: Path | None = None) -> PastIndex:
+async def _state(
+    flags: list[str], until: Moment, folder: Path, snapshots: Path | None = None, options: ResolveOptions = OPTIONS
+) -> PastIndex:
     kafka = KafkaSettings(brokers=flags[1], topic_prefix=flags[3])
     async with LogReader(kafka) as reader:
-        return await rebuild(reader, kafka, until, folder=folder, options=OPTIONS, clock=lambda: 0, snapshots=snapshots)
+        return await rebuild(reader, kafka, until, folder=folder, options=options, clock=lambda: 0, snapshots=snapshots)
 
 
 def _tables(past: PastIndex) -> tuple[dict[bytes, bytes], dict[bytes, bytes]]:
@@ -83,6 +87,40 @@ def test_a_snapshot_past_the_moment_is_not_used(log, tmp_path):  # noqa: F811
     assert _tables(with_snapshots) == _tables(without)
     with_snapshots.close()
     without.close()
+
+
+def test_a_snapshot_of_other_options_is_not_used(log, tmp_path):  # noqa: F811
+    """A state folded under another meaning of events is no base, even at the same offsets."""
+    middle = Moment(time_ms=(BEGAN + 40) * 1000)
+    gpu_only = ResolveOptions(block_size_tokens=16, clears="gpu")
+    asyncio.run(_state(log, middle, tmp_path / "a", options=gpu_only)).save(
+        tmp_path / "snapshots" / "1", log[1], log[3] + "kv-events"
+    )
+    for number, (options, base) in enumerate(((gpu_only, True), (OPTIONS, False))):
+        past = asyncio.run(_state(log, LATEST, tmp_path / f"b{number}", tmp_path / "snapshots", options))
+        whole = asyncio.run(_state(log, LATEST, tmp_path / f"c{number}", options=options))
+        assert (past.counts["updates"] < whole.counts["updates"]) == base
+        past.close()
+        whole.close()
+
+
+async def _delete_beginning(flags: list[str], records_deleted: int) -> None:
+    admin = AIOKafkaAdminClient(bootstrap_servers=flags[1])
+    await admin.start()
+    try:
+        partition = TopicPartition(flags[3] + records.EVENTS, records.pod_partition("pod-a", PARTITIONS))
+        await admin.delete_records({partition: RecordsToDelete(before_offset=records_deleted)})
+    finally:
+        await admin.close()
+
+
+def test_a_log_that_lost_its_beginning_is_said_so(log, capsys):  # noqa: F811
+    """Records that retention took are not in the state, and standard error says from where on it is known."""
+    assert main(["at", "latest", "pods", *log]) == 0
+    assert "begins at" not in capsys.readouterr().err
+    asyncio.run(_delete_beginning(log, 5))
+    assert main(["at", "latest", "pods", *log]) == 0
+    assert f"kv-events begins at {records.pod_partition('pod-a', PARTITIONS)}/5" in capsys.readouterr().err
 
 
 def test_pods_and_explain_of_the_past(log, tmp_path, capsys):  # noqa: F811
