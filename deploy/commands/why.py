@@ -76,7 +76,7 @@ async def _why(
     async with LogReader(kafka) as reader:
         decision, outcome = await _find(reader, args.request_id)
         keys = keys_of(decision)
-        held = []
+        held: list[dict[str, int]] = []
         for moment_ns in (decision.decided_ns, decision.decided_ns + int(args.after * 1e9)):
             with tempfile.TemporaryDirectory(prefix="kvatlas-why-") as folder:
                 past = await rebuild(

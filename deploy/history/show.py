@@ -77,8 +77,6 @@ def _decision_row(found: dict[str, Any]) -> str:
 
 
 def _pod_row(found: dict[str, Any]) -> str:
-    if "pod" not in found:
-        return found["key"]
     pod = found["pod"]
     return (
         f"{pod['pod']:<20}{found['key'].rpartition('|')[0]:<16}{pod['state']:<7}{epoch(pod['epoch']):>14}"

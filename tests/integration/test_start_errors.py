@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from .pipeline_support import Service
+
 
 def run(*words: str, timeout: float = 90.0) -> subprocess.CompletedProcess[str]:
     """Run a `kvatlas` command to its end."""
@@ -27,7 +29,18 @@ def taken() -> Iterator[str]:
         yield f"127.0.0.1:{holder.getsockname()[1]}"
 
 
-@pytest.mark.parametrize("words", [["scorer", "--start-timeout-seconds=3"], ["topics"], ["top", "--once"], ["replay"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["scorer", "--start-timeout-seconds=3"],
+        ["topics"],
+        ["top", "--once"],
+        ["replay"],
+        ["audit", "--events"],
+        ["reindex", "status"],
+        ["whatif", "--decisions"],
+    ],
+)
 def test_no_broker_is_told_with_its_address(words, tmp_path):
     """Exit code 1, since it may come back; the text has the address and what to check, and no traceback."""
     done = run(*words, "--brokers=127.0.0.1:1")
@@ -35,6 +48,33 @@ def test_no_broker_is_told_with_its_address(words, tmp_path):
     assert f"kvatlas {words[0]}: no broker answers at 127.0.0.1:1" in done.stderr
     assert "Traceback" not in done.stderr
     assert "Unclosed" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [["top", "--once"], ["reindex", "status"], ["audit", "--events"], ["diff", "-1h", "-1m"]]
+)
+def test_topics_that_are_not_there_are_named(brokers, topic_prefix, words):
+    """A tool with a wrong prefix says so at once, with the topic's name and the fix."""
+    done = run(*words, f"--brokers={brokers}", f"--topic-prefix={topic_prefix}")
+    assert done.returncode == 1
+    assert f"topic {topic_prefix}kv-" in done.stderr
+    assert "does not exist" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Unclosed" not in done.stderr
+
+
+def test_a_pod_that_nobody_knows_is_no_clean_audit(brokers, topic_prefix, tmp_path):
+    """A misspelt pod is an error, not a pod without ghosts."""
+    flags = [f"--brokers={brokers}", f"--topic-prefix={topic_prefix}", "--partitions=2"]
+    worker = Service(tmp_path / "worker.log", "worker", *flags, f"--state-dir={tmp_path / 's'}", "--listen=127.0.0.1:0")
+    try:
+        worker.ready(90)
+        assert run("audit", "--events", *flags).returncode == 0
+        done = run("audit", "--events", "--pod=pod-x", *flags)
+    finally:
+        worker.close()
+    assert done.returncode == 2
+    assert "--pod pod-x" in done.stderr
 
 
 @pytest.mark.parametrize(
