@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgpack
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvatlas.bridge import block_key, records
@@ -52,6 +52,7 @@ record_strategy = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(record_strategy, max_size=20))
 def test_a_capture_gives_back_what_was_saved(tmp_path_factory: pytest.TempPathFactory, found: list[Record]):
     """Whatever the records hold, reading a capture returns them in order."""

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvatlas.bridge.errors import SettingsError
@@ -43,6 +43,7 @@ def test_eviction_takes_the_tail_first():
     assert cache.match([1, 2, 3]) == 2
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 20), max_size=6, unique=True), max_size=30), st.integers(1, 12))
 def test_capacity_is_never_passed(prompts, capacity):
     """However prompts come, a cache holds at most its capacity."""
