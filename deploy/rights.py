@@ -86,6 +86,7 @@ TOPIC_RIGHTS: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     "at": {records.EVENTS: ("Read",)},
     "diff": {records.EVENTS: ("Read",)},
     "why": {records.EVENTS: ("Read",), records.DECISIONS: ("Read",)},
+    "whatif": {records.DECISIONS: ("Read",)},
     "topics": dict.fromkeys(
         (*(topic.name for topic in records.TOPICS), "engine_blocks", "block_index"),
         ("Create", "Describe", "DescribeConfigs"),

@@ -29,7 +29,7 @@ def accounts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Accounts]:
     folder = tmp_path_factory.mktemp("secured")
     with KafkaNode(folder / "kafka", security=security()) as node:
         made = Accounts(node, folder)
-        for who in ("bridge", "worker", "scorer", "top", "audit", "replay", "at", "diff", "why", "topics"):
+        for who in ("bridge", "worker", "scorer", "top", "audit", "replay", "at", "diff", "why", "whatif", "topics"):
             made.give(who)
         done = run(made, "topics", "topics")
         assert done.returncode == 0, done.stderr
@@ -75,6 +75,8 @@ def flags_of(who: str, folder: Path) -> list[str]:
         "worker": [f"--state-dir={folder / 'state'}", "--listen=127.0.0.1:0"],
         "scorer": ["--listen=127.0.0.1:0", "--outcome-delay-ms=200", "--start-timeout-seconds=5"],
         "top": ["--once"],
+        "audit": ["--events"],
+        "at": ["latest", "pods"],
     }.get(who, [])
 
 
@@ -120,6 +122,9 @@ def test_the_pipeline_scores_with_the_rights_of_the_table(accounts, services, en
     assert audit.returncode == 0, audit.stdout + audit.stderr
     why = eventually_zero(lambda: run(accounts, "why", "why", "secured-1", "--after=0", "--json"))
     assert json.loads(why.stdout)["decision"]["pod"] == PODS[0]
+    whatif = run(accounts, "whatif", "whatif", "round-robin", "--decisions", "--json")
+    assert whatif.returncode == 0, whatif.stderr
+    assert [json.loads(line)["policy"] for line in whatif.stdout.splitlines()][-1] == "round-robin"
     for service in services:
         service.signal(signal.SIGTERM)
         assert service.wait() == 0, service.tail()
@@ -146,7 +151,7 @@ def eventually_zero(call: Callable[[], subprocess.CompletedProcess[str]]) -> sub
         found[:] = [call()]
         return found[0].returncode != 0
 
-    assert not eventually(again, timeout=30), found[0].stderr
+    assert not eventually(again, timeout=60), found[0].stderr
     return found[0]
 
 
@@ -176,7 +181,7 @@ def test_a_service_without_a_right_says_which(accounts, tmp_path, who, right):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("who", ["bridge", "worker", "scorer", "topics", "top", "replay"])
+@pytest.mark.parametrize("who", ["bridge", "worker", "scorer", "topics", "top", "replay", "audit", "at"])
 def test_a_wrong_password_is_named_as_such(accounts, tmp_path, who):
     """Exit code 2; the error names user, mechanism and the setting that holds the password, never the password."""
     wrong = tmp_path / "wrong"
