@@ -21,6 +21,7 @@ from kvatlas.scorer.pick import choose
 from kvatlas.scorer.pods import PodTable
 from kvatlas.scorer.reader import Lookups, Seen
 from kvatlas.scorer.score import Match, Walk
+from kvatlas.scorer.status import code_of
 from kvatlas.scorer.strategies import Weighing
 from kvatlas.scorer.tokenization.pool import TokenizerPool
 from kvatlas.scorer.v1 import scorer_pb2 as pb
@@ -65,7 +66,7 @@ class Remembered(NamedTuple):
 
     model: str
     cache_salt: str
-    keys: list[bytes]
+    keys: bytes
     block_size_tokens: int
     scores: dict[str, tuple[float, int]]
     partitions: dict[int, int]
@@ -112,6 +113,7 @@ class Core:
         self._observe = observe
         self._weighing = Weighing(settings)
         self._remembered: OrderedDict[str, Remembered] = OrderedDict()
+        self._remembered_bytes = 0
 
     def unready(self) -> str | None:
         """Return why no score can be given now, None when it can."""
@@ -213,17 +215,21 @@ class Core:
         if not self._settings.remembered_requests:
             return
         best = sorted(response.scores.items(), key=lambda item: -item[1].score)[:16]
-        self._remembered[request.request_id] = Remembered(
+        kept = Remembered(
             request.model,
             request.cache_salt,
-            keys,
+            b"".join(keys),
             response.block_size_tokens,
             {pod: (entry.score, entry.matched_blocks) for pod, entry in best},
             {number: state.applied_offset for number, state in seen.items()},
         )
-        self._remembered.move_to_end(request.request_id)
-        while len(self._remembered) > self._settings.remembered_requests:
-            self._remembered.popitem(last=False)
+        before = self._remembered.pop(request.request_id, None)
+        self._remembered[request.request_id] = kept
+        self._remembered_bytes += len(kept.keys) - (len(before.keys) if before is not None else 0)
+        most = self._settings.speculative_max_blocks * KEY_BYTES
+        while len(self._remembered) > self._settings.remembered_requests or self._remembered_bytes > most:
+            _, gone = self._remembered.popitem(last=False)
+            self._remembered_bytes -= len(gone.keys)
 
     def salt_of(self, request_id: str) -> str | None:
         """Return the cache salt of the prompt that is remembered under a request id, None without one."""
@@ -245,7 +251,7 @@ class Core:
             except NotReadyError:
                 raise
             except KvatlasError as error:
-                answer.responses.add(error=f"{type(error).__name__.removesuffix('Error')}: {error}")
+                answer.responses.add(error=f"{code_of(error).name}: {error}")
         return answer
 
     async def pick(self, request: pb.PickRequest, deadline: float | None = None) -> pb.PickResponse:
@@ -343,7 +349,7 @@ class Core:
             self.pods.merged.get(pod),
             pod=pod,
             model=model,
-            keys=keys,
+            keys=b"".join(keys),
             block_size_tokens=response.block_size_tokens,
             scores={name: (entry.score, entry.matched_blocks) for name, entry in best},
             partitions={p.partition: p.applied_offset for p in response.freshness.partitions},

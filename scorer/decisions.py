@@ -50,7 +50,9 @@ class Decisions:
         self.rejected = 0
         self.publish = publish
         self._settings = settings
-        self._holders: dict[bytes, dict[str, bytes]] = {}  # block key -> request id -> packed holder
+        # Block key -> packed holder -> open decisions that say so: a burst of one prefix to one pod is one holder.
+        self._holders: dict[bytes, dict[bytes, int]] = {}
+        self._blocks = 0  # of all open decisions
         self._expiries: list[tuple[int, str]] = []
         self._until: dict[str, int] = {}
 
@@ -61,7 +63,7 @@ class Decisions:
         *,
         pod: str,
         model: str,
-        keys: Sequence[bytes],
+        keys: bytes,
         block_size_tokens: int,
         scores: Mapping[str, tuple[float, int]],
         partitions: Mapping[int, int],
@@ -69,7 +71,7 @@ class Decisions:
         ttl_ms: float,
         now_ns: int,
     ) -> DecisionRecord:
-        """Make a decision here, apply it and hand it to ``publish``.
+        """Make a decision here, apply it and hand it to ``publish``; ``keys`` are packed block keys of 16 bytes.
 
         Raises:
             UnknownPodError: the pod is not known.
@@ -81,7 +83,7 @@ class Decisions:
             pod=pod,
             pod_epoch=record.epoch,
             model=model,
-            keys=b"".join(keys),
+            keys=keys,
             block_size_tokens=block_size_tokens,
             predicted_blocks=scores.get(pod, (0.0, 0))[1],
             scores=dict(scores),
@@ -124,12 +126,14 @@ class Decisions:
         until = min(record.expires_ns, now_ns + int(_LONGEST_MS * 1e6))
         self._until[record.request_id] = until
         heapq.heappush(self._expiries, (until, record.request_id))
-        holder = pack_holder(pod_ref(record.pod), 0, SPECULATIVE, 0, 0, record.pod_epoch)
+        holder = _holder(record)
         for at in range(0, len(record.keys), KEY_BYTES):
-            self._holders.setdefault(record.keys[at : at + KEY_BYTES], {})[record.request_id] = holder
+            held = self._holders.setdefault(record.keys[at : at + KEY_BYTES], {})
+            held[holder] = held.get(holder, 0) + 1
+        self._blocks += len(record.keys) // KEY_BYTES
         while self.open and (
             len(self.open) > self._settings.speculative_max_decisions
-            or len(self._holders) > self._settings.speculative_max_blocks
+            or self._blocks > self._settings.speculative_max_blocks
         ):
             self._drop(next(iter(self.open)))
 
@@ -144,11 +148,14 @@ class Decisions:
     def _drop(self, request_id: str) -> None:
         record = self.open.pop(request_id)
         del self._until[request_id]
+        holder = _holder(record)
+        self._blocks -= len(record.keys) // KEY_BYTES
         for at in range(0, len(record.keys), KEY_BYTES):
             key = record.keys[at : at + KEY_BYTES]
-            held = self._holders.get(key)
-            if held is not None:
-                held.pop(request_id, None)
+            held = self._holders[key]
+            held[holder] -= 1
+            if not held[holder]:
+                del held[holder]
                 if not held:
                     del self._holders[key]
 
@@ -164,12 +171,16 @@ class Decisions:
             if held is None:
                 break
             if value is not None:
-                extra = tuple(sorted(set(held.values())))
+                extra = tuple(sorted(held)) if len(held) > 1 else tuple(held)
                 whole = joined.get((value, extra))
                 if whole is None:
                     whole = joined[value, extra] = value + b"".join(extra)
                 changed[number] = whole
         return changed
+
+
+def _holder(record: DecisionRecord) -> bytes:
+    return pack_holder(pod_ref(record.pod), 0, SPECULATIVE, 0, 0, record.pod_epoch)
 
 
 def judge(record: DecisionRecord, real_blocks: int, pod: PodRecord | None) -> str:

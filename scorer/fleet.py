@@ -231,7 +231,8 @@ class Scene:
             return None
         if epoch >= pod.suspect_before:
             return Grade(weight, tier, suspect=False)
-        if self.weights.suspect_factor <= 0:
+        # A gap raises the epoch as well, and what only a decision said of the epoch before ends with it.
+        if tier == SPECULATIVE or self.weights.suspect_factor <= 0:
             return None
         return Grade(weight * self.weights.suspect_factor, tier, suspect=True)
 

@@ -58,6 +58,9 @@ _ROLES: Final = {
     pb.PartitionState.ELSEWHERE: UNANSWERED,
 }
 
+#: What is said of a partition that several workers spoke of: the one that its values are from.
+_RANK: Final = {ACTIVE: 3, STANDBY: 2, RESTORING: 1, UNANSWERED: 0}
+
 
 class Seen(NamedTuple):
     """State of one partition when it answered (or did not)."""
@@ -268,11 +271,19 @@ class PartitionRouter:
         message, positions = request.part(partitions)
         try:
             response = await self._call(endpoint)(message, timeout=remaining)
+            return request.take(response, partitions, positions)
         except grpc.aio.AioRpcError as error:
-            self._on_event("failed")
             log.debug("worker %s: %s %s", endpoint, error.code().name, error.details())
-            return set(), {}
-        return request.take(response, partitions, positions)
+        except asyncio.CancelledError:
+            # A connection that is closed cancels its calls, and that reaches us as if we were cancelled ourselves.
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            log.debug("worker %s: the connection was closed", endpoint)
+        except (ValueError, IndexError) as error:
+            log.error("worker %s: its answer makes no sense: %s", endpoint, error)
+        self._on_event("failed")
+        return set(), {}
 
     def _call(self, endpoint: str) -> Any:
         found = self._calls.get(endpoint)
@@ -316,6 +327,7 @@ class _Request:
         self._numbers = numbers
         self._count = partition_count
         self._values = values
+        self._settled: set[int] = set()  # partitions whose owner has answered
 
     def part(self, partitions: list[int]) -> tuple[pb.LookupRequest, npt.NDArray[np.intp] | None]:
         """Return the request for some partitions, and the positions of its keys (None: all of them, in order)."""
@@ -334,8 +346,39 @@ class _Request:
         index = read_index(response.index)
         expected = len(self._values) if positions is None else len(positions)
         if len(index) != expected:
-            log.error("worker %s answered %d keys instead of %d", response.worker, len(index), expected)
-            return set(), {}
+            raise ValueError(f"{len(index)} keys instead of {expected}")
+        where = range(expected) if positions is None else positions.tolist()
+        table = [b"", *response.values]
+        found = [None if number == NOT_ANSWERED else table[number] for number in index]
+        answered, owners = self._note(response)
+        missing = self._put(where, found, self._settled)
+        answered -= missing
+        self._settled |= {s.partition for s in response.partitions if s.role == pb.PartitionState.ACTIVE} & answered
+        return answered & set(partitions), owners
+
+    def _put(self, where: Sequence[int], found: list[bytes | None], settled: set[int]) -> set[int]:
+        """Put values in their places; returns the partitions of keys that have none.
+
+        What an owner has said stays (``settled``): a standby that is asked as well may be behind, and answer last.
+        """
+        values, numbers = self._values, self._numbers
+        missing: set[int] = set()
+        if settled or None in found:
+            for position, value in zip(where, found, strict=True):
+                number = int(numbers[position])
+                if value is None:
+                    missing.add(number)
+                elif number not in settled:
+                    values[position] = value
+        elif len(found) == len(values):
+            values[:] = found
+        else:
+            for position, value in zip(where, found, strict=True):
+                values[position] = value
+        return missing
+
+    def _note(self, response: pb.LookupResponse) -> tuple[set[int], dict[int, str]]:
+        """Note what an answer says of its partitions; returns those answered and the owners of others."""
         answered: set[int] = set()
         owners: dict[int, str] = {}
         for state in response.partitions:
@@ -345,20 +388,6 @@ class _Request:
             elif state.owner:
                 owners[state.partition] = state.owner
             before = self.seen.get(state.partition)
-            if before is None or before.role != ACTIVE:
+            if before is None or _RANK[role] >= _RANK[before.role]:
                 self.seen[state.partition] = Seen(role, response.worker, state.applied_offset, state.applied_receive_ns)
-        table = [b"", *response.values]
-        values = self._values
-        if NOT_ANSWERED not in index and positions is None:
-            values[:] = [table[number] for number in index]
-            return answered & set(partitions), owners
-        where = range(expected) if positions is None else positions.tolist()
-        for position, number in zip(where, index, strict=True):
-            if number != NOT_ANSWERED:
-                values[position] = table[number]
-        missing = self._unanswered(where, index)
-        return (answered & set(partitions)) - missing, owners
-
-    def _unanswered(self, where: Iterable[int], index: Iterable[int]) -> set[int]:
-        numbers = self._numbers
-        return {int(numbers[position]) for position, number in zip(where, index, strict=True) if number == NOT_ANSWERED}
+        return answered, owners

@@ -14,10 +14,10 @@ chunked local      the blocks of the unfinished attention chunk at the end: from
 cross, encoder     nothing
 =================  ===========================================================================================
 
-The match is the largest ``m`` that satisfies all groups, is a multiple of the engine's block size and leaves the
-prompt's last token to be computed. A sliding window or chunk of unknown size counts as full attention: that never
-over-credits. The tier weight of a block is that of the slowest full-attention group; groups without full attention
-decide only whether the match holds.
+The match is the largest ``m`` that satisfies all groups and is a multiple of the engine's block size; where only
+usable blocks are asked for, it also leaves the prompt's last token to be computed. A sliding window or chunk of unknown
+size counts as full attention: that never over-credits. The tier weight of a block is that of the slowest full-attention
+group; groups without full attention decide only whether the match holds.
 """
 
 from __future__ import annotations

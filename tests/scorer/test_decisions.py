@@ -73,6 +73,19 @@ def test_two_decisions_for_one_pod_are_one_holder() -> None:
     assert _held(decisions, NOW + 5 * SECOND)[0] == b""
 
 
+def test_a_burst_of_one_prefix_is_counted_and_not_kept_one_by_one() -> None:
+    """A thousand decisions for one pod and prefix leave one holder a block; the last one to end takes it along."""
+    decisions = Decisions(ScorerSettings(speculative_max_blocks=10_000))
+    for number in range(1_000):
+        decisions.put(_record(f"r{number}"), NOW)
+    assert [len(held) for held in decisions._holders.values()] == [1] * 4
+    assert _held(decisions)[0] == _holder()
+    decisions.put(_record("last", seconds=6), NOW)
+    assert _held(decisions, NOW + 5 * SECOND)[0] == _holder()
+    assert _held(decisions, NOW + 6 * SECOND)[0] == b""
+    assert (decisions._holders, decisions._blocks) == ({}, 0)
+
+
 def test_a_clock_that_is_ahead_does_not_make_it_live_longer() -> None:
     """A record that claims an hour ends after a minute here; one that has expired is not taken."""
     decisions = Decisions(ScorerSettings())
@@ -124,7 +137,7 @@ def test_a_pod_that_is_not_there_cannot_be_decided_for(pod: PodRecord | None) ->
             pod,
             pod="a",
             model="m",
-            keys=KEYS,
+            keys=b"".join(KEYS),
             block_size_tokens=16,
             scores={},
             partitions={},

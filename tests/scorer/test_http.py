@@ -73,7 +73,8 @@ async def test_score_batch(curl: Curl) -> None:
     status, found = await curl.post("score_batch", {"requests": [ONE, {"tokens": [1]}, {**ONE, "pods": ["b"]}]})
     assert status == 200
     assert [sorted(one["scores"]) for one in found["responses"]] == [["a", "b"], [], ["b"]]
-    assert ["model" in one.get("error", "") for one in found["responses"]] == [False, True, False]
+    wrong = "INVALID_ARGUMENT: model: missing; block keys differ by model"
+    assert [one["error"] for one in found["responses"]] == ["", wrong, ""]
 
 
 async def test_pick(curl: Curl) -> None:
@@ -151,13 +152,19 @@ async def test_one_request_too_many_is_refused(curl: Curl) -> None:
     go = asyncio.Event()
     lookup = curl.rig.router.lookup
 
+    entered = 0
+
     async def held(*arguments: Any) -> Any:
+        nonlocal entered
+        entered += 1
         await go.wait()
         return await lookup(*arguments)
 
     curl.rig.router.lookup = held  # type: ignore[method-assign]
     waiting = [asyncio.ensure_future(curl.post("score", ONE)) for _ in range(2)]
-    await asyncio.sleep(0.2)
+    async with asyncio.timeout(60):
+        while entered < 2:
+            await asyncio.sleep(0.01)
     status, found = await curl.post("score", ONE)
     assert (status, found["code"]) == (429, "RESOURCE_EXHAUSTED")
     go.set()

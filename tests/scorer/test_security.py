@@ -343,11 +343,14 @@ async def test_limits_answer_with_their_own_status() -> None:
 
 async def test_requests_and_streams_past_the_concurrency_are_refused() -> None:
     """While as many requests or streams are open as allowed, one more is refused at once; later it is not."""
-    rig = Rig(max_concurrent=2, max_watchers=1, deadline_ms=5_000)
+    rig = Rig(max_concurrent=2, max_watchers=1, deadline_ms=60_000)
     go = asyncio.Event()
 
     class Waiting(Index):
+        entered = 0
+
         async def Lookup(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
+            self.entered += 1
             await go.wait()
             return await super().Lookup(request, context)
 
@@ -355,9 +358,11 @@ async def test_requests_and_streams_past_the_concurrency_are_refused() -> None:
         rig.pod("a", 10)
         index = Waiting("w0", rig.table, set(range(PARTITIONS)))
         await rig.worker(index)
-        client = await rig.client()
+        client = await rig.client(timeout_seconds=60)
         held = [asyncio.ensure_future(client.score("m", tokens=TOKENS)) for _ in range(2)]
-        await asyncio.sleep(0.2)
+        async with asyncio.timeout(60):
+            while index.entered < 2:
+                await asyncio.sleep(0.01)
         with pytest.raises(ClientError, match="max_concurrent") as caught:
             await client.score("m", tokens=TOKENS)
         assert caught.value.code == "RESOURCE_EXHAUSTED"
