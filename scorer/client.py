@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from array import array
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -27,6 +28,9 @@ def score_request(
     tokens: Sequence[int] | bytes | None = None,
     prompt: str | None = None,
     messages: Sequence[Mapping[str, Any]] | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    documents: Sequence[Mapping[str, Any]] | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
     lora: str | None = None,
     cache_salt: str | None = None,
     pods: Sequence[str] = (),
@@ -38,7 +42,10 @@ def score_request(
         model: model name.
         tokens: token ids, or packed little-endian u32; they travel packed.
         prompt: text.
-        messages: chat messages with ``role`` and text ``content``.
+        messages: chat messages as the OpenAI API has them.
+        tools: what the chat template gets as its tools.
+        documents: what it gets as its documents.
+        template_kwargs: further arguments of the chat template.
         lora: adapter name.
         cache_salt: salt of the tenant.
         pods: pod ids to consider; empty means all.
@@ -49,9 +56,34 @@ def score_request(
         request.tokens_packed = tokens if isinstance(tokens, bytes) else _pack(tokens)
     if prompt is not None:
         request.prompt = prompt
-    for message in messages or ():
-        request.chat.messages.add(role=message["role"], content=message.get("content") or "")
+    if messages is not None:
+        request.chat.SetInParent()
+        request.chat.messages.extend(_message(message) for message in messages)
+    for name, value in (("tools", tools), ("documents", documents), ("template_kwargs", template_kwargs)):
+        if value is not None:
+            setattr(request.chat, f"{name}_json", json.dumps(value, ensure_ascii=False))
     return request
+
+
+def _message(message: Mapping[str, Any]) -> pb.ChatMessage:
+    """Return a chat message with all its fields: what is left out here would be missing in the prompt."""
+    fields = dict(message)
+    found = pb.ChatMessage(role=fields.pop("role"))
+    content = fields.pop("content", None)
+    if isinstance(content, str):
+        found.content = content
+    elif content is not None:
+        found.parts_json = json.dumps(content, ensure_ascii=False)
+    else:
+        fields["content"] = None  # not the same as an empty text to templates that take parts
+    if calls := fields.pop("tool_calls", None):
+        found.tool_calls_json = json.dumps(calls, ensure_ascii=False)
+    for name in ("tool_call_id", "name"):
+        if isinstance(fields.get(name), str):
+            setattr(found, name, fields.pop(name))
+    if fields:
+        found.extra_json = json.dumps(fields, ensure_ascii=False)
+    return found
 
 
 def _pack(tokens: Sequence[int]) -> bytes:
@@ -114,6 +146,42 @@ class ScorerClient:
             ClientError: the scorer refused it or could not be reached.
         """
         answer: pb.ScoreResponse = self.call("Score", score_request(model, **fields))
+        return answer
+
+    def score_batch(self, requests: Sequence[pb.ScoreRequest]) -> list[pb.ScoreResponse]:
+        """Score many prompts, see :func:`score_request`; an answer whose prompt cannot be scored has ``error`` set.
+
+        Raises:
+            ClientError: the scorer refused it or could not be reached.
+        """
+        return list(self.call("ScoreBatch", pb.ScoreBatchRequest(requests=requests)).responses)
+
+    def pick(self, request: pb.ScoreRequest, **fields: Any) -> pb.PickResponse:
+        """Choose a pod; further fields of ``PickRequest``.
+
+        Raises:
+            ClientError: the scorer refused it or could not be reached.
+        """
+        answer: pb.PickResponse = self.call("Pick", pb.PickRequest(request=request, **fields))
+        return answer
+
+    def explain(self, model: str, **fields: Any) -> pb.ExplainResponse:
+        """Say block by block who holds a prompt; arguments of :func:`score_request`.
+
+        Raises:
+            ClientError: the scorer refused it or could not be reached.
+        """
+        answer: pb.ExplainResponse = self.call("Explain", score_request(model, **fields))
+        return answer
+
+    def report_decision(self, request_id: str, pod: str, **fields: Any) -> pb.ReportDecisionResponse:
+        """Tell all scorers where a request went; further fields of ``ReportDecisionRequest``.
+
+        Raises:
+            ClientError: the scorer refused it or could not be reached.
+        """
+        request = pb.ReportDecisionRequest(request_id=request_id, pod=pod, **fields)
+        answer: pb.ReportDecisionResponse = self.call("ReportDecision", request)
         return answer
 
     def list_pods(self, model: str = "", *, gone: bool = False) -> list[pb.PodInfo]:
@@ -187,6 +255,42 @@ class AsyncScorerClient:
             ClientError: the scorer refused it or could not be reached.
         """
         answer: pb.ScoreResponse = await self.call("Score", score_request(model, **fields))
+        return answer
+
+    async def score_batch(self, requests: Sequence[pb.ScoreRequest]) -> list[pb.ScoreResponse]:
+        """Score many prompts, see :func:`score_request`; an answer whose prompt cannot be scored has ``error`` set.
+
+        Raises:
+            ClientError: the scorer refused it or could not be reached.
+        """
+        return list((await self.call("ScoreBatch", pb.ScoreBatchRequest(requests=requests))).responses)
+
+    async def pick(self, request: pb.ScoreRequest, **fields: Any) -> pb.PickResponse:
+        """Choose a pod; further fields of ``PickRequest``.
+
+        Raises:
+            ClientError: the scorer refused it or could not be reached.
+        """
+        answer: pb.PickResponse = await self.call("Pick", pb.PickRequest(request=request, **fields))
+        return answer
+
+    async def explain(self, model: str, **fields: Any) -> pb.ExplainResponse:
+        """Say block by block who holds a prompt; arguments of :func:`score_request`.
+
+        Raises:
+            ClientError: the scorer refused it or could not be reached.
+        """
+        answer: pb.ExplainResponse = await self.call("Explain", score_request(model, **fields))
+        return answer
+
+    async def report_decision(self, request_id: str, pod: str, **fields: Any) -> pb.ReportDecisionResponse:
+        """Tell all scorers where a request went; further fields of ``ReportDecisionRequest``.
+
+        Raises:
+            ClientError: the scorer refused it or could not be reached.
+        """
+        request = pb.ReportDecisionRequest(request_id=request_id, pod=pod, **fields)
+        answer: pb.ReportDecisionResponse = await self.call("ReportDecision", request)
         return answer
 
     async def list_pods(self, model: str = "", *, gone: bool = False) -> list[pb.PodInfo]:

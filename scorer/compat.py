@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -9,7 +10,9 @@ import grpc
 import grpc.aio
 
 from kvatlas.bridge.errors import KvatlasError
+from kvatlas.scorer import metrics
 from kvatlas.scorer.core import Core
+from kvatlas.scorer.front import within
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.security import Guard
 from kvatlas.scorer.status import code_of
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
 
 INDEXER: Final = "indexer.v1.IndexerService"
 TOKENIZATION: Final = "tokenization.TokenizationService"
+#: Trailing metadata of GetPodScores: some partition did not answer, or a standby did.
+PARTIAL: Final = "kvatlas-partial"
+STANDBY: Final = "kvatlas-standby"
 
 
 class IndexerServicer(indexer_pb2_grpc.IndexerServiceServicer):
@@ -38,12 +44,25 @@ class IndexerServicer(indexer_pb2_grpc.IndexerServiceServicer):
     ) -> indexer_pb2.GetPodScoresResponse:
         """Score a prompt; pods without a match are absent, as there."""
         wanted = pb.ScoreRequest(model=request.model_name, prompt=request.prompt, pods=request.pod_identifiers)
+        began, code = time.perf_counter(), "UNKNOWN"
         try:
             self._guard.admit(context.invocation_metadata(), "score").check(wanted)
-            scored = await self._core.score(wanted, time.monotonic() + self._settings.deadline_ms / 1e3)
+            with self._core.gate:
+                scored = await self._core.score(wanted, within(context, self._settings))
+            code = "OK"
+        except asyncio.CancelledError:
+            code = "CANCELLED"
+            raise
         except KvatlasError as error:
+            code = code_of(error).name
             await context.abort(code_of(error), str(error))
             raise
+        finally:
+            metrics.REQUESTS.labels("GetPodScores", code).inc()
+            metrics.SECONDS.labels("GetPodScores").observe(time.perf_counter() - began)
+        # Its answer has no place for this, and a score that is too low must not look like any other.
+        flags = {PARTIAL: scored.freshness.partial, STANDBY: scored.freshness.standby}
+        context.set_trailing_metadata(tuple((name, "true") for name, on in flags.items() if on))
         ranked = sorted(scored.scores.items(), key=lambda item: (-item[1].score, item[0]))
         return indexer_pb2.GetPodScoresResponse(
             scores=[indexer_pb2.PodScore(pod=pod, score=entry.score) for pod, entry in ranked]
@@ -85,5 +104,5 @@ def add_to(
     if tracing is not None:
         indexer.GetPodScores = tracing.grpc(INDEXER, "GetPodScores", indexer.GetPodScores)
     indexer_pb2_grpc.add_IndexerServiceServicer_to_server(indexer, server)
-    tokenization_pb2_grpc.add_TokenizationServiceServicer_to_server(TokenizationServicer(pool), server)
+    tokenization_pb2_grpc.add_TokenizationServiceServicer_to_server(TokenizationServicer(pool, core.gate), server)
     return [INDEXER, TOKENIZATION]

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import NamedTuple
 
 import msgspec
 
 from kvatlas.bridge.block_key import KEY_BYTES, partition_of
 from kvatlas.bridge.errors import KvatlasError
-from kvatlas.bridge.records import DecisionRecord, PodRecord
+from kvatlas.bridge.records import GONE, DecisionRecord, PodRecord
 from kvatlas.scorer import inputs, replies
 from kvatlas.scorer.decisions import OUTCOME, Decisions, judge
 from kvatlas.scorer.errors import InputError, NotReadyError, TooLargeError, UnknownRequestError
 from kvatlas.scorer.explain import block_infos, walk_ends
+from kvatlas.scorer.gate import Gate
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.pick import choose
 from kvatlas.scorer.pods import PodTable
 from kvatlas.scorer.reader import Lookups, Seen
 from kvatlas.scorer.score import Match, Walk
 from kvatlas.scorer.status import code_of
-from kvatlas.scorer.strategies import Weighing
+from kvatlas.scorer.strategies import Weighing, full_score
 from kvatlas.scorer.tokenization.pool import TokenizerPool
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 
@@ -77,6 +78,8 @@ class Core:
 
     Attributes:
         decisions: open decisions, which hold blocks speculatively.
+        gate: holds what is worked on, over all fronts, to ``max_concurrent``.
+        watchers: holds the open streams of pods, over all fronts, to ``max_watchers``.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Core:
         clock_ns: Callable[[], int] = time.time_ns,
         observe: Callable[[str, float], None] = lambda _stage, _seconds: None,
         partition_count: Callable[[], int] = lambda: 0,
+        answered: Callable[[str, pb.ScoreResponse], None] = lambda _model, _response: None,
     ) -> None:
         """Put the parts together.
 
@@ -104,6 +108,7 @@ class Core:
             clock_ns: wall clock in ns, for ages.
             observe: told of each stage's duration in seconds.
             partition_count: partitions of ``kv-blocks``, 0 while unknown; for Explain.
+            answered: told of the model and the answer of every score, for metrics.
         """
         self.decisions = decisions or Decisions(settings)
         self._settings = settings
@@ -111,6 +116,9 @@ class Core:
         self._pool = pool
         self._clock_ns = clock_ns
         self._observe = observe
+        self._answered = answered
+        self.gate = Gate(settings.max_concurrent, "requests are worked on (max_concurrent)")
+        self.watchers = Gate(settings.max_watchers, "streams are open (max_watchers)")
         self._weighing = Weighing(settings)
         self._remembered: OrderedDict[str, Remembered] = OrderedDict()
         self._remembered_bytes = 0
@@ -180,6 +188,7 @@ class Core:
         observe("keys", hashed - tokenized)
         observe("lookup", looked)
         observe("score", done - hashed - looked)
+        self._answered(request.model, response)
         if request.request_id:
             self._remember(request, keys, response, seen)
         return Scored(index, response, keys, values, matches)
@@ -265,7 +274,9 @@ class Core:
         scored = await self.run(wanted, deadline)
         allowed = set(wanted.pods)
         pods = [r for r in self.pods.listed(wanted.model) if not allowed or r.pod in allowed]
-        response = choose(request, scored.response, pods, self._settings)
+        strategy, weights = self._weighing.of(wanted.model, wanted.strategy)
+        full = full_score(strategy, weights, scored.matches, len(scored.keys), scored.response.block_size_tokens)
+        response = choose(request, scored.response, pods, self._settings, full=full)
         if request.report and response.pod:
             self._decide(wanted.request_id, response.pod, scored, wanted.model, policy="pick", ttl_ms=0)
         return response
@@ -391,6 +402,18 @@ class Core:
         return pb.ListPodsResponse(
             pods=[self.pod_info(record) for record in self.pods.listed(request.model, gone=request.all)]
         )
+
+    async def watch_pods(self, request: pb.ListPodsRequest) -> AsyncIterator[pb.PodInfo]:
+        """Yield all pods, then each change; enter :attr:`watchers` around it."""
+        async with self.pods.watch() as changes:
+            for info in self.list_pods(request).pods:
+                yield info
+            while True:
+                record = self.pods.merged.get(await changes.get())
+                if record is None or (request.model and record.model not in ("", request.model)):
+                    continue
+                if request.all or record.state != GONE:
+                    yield self.pod_info(record)
 
     def pod_info(self, record: PodRecord) -> pb.PodInfo:
         """Return a pod as the API shows it."""

@@ -7,6 +7,7 @@
 ``POST /v1/explain``             ``Explain``
 ``POST /v1/report_decision``     ``ReportDecision``
 ``GET /v1/pods?model=&all=``     ``ListPods``
+``GET /v1/pods/watch``           ``WatchPods``, with the same query; one JSON object a line
 ===============================  =================================================
 
 Field names are those of the proto file; unknown ones are an error. Errors are ``{"error": ..., "code": ...}``.
@@ -14,6 +15,9 @@ Field names are those of the proto file; unknown ones are an error. Errors are `
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import json
 import ssl
 import time
 from collections.abc import Awaitable, Callable
@@ -23,6 +27,7 @@ from aiohttp import web
 from google.protobuf.json_format import MessageToDict, Parse, ParseError
 
 from kvatlas.bridge.errors import KvatlasError, SettingsError
+from kvatlas.scorer import metrics
 from kvatlas.scorer.core import Core
 from kvatlas.scorer.errors import AuthError, ForbiddenError, InputError, TooLargeError
 from kvatlas.scorer.options import ScorerSettings
@@ -54,7 +59,6 @@ class HttpFront:
         self._settings = settings
         self._guard = guard
         self._tracing = tracing
-        self._running = 0
         self._runner: web.AppRunner | None = None
 
     async def start(self) -> str:
@@ -75,7 +79,10 @@ class HttpFront:
         for path, (name, kind, work) in posts.items():
             app.router.add_post(f"/v1/{path}", self._handler(path, name, kind, work))
         app.router.add_get("/v1/pods", self._pods)
-        self._runner = web.AppRunner(app, access_log=None)
+        app.router.add_get("/v1/pods/watch", self._watch)
+        self._runner = web.AppRunner(
+            app, access_log=None, handler_cancellation=True, shutdown_timeout=self._settings.stop_grace_seconds
+        )
         await self._runner.setup()
         host, _, port = self._settings.http_listen.rpartition(":")
         try:
@@ -107,20 +114,24 @@ class HttpFront:
         self, path: str, name: str, kind: Any, work: Callable[[Any, float], Awaitable[Any]]
     ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def handle(request: web.Request) -> web.StreamResponse:
+            began, code = time.perf_counter(), "UNKNOWN"
             try:
                 caller = self._guard.admit(_metadata(request), ROLE_OF[name])
                 message = _parse(await _body(request, self._settings.max_message_bytes), kind)
                 caller.check(message, self._core.salt_of)
-                if self._running >= self._settings.max_concurrent:
-                    return web.json_response({"error": "too many requests", "code": "RESOURCE_EXHAUSTED"}, status=429)
-                self._running += 1
-                try:
+                with self._core.gate:
                     answer = await work(message, time.monotonic() + self._settings.deadline_ms / 1e3)
-                finally:
-                    self._running -= 1
+                code = "OK"
+                return _json(answer)
             except KvatlasError as error:
+                code = code_of(error).name
                 return _failed(error)
-            return _json(answer)
+            except asyncio.CancelledError:
+                code = "CANCELLED"
+                raise
+            finally:
+                metrics.REQUESTS.labels(name, code).inc()
+                metrics.SECONDS.labels(name).observe(time.perf_counter() - began)
 
         return handle if self._tracing is None else self._tracing.http(f"/v1/{path}", handle)
 
@@ -129,12 +140,20 @@ class HttpFront:
             self._guard.admit(_metadata(request), ROLE_OF["ListPods"])
         except (AuthError, ForbiddenError) as error:
             return _failed(error)
-        query = request.query
-        return _json(
-            self._core.list_pods(
-                pb.ListPodsRequest(model=query.get("model", ""), all=query.get("all", "") in ("1", "true"))
-            )
-        )
+        return _json(self._core.list_pods(_query(request)))
+
+    async def _watch(self, request: web.Request) -> web.StreamResponse:
+        try:
+            self._guard.admit(_metadata(request), ROLE_OF["WatchPods"])
+            with self._core.watchers:
+                answer = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+                await answer.prepare(request)
+                async with contextlib.aclosing(self._core.watch_pods(_query(request))) as infos:
+                    async for info in infos:
+                        await answer.write(json.dumps(_fields(info)).encode() + b"\n")
+                return answer
+        except KvatlasError as error:
+            return _failed(error)
 
 
 def _metadata(request: web.Request) -> list[tuple[str, str]]:
@@ -157,9 +176,20 @@ def _parse(text: str, kind: Any) -> Any:
         raise InputError(f"body: {error}") from error
 
 
+def _query(request: web.Request) -> pb.ListPodsRequest:
+    query = request.query
+    return pb.ListPodsRequest(model=query.get("model", ""), all=query.get("all", "") in ("1", "true"))
+
+
+def _fields(message: Any) -> dict[str, Any]:
+    fields: dict[str, Any] = MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    return fields
+
+
 def _json(message: Any) -> web.Response:
-    fields = MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
-    return web.json_response(fields)
+    return web.json_response(_fields(message))
 
 
 def _failed(error: KvatlasError) -> web.Response:

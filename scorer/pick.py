@@ -1,11 +1,13 @@
 """Pick: cached share of the prompt combined with load. Pure.
 
-``total = w_cache * cached share - sum over load terms (w_term * term relative to the busiest candidate)``; ties go by
-the tie-break.
+``total = w_cache * cached share - sum over load terms (w_term * term relative to the busiest candidate)``, where the
+cached share is the pod's score over that of a pod with the whole prompt, whatever the strategy.
+Ties go by the tie-break.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
@@ -27,6 +29,8 @@ def choose(
     scored: pb.ScoreResponse,
     pods: Sequence[PodRecord],
     settings: ScorerSettings,
+    *,
+    full: float,
     draw: Callable[[int], int] = random.randrange,
 ) -> pb.PickResponse:
     """Choose a pod.
@@ -36,10 +40,11 @@ def choose(
         scored: scores of the prompt.
         pods: pods that may be chosen.
         settings: weights and tie-break where the caller names none.
+        full: score of a pod that holds the whole prompt, by the strategy that made the scores.
         draw: random number below its argument, for ties.
 
     Raises:
-        InputError: a weight or tie-break that does not exist.
+        InputError: a weight or tie-break that does not exist, or a weight or load that is no finite number.
         NotReadyError: there is no pod to choose.
     """
     weights = _weights(request.weights, settings)
@@ -51,11 +56,10 @@ def choose(
         raise NotReadyError(f"no pod serves model {request.request.model!r}")
     loads = {record.pod: _load(request, record) for record in live}
     most = {term: max(load[term] for load in loads.values()) for term in LOAD_TERMS}
-    best_score = max(scored.blocks, 1)
     candidates = []
     for record in live:
         entry = scored.scores[record.pod] if record.pod in scored.scores else None  # noqa: SIM401 - a map field, get() copies none
-        terms = {CACHE: weights[CACHE] * (min(entry.score / best_score, 1.0) if entry else 0.0)}
+        terms = {CACHE: weights[CACHE] * (min(entry.score / full, 1.0) if entry and full > 0 else 0.0)}
         for term in LOAD_TERMS:
             share = loads[record.pod][term] if term == "cache_usage" else _share(loads[record.pod][term], most[term])
             terms[term] = -weights[term] * share
@@ -91,6 +95,8 @@ def _weights(given: Mapping[str, float], settings: ScorerSettings) -> dict[str, 
     for term, weight in given.items():
         if term not in weights:
             raise InputError(f"weights: {term!r} is not one of {', '.join(weights)}")
+        if not math.isfinite(weight):
+            raise InputError(f"weights: {term} is {weight}; a finite number is wanted")
         weights[term] = weight
     return weights
 
@@ -98,8 +104,12 @@ def _weights(given: Mapping[str, float], settings: ScorerSettings) -> dict[str, 
 def _load(request: pb.PickRequest, record: PodRecord) -> dict[str, float]:
     if record.pod in request.load:
         given = request.load[record.pod]
-        return {term: max(float(getattr(given, term)), 0.0) for term in LOAD_TERMS}
-    return {term: max(record.load.get(term, 0.0), 0.0) for term in LOAD_TERMS}
+        load = {term: float(getattr(given, term)) for term in LOAD_TERMS}
+        if wrong := [term for term, value in load.items() if not math.isfinite(value)]:
+            raise InputError(f"load of {record.pod!r}: {wrong[0]} is {load[wrong[0]]}; a finite number is wanted")
+    else:
+        load = {term: record.load.get(term, 0.0) for term in LOAD_TERMS}
+    return {term: max(value, 0.0) if math.isfinite(value) else 0.0 for term, value in load.items()}
 
 
 def _share(value: float, most: float) -> float:

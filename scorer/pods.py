@@ -11,7 +11,6 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
-from typing import Final
 
 from kvatlas.bridge.errors import WireError
 from kvatlas.bridge.records import (
@@ -29,8 +28,6 @@ from kvatlas.scorer.score import Fleet
 
 log = logging.getLogger(__name__)
 
-_WATCH_QUEUE: Final = 10_000
-
 
 def _meaning(record: PodRecord) -> tuple[object, ...]:
     """Return what the fleet reads of a record."""
@@ -45,6 +42,31 @@ def _meaning(record: PodRecord) -> tuple[object, ...]:
         record.approximate,
         tuple(sorted(record.groups.items())),
     )
+
+
+class Changes:
+    """Names of pods that have changed and were not taken yet, each once: a slow reader misses repetitions only."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, None] = {}
+        self._filled = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def put(self, name: str) -> None:
+        """Note that a pod has changed."""
+        self._names[name] = None
+        self._filled.set()
+
+    async def get(self) -> str:
+        """Return the name that has waited longest, once there is one."""
+        while not self._names:
+            self._filled.clear()
+            await self._filled.wait()
+        name = next(iter(self._names))
+        del self._names[name]
+        return name
 
 
 class PodTable:
@@ -65,7 +87,7 @@ class PodTable:
         self._names: dict[int, str] = {}
         self._block_size_tokens = block_size_tokens
         self._fleet: Fleet | None = None
-        self._watchers: set[asyncio.Queue[str | None]] = set()
+        self._watchers: set[Changes] = set()
 
     @property
     def fleet(self) -> Fleet:
@@ -122,9 +144,8 @@ class PodTable:
         self.merged[name] = after
         if before is None or _meaning(before) != _meaning(after):
             self._fleet = None
-        for queue in self._watchers:
-            if queue.qsize() < _WATCH_QUEUE:
-                queue.put_nowait(name)
+        for changes in self._watchers:
+            changes.put(name)
 
     def _remove(self, writer: str, name: str) -> None:
         parts = self._parts.get(name)
@@ -153,14 +174,14 @@ class PodTable:
         ]
 
     @asynccontextmanager
-    async def watch(self) -> AsyncIterator[asyncio.Queue[str | None]]:
-        """Give a queue of the names of pods that change; a watcher that falls far behind misses repetitions only."""
-        queue: asyncio.Queue[str | None] = asyncio.Queue()
-        self._watchers.add(queue)
+    async def watch(self) -> AsyncIterator[Changes]:
+        """Give the names of pods that change from now on."""
+        changes = Changes()
+        self._watchers.add(changes)
         try:
-            yield queue
+            yield changes
         finally:
-            self._watchers.discard(queue)
+            self._watchers.discard(changes)
 
     def adopt_watchers(self, other: PodTable) -> None:
         """Let the watchers of another table hear of changes here too: it is about to be replaced by this one."""

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _HOUSEKEEPING_SECONDS: Final = 1.0
+#: Decisions on their way to Kafka at once; more are not published.
+_MOST_SENDING: Final = 10_000
 
 
 def _socket_target(path: str) -> str:
@@ -132,6 +134,7 @@ class ScorerService:
             clock_ns=clock_ns,
             observe=_observe if tracing is None else lambda stage, seconds: _traced(tracing, stage, seconds),
             partition_count=index.partition_count,
+            answered=metrics.answered,
         )
         self._guard = Guard.from_settings(settings)
         self._telemetry = Telemetry(settings.telemetry_listen)
@@ -147,6 +150,7 @@ class ScorerService:
         self._http: Any = None
         self._producer: AIOKafkaProducer | None = None
         self._producer_lock = asyncio.Lock()
+        self._sending = 0
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def _reader(self, name: str) -> VersionReader:
@@ -280,7 +284,10 @@ class ScorerService:
             await asyncio.sleep(_HOUSEKEEPING_SECONDS if why is None else 0.05)
 
     def _publish(self, record: records.DecisionRecord) -> None:
-        self._spawn(self._send(record))
+        if self._sending < _MOST_SENDING:
+            self._spawn(self._send(record))
+        else:  # Kafka is away and must not fill the memory
+            metrics.DECISIONS_LOST.inc()
         if self._settings.outcome_delay_ms:
             self._spawn(self._join(record))
 
@@ -288,20 +295,25 @@ class ScorerService:
         """Wait, then say what came of a decision."""
         await asyncio.sleep(self._settings.outcome_delay_ms / 1e3)
         outcome = await self.core.judge(record)
-        metrics.PREDICTED_BLOCKS.labels(record.model).inc(record.predicted_blocks)
-        metrics.REAL_BLOCKS.labels(record.model).inc(max(outcome.real_blocks, 0))
-        metrics.OUTCOMES.labels(record.model, outcome.outcome or "unknown").inc()
+        model = metrics.model_label(record.model, held=record.predicted_blocks > 0 or outcome.real_blocks > 0)
+        metrics.PREDICTED_BLOCKS.labels(model).inc(record.predicted_blocks)
+        metrics.REAL_BLOCKS.labels(model).inc(max(outcome.real_blocks, 0))
+        metrics.OUTCOMES.labels(model, outcome.outcome or "unknown").inc()
         await self._send(outcome)
 
     async def _send(self, record: records.DecisionRecord) -> None:
+        self._sending += 1
         try:
             producer = await self._started_producer()
-            await producer.send(
+            # With its acknowledgement: what Kafka refuses later is lost as well, and counted.
+            await producer.send_and_wait(
                 self._kafka.topic(records.DECISIONS), value=records.encode(record), key=record.request_id.encode()
             )
         except (KafkaError, OSError) as error:
             metrics.DECISIONS_LOST.inc()
             log.warning("decision %s was not published: %s", record.request_id, error)
+        finally:
+            self._sending -= 1
 
     async def _started_producer(self) -> AIOKafkaProducer:
         async with self._producer_lock:
@@ -310,7 +322,11 @@ class ScorerService:
                     **client_config(self._kafka, f"kvatlas-scorer-{self._settings.name}"),
                     max_request_size=32 * 1024 * 1024,
                 )
-                await producer.start()
+                try:
+                    await producer.start()
+                except BaseException:
+                    await producer.stop()
+                    raise
                 self._producer = producer
             return self._producer
 
@@ -332,8 +348,9 @@ class ScorerService:
             await self._server.stop(self._settings.stop_grace_seconds)
         for task in list(self._tasks):
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        for ended in await asyncio.gather(*self._tasks, return_exceptions=True):
+            if isinstance(ended, Exception):  # what is left must be closed all the same
+                log.error("a task of the scorer had failed: %r", ended)
         await asyncio.gather(self._decided.stop(), self._versions.stop())
         if self._producer is not None:
             with contextlib.suppress(KafkaError):

@@ -75,6 +75,24 @@ STRATEGIES: Final[dict[str, Strategy]] = {
 }
 
 
+def full_score(
+    strategy: Strategy, weights: Weights, matches: Sequence[Match], blocks: int, block_size_tokens: int
+) -> float:
+    """Return what a strategy gives a pod that holds a whole prompt on its best tier; 0 where no pod holds any of it."""
+    if not matches:
+        return 0.0
+    best = max(weights.gpu, weights.cpu, weights.disk, weights.shared, weights.unknown)
+    whole = matches[0]._replace(
+        blocks=blocks,
+        tokens=blocks * block_size_tokens,
+        score=best * blocks,
+        tiers={"gpu": blocks},
+        suspect=0,
+        speculative=0,
+    )
+    return strategy.score(whole, blocks)
+
+
 def register(name: str, strategy: Strategy) -> None:
     """Add a strategy of your own under a name."""
     STRATEGIES[name] = strategy

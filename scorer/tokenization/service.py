@@ -8,6 +8,7 @@ error; so that a client of ours can tell them apart all the same, their kind is 
 from __future__ import annotations
 
 import uuid
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from kvatlas.bridge.errors import KvatlasError
@@ -26,15 +27,18 @@ _Context = Any
 class TokenizationServicer(tokenization_pb2_grpc.TokenizationServiceServicer):
     """Answers with the pool's tokenizers."""
 
-    def __init__(self, pool: TokenizerPool) -> None:
+    def __init__(self, pool: TokenizerPool, gate: AbstractContextManager[Any] | None = None) -> None:
+        """Take the pool, and what refuses calls where too many are worked on (None: nothing)."""
         self._pool = pool
+        self._gate = gate or nullcontext()
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:  # noqa: N802
         """Text to token ids, with each token's place in the text."""
         try:
-            encoded = await self._pool.encode(
-                request.model_name, request.input, add_special_tokens=request.add_special_tokens, offsets=True
-            )
+            with self._gate:
+                encoded = await self._pool.encode(
+                    request.model_name, request.input, add_special_tokens=request.add_special_tokens, offsets=True
+                )
         except KvatlasError as error:
             return pb.TokenizeResponse(error_message=_told(error, context))
         places = [end for pair in encoded.offsets or () for end in pair]
@@ -45,7 +49,8 @@ class TokenizationServicer(tokenization_pb2_grpc.TokenizationServiceServicer):
     ) -> pb.ChatTemplateResponse:
         """A chat to text."""
         try:
-            rendered = await self._pool.render_chat(request.model_name, convert.chat_of_template_request(request))
+            with self._gate:
+                rendered = await self._pool.render_chat(request.model_name, convert.chat_of_template_request(request))
         except KvatlasError as error:
             return pb.ChatTemplateResponse(error_message=_told(error, context))
         return pb.ChatTemplateResponse(rendered_prompt=rendered.text, success=True)
@@ -55,7 +60,8 @@ class TokenizationServicer(tokenization_pb2_grpc.TokenizationServiceServicer):
     ) -> pb.InitializeTokenizerResponse:
         """Load a model now; how chats are rendered is said with each chat."""
         try:
-            await self._pool.load(request.model_name)
+            with self._gate:
+                await self._pool.load(request.model_name)
         except KvatlasError as error:
             return pb.InitializeTokenizerResponse(error_message=_told(error, context))
         return pb.InitializeTokenizerResponse(success=True)
@@ -65,7 +71,8 @@ class TokenizationServicer(tokenization_pb2_grpc.TokenizationServiceServicer):
     ) -> pb.RenderChatCompletionResponse:
         """A chat to token ids."""
         try:
-            encoded: Encoded = await self._pool.encode_chat(request.model_name, convert.chat_of_completion(request))
+            with self._gate:
+                encoded: Encoded = await self._pool.encode_chat(request.model_name, convert.chat_of_completion(request))
         except KvatlasError as error:
             return pb.RenderChatCompletionResponse(error_message=_told(error, context))
         return pb.RenderChatCompletionResponse(
@@ -77,7 +84,8 @@ class TokenizationServicer(tokenization_pb2_grpc.TokenizationServiceServicer):
     ) -> pb.RenderCompletionResponse:
         """A prompt to token ids, special tokens added."""
         try:
-            encoded = await self._pool.encode(request.model_name, request.prompt)
+            with self._gate:
+                encoded = await self._pool.encode(request.model_name, request.prompt)
         except KvatlasError as error:
             return pb.RenderCompletionResponse(error_message=_told(error, context))
         return pb.RenderCompletionResponse(

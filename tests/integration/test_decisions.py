@@ -80,7 +80,7 @@ class Pair:
         await consumer.start()
         found: dict[str, DecisionRecord] = {}
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(60):
                 while len(found) < count:
                     for messages in (await consumer.getmany(timeout_ms=200)).values():
                         records = (decode(DecisionRecord, message.value) for message in messages)
@@ -120,7 +120,7 @@ async def pair(brokers: str, topic_prefix: str) -> AsyncIterator[Pair]:
         try:
             for scorer in scorers:
                 await scorer.start()
-                await asyncio.wait_for(scorer.ready.wait(), 30)
+                await asyncio.wait_for(scorer.ready.wait(), 60)
             async with AsyncScorerClient(scorers[0].address) as one, AsyncScorerClient(scorers[1].address) as two:
                 made.one, made.two = one, two
                 yield made
@@ -131,7 +131,7 @@ async def pair(brokers: str, topic_prefix: str) -> AsyncIterator[Pair]:
 
 
 async def _until(wanted: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not await wanted():
             await asyncio.sleep(0.05)
 
@@ -142,16 +142,17 @@ def _decision(request_id: str, pod: str, tokens: list[int], **fields: Any) -> pb
 
 async def test_a_decision_reported_to_one_scorer_holds_at_the_other_until_it_ends(pair: Pair) -> None:
     """B sees the speculative blocks soon, no longer than their time, and not past the end of the pod's epoch."""
-    short, _ = pair.prompt()
-    answer = await pair.one.call("ReportDecision", _decision("short", "a", short, ttl_ms=3_000))
+    held, _ = pair.prompt()
+    await pair.one.call("ReportDecision", _decision("held", "a", held, ttl_ms=60_000))
 
-    async def held() -> bool:
-        return await pair.speculative(pair.two, "a", short) == 6
+    async def shared() -> bool:
+        return await pair.speculative(pair.two, "a", held) == 6
 
-    await _until(held)
-    assert time.time_ns() < answer.expires_ns
-    picked = await pair.two.call("Pick", pb.PickRequest(request=score_request("m", tokens=short)))
+    await _until(shared)
+    picked = await pair.two.call("Pick", pb.PickRequest(request=score_request("m", tokens=held)))
     assert picked.pod == "a"  # the rest of a burst follows the first request
+    short, _ = pair.prompt()
+    answer = await pair.one.call("ReportDecision", _decision("short", "a", short, ttl_ms=1_000))
     await asyncio.sleep(max(answer.expires_ns - time.time_ns(), 0) / 1e9 + 0.01)
     assert [await pair.speculative(client, "a", short) for client in (pair.one, pair.two)] == [0, 0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import subprocess
 import sys
@@ -99,14 +100,19 @@ class Router:
 
     def __init__(self, pool: descriptor_pool.DescriptorPool, channel: grpc.aio.Channel) -> None:
         self._pool, self._channel = pool, channel
+        self.rig: Rig
+        self.trailing: dict[str, str] = {}
 
     async def call(self, service: str, method: str, **fields: Any) -> Any:
         """Call an RPC; fields as in the definition, messages as dicts."""
         found = self._pool.FindServiceByName(service).FindMethodByName(method)
         request = message_factory.GetMessageClass(found.input_type)(**fields)
-        answer = message_factory.GetMessageClass(found.output_type)
-        call = self._channel.unary_unary(f"/{service}/{method}", response_deserializer=answer.FromString)
-        return await call(request.SerializeToString())
+        kind = message_factory.GetMessageClass(found.output_type)
+        call = self._channel.unary_unary(f"/{service}/{method}", response_deserializer=kind.FromString)
+        running = call(request.SerializeToString())
+        answer = await running
+        self.trailing = dict(await running.trailing_metadata())
+        return answer
 
     async def tokenization(self, method: str, **fields: Any) -> Any:
         """Call the tokenization service."""
@@ -154,7 +160,9 @@ async def router(
         rig.stack.push_async_callback(server.stop, 0)
         address = target if request.param == "unix" else f"127.0.0.1:{port}"
         async with grpc.aio.insecure_channel(address) as channel:
-            yield Router(definitions, channel)
+            made = Router(definitions, channel)
+            made.rig = rig
+            yield made
         await rig.router.close()
     await asyncio.to_thread(tokenizers.close)
 
@@ -248,3 +256,30 @@ async def test_render_chat_completion(router: Router) -> None:
     assert list(own.token_ids) == _ids("fend")
     bad = await router.tokenization("RenderChatCompletion", **chat, tools_json="{")
     assert (bad.success, "tools_json" in bad.error_message) == (False, True)
+
+
+async def test_scores_that_may_be_too_low_are_flagged(router: Router) -> None:
+    """Its answer has no place for it, so trailing metadata says that a partition was silent or a standby answered."""
+    await router.scores(prompt=PROMPT, model_name="m")
+    assert "kvatlas-partial" not in router.trailing
+    rig = router.rig
+    rig.workers.apply(b"w0", None)
+    rig.announce("gone", "127.0.0.1:1", list(range(PARTITIONS)))
+    assert await router.scores(prompt=PROMPT, model_name="m") == []
+    assert router.trailing["kvatlas-partial"] == "true"
+    await rig.worker(Index("w1", rig.table, set(range(PARTITIONS)), role=2), standby=True)
+    assert await router.scores(prompt=PROMPT, model_name="m") == [("a", 3.0), ("b", 1.0)]
+    assert {name for name in router.trailing if name.startswith("kvatlas")} == {"kvatlas-standby"}
+
+
+async def test_the_limit_of_concurrency_holds_for_all_fronts_together(router: Router) -> None:
+    """With as much at work as allowed, scores are refused by status and tokenizing in the answer."""
+    with contextlib.ExitStack() as full:
+        for _ in range(router.rig.settings.max_concurrent):
+            full.enter_context(router.rig.core.gate)
+        with pytest.raises(grpc.aio.AioRpcError, match="max_concurrent") as caught:
+            await router.scores(prompt=PROMPT, model_name="m")
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        refused = await router.tokenization("RenderCompletion", model_name="m", prompt=PROMPT)
+        assert (refused.success, "max_concurrent" in refused.error_message) == (False, True)
+    assert (await router.tokenization("RenderCompletion", model_name="m", prompt=PROMPT)).success

@@ -40,7 +40,7 @@ class Curl:
 @pytest.fixture
 async def curl() -> AsyncIterator[Curl]:
     """A front with one worker and pods a (10 blocks) and b (4 blocks)."""
-    rig = Rig(http_listen="127.0.0.1:0", max_message_bytes=4096, max_tokens=500, max_concurrent=2)
+    rig = Rig(http_listen="127.0.0.1:0", max_message_bytes=4096, max_tokens=500, max_concurrent=2, max_watchers=1)
     async with rig.stack:
         rig.pod("a", 10)
         rig.pod("b", 4)
@@ -116,6 +116,21 @@ async def test_pods(curl: Curl) -> None:
     ):
         status, found = await curl.get(path)
         assert (status, [pod["pod"] for pod in found["pods"]]) == (200, names)
+
+
+async def test_watch_pods(curl: Curl) -> None:
+    """All pods, a line each, then each change; one stream too many is refused, and one that was left does not count."""
+    url = f"http://{curl._address}/v1/pods/watch?model=m"
+    async with curl._session.get(url) as reply:
+        assert (reply.status, reply.content_type) == (200, "application/x-ndjson")
+        assert [json.loads(await reply.content.readline())["pod"] for _ in range(2)] == ["a", "b"]
+        curl.rig.pod("c", 0)
+        assert json.loads(await reply.content.readline())["pod"] == "c"
+        async with curl._session.get(url) as refused:
+            assert (refused.status, (await refused.json())["code"]) == (429, "RESOURCE_EXHAUSTED")
+    async with asyncio.timeout(60):
+        while curl.rig.core.watchers.inside:
+            await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize(

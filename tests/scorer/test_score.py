@@ -254,3 +254,81 @@ def test_equal_neighbours_are_worked_out_once():
     assert not steps.feed(values)
     assert [m.blocks for m in steps.matches()] == [512] * 8
     assert (runs, len(scene._memo)) == ([512], 1)
+
+
+GROUP = st.one_of(
+    st.just(GroupSpec(Kind.FULL, 0, SIZE)),
+    st.just(GroupSpec(Kind.MAMBA, 0, SIZE)),
+    st.just(GroupSpec(Kind.CROSS, 0, SIZE)),
+    st.sampled_from([1, 17, 33, 64]).map(lambda window: GroupSpec(Kind.SLIDING_WINDOW, window, SIZE)),
+    st.sampled_from([32, 48, 40]).map(lambda chunk: GroupSpec(Kind.CHUNKED_LOCAL, chunk, SIZE)),
+)
+KINDS = ("a", "b")
+
+
+def needed(spec: GroupSpec, match: int) -> range:
+    """Return the blocks that a group must hold for a match of so many."""
+    if spec.kind == Kind.CROSS:
+        return range(0)
+    if spec.kind == Kind.MAMBA:
+        return range(match - 1, match)
+    if spec.kind == Kind.SLIDING_WINDOW:
+        return range(max(match - math.ceil((spec.window_tokens - 1) / SIZE), 0), match)
+    if spec.kind == Kind.CHUNKED_LOCAL:
+        return range(match * SIZE // spec.window_tokens * spec.window_tokens // SIZE, match)
+    return range(match)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    blocks=st.lists(st.sets(st.tuples(st.sampled_from(KINDS), st.sampled_from([0, 1, 2]))), max_size=12),
+    repeat=st.lists(st.integers(1, 3), min_size=12, max_size=12),
+    groups=st.lists(st.lists(GROUP, min_size=1, max_size=3), min_size=2, max_size=2),
+    engine=st.sampled_from([SIZE, 2 * SIZE]),
+    silent=st.none() | st.integers(0, 20),
+    usable=st.booleans(),
+    cuts=st.lists(st.integers(1, 5), min_size=40, max_size=40),
+)
+def test_every_kind_of_group_matches_as_far_as_a_search_says(blocks, repeat, groups, engine, silent, usable, cuts):
+    """The match is the longest that all groups allow, whole or cut with an early end; less only where it is flagged."""
+    values: list[bytes | None] = []
+    for held, times in zip(blocks, repeat, strict=False):
+        values += [value(*(on(name, group=group) for name, group in sorted(held)))] * times
+    records = [
+        PodRecord(pod=name, writer="streams", model="m", block_size_tokens=engine, groups=dict(enumerate(specs)))
+        for name, specs in zip(KINDS, groups, strict=True)
+    ]
+    tokens = len(values) * SIZE
+    limit = max(tokens - 1, 0) // engine * engine // SIZE if usable else len(values)
+    expected = {}
+    for record in records:
+        if all(spec.kind == Kind.CROSS for spec in record.groups.values()):
+            continue  # nothing is known of such a pod's blocks: any group counts
+        held = {
+            (n, g)
+            for n, v in enumerate(values)
+            for h in holders(v or b"")
+            for g in [h.group]
+            if h.pod_ref == pod_ref(record.pod)
+        }
+        for match in range(limit // (engine // SIZE) * (engine // SIZE), 0, -(engine // SIZE)):
+            if all((n, g) in held for g, spec in record.groups.items() for n in needed(spec, match)):
+                expected[record.pod] = match
+                break
+    scene = Fleet(records, SIZE).scene("m", Weights())
+    if silent is not None and silent < len(values):
+        values[silent] = None
+    steps = Walk(scene, tokens, whole_prompt=not usable)
+    at = 0
+    for cut in cuts:
+        if at >= len(values) or not steps.feed(values[at : at + cut]):
+            break
+        at += cut
+    matches, partial = walk(values, scene, tokens, whole_prompt=not usable)
+    assert partial == steps.partial
+    for found in (matches, steps.matches()):
+        got = {m.pod.name: m.blocks for m in found if m.pod.name in expected or m.pod.full is not None}
+        if partial:
+            assert all(blocks <= expected.get(name, 0) for name, blocks in got.items())
+        else:
+            assert got == expected
