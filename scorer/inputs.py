@@ -16,6 +16,8 @@ from kvatlas.scorer.tokenization.pool import TokenizerPool
 from kvatlas.scorer.tokenization.records import ChatInput, Truncation
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 
+#: So often may multimodal items cover a prompt, on average: sound lies within video, nothing within a hundred items.
+_DEEPEST: Final = 8
 _SIDES: Final = {"": None, "left": "left", "right": "right"}
 
 
@@ -59,6 +61,8 @@ async def tokens_of(request: pb.ScoreRequest, settings: ScorerSettings, pool: To
     ]
     if len(forms) > 1:
         raise InputError(f"give one form of input, not {' and '.join(forms)}")
+    if request.truncate_tokens and request.multimodal:
+        raise InputError("truncate_tokens: not together with multimodal, whose places are those of the whole prompt")
     if not request.model:
         raise InputError("model: missing; block keys differ by model")
     if not forms:
@@ -162,6 +166,7 @@ def keys_of(request: pb.ScoreRequest, packed: bytes, block_size_tokens: int) -> 
 
     Raises:
         InputError: a multimodal item lies outside the prompt.
+        TooLargeError: the items overlap too much.
     """
     count = len(packed) // TOKEN_BYTES
     blocks = blocks_to_ask(count, block_size_tokens, whole_prompt=not request.usable_only)
@@ -179,4 +184,9 @@ def _items(items: Sequence[pb.MultimodalItem], tokens: int) -> list[tuple[str, i
                 f"multimodal[{number}]: needs an identifier and a range inside the prompt of {tokens} tokens, "
                 f"has offset {item.offset} and length {item.length}"
             )
+    covered = sum(item.length for item in items)
+    if covered > _DEEPEST * tokens:
+        raise TooLargeError(
+            f"multimodal: the items cover {covered} tokens of a prompt of {tokens}; they overlap too much"
+        )
     return [(item.identifier, item.offset, item.length) for item in items]

@@ -82,6 +82,25 @@ async def test_errors_have_the_right_status(rig: Rig) -> None:
     assert await code("ReportDecision", pb.ReportDecisionRequest(request_id="r", pod="a")) == "FAILED_PRECONDITION"
 
 
+async def test_multimodal_items_have_bounds(rig: Rig) -> None:
+    """Items outside of the prompt, with truncation, or stacked a hundred deep are refused; two on one place are not."""
+    await rig.worker(Index("w0", rig.table, set(range(PARTITIONS))))
+    client = await rig.client()
+
+    async def code(*places: tuple[int, int], **fields: Any) -> str:
+        items = [pb.MultimodalItem(identifier="x", offset=offset, length=length) for offset, length in places]
+        try:
+            await client.score("m", tokens=TOKENS, multimodal=items, **fields)
+        except ClientError as error:
+            return error.code
+        return "OK"
+
+    assert await code((0, 160), (0, 160)) == "OK"
+    assert await code((0, 161)) == await code((0, 0)) == "INVALID_ARGUMENT"
+    assert await code((0, 16), truncate_tokens=32) == "INVALID_ARGUMENT"
+    assert await code(*[(0, 160)] * 100) == "RESOURCE_EXHAUSTED"
+
+
 async def test_a_decision_holds_blocks_for_the_next_request_until_it_expires(rig: Rig) -> None:
     """A reported decision scores speculatively at once, is published, and ends with time or the pod's epoch."""
     rig.pod("a", 0)
