@@ -131,8 +131,8 @@ class PodTable:
             log.error("pod %s has the same 64-bit reference as pod %s and is not scored: rename it", name, known)
         parts = self._parts.setdefault(name, {})
         before = self.merged.get(name)
-        if writer == WRITER_STREAMS and (old := parts.get(writer)) is not None and record.epoch < old.epoch:
-            return  # a late record of an earlier owner of the partition: epochs only grow
+        if (old := parts.get(writer)) is not None and record.epoch < old.epoch:
+            return  # a late record of an earlier owner of the partition or pod: epochs only grow
         parts[writer] = record
         self._changed(name, before, merge_pod(parts.get(WRITER_BRIDGE), parts.get(WRITER_STREAMS)))
 

@@ -40,13 +40,15 @@ def test_the_fleet_is_built_anew_only_when_a_meaning_changes():
 def test_late_unreadable_and_removed_records():
     """A record of an older epoch changes nothing, one that cannot be read is counted, tombstones remove the pod."""
     pods = PodTable()
-    put(pods, "streams", "a", epoch=9, valid_from=9)
-    put(pods, "streams", "a", epoch=8, valid_from=8)
-    assert pods.merged["a"].epoch == 9
+    for writer in ("bridge", "streams"):
+        put(pods, writer, "a", epoch=9, valid_from=9)
+        put(pods, writer, "a", epoch=8, valid_from=8)
+        assert (pods.merged["a"].epoch, pods.parts("a")[writer].valid_from) == (9, 9)
     pods.apply(b"streams|a", b"\xc1")
     pods.apply(b"nobody|a", b"x")
     assert pods.rejected == 2
     pods.apply(b"streams|a", None)
+    pods.apply(b"bridge|a", None)
     assert not pods.merged
 
 
