@@ -46,7 +46,11 @@ class WorkerBook:
             self._records.pop(worker, None)
 
     def owner(self, partition: int, besides: str) -> str:
-        """Return the endpoint of the newest other worker that owns a partition, empty when nobody says so."""
+        """Return the endpoint of the other worker that owns a partition, empty when nobody says so.
+
+        Of several that say so the one with the latest assignment: a worker that died, or stood still and has just gone
+        on, may still say what was true before.
+        """
         now = self._clock()
         claims = [
             record
@@ -55,7 +59,7 @@ class WorkerBook:
             and record.expires_ns > now
             and (partition in record.partitions or partition in record.restoring)
         ]
-        return max(claims, key=lambda record: record.updated_ns).endpoint if claims else ""
+        return max(claims, key=lambda record: (record.generation, record.updated_ns)).endpoint if claims else ""
 
     def workers(self) -> Iterable[WorkerRecord]:
         """Return the records of all workers, expired ones too."""

@@ -40,8 +40,11 @@ class BytesCache:
         return self._young_bytes + self._old_bytes
 
     def resize(self, max_bytes: int) -> None:
-        """Set a new bound; it holds from the next turn of generations."""
+        """Set a new bound; the old generation goes at once where it is above it, the young one at its next turn."""
         self._half = max_bytes // 2
+        if self._old_bytes > self._half:
+            self.old = {}
+            self._old_bytes = 0
         if self._young_bytes > self._half:
             self._turn()
 

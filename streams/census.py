@@ -7,6 +7,7 @@ space, is the whole. A partition with fewer entries than the sample is counted e
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import secrets
 from collections import Counter
@@ -18,6 +19,7 @@ from kvatlas.bridge.block_key import KEY_BYTES
 from kvatlas.bridge.events import Tier
 from kvatlas.streams import metrics
 from kvatlas.streams.codec import HOLDER
+from kvatlas.streams.errors import GoneError
 from kvatlas.streams.index import Validity, is_meta, live_holders
 from kvatlas.streams.store import PartitionState, Role
 
@@ -76,7 +78,8 @@ class Census:
         """Count until cancelled."""
         while True:
             await asyncio.sleep(self._interval)
-            await self.take()
+            with contextlib.suppress(GoneError):  # a partition went elsewhere meanwhile; the next count is without it
+                await self.take()
 
     async def take(self) -> None:
         """Count once."""

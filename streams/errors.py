@@ -8,6 +8,7 @@
         ├── StoreError          the local RocksDB state cannot be used
         ├── ChangelogError      a changelog batch was not acknowledged (retriable)
         ├── FencedError         another worker took a partition over while this one stood still
+        ├── GoneError           a partition's local state was closed, it is another worker's now (retriable)
         ├── RestoreError        the changelog could not be read to its end (retriable)
         ├── UncertainError      this worker may have been counted out of its group (retriable)
         └── WorkerCrashError    the Faust app died; the service starts a new one (retriable)
@@ -38,6 +39,12 @@ class ChangelogError(StreamsError):
 
 class FencedError(StreamsError):
     """Another worker has claimed a partition that this one still took for its own; its app must start anew."""
+
+
+class GoneError(StreamsError):
+    """A partition's local state was closed under whoever still worked on it: it is another worker's now."""
+
+    retriable = True
 
 
 class RestoreError(StreamsError):

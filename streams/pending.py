@@ -92,7 +92,7 @@ class Pending:
 
     def drop(self) -> None:
         """Forget what is not committed: it is applied again by whoever owns the partition next."""
-        self.view = self._table.view(self._partition)
+        self.view = PartitionView(self._state)  # the table would open a partition again that went elsewhere meanwhile
         self._committing = None
         self._records = self._updates = 0
         self._source_offset = -1

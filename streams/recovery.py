@@ -20,7 +20,7 @@ from faust.types import TP
 from mode import get_logger
 
 from kvatlas.streams import metrics
-from kvatlas.streams.errors import StreamsError
+from kvatlas.streams.errors import GoneError, StreamsError
 from kvatlas.streams.store import PartitionState, Role
 
 logger = get_logger(__name__)
@@ -80,6 +80,9 @@ class BulkRecovery(Recovery):
             assignor = self.app.assignor
             actives = self._states(assignor.assigned_actives())
             standbys = self._states(assignor.assigned_standbys())
+            for state in (*actives.values(), *standbys.values()):
+                async with state.lock:  # who began to write as their owner ends first, and sees then that it is not
+                    pass
             await self.app.producer.flush()  # a batch of ours in flight belongs before the end that is read
             await self._restore(actives)
             revoked, self._revoked = self._revoked, frozenset()
@@ -90,13 +93,19 @@ class BulkRecovery(Recovery):
                 if state.role is Role.ACTIVE:
                     state.role = Role.STANDBY
             if standbys:
-                self._followers = asyncio.create_task(
-                    self.app.reader.follow(standbys, self._standby_caught_up), name="standbys"
-                )
+                self._followers = asyncio.create_task(self._follow(standbys), name="standbys")
             self.app.on_roles_changed()
         except asyncio.CancelledError:
             raise
         except Exception as error:  # noqa: BLE001 # whatever it is, the app must not run on half a restore
+            await self.app.crash(error)
+
+    async def _follow(self, standbys: dict[TopicPartition, PartitionState]) -> None:
+        try:
+            await self.app.reader.follow(standbys, self._standby_caught_up)
+        except GoneError:  # Faust closes tables before it tells us of the rebalance, which ends this in a moment
+            logger.debug("standby partitions are followed anew after the rebalance")
+        except Exception as error:  # noqa: BLE001 # copies that nobody follows must not be answered from
             await self.app.crash(error)
 
     def _standby_caught_up(self) -> None:

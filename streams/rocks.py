@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any, Final
 
 import rocksdict
+from mode import get_logger
 
 from kvatlas.streams.errors import StoreError
+
+logger = get_logger(__name__)
 
 _BLOOM_BITS: Final = 10
 _BLOCK_BYTES: Final = 8 * 1024
@@ -56,8 +60,13 @@ class RocksBudget:
         return options
 
 
-def open_database(path: Path, budget: RocksBudget) -> Any:
+def open_database(path: Path, budget: RocksBudget, *, replace_damaged: bool = False) -> Any:
     """Open a partition's database, waiting a little for a former owner to let go of its lock.
+
+    Args:
+        path: its folder.
+        budget: memory that it shares with others.
+        replace_damaged: throw a damaged one away and begin with an empty one, for whoever has it all elsewhere.
 
     Raises:
         StoreError: it is locked by another process or cannot be read.
@@ -69,6 +78,10 @@ def open_database(path: Path, budget: RocksBudget) -> Any:
         except Exception as error:  # rocksdict raises bare Exception
             if "lock" in str(error).lower() and attempt < _OPEN_RETRIES - 1:
                 time.sleep(_OPEN_RETRY_SECONDS)
+                continue
+            if replace_damaged and "Corruption" in str(error) and not attempt:
+                logger.warning("%s is damaged and is thrown away, to be rebuilt from its changelog: %s", path, error)
+                shutil.rmtree(path, ignore_errors=True)
                 continue
             raise StoreError(
                 f"cannot open the table partition in {path}: {error}. Stop the process that uses it, or remove the "

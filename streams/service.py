@@ -79,6 +79,7 @@ class WorkerService:
         self._crashed: asyncio.Future[BaseException] | None = None
         self._server: LookupServer | None = None
         self._announcer: Announcer | None = None
+        self._announcing: asyncio.Task[None] | None = None
         self._telemetry = Telemetry(settings.telemetry_listen)
         self._census = Census(self._index_states, self.pods.pods, interval_seconds=settings.census_seconds)
         self._followers: list[TopicFollower] = []
@@ -153,10 +154,12 @@ class WorkerService:
     async def _farewell(self) -> None:
         assert self._announcer is not None
         assert self._app is not None
+        if self._announcing is not None:
+            self._announcing.cancel()  # nothing may be announced after the goodbye
         try:
             if self._app.publisher is not None:
                 await asyncio.wait_for(self._app.publisher.flush(everything=True), 1.0)
-            await asyncio.wait_for(self._announcer.withdraw(), 1.0)
+            await asyncio.wait_for(self._announcer.withdraw(), 2.0)
         except Exception as error:  # noqa: BLE001 # the brokers may be away; the record expires by itself
             logger.warning("kv-workers: could not say goodbye: %r", error)
 
@@ -211,7 +214,7 @@ class WorkerService:
         )
         app.finalize()
         await app.start()
-        self._watch(self._announcer.run())
+        self._announcing = self._watch(self._announcer.run())
         self._watch(_report_crash(app, on_crash))
         self._watch(Gauges(app).run())
         self._watch(Keeper(app.sources.values(), may_commit=lambda: app.lease.valid, on_fenced=on_crash).run())
@@ -271,8 +274,20 @@ class WorkerService:
         table.on_committed, self.pods.on_changed = mirror.note, mirror.note_pod
         self._watch(mirror.run())
 
-    def _watch(self, work: Coroutine[Any, Any, None]) -> None:
-        self._app_tasks.append(asyncio.create_task(work))
+    def _watch(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        crashed = self._crashed
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if task.cancelled() or (error := task.exception()) is None:
+                return
+            logger.error("%s ended by an error", task.get_name(), exc_info=error)
+            if crashed is not None and not crashed.done():
+                crashed.set_result(error)
+
+        task = asyncio.create_task(work, name=work.__qualname__)
+        task.add_done_callback(ended)
+        self._app_tasks.append(task)
+        return task
 
     async def _stop_app(self) -> None:
         app, self._app = self._app, None

@@ -24,7 +24,7 @@ from mode import get_logger
 from kvatlas.bridge.errors import VersionError
 from kvatlas.streams.cache import BytesCache
 from kvatlas.streams.changelog import META_KEY, Meta, decode_meta, encode_meta
-from kvatlas.streams.errors import StoreError
+from kvatlas.streams.errors import GoneError, StoreError
 from kvatlas.streams.fence import Filter
 from kvatlas.streams.rocks import RocksBudget, open_database
 
@@ -72,6 +72,16 @@ class Reflected(NamedTuple):
     receive_ns: int
 
 
+class _Closed:
+    """What stands where a closed database was: who still works on the partition learns that it is gone."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __getattr__(self, name: str) -> Any:
+        raise GoneError(f"{self._path}: the partition went to another worker or is closed")
+
+
 class PartitionState:
     """One partition of a table on this worker.
 
@@ -105,11 +115,11 @@ class PartitionState:
         self._budget = budget
         self._threads = threads
         self._apart = threading.Lock()  # held while a thread is in the database: it must not be closed then
-        self._db: Any = None
+        self._db: Any = _Closed(path)
         self._open()
 
     def _open(self) -> None:
-        self._db = open_database(self.path, self._budget)
+        self._db = open_database(self.path, self._budget, replace_damaged=True)
         offset = self._db.get(OFFSET_KEY)
         self.changelog_offset: int | None = None if offset is None else int(offset)
         self.meta = Meta()
@@ -223,7 +233,7 @@ class PartitionState:
         if self._threads is None or len(writes) < _APART_KEYS:
             self.write(writes, changelog_offset, meta)
             return
-        work = self._threads.submit(self._locked, self._db.write, self._batch(writes, changelog_offset, meta))
+        work = self._threads.submit(self._locked, self._write_batch, self._batch(writes, changelog_offset, meta))
         try:
             await asyncio.wrap_future(work)
         except asyncio.CancelledError:
@@ -250,6 +260,9 @@ class PartitionState:
         self.changelog_offset = changelog_offset
         self.meta = meta
         self.cache.apply(dict(writes) if not isinstance(writes, dict) else writes)
+
+    def _write_batch(self, batch: Any) -> None:
+        self._db.write(batch)
 
     def _locked(self, work: Callable[..., Any], *args: Any) -> Any:
         with self._apart:
@@ -309,13 +322,13 @@ class PartitionState:
 
     def close(self) -> None:
         """Close the database; a rocksdict handle must not stay referenced anywhere, or its lock stays."""
-        if self._db is not None:
+        if not isinstance(self._db, _Closed):
             try:
                 with self._apart:
                     self._db.close()
             except Exception as error:  # noqa: BLE001 # rocksdict raises bare Exception, such as for a full disk
                 logger.warning("%s: not closed cleanly, as after a crash: %s", self.path, error)
-            self._db = None
+            self._db = _Closed(self.path)
 
 
 class BulkStore(rocksdb.Store):

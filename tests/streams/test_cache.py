@@ -50,3 +50,15 @@ def test_a_size_of_zero_keeps_nothing_for_long() -> None:
     for number in range(10):
         cache.put(b"%d" % number, b"x" * 100)
     assert len(cache) <= 2
+
+
+def test_a_smaller_bound_holds_at_once() -> None:
+    """More partitions share the budget from now on, also where nothing is written any more."""
+    cache = BytesCache(1_000_000)
+    for number in range(3_500):
+        cache.put(b"%d" % number, b"x" * 100)
+    assert cache.size_bytes > 500_000
+    cache.resize(100_000)
+    assert cache.size_bytes <= 1_000_000 // 2
+    cache.resize(10_000)
+    assert cache.size_bytes <= 10_000

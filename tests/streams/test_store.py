@@ -8,7 +8,7 @@ import pytest
 
 from kvatlas.bridge.errors import VersionError
 from kvatlas.streams.changelog import META_KEY, Meta, decode_meta, encode_meta
-from kvatlas.streams.errors import StoreError
+from kvatlas.streams.errors import GoneError, StoreError
 from kvatlas.streams.rocks import RocksBudget, open_database
 from kvatlas.streams.service import full_disk
 from kvatlas.streams.store import OFFSET_KEY, PartitionState, Role
@@ -76,6 +76,41 @@ def test_a_locked_folder_is_an_error_that_names_it(
     with pytest.raises(StoreError, match=r"t-3\.db"):
         open_database(tmp_path / "t-3.db", budget)
     state.close()
+
+
+def test_a_damaged_state_is_thrown_away(tmp_path: Path, budget: RocksBudget) -> None:
+    """The changelog has it all: a worker whose files are broken starts empty and does not stay away."""
+    state = state_of(tmp_path, budget)
+    state.write({b"a": b"1"}, 41, Meta(17, 5, 6))
+    state.close()
+    (state.path / "CURRENT").write_bytes(b"junk")
+    with pytest.raises(StoreError, match="Corruption"):
+        open_database(state.path, budget)
+    again = state_of(tmp_path, budget)
+    assert (again.get(b"a"), again.changelog_offset, again.meta) == (None, None, Meta())
+    again.write({b"b": b"2"}, 1, Meta(1, 0, 0))
+    again.close()
+
+
+async def test_who_still_works_on_a_closed_partition_learns_that_it_is_gone(
+    tmp_path: Path, budget: RocksBudget
+) -> None:
+    """A rebalance closes partitions under sweeps, counts and followers: an error that they can tell from others."""
+    state = state_of(tmp_path, budget)
+    state.write({b"a": b"1"}, 1, Meta(1, 0, 0))
+    state.close()
+    state.close()
+    for work in (
+        lambda: state.get(b"b"),
+        lambda: list(state.items()),
+        lambda: state.load([(b"a", b"2")], 2),
+        lambda: state.write({b"a": b"2"}, 2, Meta(2, 0, 0)),
+    ):
+        with pytest.raises(GoneError, match=r"t-3\.db"):
+            work()
+    with pytest.raises(GoneError):
+        await state.write_apart({b"%d" % number: b"" for number in range(1000)}, 2, Meta(2, 0, 0))
+    assert (state.changelog_offset, GoneError("").retriable) == (1, True)
 
 
 def test_a_wiped_state_is_empty(tmp_path: Path, budget: RocksBudget) -> None:
