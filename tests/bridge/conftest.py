@@ -8,17 +8,12 @@ from typing import Any, cast
 
 import msgspec
 import pytest
-from hypothesis import settings
 
 from kvatlas.bridge import records
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.publisher import Item, Publisher
 from kvatlas.bridge.shared import Shared
 from kvatlas.bridge.stream import PodStream
-
-# How long an example takes says more of what else the machine does than of the code.
-settings.register_profile("kvatlas", deadline=None)
-settings.load_profile("kvatlas")
 
 
 class MemoryLog:
@@ -86,7 +81,7 @@ class Bridge:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for something."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not condition():
                 for stream in self.streams.values():
                     stream.retry()

@@ -34,13 +34,13 @@ def watch(settings: BridgeSettings) -> Iterator[PodWatch]:
     """A running watch."""
     watch = PodWatch(settings, lambda: None)
     watch.start()
-    assert watch.listed.wait(10)
+    assert watch.listed.wait(60)
     yield watch
     watch.stop()
 
 
 def _until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, "did not come true"
         time.sleep(0.01)
@@ -149,7 +149,7 @@ def test_an_api_that_is_away_changes_nothing(settings: BridgeSettings, api: Api)
     api.change("ADDED", pod("a"))
     watch = PodWatch(settings, lambda: None)
     watch.start()
-    assert watch.listed.wait(10)
+    assert watch.listed.wait(60)
     api.server.shutdown()
     api.server.server_close()
     api.break_watches()

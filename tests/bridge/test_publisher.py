@@ -118,15 +118,16 @@ async def test_requests_keep_their_distance() -> None:
     gate, began = Gate(0.1), time.monotonic()
     async with gate:
         pass
-    assert time.monotonic() - began < 0.05
     await asyncio.gather(*(gate.__aenter__() for _ in range(2)))
     assert time.monotonic() - began >= 0.09
     await asyncio.gather(*(gate.__aexit__() for _ in range(2)))
-    gate.pause(0.0)  # a flush does not wait
-    began = time.monotonic()
-    async with gate:
-        pass
-    assert time.monotonic() - began < 0.05
+    patient = Gate(3600)
+    async with asyncio.timeout(60):
+        async with patient:  # the first one does not wait
+            pass
+        patient.pause(0.0)  # nor does a flush
+        async with patient:
+            pass
 
 
 async def test_nothing_is_dropped_while_the_broker_is_away() -> None:
@@ -213,8 +214,11 @@ async def test_a_start_that_is_cancelled_leaves_no_producer_open() -> None:
     server = await asyncio.start_server(silent, "127.0.0.1", 0)
     publisher = Publisher(KafkaSettings(brokers=f"127.0.0.1:{server.sockets[0].getsockname()[1]}"))
     starting = asyncio.create_task(publisher.start())
-    await asyncio.sleep(0.1)
-    made = [found for found in gc.get_objects() if isinstance(found, AIOKafkaProducer) and not found._closed]
+    made: list[AIOKafkaProducer] = []
+    async with asyncio.timeout(60):
+        while not made:
+            await asyncio.sleep(0.05)
+            made = [found for found in gc.get_objects() if isinstance(found, AIOKafkaProducer) and not found._closed]
     assert len(made) == 1
     starting.cancel()
     await asyncio.gather(starting, return_exceptions=True)

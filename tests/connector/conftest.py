@@ -121,7 +121,7 @@ class Fleet:
         )
         self._tiers.append(made)
         if scan:
-            assert made.scanned.wait(10)
+            assert made.scanned.wait(60)
         return made
 
     def announced(self) -> set[bytes]:

@@ -112,7 +112,7 @@ def test_the_thread_outlives_a_refusal_and_closing_sends_the_rest(caplog: pytest
     events = StorageEvents(recorder)
     events.start()
     events(Change(False, (key(1),)))
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while "cannot be sent" not in caplog.text and time.monotonic() < deadline:
         time.sleep(0.01)
     recorder.down = False

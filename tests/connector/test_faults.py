@@ -274,7 +274,7 @@ settings = FileTierSettings(
 with FileTier(settings, FINGERPRINT, listener=changes.append) as tier:
     tier.scanned.wait()
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
-    results = tier.store([block(1), block(2, size=200_000), block(3)]).result(20)
+    results = tier.store([block(1), block(2, size=200_000), block(3)]).result(60)
     print([results[key(number)].outcome.name for number in (1, 2, 3)], results[key(2)].detail.partition(":")[0])
     print(sorted({change.removed for change in changes}), sum(len(change.keys) for change in changes))
 """
@@ -286,7 +286,7 @@ def test_a_kernel_that_refuses_in_the_middle_of_a_file(fleet: Fleet, mode: str) 
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, str(fleet.root), mode],
-        check=False, capture_output=True, text=True, cwd=root, timeout=60, env={**os.environ, "PYTHONPATH": str(root)},
+        check=False, capture_output=True, text=True, cwd=root, timeout=180, env={**os.environ, "PYTHONPATH": str(root)},
     )  # fmt: skip
     # What is left after a short direct write is not aligned any more, so there the kernel's second word is EINVAL.
     reason = "EFBIG" if mode == "buffered" else "EINVAL"
@@ -390,7 +390,7 @@ def test_two_processes_share_a_root(fleet: Fleet) -> None:
         for seed in (1, 2)
     ]  # fmt: skip
     for child in children:
-        output, _ = child.communicate(timeout=150)
+        output, _ = child.communicate(timeout=300)
         loaded, wrong, failed, corrupt = map(int, output.split())
         assert loaded > 50
         assert (wrong, corrupt) == (0, 0)

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 
 from kvatlas.connector.gate import IoGate
 
-WAIT = 20
+WAIT = 60
 
 
 class Holder:

@@ -84,12 +84,12 @@ def test_a_lease_waits_for_room() -> None:
     assert first is not None
     assert host.lease([b"b"], wait_seconds=0.01) is None
     got: list[Lease | None] = []
-    waiting = threading.Thread(target=lambda: got.append(host.lease([b"b"], wait_seconds=10)))
+    waiting = threading.Thread(target=lambda: got.append(host.lease([b"b"], wait_seconds=90)))
     waiting.start()
     time.sleep(0.02)
     host.filled(b"a", good=True)
     host.release([b"a"])
-    waiting.join(10)
+    waiting.join(100)
     assert got == [Lease({}, {b"b": 0})]
     assert host.evicted == 1
 
@@ -114,7 +114,7 @@ def test_threads_that_lease_at_once_never_share_a_slot(policy: str) -> None:
         rng = random.Random(seed)
         for _ in range(150):
             keys = [b"%d" % number for number in rng.sample(range(12), 2)]
-            lease = host.lease(keys, wait_seconds=10)
+            lease = host.lease(keys, wait_seconds=90)
             if lease is None:
                 wrong.append("starved")
                 return
@@ -130,6 +130,6 @@ def test_threads_that_lease_at_once_never_share_a_slot(policy: str) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(200)
     assert wrong == []
     assert host.evicted > 0

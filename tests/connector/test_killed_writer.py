@@ -48,14 +48,14 @@ def test_kill_while_writing(fleet: Fleet, tmp_path: Path, after_seconds: float) 
     time.sleep(after_seconds)
     child.send_signal(signal.SIGKILL)
     reported = {int(word) for line in child.stdout for word in line.split() if line.endswith("\n")}
-    child.wait(10)
+    child.wait(60)
     child.stdout.close()
     tier = fleet.tier(blocks_per_file=4)
     loaded = 0
     for number in range(800):
         promised = tier.lookup([key(number)])[key(number)]
         wanted, memory = target(number)
-        result = tier.load([wanted]).result(10)[wanted.key]
+        result = tier.load([wanted]).result(60)[wanted.key]
         assert result.ok == promised
         if result.ok:
             assert bytes(memory) == payload(number)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kvatlas.connector.errors import ClosedError
 from kvatlas.connector.pool import IoPool, Task, numa_cpus
 
-WAIT = 10
+WAIT = 60
 
 
 class Rig:

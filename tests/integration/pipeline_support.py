@@ -53,7 +53,7 @@ class Service:
             self._lines.put(line)
         self._lines.put("")
 
-    def ready(self, timeout: float = 60.0) -> str:
+    def ready(self, timeout: float = 150.0) -> str:
         """Wait for the ready line; returns the address in it."""
         line = self._lines.get(timeout=timeout)
         found = re.match(r"ready \S*?(?:scorer|worker|metrics)=(\S*)|ready bridge metrics=(\S*)", line)
@@ -69,7 +69,7 @@ class Service:
         self.process.kill()
         self.process.wait()
 
-    def wait(self, timeout: float = 30.0) -> int:
+    def wait(self, timeout: float = 90.0) -> int:
         """Wait for the end; returns the exit code."""
         return self.process.wait(timeout)
 
@@ -128,7 +128,7 @@ def score(address: str, requests: Sequence[Mapping[str, Any]], folder: Path, mod
         ],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -150,7 +150,7 @@ def wrong_hits(address: str, engines: Sequence[RecordedEngine], folder: Path) ->
     return found
 
 
-def eventually(look: Callable[[], Any], timeout: float = 30.0, every: float = 0.5) -> Any:
+def eventually(look: Callable[[], Any], timeout: float = 120.0, every: float = 0.5) -> Any:
     """Look until nothing is found (an empty or zero result); returns the last look."""
     deadline = time.monotonic() + timeout
     while (found := look()) and time.monotonic() < deadline:

@@ -78,7 +78,7 @@ def got(answer: pb.ScoreResponse) -> dict[str, Score]:
     }
 
 
-async def until_right(client: AsyncScorerClient, fleet: ScoringFleet, timeout: float = 60.0) -> list[pb.ScoreResponse]:
+async def until_right(client: AsyncScorerClient, fleet: ScoringFleet, timeout: float = 120.0) -> list[pb.ScoreResponse]:
     """Ask all prompts until every answer is complete and the oracle's; returns the answers."""
     deadline = time.monotonic() + timeout
     expected = [fleet.expected(prompt) for prompt in fleet.prompts]

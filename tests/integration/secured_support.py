@@ -61,7 +61,7 @@ class Accounts:
         """Add ACLs: all of the table's, or these."""
         wanted = [acl for right in (self.rights(who) if rights is None else rights) for acl in _acls(who, right)]
         for future in self._admin.create_acls(wanted).values():
-            future.result(15)
+            future.result(60)
 
     def take(self, who: str, right: Right) -> None:
         """Remove ACLs."""
@@ -70,7 +70,7 @@ class Accounts:
             for operation in right.operations
         ]
         for future in self._admin.delete_acls(filters).values():
-            assert future.result(15), f"{who} did not have {right}"
+            assert future.result(60), f"{who} did not have {right}"
 
     def config(self, who: str, **kafka: str) -> Path:
         """Write an account's settings file; keywords win over its [kafka] section."""

@@ -70,18 +70,20 @@ async def test_another_bridge_takes_over_the_pods_of_a_killed_one(brokers: str, 
     try:
         for bridge in bridges:  # both are members once they say so
             assert bridge.stdout is not None
-            assert (await asyncio.wait_for(asyncio.to_thread(bridge.stdout.readline), 60)).startswith("ready")
+            assert (await asyncio.wait_for(asyncio.to_thread(bridge.stdout.readline), 120)).startswith("ready")
         published = await _traffic(engines, 5.0)
         bridges[0].kill()
         bridges[0].wait()
         published += await _traffic(engines, 3.0)
-        for _ in range(80):
+        deadline = time.monotonic() + 120
+        while True:
             found, sources = await _log(kafka)
             if all(len(set(found.get(f"pod-{n}", []))) >= published for n in range(_PODS)):
                 break
+            assert time.monotonic() < deadline, {pod: len(places) for pod, places in found.items()}
             await asyncio.sleep(0.5)
         bridges[1].terminate()
-        assert bridges[1].wait(20) == 0
+        assert bridges[1].wait(60) == 0
     finally:
         for bridge in bridges:
             bridge.kill()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.errors import KafkaConnectionError, TopicAuthorizationFailedError
 from confluent_kafka.admin import (
     AclBinding,
+    AclBindingFilter,
     AclOperation,
     AclPermissionType,
     AdminClient,
@@ -72,7 +74,20 @@ def _allow(node: KafkaNode, user: str, topic: str, *operations: AclOperation) ->
         for operation in operations
     ]
     for future in admin.create_acls(acls).values():
-        future.result(10)
+        future.result(60)
+    named = AclBindingFilter(
+        ResourceType.TOPIC,
+        topic,
+        ResourcePatternType.LITERAL,
+        f"User:{user}",
+        "*",
+        AclOperation.ANY,
+        AclPermissionType.ALLOW,
+    )
+    deadline = time.monotonic() + 60
+    while len(admin.describe_acls(named).result(60)) < len(acls):  # the node that decides hears of them a little later
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.kafka

@@ -28,7 +28,7 @@ _MODEL = "kv-model"
 _BLOCK = 16
 _BLOCKS = 6
 _TOKENS = list(range(1000, 1000 + _BLOCK * _BLOCKS))
-_PATIENCE_SECONDS = 30.0
+_PATIENCE_SECONDS = 120.0
 
 
 def _key(number: int) -> bytes:
@@ -88,12 +88,12 @@ class Node:
         """Spill blocks to the files, as the engine does: what is known of each is told first."""
         for number in numbers:
             self.describe(number)
-            result = self.core.store([Item(_key(number), 0, number)]).result(20)[_key(number)]
+            result = self.core.store([Item(_key(number), 0, number)]).result(90)[_key(number)]
             assert result.outcome is Outcome.STORED, result
 
     def load(self, number: int) -> Outcome:
         """Bring one block back."""
-        return self.core.load([Item(_key(number), 0, number)]).result(20)[_key(number)].outcome
+        return self.core.load([Item(_key(number), 0, number)]).result(90)[_key(number)].outcome
 
     def path(self, number: int) -> Path:
         """Return a block's file."""
@@ -213,7 +213,7 @@ def test_a_store_that_failed_never_reaches_the_index(stack: Stack, nodes: list[N
     with ScorerClient(stack.start("scorer", "--listen=127.0.0.1:0")) as client:
         node.store(0)
         node.fs.faults["pwritev"] = fail(ENOSPC)
-        result = node.core.store([Item(_key(1), 0, 1)]).result(20)[_key(1)]
+        result = node.core.store([Item(_key(1), 0, 1)]).result(90)[_key(1)]
         assert result.outcome is Outcome.FAILED
         assert "ENOSPC" in result.detail
         node.fs.faults.clear()
@@ -243,5 +243,5 @@ def test_after_a_restart_the_files_are_told_again(stack: Stack, nodes: list[Node
             second.describe(number)
             item = Item(_key(number), 0, number)
             move = second.core.load if number else second.core.store
-            assert move([item]).result(20)[item.key].ok
+            assert move([item]).result(90)[item.key].ok
         _says(client, "pod-r", {"disk": 2}, stack)

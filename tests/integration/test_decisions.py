@@ -28,7 +28,7 @@ from kvatlas.streams.v1 import block_index_pb2_grpc as index_grpc
 
 PARTITIONS = 2
 EPOCH = 5
-DELAY_SECONDS = 1.0
+DELAY_SECONDS = 4.0
 
 
 class Index(index_grpc.BlockIndexServicer):
@@ -92,7 +92,7 @@ class Pair:
 
 @pytest.fixture
 async def pair(brokers: str, topic_prefix: str) -> AsyncIterator[Pair]:
-    """Two scorers; A and B judge their decisions after a second."""
+    """Two scorers; A and B judge their decisions after some seconds, so that a busy machine gets done before."""
     kafka = KafkaSettings(brokers=brokers, topic_prefix=topic_prefix, partitions=PARTITIONS)
     await ensure_topics(kafka, TOPICS)
     index, server = Index(), grpc.aio.server()
@@ -158,7 +158,7 @@ async def test_a_decision_reported_to_one_scorer_holds_at_the_other_until_it_end
 
     long, _ = pair.prompt()
     for pod in ("a", "b"):
-        await pair.one.call("ReportDecision", _decision(f"long-{pod}", pod, long, ttl_ms=60_000))
+        await pair.one.call("ReportDecision", _decision(f"long-{pod}", pod, long, ttl_ms=600_000))
 
     async def both() -> bool:
         return [await pair.speculative(pair.two, pod, long) for pod in ("a", "b")] == [6, 6]

@@ -51,12 +51,12 @@ async def test_a_replica_follows_the_log(
     where = (f"--brokers={brokers}", f"--topic-prefix={topic_prefix}", "--partitions=4")
     up = Service(tmp_path / "up.log", "up", *flags, f"--state-dir={tmp_path}", "--scorer-listen=127.0.0.1:0", *where)
     try:
-        await asyncio.to_thread(up.ready, 90)
+        await asyncio.to_thread(up.ready, 180)
         first.play()
         kafka = KafkaSettings(brokers=brokers, topic_prefix=topic_prefix)
         async with Indexer.from_kafka(kafka) as indexer:
             second.play()
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(120):
                 while sum([await wrong(indexer, engine) for engine in engines]):
                     await asyncio.sleep(0.2)
             assert [record.pod for record in indexer.pods(support.MODEL)] == list(support.PODS)

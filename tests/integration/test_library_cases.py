@@ -36,7 +36,7 @@ from kvatlas.scorer.backends import Backend, MemoryBackend
 from kvatlas.scorer.backends.redis import RedisBackend
 from kvatlas.scorer.backends.rocks import RocksBackend
 
-pytestmark = pytest.mark.timeout(420)  # the first test on a pipeline starts it
+pytestmark = pytest.mark.timeout(600)  # the first test on a pipeline starts it
 
 Deploy = Callable[..., World]
 SUBJECTS = ("memory", "memory-bytes", "rocksdb", "redis", "valkey", "pipeline", "replica", "mirror")

@@ -55,7 +55,7 @@ async def audit_mirror(server: RedisServer, fleet: LogFleet) -> list[PodAudit]:
     return compare(index, fleet.truth(), [decode(PodRecord, value) for value in pods])
 
 
-async def until_mirrored(server: RedisServer, fleet: LogFleet, seconds: float = 60) -> None:
+async def until_mirrored(server: RedisServer, fleet: LogFleet, seconds: float = 120) -> None:
     """Wait until the mirror is what the pods hold."""
     deadline = time.monotonic() + seconds
     while True:

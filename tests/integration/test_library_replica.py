@@ -37,7 +37,7 @@ async def wrong(indexer: Indexer, fleet: LogFleet, served: list[Request]) -> int
 
 async def until_right(indexer: Indexer, fleet: LogFleet, served: list[Request]) -> None:
     """Wait until every prompt scores as the pods say."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 120
     while found := await wrong(indexer, fleet, served):
         assert time.monotonic() < deadline, f"{found} of {len(served)} prompts score wrong"
         await asyncio.sleep(0.5)

@@ -133,7 +133,7 @@ async def _announce(settings: KafkaSettings) -> None:
         partitions=[0, 1],
         restoring=[2],
         partition_count=4,
-        expires_ns=time.time_ns() + 60 * 10**9,
+        expires_ns=time.time_ns() + 600 * 10**9,
     )
     key = records.pod_key(records.WRITER_STREAMS, "p")
     await _send(settings.brokers, settings.topic(records.PODS), [(key, records.encode(pod), 0)])

@@ -146,7 +146,7 @@ async def background(*work: Any) -> AsyncIterator[None]:
             assert isinstance(outcome, asyncio.CancelledError), outcome
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 async def test_a_new_version_takes_over_under_load_and_gives_back(
     brokers: str, topic_prefix: str, tmp_path: Path, workers: list[WorkerProcess]
 ) -> None:
@@ -159,16 +159,16 @@ async def test_a_new_version_takes_over_under_load_and_gives_back(
     fleet = fleet_of(kafka)
     workers.append(WorkerProcess(kafka, tmp_path / "base", PATIENT))
     await workers[0].ready()
-    service = ScorerService(ScorerSettings(listen="127.0.0.1:0", name="s", deadline_ms=5_000), kafka)
+    service = ScorerService(ScorerSettings(listen="127.0.0.1:0", name="s", deadline_ms=30_000), kafka)
     await service.start()
-    client = AsyncScorerClient(service.address)
+    client = AsyncScorerClient(service.address, timeout_seconds=60)
     load = Load(client)
     try:
         async with producing(kafka) as producer:
             await send_steady(kafka, producer)
             fleet.serve(40)
             await fleet.flush(producer)
-            await asyncio.wait_for(service.ready.wait(), 30)
+            await asyncio.wait_for(service.ready.wait(), 90)
             while (await client.score(MODEL, tokens=TOKENS)).scores[STEADY].matched_tokens < HELD:
                 await asyncio.sleep(0.05)
             async with background(traffic(fleet, producer), load.run()):
@@ -179,7 +179,7 @@ async def test_a_new_version_takes_over_under_load_and_gives_back(
                 assert "no worker keeps it" in text
                 workers.append(WorkerProcess(kafka, tmp_path / "v2", "--index-version=v2", PATIENT))
                 await workers[1].ready()
-                code, progress = await reindex(kafka, "wait", "v2", "--timeout-seconds=60")
+                code, progress = await reindex(kafka, "wait", "v2", "--timeout-seconds=120")
                 assert (code, progress["uncovered"]) == (0, []), progress
                 code, found = await reindex(kafka, "compare", "v2", "--prompts=40")
                 assert (code, found["differences"]) == (0, []), found
@@ -201,7 +201,7 @@ async def test_a_new_version_takes_over_under_load_and_gives_back(
 
         code, text = await reindex(kafka, "drop", "v2")
         assert code != 0
-        assert workers[0].terminate()[0] == 0
+        assert workers[0].terminate() == 0
         code, _ = await reindex(kafka, "drop", "base")
         assert code == 0
         code, status = await reindex(kafka, "status")
@@ -247,5 +247,5 @@ async def test_compare_finds_an_index_that_is_wrong(
 
 async def _drained(kafka: KafkaSettings) -> None:
     for version in ("base", "v2"):
-        code, _ = await reindex(kafka, "wait", version, "--max-lag-records=0", "--timeout-seconds=60")
+        code, _ = await reindex(kafka, "wait", version, "--max-lag-records=0", "--timeout-seconds=120")
         assert code == 0

@@ -88,7 +88,7 @@ async def test_two_scorers_follow_the_topics_and_share_decisions(
             assert {pod: entry.score for pod, entry in answer.scores.items()} == {"a": 4.0}
 
             decision = pb.ReportDecisionRequest(
-                request_id="r", pod="b", ttl_ms=60_000, request=score_request("m", tokens=TOKENS)
+                request_id="r", pod="b", ttl_ms=600_000, request=score_request("m", tokens=TOKENS)
             )
             await one.call("ReportDecision", decision)
 

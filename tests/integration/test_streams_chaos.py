@@ -33,7 +33,7 @@ SECONDS = float(os.environ.get("KVATLAS_CHAOS_SECONDS", "40"))
 PODS = 16
 
 
-@pytest.mark.timeout(SECONDS + 240)
+@pytest.mark.timeout(SECONDS + 600)
 async def test_the_index_is_true_after_chaos_and_never_credits_an_ended_epoch(
     own_kafka: KafkaNode, tmp_path: Path
 ) -> None:
@@ -53,7 +53,8 @@ async def test_the_index_is_true_after_chaos_and_never_credits_an_ended_epoch(
             await worker.ready()
         async with producing(kafka) as producer:
             began, killed_at, restarted = time.monotonic(), time.monotonic(), False
-            while (elapsed := time.monotonic() - began) < SECONDS:
+            # A slow machine gets the time for two kills and a look, however long they take.
+            while (elapsed := time.monotonic() - began) < SECONDS or kills < 2 or not checked:
                 fleet.serve(8)
                 fleet.disturb(clear=0.2, restart=0.0)
                 await fleet.flush(producer)
@@ -69,9 +70,8 @@ async def test_the_index_is_true_after_chaos_and_never_credits_an_ended_epoch(
                     restarted = True
                     await asyncio.to_thread(own_kafka.restart)
                 await asyncio.sleep(0.1)
-        assert (kills >= 2, restarted) == (True, True)
-        assert checked > 0
-        assert_true(await until_true(kafka, fleet.truth(), timeout=90), PODS)
+        assert restarted
+        assert_true(await until_true(kafka, fleet.truth(), timeout=240), PODS)
     finally:
         await follower.stop()
         for worker in workers:

@@ -20,20 +20,21 @@ async def test_what_the_streams_queues_lose_is_read_again(brokers: str, topic_pr
     service = WorkerService(WorkerSettings(state_dir=str(tmp_path / "w")), kafka)
     await service.start()
     try:
-        await asyncio.wait_for(service.ready.wait(), 60)
+        await asyncio.wait_for(service.ready.wait(), 90)
         app = service._app
         assert app is not None
         lost = 0
         async with producing(kafka) as producer:
-            for _ in range(20):
+            turn = 0
+            while turn < 20 or not lost:  # what the queues hold when they are looked at is a matter of luck
+                turn += 1
                 fleet.serve(6)
                 await fleet.flush(producer)
                 for _ in range(10):
                     lost += sum(queue.qsize() for queue in app.flow_control._queues)
                     app.flow_control.clear()
                     await asyncio.sleep(0.005)
-        assert lost > 0
-        assert_true(await until_true(kafka, fleet.truth(), timeout=40), 4)
+        assert_true(await until_true(kafka, fleet.truth()), 4)
         assert sum(flows.missed for flows in app.flows.values()) == 0
     finally:
         await service.stop()

@@ -5,7 +5,9 @@ import gzip
 import json
 import shutil
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiokafka import TopicPartition
@@ -20,7 +22,8 @@ from kvatlas.deploy.cli import main
 from kvatlas.deploy.history.log import LogReader
 from kvatlas.deploy.history.moment import EARLIEST, LATEST, Moment
 from kvatlas.deploy.history.rebuild import PastIndex, rebuild
-from kvatlas.streams.audit import read_topic
+from kvatlas.streams.audit import read_records, read_topic
+from kvatlas.streams.changelog import META_KEY, decode_meta
 from kvatlas.streams.codec import holders
 from kvatlas.streams.index import is_meta
 from kvatlas.streams.resolve import ResolveOptions
@@ -161,8 +164,28 @@ def test_diff_counts_what_came_and_went(log, capsys):  # noqa: F811
         assert start[pod]["added"] + part[pod]["added"] - part[pod]["removed"] == whole[pod]["added"]
 
 
+async def _in_changelog(kafka: KafkaSettings) -> None:
+    """Wait until the changelog of engine_blocks reflects all of kv-events; the index has it before."""
+    name = records.changelog_topics("kvatlas")[0].name
+    deadline = time.monotonic() + 90
+    while True:
+        reflected: dict[int, int] = {}
+
+        def note(record: Any, reflected: dict[int, int] = reflected) -> None:
+            if record.key == META_KEY:
+                reflected[record.partition] = decode_meta(record.value).source_offset + 1
+
+        await read_records(kafka, name, note)
+        ends = (await _offsets(kafka)).offsets or {}
+        if all(reflected.get(partition, 0) >= end for partition, end in ends.items()):
+            return
+        assert time.monotonic() < deadline, (reflected, ends)
+        await asyncio.sleep(0.2)
+
+
 async def _live_tables(kafka: KafkaSettings) -> tuple[dict[bytes, bytes], dict[bytes, bytes]]:
     """The worker's tables, as their changelogs have them: block_index without positions, engine_blocks."""
+    await _in_changelog(kafka)
     tables: list[dict[bytes, bytes]] = []
     for topic in reversed(records.changelog_topics("kvatlas")):
         table: dict[bytes, bytes] = {}
@@ -207,7 +230,6 @@ async def test_a_state_at_an_offset_is_what_the_worker_had_there(
                     fleet.disturb(clear=0.5, restart=0.5)
                     await fleet.flush(producer)
                 assert_true(await until_true(kafka, fleet.truth()), 4)
-                await asyncio.sleep(1.0)  # the last flush reaches the changelog
                 saved.append((await _offsets(kafka), await _live_tables(kafka)))
     finally:
         worker.close()

@@ -63,7 +63,7 @@ class Rig:
     """A scorer over dict-backed workers, without Kafka: records are applied by hand."""
 
     def __init__(self, *, pool: TokenizerPool | None = None, **settings: Any) -> None:
-        self.settings = ScorerSettings(**{"hedge_ms": 0.0, "deadline_ms": 2000.0, **settings})
+        self.settings = ScorerSettings(**{"hedge_ms": 0.0, "deadline_ms": 60_000.0, **settings})
         self.table: dict[bytes, bytes] = {}
         self.workers = WorkerTable(time.time_ns)
         self.pods = PodTable()

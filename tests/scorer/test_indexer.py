@@ -101,9 +101,9 @@ async def truth_holds(indexer: Indexer, fleet: Fleet, requests: int) -> int:
 
 async def settled(indexer: Indexer, fleet: Fleet) -> None:
     """Wait until every pod's newest message has been applied."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(90):
         while True:
-            await indexer.caught_up(20)
+            await indexer.caught_up(90)
             known = {record.pod: record.last_sequence for record in indexer.pods()}
             if all(known.get(status.pod, -1) == status.sequence for status in fleet.status()):
                 return
@@ -163,7 +163,7 @@ async def test_recorded_streams_through_the_sockets(pod: str):
         publisher.close()
 
 
-async def until(condition: Any, seconds: float = 15) -> None:
+async def until(condition: Any, seconds: float = 90) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.005)
@@ -427,7 +427,7 @@ def test_the_same_without_a_loop(fleet: Fleet):
     """The blocking facade gives the same answers, and ends its thread."""
     with SyncIndexer(lambda: Indexer(options=OPTIONS, engines=fleet.engines)) as indexer:
         served = fleet.serve(40)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 90
         while {r.pod: r.last_sequence for r in indexer.pods()} != {s.pod: s.sequence for s in fleet.status()}:
             assert time.monotonic() < deadline
             time.sleep(0.01)

@@ -54,7 +54,7 @@ async def test_events_end_the_prediction():
                 "medium": "GPU",
             }
             publisher.publish([event], timestamp=1.0)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while indexer.pods()[0].approximate or indexer.pods()[0].last_sequence < 0:
                     await asyncio.sleep(0.005)
             score = (await indexer.score_tokens(PROMPT, "m")).scores["a"]

@@ -115,7 +115,7 @@ async def test_partitions_elsewhere_are_asked_for_and_only_those() -> None:
     del tables[1]
     tables[2].role = Role.RESTORING
     remote = Others(dict.fromkeys(KEYS, b"theirs"))
-    answers = await lookups(tables, remote).lookup(KEYS, time.monotonic() + 1)
+    answers = await lookups(tables, remote).lookup(KEYS, time.monotonic() + 60)
     assert remote.asked == of(1, 2)
     for key, value in zip(KEYS, answers.values, strict=True):
         assert value == (b"theirs" if partition_of(key, COUNT) in (1, 2) else VALUES.get(key, b""))
@@ -132,7 +132,7 @@ async def test_a_copy_answers_only_when_the_owner_does_not() -> None:
     tables = parts()
     tables[0].role = tables[3].role = Role.STANDBY
     remote = Others(dict.fromkeys(KEYS, b"theirs"), silent=frozenset({3}))
-    answers = await lookups(tables, remote).lookup(KEYS, time.monotonic() + 1)
+    answers = await lookups(tables, remote).lookup(KEYS, time.monotonic() + 60)
     for key, value in zip(KEYS, answers.values, strict=True):
         assert value == (b"theirs" if partition_of(key, COUNT) == 0 else VALUES.get(key, b""))
     assert answers.partitions[0] == Seen("active", "other", 3, 0)
@@ -144,7 +144,7 @@ async def test_what_nobody_answers_is_none_never_empty() -> None:
     tables = parts()
     tables[2].role = Role.RESTORING
     for remote in (None, Others({}, silent=frozenset({2}))):
-        answers = await lookups(tables, remote).lookup(KEYS, time.monotonic() + 1)
+        answers = await lookups(tables, remote).lookup(KEYS, time.monotonic() + 60)
         assert [n for n, value in enumerate(answers.values) if value is None] == [KEYS.index(key) for key in of(2)]
         assert answers.partitions[2].role in ("restoring", "unanswered")
 

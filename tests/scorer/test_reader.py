@@ -81,6 +81,7 @@ class Watched(Rig):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"deadline_ms": 60_000.0, **settings})
         self.events: list[str] = []
+        self.last: pb.ScoreResponse | None = None
         self.router = PartitionRouter(
             self.workers, hedge_seconds=self.settings.hedge_ms / 1e3, on_event=self.events.append
         )
@@ -125,7 +126,7 @@ async def test_a_slow_owner_is_overtaken_by_its_standby() -> None:
 
 async def test_a_standby_that_is_slower_still_changes_nothing() -> None:
     """The owner's answer counts when it comes before the standby's."""
-    async for rig in _watched(hedge_ms=20.0):
+    async for rig in _watched(hedge_ms=20.0, deadline_ms=60_000.0):
         await rig.worker(Slow("w0", rig.table, ALL, seconds=0.1))
         await rig.worker(Slow("w1", rig.table, ALL, role=2, seconds=600), standby=True)
         assert _found(await rig.score()) == (10, False, False)
@@ -145,7 +146,7 @@ async def test_a_quick_owner_is_not_hedged() -> None:
 @pytest.mark.parametrize("hedge_ms", [0.0, 30.0])
 async def test_a_dead_owner_is_replaced_by_its_standby(hedge_ms: float) -> None:
     """Nobody at the owner's address: the standby answers, with hedging and without."""
-    async for rig in _watched(hedge_ms=hedge_ms):
+    async for rig in _watched(hedge_ms=hedge_ms, deadline_ms=60_000.0):
         await (await rig.worker(Index("w0", rig.table, ALL))).stop(0)
         await rig.worker(Index("w1", rig.table, ALL, role=2), standby=True)
         assert _found(await rig.score()) == (10, False, True)

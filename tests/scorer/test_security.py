@@ -80,7 +80,7 @@ class Served:
 
     async def code(self, name: str, request: Any, **options: Any) -> str:
         """Call an operation as a client would and return its status."""
-        async with AsyncScorerClient(self.grpc, timeout_seconds=3, **options) as client:
+        async with AsyncScorerClient(self.grpc, timeout_seconds=60, **options) as client:
             try:
                 await client.call(name, request)
             except ClientError as error:
@@ -202,10 +202,10 @@ async def test_each_operation_needs_its_role(tmp_path: Path, caller: str, allowe
         found = {name for name, ask in _asking().items() if await served.code(name, ask, token=caller) == "OK"}
         async with AsyncScorerClient(served.grpc, token=caller) as client:
             if "WatchPods" in allowed:
-                assert (await asyncio.wait_for(anext(client.watch_pods()), 5)).pod == "a"
+                assert (await asyncio.wait_for(anext(client.watch_pods()), 60)).pod == "a"
             else:
                 with pytest.raises(ClientError, match="PERMISSION_DENIED"):
-                    await asyncio.wait_for(anext(client.watch_pods()), 5)
+                    await asyncio.wait_for(anext(client.watch_pods()), 60)
         assert found == allowed - {"WatchPods"}
         over_http = await _over_http(served, caller)
         assert {name for name, status in over_http.items() if status == 200} == allowed - {"WatchPods"}

@@ -6,8 +6,6 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
-
 from kvatlas.streams.changelog import Meta
 from kvatlas.streams.errors import FencedError
 from kvatlas.streams.keeper import Keeper
@@ -70,7 +68,6 @@ async def test_nothing_is_written_while_the_group_may_have_others_write() -> Non
     assert table.commits == []
 
 
-@pytest.mark.timeout(10)
 async def test_a_claim_of_another_worker_is_told() -> None:
     """The keeper ends and hands the error on, so that the app starts anew."""
     table = Table(idle=state(Role.ACTIVE, 900))

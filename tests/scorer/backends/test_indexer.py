@@ -47,12 +47,12 @@ def fleet() -> Iterator[Fleet]:
 
 async def check(indexer: Indexer, fleet: Fleet, served: list[Request]) -> None:
     """Wait for the pods' newest messages, then compare every prompt's scores with the fleet's."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(90):
         while {record.pod: record.last_sequence for record in indexer.pods()} != {
             status.pod: status.sequence for status in fleet.status()
         } or not indexer.counts:
             await asyncio.sleep(0.01)
-        await indexer.caught_up(30)
+        await indexer.caught_up(90)
     for request in served[-40:]:
         scored = await indexer.score_tokens(request.tokens, MODEL, cache_salt=request.cache_salt)
         expected = fleet.expect(request.tokens, cache_salt=request.cache_salt)
@@ -180,7 +180,7 @@ async def test_a_restarted_indexer_scores_at_once(make_lasting: Callable[[], Bac
         }
 
     async def until(indexer: Indexer, sequence: int) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(90):
             while not (pods := indexer.pods()) or pods[0].last_sequence < sequence or pods[0].state != "live":
                 await asyncio.sleep(0.01)
 

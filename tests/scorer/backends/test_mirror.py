@@ -50,7 +50,7 @@ async def client(own_redis: Any) -> AsyncIterator[Any]:
 async def score(indexer: Indexer, wait: bool = True) -> Any:
     """Score the prompt after the next poll."""
     polls = indexer.counts["polls"]
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while wait and indexer.counts["polls"] < polls + 2:
             await asyncio.sleep(0.02)
     return await indexer.score_tokens(TOKENS, "m")
