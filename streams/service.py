@@ -284,7 +284,7 @@ class WorkerService:
             if crashed is not None and not crashed.done():
                 crashed.set_result(error)
 
-        task = asyncio.create_task(work, name=work.__qualname__)
+        task = asyncio.create_task(work, name=getattr(work, "__qualname__", None))
         task.add_done_callback(ended)
         self._app_tasks.append(task)
         return task
