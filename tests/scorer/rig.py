@@ -81,6 +81,7 @@ class Rig:
         )
         self.guard = Guard.from_settings(self.settings)
         self.tracing: Tracing | None = None
+        self.server: grpc.aio.Server | None = None
         self.stack = contextlib.AsyncExitStack()
 
     async def worker(self, index: Index, *, standby: bool = False, **fields: Any) -> grpc.aio.Server:
@@ -128,6 +129,7 @@ class Rig:
             else server.add_secure_port("127.0.0.1:0", credentials)
         )
         await server.start()
+        self.server = server
         self.stack.push_async_callback(server.stop, 0)
         return f"127.0.0.1:{port}"
 

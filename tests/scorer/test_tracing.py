@@ -50,15 +50,17 @@ class Traced(Rig):
         self.memory = InMemorySpanExporter()
         self.tracing = Tracing(self.settings, self.memory)
 
-    def spans(self) -> list[ReadableSpan]:
-        """Return the spans so far, in the order in which they began."""
+    async def spans(self) -> list[ReadableSpan]:
+        """End serving and return the spans, in the order in which they began."""
         assert self.tracing is not None
+        if self.server is not None:
+            await self.server.stop(60)  # a caller has its answer before the request's span has ended
         self.tracing.close()
         return sorted(self.memory.get_finished_spans(), key=lambda span: span.start_time or 0)
 
-    def roots(self) -> list[ReadableSpan]:
+    async def roots(self) -> list[ReadableSpan]:
         """Return the spans of requests."""
-        return [span for span in self.spans() if span.name not in STAGES]
+        return [span for span in await self.spans() if span.name not in STAGES]
 
 
 async def _made(**settings: Any) -> AsyncIterator[Traced]:
@@ -88,7 +90,7 @@ async def test_a_score_has_a_span_with_its_stages_under_it(traced: Traced) -> No
     """The request's span is the parent of tokenize, keys, lookup and score, end to end and inside it."""
     client = await traced.client()
     answer = await client.score("m", tokens=TOKENS)
-    spans = traced.spans()
+    spans = await traced.spans()
     (request,) = [span for span in spans if span.name == "kvatlas.v1.Scorer/Score"]
     stages = _under(spans, request)
     assert [span.name for span in stages] == STAGES
@@ -133,7 +135,7 @@ async def test_the_trace_of_a_grpc_caller_goes_on(traced: Traced) -> None:
         await indexer_pb2_grpc.IndexerServiceStub(channel).GetPodScores(
             indexer_pb2.GetPodScoresRequest(prompt="hello", model_name="m"), metadata=(("traceparent", HEADER),)
         )
-    found = traced.roots()
+    found = await traced.roots()
     assert [span.name for span in found] == ["kvatlas.v1.Scorer/Score", "indexer.v1.IndexerService/GetPodScores"]
     for span in found:
         assert span.context is not None
@@ -150,7 +152,7 @@ async def test_http_requests_are_traced_too(traced: Traced) -> None:
         for body in ({"model": "m", "tokens": TOKENS}, {"model": "m", "tokenz": TOKENS}):
             async with session.post(f"http://{address}/v1/score", json=body, headers={"traceparent": HEADER}) as reply:
                 await reply.read()
-    spans = traced.spans()
+    spans = await traced.spans()
     good, bad = (span for span in spans if span.name == "POST /v1/score")
     assert [span.name for span in _under(spans, good)] == STAGES
     assert _under(spans, bad) == []
@@ -165,7 +167,7 @@ async def test_each_prompt_of_a_batch_has_its_stages(traced: Traced) -> None:
     """A batch is one span over the stages of all its prompts."""
     client = await traced.client()
     await client.call("ScoreBatch", pb.ScoreBatchRequest(requests=[score_request("m", tokens=TOKENS)] * 3))
-    spans = traced.spans()
+    spans = await traced.spans()
     (batch,) = [span for span in spans if span.name == "kvatlas.v1.Scorer/ScoreBatch"]
     assert sorted(span.name for span in _under(spans, batch)) == sorted(STAGES * 3)
 
@@ -181,7 +183,7 @@ async def test_spans_hold_nothing_of_a_prompt(traced: Traced) -> None:
     ):
         with pytest.raises(ClientError):
             await client.call("Score", wrong)
-    spans = traced.spans()
+    spans = await traced.spans()
     errors = [span for span in spans if span.status.status_code is StatusCode.ERROR]
     assert [(span.attributes or {})["rpc.grpc.status"] for span in errors] == ["INVALID_ARGUMENT"] * 2
     assert [span for span in spans if any(word in span.to_json() for word in SECRET.split())] == []
@@ -194,7 +196,7 @@ async def test_the_share_of_traced_requests_is_the_callers_choice_first() -> Non
             call = channel.unary_unary("/kvatlas.v1.Scorer/Score")
             for headers in ((), (("traceparent", HEADER),), (("traceparent", HEADER[:-1] + "0"),)):
                 await call(score_request("m", tokens=TOKENS).SerializeToString(), metadata=headers)
-        assert [span.name for span in rig.spans()] == ["kvatlas.v1.Scorer/Score", *STAGES]
+        assert [span.name for span in await rig.spans()] == ["kvatlas.v1.Scorer/Score", *STAGES]
 
 
 async def test_a_service_sends_its_spans_over_otlp(traced: Traced) -> None:
