@@ -189,8 +189,10 @@ def test_stop_from_another_object() -> None:
     assert state is not None
     assert state.alive()
     assert stop_node(node.data_dir).bootstrap == node.bootstrap
-    assert not node.running
-    assert not node.data_dir.exists()
+    deadline = time.monotonic() + 90
+    while node.running or node.data_dir.exists():  # a busy machine ends processes late
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     with pytest.raises(BrokerStateError, match="no broker is running"):
         stop_node(node.data_dir)
 
