@@ -122,7 +122,7 @@ class KafkaNode:
         heap_mb: int = 512,
         properties: Mapping[str, str] | None = None,
         security: Security | None = None,
-        start_timeout_seconds: float = 60.0,
+        start_timeout_seconds: float = 180.0,
         cache_dir: Path | None = None,
         detached: bool = False,
         home: KafkaHome | None = None,
