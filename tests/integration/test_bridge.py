@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -204,9 +205,10 @@ async def test_kafka_away_loses_nothing_and_keeps_the_buffer_bounded(own_kafka: 
         engine.publish(_CLEAR, timestamp=float(number))
         await asyncio.sleep(0.002)
     stream = next(iter(bridge.streams.values()))
-    assert stream.tracker is not None
-    publisher = stream._shared.publisher
-    shed, pending = stream.tracker.counts.shed, publisher.pending_bytes
+    tracker, publisher = stream.tracker, stream._shared.publisher
+    assert tracker is not None
+    await _true(lambda: tracker.counts.shed)
+    pending = publisher.pending_bytes
     # A producer that fails is replaced; what other partitions had given to it must not wait for ever.
     replacing = asyncio.create_task(publisher._replace(publisher._producer))
     await asyncio.sleep(2.0)
