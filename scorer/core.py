@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -403,7 +403,7 @@ class Core:
             pods=[self.pod_info(record) for record in self.pods.listed(request.model, gone=request.all)]
         )
 
-    async def watch_pods(self, request: pb.ListPodsRequest) -> AsyncIterator[pb.PodInfo]:
+    async def watch_pods(self, request: pb.ListPodsRequest) -> AsyncGenerator[pb.PodInfo, None]:
         """Yield all pods, then each change; enter :attr:`watchers` around it."""
         async with self.pods.watch() as changes:
             for info in self.list_pods(request).pods:
