@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from kvatlas.connector.blocks import Block
@@ -41,7 +43,8 @@ class EngineSettings:
         chunk_blocks: blocks per chunk: the first chunk of a load is usable before the second is read.
         queued_store_bytes: stores waiting beyond this are shed.
         load_wait_seconds: how long a load waits for host slots that other transfers hold.
-        cpus: CPUs of the threads, best those of the GPU's NUMA node; empty leaves placement to the system.
+        cpus: CPUs of the threads, best those of the GPU's NUMA node, where the host memory lies too then; empty leaves
+            placement to the system.
     """
 
     host_bytes: int
@@ -53,13 +56,31 @@ class EngineSettings:
     cpus: tuple[int, ...] = ()
 
 
-def host_memory(slots: int, slot_bytes: int, *, pin: bool) -> tuple[torch.Tensor, memoryview]:
-    """Return page-aligned host memory as an int8 tensor (slots, slot bytes) and as bytes; pinned on request."""
+def host_memory(
+    slots: int, slot_bytes: int, *, pin_for: torch.device | None = None, cpus: Sequence[int] = ()
+) -> tuple[torch.Tensor, memoryview]:
+    """Return page-aligned host memory as an int8 tensor (slots, slot bytes) and as bytes.
+
+    Args:
+        slots: number of slots.
+        slot_bytes: size of each.
+        pin_for: the GPU that copies from and to it; None leaves it pageable.
+        cpus: the memory lies on the NUMA node of these CPUs; empty leaves that to the system.
+
+    Raises:
+        CapacityError: the memory cannot be pinned.
+    """
     size = slots * slot_bytes
-    view = memoryview(mmap.mmap(-1, size))
+    memory = mmap.mmap(-1, size)
+    if cpus:
+        # A page lies where the thread runs that touches it first.
+        with ThreadPoolExecutor(1, initializer=os.sched_setaffinity, initargs=(0, frozenset(cpus))) as there:
+            there.submit(np.frombuffer(memory, np.uint8)[:: mmap.PAGESIZE].fill, 0).result()
+    view = memoryview(memory)
     tensor = torch.frombuffer(view, dtype=torch.int8).view(slots, slot_bytes)
-    if pin:
-        code = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), size, 0)  # type: ignore[no-untyped-call]
+    if pin_for is not None:
+        with torch.cuda.device(pin_for):
+            code = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), size, 0)  # type: ignore[no-untyped-call]
         if int(code):
             raise CapacityError(f"{size} bytes of host memory cannot be pinned (CUDA error {int(code)}); ask for less")
     return tensor, view
@@ -89,9 +110,10 @@ class OffloadEngine:
         if slots < 1:
             raise CapacityError(f"host_bytes {settings.host_bytes} holds no block of {kv.slot_bytes} bytes")
         self.host = HostTier(slots, POLICIES[settings.policy](slots))
-        tensor, self._view = host_memory(slots, kv.slot_bytes, pin=kv.tensors[0].is_cuda)
+        device = kv.tensors[0].device if kv.tensors[0].is_cuda else None
+        tensor, self._view = host_memory(slots, kv.slot_bytes, pin_for=device, cpus=settings.cpus)
         self._mover = Mover(kv, tensor, settings.chunk_blocks)
-        self._pinned = tensor if kv.tensors[0].is_cuda else None
+        self._pinned = tensor if device is not None else None
         self._pool = IoPool(
             threads=settings.threads,
             write_threads=max(1, settings.threads // 2),
@@ -100,6 +122,10 @@ class OffloadEngine:
             name="kvatlas-move",
         )
         self._chunk = max(1, min(settings.chunk_blocks, slots // max(1, settings.threads)))
+        self.metrics.gauges["queued_move_loads"] = lambda: float(self._pool.queued[0])
+        self.metrics.gauges["queued_move_stores"] = lambda: float(self._pool.queued[1])
+        self.metrics.gauges["host_blocks"] = lambda: float(len(self.host))
+        self.metrics.gauges["host_evicted_blocks"] = lambda: float(self.host.evicted)
 
     # -- store -----------------------------------------------------------------------------------------------
 
@@ -112,6 +138,9 @@ class OffloadEngine:
         Returns:
             A future that always ends. STORED and EXISTS mean: in every tier there is. FAILED may leave the block
             in host memory; the result's ``tier`` says so.
+
+        Raises:
+            ValueError: there is no such group or block.
         """
         return self._submit(items, self._store_chunk, writes=True)
 
@@ -159,6 +188,9 @@ class OffloadEngine:
         Returns:
             A future that always ends, with LOADED, MISS, FAILED or CANCELLED per key. A block that is not LOADED
             was not touched.
+
+        Raises:
+            ValueError: there is no such group or block.
         """
         return self._submit(items, self._load_chunk, writes=False)
 
@@ -267,6 +299,10 @@ class OffloadEngine:
         *,
         writes: bool,
     ) -> Future[Results]:
+        for item in items:
+            # On a GPU a wrong number would end the context of the whole engine, on a CPU a negative one would wrap.
+            if not 0 <= item.group < len(self.kv.groups) or not 0 <= item.block < self.kv.blocks(item.group):
+                raise ValueError(f"there is no block {item.block} of group {item.group} in the paged tensors")
         pieces = [tuple(items[at : at + self._chunk]) for at in range(0, len(items), self._chunk)]
         job = Gather(len(pieces))
         after = self._mover.mark() if pieces else None

@@ -1,9 +1,10 @@
 """Copies between paged KV tensors and host slots, on CUDA streams of their own or on the CPU.
 
-A slot holds a block's pages one after the other, in the order of its group's references. On a GPU one gather brings a
-chunk of blocks into a device buffer, and as few large copies as the slots allow bring that to pinned memory; loads go
-the other way. The engine's stream is never waited for on the host, nor made to wait: a store's stream waits for an
-event recorded where the blocks were computed, a load's for one recorded when it was asked for.
+A slot holds a block's pages one after the other, in the order of its group's references. A chunk of blocks is gathered
+into a buffer on the device, and as few large copies as the slots allow bring that to pinned memory; loads go the
+other way. Of two buffers one is gathered into while the other is copied. The engine's stream is never
+waited for on the host, nor made to wait: a store's gather waits for an event recorded where the blocks were computed, a
+load's scatter for one recorded when it was asked for.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kvatlas.connector.lanes import Lane, lane_of
 from kvatlas.connector.layout import round_up
 
 
@@ -66,6 +68,10 @@ class PagedKV:
         """Return the bytes of one block of a group."""
         return sum(ref.page_bytes for ref in self.groups[group])
 
+    def blocks(self, group: int) -> int:
+        """Return how many blocks a group has."""
+        return min(self.tensors[ref.tensor].shape[0] for ref in self.groups[group])
+
     @property
     def slot_bytes(self) -> int:
         """Return the size of a host slot that holds a block of any group."""
@@ -88,13 +94,36 @@ def runs(slots: Sequence[int]) -> Iterator[tuple[int, int]]:
             begin = at
 
 
+class _Pages(NamedTuple):
+    """A reference's pages and where they lie in a slot, both counted in elements of one type."""
+
+    pages: torch.Tensor
+    first: int
+    last: int
+
+
+#: An index kernel handles one element per thread, so pages are moved as the widest integers they consist of.
+_WIDE = torch.int64
+_WIDE_BYTES = 8
+
+
+def _pages(tensor: torch.Tensor, ref: Ref, at: int, slot_bytes: int) -> _Pages:
+    """Return the pages of ``ref``, whose bytes begin at byte ``at`` of a slot."""
+    pages = tensor[:, : ref.page_bytes]
+    places = (ref.page_bytes, at, slot_bytes, tensor.stride(0), tensor.storage_offset(), tensor.data_ptr())
+    if any(place % _WIDE_BYTES for place in places):
+        return _Pages(pages, at, at + ref.page_bytes)
+    return _Pages(pages.view(_WIDE), at // _WIDE_BYTES, (at + ref.page_bytes) // _WIDE_BYTES)
+
+
 class Mover:
     """Moves blocks between ``kv`` and ``host``; calls may come from several threads and return when done.
 
     Args:
         kv: the paged tensors, all on one device.
         host: int8, shape (slots, slot bytes); pinned when ``kv`` is on a GPU.
-        chunk_blocks: blocks per gather; bounds the device memory taken and the wait for the first blocks.
+        chunk_blocks: blocks per gather. Each thread that moves blocks keeps two buffers of as many slots on the device
+            for either direction.
     """
 
     def __init__(self, kv: PagedKV, host: torch.Tensor, chunk_blocks: int = 16) -> None:
@@ -103,6 +132,13 @@ class Mover:
         self.chunk_blocks = chunk_blocks
         self.device = kv.tensors[0].device
         self._local = threading.local()
+        self._groups = tuple(tuple(self._layout(group)) for group in kv.groups)
+
+    def _layout(self, group: Sequence[Ref]) -> Iterator[_Pages]:
+        at = 0
+        for ref in group:
+            yield _pages(self.kv.tensors[ref.tensor], ref, at, self.host.shape[1])
+            at += ref.page_bytes
 
     def mark(self) -> Any:
         """Return an event at this point of the calling thread's stream; None on the CPU."""
@@ -121,65 +157,62 @@ class Mover:
         self._move(group, places, after, to_host=False)
 
     def _move(self, group: int, places: Sequence[Placement], after: Any, *, to_host: bool) -> None:
+        if not places:
+            return
         ordered = sorted(places, key=lambda place: place.slot)
-        for at in range(0, len(ordered), self.chunk_blocks):
-            chunk = ordered[at : at + self.chunk_blocks]
-            if self.device.type == "cuda":
-                self._cuda(group, chunk, after, to_host=to_host)
-            else:
-                self._cpu(group, chunk, to_host=to_host)
+        slots = [place.slot for place in ordered]
+        # Caches made in inference mode, as engines make theirs, may be written to only there.
+        with torch.inference_mode():
+            lane = self._lane(to_host=to_host)
+            try:
+                index = lane.upload([place.block for place in ordered], after)
+                for number, at in enumerate(range(0, len(slots), self.chunk_blocks)):
+                    chunk = slice(at, min(at + self.chunk_blocks, len(slots)))
+                    step = self._store_chunk if to_host else self._load_chunk
+                    step(lane, number, group, index[chunk], slots[chunk])
+            finally:
+                # Also after an error: until the device is done with the slots nobody else may have them.
+                lane.finish()
 
-    def _cpu(self, group: int, chunk: Sequence[Placement], *, to_host: bool) -> None:
-        blocks = torch.tensor([place.block for place in chunk])
-        slots = torch.tensor([place.slot for place in chunk])
-        at = 0
-        for ref in self.kv.groups[group]:
-            pages = self.kv.tensors[ref.tensor]
-            if to_host:
-                self.host[slots, at : at + ref.page_bytes] = pages[blocks, : ref.page_bytes]
-            else:
-                pages[blocks, : ref.page_bytes] = self.host[slots, at : at + ref.page_bytes]
-            at += ref.page_bytes
-
-    def _stage(self, *, to_host: bool) -> tuple[Any, torch.Tensor]:
-        """Return this thread's stream for a direction and its device buffer."""
+    def _lane(self, *, to_host: bool) -> Lane:
+        """Return this thread's lane for a direction."""
         name = "store" if to_host else "load"
         if not hasattr(self._local, name):
-            with torch.cuda.device(self.device):
-                stream = torch.cuda.Stream(priority=0 if to_host else -1)  # type: ignore[no-untyped-call]
-                with torch.cuda.stream(stream):
-                    size = (self.chunk_blocks, self.host.shape[1])
-                    buffer = torch.empty(size, dtype=torch.int8, device=self.device)
-            setattr(self._local, name, (stream, buffer))
+            lane = lane_of(self.device, (self.chunk_blocks, self.host.shape[1]), urgent=not to_host)
+            setattr(self._local, name, lane)
         return getattr(self._local, name)  # type: ignore[no-any-return]
 
-    def _cuda(self, group: int, chunk: Sequence[Placement], after: Any, *, to_host: bool) -> None:
-        stream, buffer = self._stage(to_host=to_host)
-        slots = [place.slot for place in chunk]
+    def _store_chunk(self, lane: Lane, number: int, group: int, blocks: torch.Tensor, slots: Sequence[int]) -> None:
+        with lane.kernels(number) as buffer:
+            for part in self._groups[group]:
+                rows = buffer.view(part.pages.dtype)[: len(slots), part.first : part.last]
+                torch.index_select(part.pages, 0, blocks, out=rows)
+        with lane.copies(number) as buffer:
+            for near, far in self._pairs(buffer, group, slots):
+                far.copy_(near, non_blocking=True)
+
+    def _load_chunk(self, lane: Lane, number: int, group: int, blocks: torch.Tensor, slots: Sequence[int]) -> None:
+        with lane.copies(number) as buffer:
+            for near, far in self._pairs(buffer, group, slots):
+                near.copy_(far, non_blocking=True)
+        with lane.kernels(number) as buffer:
+            for part in self._groups[group]:
+                rows = buffer.view(part.pages.dtype)[: len(slots), part.first : part.last]
+                part.pages.index_copy_(0, blocks, rows)
+
+    def _pairs(
+        self, buffer: torch.Tensor, group: int, slots: Sequence[int]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield what lies in the buffer and in host memory side by side, each of the two without holes.
+
+        A copy of anything with holes between device and host goes through memory that is not pinned, and one to the
+        host may then be taken up before it has arrived.
+        """
         size = self.kv.block_bytes(group)
-        with torch.cuda.device(self.device), torch.cuda.stream(stream):
-            if after is not None:
-                stream.wait_event(after)
-            blocks = torch.tensor([place.block for place in chunk]).pin_memory()
-            on_device = blocks.to(self.device, non_blocking=True)
-            if not to_host:
-                for first, length in runs(slots):
-                    source = self.host[slots[first] : slots[first] + length, :size]
-                    buffer[first : first + length, :size].copy_(source, non_blocking=True)
-            at = 0
-            for ref in self.kv.groups[group]:
-                pages = self.kv.tensors[ref.tensor]
-                staged = buffer[: len(chunk), at : at + ref.page_bytes]
-                if to_host:
-                    staged.copy_(pages.index_select(0, on_device)[:, : ref.page_bytes])
-                else:
-                    pages[:, : ref.page_bytes].index_copy_(0, on_device, staged)
-                at += ref.page_bytes
-            if to_host:
-                for first, length in runs(slots):
-                    aim = self.host[slots[first] : slots[first] + length, :size]
-                    aim.copy_(buffer[first : first + length, :size], non_blocking=True)
-            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-            done.record(stream)
-        # Waits without the GIL, on this transfer alone.
-        done.synchronize()
+        # The slots' padding goes along where it is little; one call moves many blocks then.
+        if size * 8 >= self.host.shape[1] * 7:
+            for first, length in runs(slots):
+                yield buffer[first : first + length], self.host[slots[first] : slots[first] + length]
+        else:
+            for number, slot in enumerate(slots):
+                yield buffer[number, :size], self.host[slot, :size]
