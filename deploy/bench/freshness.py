@@ -18,7 +18,7 @@ HELP: Final = "from an engine's message on ZMQ to its blocks in a score, while o
 
 _LOAD_BLOCKS_PER_SECOND: Final = 20_000
 _PROBES: Final = 300
-_SETTLE_SECONDS: Final = 15.0
+_SETTLE_SECONDS: Final = 45.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
