@@ -12,7 +12,7 @@ _FIRST_BLOCKS: Final = 128
 
 
 class Partition(Protocol):
-    """What is read of a :class:`kvatlas.streams.store.PartitionState`; the scorer imports no RocksDB."""
+    """What is read of a :class:`kvatlas.streams.partition.PartitionState`; the scorer imports no RocksDB."""
 
     role: Any
     cache: Any

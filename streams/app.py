@@ -21,6 +21,7 @@ from kvatlas.streams.flow import Stage
 from kvatlas.streams.flows import Flows
 from kvatlas.streams.options import WorkerSettings
 from kvatlas.streams.output import Output
+from kvatlas.streams.partition import Role
 from kvatlas.streams.pods import PodPublisher
 from kvatlas.streams.recovery import BulkTableManager
 from kvatlas.streams.resolve import ResolveOptions, Resolver
@@ -28,7 +29,6 @@ from kvatlas.streams.restore import BulkReader
 from kvatlas.streams.rocks import RocksBudget
 from kvatlas.streams.sources import SourceConsumer, SourceTransport, Waiting
 from kvatlas.streams.stages import IndexStage, ResolveStage
-from kvatlas.streams.store import Role
 from kvatlas.streams.table import BulkTable
 
 logger = get_logger(__name__)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +20,7 @@ from kvatlas.streams import metrics
 from kvatlas.streams.codec import HOLDER
 from kvatlas.streams.errors import GoneError
 from kvatlas.streams.index import Validity, is_meta, live_holders
-from kvatlas.streams.store import PartitionState, Role
+from kvatlas.streams.partition import PartitionState, Role
 
 #: Pod (or ``store:NAME`` for a shared store) -> tier name -> blocks.
 Holdings = dict[str, dict[str, int]]
@@ -118,8 +117,7 @@ class Census:
         found: Counter[tuple[int, int]] = Counter()
         seen = 0
         while (state := self._states().get(number)) is not None and state.role is Role.ACTIVE:
-            async with state.lock:
-                items = list(itertools.islice(state.items(start), _SLICE_ENTRIES))
+            items = await state.items_apart(start, _SLICE_ENTRIES)
             inside = [item for item in items if stop is None or item[0] < stop]
             found += count(inside, valid)
             seen += len(inside)

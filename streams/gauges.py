@@ -10,7 +10,7 @@ from faust.types import TP
 
 from kvatlas.streams import metrics
 from kvatlas.streams.app import WorkerApp
-from kvatlas.streams.store import Reflected, Role
+from kvatlas.streams.partition import Reflected, Role
 from kvatlas.streams.table import BulkTable
 
 _INTERVAL_SECONDS: Final = 2.0

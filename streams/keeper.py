@@ -17,7 +17,7 @@ from mode import get_logger
 
 from kvatlas.bridge.errors import KvatlasError
 from kvatlas.streams.errors import FencedError
-from kvatlas.streams.store import PartitionState, Role
+from kvatlas.streams.partition import PartitionState, Role
 from kvatlas.streams.table import BulkTable
 
 logger = get_logger(__name__)

@@ -30,7 +30,7 @@ from kvatlas.streams import metrics
 from kvatlas.streams.mirror_layout import MirrorLayout, Position, token
 from kvatlas.streams.mirror_part import MirrorSource, Part
 from kvatlas.streams.mirror_server import LostError, MirrorServer
-from kvatlas.streams.store import PartitionState, Role
+from kvatlas.streams.partition import PartitionState, Role
 
 logger = get_logger(__name__)
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from kvatlas.bridge import records
 from kvatlas.streams.mirror_layout import Position, position_of
 from kvatlas.streams.mirror_server import Holding
-from kvatlas.streams.store import PartitionState
+from kvatlas.streams.partition import PartitionState
 
 
 class MirrorSource(NamedTuple):

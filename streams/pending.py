@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kvatlas.streams.store import Ahead
+from kvatlas.streams.partition import Ahead
 from kvatlas.streams.table import BulkTable, PartitionView
 
 

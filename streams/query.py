@@ -20,7 +20,7 @@ from kvatlas.bridge.block_key import KEY_BYTES
 from kvatlas.streams import metrics
 from kvatlas.streams.announce import WorkerBook
 from kvatlas.streams.lookups import answer_columns
-from kvatlas.streams.store import PartitionState, Role
+from kvatlas.streams.partition import PartitionState, Role
 from kvatlas.streams.v1 import block_index_pb2 as pb
 from kvatlas.streams.v1 import block_index_pb2_grpc as pb_grpc
 

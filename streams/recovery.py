@@ -21,7 +21,7 @@ from mode import get_logger
 
 from kvatlas.streams import metrics
 from kvatlas.streams.errors import GoneError, StreamsError
-from kvatlas.streams.store import PartitionState, Role
+from kvatlas.streams.partition import PartitionState, Role
 
 logger = get_logger(__name__)
 

@@ -22,7 +22,7 @@ from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.streams import metrics
 from kvatlas.streams.changelog import Meta
 from kvatlas.streams.errors import RestoreError
-from kvatlas.streams.store import PartitionState, Role
+from kvatlas.streams.partition import PartitionState, Role
 
 logger = get_logger(__name__)
 

@@ -33,10 +33,10 @@ from kvatlas.streams.gauges import Gauges
 from kvatlas.streams.index import sweep_index
 from kvatlas.streams.keeper import Keeper
 from kvatlas.streams.options import WorkerSettings
+from kvatlas.streams.partition import PartitionState, Role
 from kvatlas.streams.pods import PodBook
 from kvatlas.streams.query import LookupServer, LookupService
 from kvatlas.streams.sources import Watchdog
-from kvatlas.streams.store import PartitionState, Role
 from kvatlas.streams.surroundings import advertised, discover, worker_id
 from kvatlas.streams.sweeper import Sweeper
 from kvatlas.streams.table import BulkTable

@@ -8,7 +8,6 @@ long leaves its state and its positions too, so that pods that come and go under
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final, Protocol
 
@@ -18,7 +17,7 @@ from mode import get_logger
 from kvatlas.bridge.errors import KvatlasError
 from kvatlas.streams import metrics
 from kvatlas.streams.index import Swept, Validity, sweep_index
-from kvatlas.streams.store import PartitionState, Role
+from kvatlas.streams.partition import PartitionState, Role
 from kvatlas.streams.table import BulkTable
 
 logger = get_logger(__name__)
@@ -92,7 +91,9 @@ class Sweeper:
             async with state.lock:
                 if self._mine(partition) is not state:
                     return dropped
-                items = list(itertools.islice(state.items(start), _SLICE_ENTRIES))
+                items = await state.items_apart(start, _SLICE_ENTRIES)
+                if self._mine(partition) is not state:
+                    return dropped
                 found = self._sweep(items, valid, forget=forget)
                 if found.dropped:
                     await self._write(partition, state, found)

@@ -30,8 +30,9 @@ from mode import get_logger
 
 from kvatlas.streams.changelog import encode_meta, send_batch
 from kvatlas.streams.fence import examine
+from kvatlas.streams.partition import PartitionState
 from kvatlas.streams.rocks import RocksBudget
-from kvatlas.streams.store import BulkStore, PartitionState
+from kvatlas.streams.store import BulkStore
 
 logger = get_logger(__name__)
 

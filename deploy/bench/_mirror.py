@@ -14,8 +14,8 @@ from kvatlas.streams.mirror import Mirror
 from kvatlas.streams.mirror_layout import MirrorLayout, Names, Position
 from kvatlas.streams.mirror_part import MirrorSource
 from kvatlas.streams.mirror_server import MirrorServer
+from kvatlas.streams.partition import PartitionState, Role
 from kvatlas.streams.redis_link import connect
-from kvatlas.streams.store import PartitionState, Role
 
 _FLUSH: Final = 8_192
 _PREFIX: Final = "kvatlas-bench"

@@ -12,7 +12,7 @@ from kvatlas.bridge.block_key import block_keys, pack_tokens, partition_of, root
 from kvatlas.scorer.local import LocalTables, TableLookups
 from kvatlas.scorer.reader import Answers, Seen
 from kvatlas.streams.cache import BytesCache
-from kvatlas.streams.store import Reflected
+from kvatlas.streams.partition import Reflected
 
 COUNT = 4
 KEYS = block_keys(root_key("m"), pack_tokens(list(range(640))), 16)

@@ -13,8 +13,8 @@ from kvatlas.bridge.records import PodRecord, epoch_of, pod_ref, store_ref
 from kvatlas.streams.census import Census, count, covered
 from kvatlas.streams.changelog import Meta
 from kvatlas.streams.codec import HOLDER
+from kvatlas.streams.partition import PartitionState, Role
 from kvatlas.streams.rocks import RocksBudget
-from kvatlas.streams.store import PartitionState, Role
 
 EPOCH = epoch_of(100)
 PODS = [

@@ -19,7 +19,7 @@ from faust.transport import consumer
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 
-from kvatlas.streams import recovery, store, table
+from kvatlas.streams import partition, recovery, table
 from kvatlas.streams.sources import SourceConsumer, SourceConsumerThread, SourceTransport
 
 
@@ -76,7 +76,7 @@ def test_recovery_keeps_standbys_where_we_empty_them() -> None:
 
 def test_the_offset_key_is_fausts() -> None:
     """Faust's recovery reads the changelog offset under this key."""
-    assert store.OFFSET_KEY == b"__faust\0offset__"
+    assert partition.OFFSET_KEY == b"__faust\0offset__"
     assert issubclass(table.BulkTable, faust.Table)
 
 

@@ -10,8 +10,8 @@ import pytest
 from kvatlas.streams.changelog import META_KEY, Meta, Placed, encode_meta
 from kvatlas.streams.errors import FencedError
 from kvatlas.streams.fence import Lease, examine
+from kvatlas.streams.partition import PartitionState
 from kvatlas.streams.rocks import RocksBudget
-from kvatlas.streams.store import PartitionState
 
 OLD, NEW = Meta(10, 0, 1, epoch=1, owner=7), Meta(10, 0, 1, epoch=2, owner=8)
 

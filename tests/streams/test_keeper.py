@@ -9,7 +9,7 @@ from typing import Any
 from kvatlas.streams.changelog import Meta
 from kvatlas.streams.errors import FencedError
 from kvatlas.streams.keeper import Keeper
-from kvatlas.streams.store import Role
+from kvatlas.streams.partition import Role
 
 SECOND = 1_000_000_000
 

@@ -22,8 +22,8 @@ from kvatlas.streams.mirror import Mirror
 from kvatlas.streams.mirror_layout import MirrorLayout, Names, Position, position_of
 from kvatlas.streams.mirror_part import MirrorSource
 from kvatlas.streams.mirror_server import MirrorServer
+from kvatlas.streams.partition import Role
 from kvatlas.streams.redis_link import connect
-from kvatlas.streams.store import Role
 
 PARTITIONS = 2
 NAMES = Names("test")

@@ -10,9 +10,9 @@ import pytest
 
 from kvatlas.streams.changelog import Meta
 from kvatlas.streams.errors import ChangelogError
+from kvatlas.streams.partition import PartitionState, Reflected
 from kvatlas.streams.pending import Pending
 from kvatlas.streams.rocks import RocksBudget
-from kvatlas.streams.store import PartitionState, Reflected
 from kvatlas.streams.table import BulkTable, PartitionView
 
 

@@ -9,9 +9,9 @@ import pytest
 from kvatlas.bridge.errors import VersionError
 from kvatlas.streams.changelog import META_KEY, Meta, decode_meta, encode_meta
 from kvatlas.streams.errors import GoneError, StoreError
+from kvatlas.streams.partition import OFFSET_KEY, PartitionState, Role
 from kvatlas.streams.rocks import RocksBudget, open_database
 from kvatlas.streams.service import full_disk
-from kvatlas.streams.store import OFFSET_KEY, PartitionState, Role
 from kvatlas.streams.table import PartitionView
 
 
