@@ -182,6 +182,9 @@ class Tracker:
         self._verify = position.sequence >= 0  # the next replay must show that it is still the same engine
         self._catch_up = True
         self._shown = -1  # what the answer to a probe must show, since the same engine has it; -1 for nothing
+        # Messages from here on came by a connection that nobody has verified, and may be of two engines: the next
+        # replay is to show them all again. None when they are of one.
+        self._unverified: int | None = max(position.sequence, 0)
 
     # --- what the driver asks -----------------------------------------------------------------------------------
 
@@ -208,6 +211,8 @@ class Tracker:
         start = self.expected - 1 if self._verify and self.expected > 0 else self.expected
         if self._shown >= 0:
             start = min(start, self._shown)
+        if self._unverified is not None:
+            start = min(start, self._unverified)
         # Held messages are only the upper bound when nothing above them was dropped.
         return Request(start, min(self._held) if self._held and not self._catch_up else None)
 
@@ -229,6 +234,8 @@ class Tracker:
         """Note that the connection was down: the engine may be another, and messages may be missing."""
         self._catch_up = True
         self._verify = self.expected > 0
+        if self._unverified is None:
+            self._unverified = max(self.expected - 1, 0)
         if not self._verify:
             # Nothing of this engine is on the log to know it by, so what is held may be another's than what comes.
             self._held.clear()
@@ -325,6 +332,7 @@ class Tracker:
         if complete:
             self._catch_up = False
             self._shown = -1
+            self._unverified = None
         elif self._shown >= 0:
             self._shown = self.expected - 1
         if not self.hole and not self._held:
@@ -445,6 +453,7 @@ class Tracker:
         self._failed = 0
         self._verify = False
         self._shown = -1
+        self._unverified = None
         self._catch_up = True
         if message is None:
             return outputs
