@@ -168,7 +168,7 @@ class FileTier:
         results: Results = {}
         fresh: list[Block] = []
         for block in piece:
-            if self._already_there(block.key):
+            if self._holdings.find(block.key, self._now(), block.size_bytes):
                 results[block.key] = Result(Outcome.EXISTS, tier=Tier.FILE)
             else:
                 fresh.append(block)
@@ -176,19 +176,6 @@ class FileTier:
         if fresh:
             results.update(self._write_fresh(fresh))
         return results
-
-    def _already_there(self, key: bytes) -> bool:
-        if self._holdings.is_distrusted(key):
-            return False
-        try:
-            written = self._segments.probe(key)
-        except (Missing, OSError):
-            return False
-        except Corrupt as error:
-            self._holdings.drop_corrupt(key, error)
-            return False
-        self._holdings.note_found(key, written, self._usage.tick(self._clock_ns()))
-        return True
 
     def _write_fresh(self, fresh: Sequence[Block]) -> Results:
         keys = [block.key for block in fresh]
@@ -229,7 +216,7 @@ class FileTier:
         return results
 
     def _admit(self, written: Written) -> frozenset[bytes]:
-        now = self._usage.tick(self._clock_ns())
+        now = self._now()
         admitted = self._holdings.admit(written, now)
         self._use(admitted, now)
         if self._capacity.exceeded():
@@ -320,7 +307,7 @@ class FileTier:
         """
         found: dict[bytes, bool] = {}
         for key in keys:
-            found[key] = self._already_there(key)
+            found[key] = self._holdings.find(key, self._now())
             if not found[key]:
                 self._holdings.vanished(key)
         return found
@@ -334,11 +321,14 @@ class FileTier:
     def _note_use(self, keys: Iterable[bytes], *, here: bool = True) -> None:
         listed = list(keys)
         if listed:
-            now = self._usage.tick(self._clock_ns())
+            now = self._now()
             self._holdings.touch(listed, now)
             self._use(listed, now)
             if here:
                 self._holdings.confirm(listed, now)
+
+    def _now(self) -> int:
+        return self._usage.tick(self._clock_ns())
 
     def _use(self, keys: Iterable[bytes], now: int) -> None:
         if self._usage.touch(keys, now) and not self.read_only:

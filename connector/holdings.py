@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvatlas.connector import scan
-from kvatlas.connector.blocks import Corrupt, Written
+from kvatlas.connector.blocks import Corrupt, Missing, Written
 from kvatlas.connector.catalog import Catalog, Found, Victim
 from kvatlas.connector.fs import FileSystem
 from kvatlas.connector.metrics import Metrics
@@ -137,11 +137,31 @@ class Holdings:
                     fresh.append(key)
             self._announce(removed=False, keys=tuple(fresh))
 
-    def note_found(self, key: bytes, written: Written, now_ns: int) -> None:
-        """Learn of a block that another process published."""
-        with self._lock:
-            if self._catalog.inode_of(key) != written.inode:
-                self._catalog.add(Found(key, written.inode, written.size_bytes, now_ns))
+    def find(self, key: bytes, now_ns: int, size: int | None = None) -> bool:
+        """Return whether a block's file is there with a sound header.
+
+        Args:
+            key: the block.
+            now_ns: the clock.
+            size: also ask for this payload, and verify it unless this run told of the block: its bytes were right
+                once in this run then. What :meth:`confirm` announces must have been found in this way or loaded.
+        """
+        if self.is_distrusted(key):
+            return False
+        try:
+            written = self._segments.probe(key)
+            with self._lock:
+                if self._catalog.inode_of(key) != written.inode:  # another process published it
+                    self._catalog.add(Found(key, written.inode, written.size_bytes, now_ns))
+                told = key in self._told
+            if size is not None and not told:
+                self._segments.verify(key, size)
+        except (Missing, OSError):
+            return False
+        except Corrupt as error:
+            self.drop_corrupt(key, error)
+            return False
+        return True
 
     def rescan(self, directory: Path, now_ns: int, seen: Callable[[int], None]) -> None:
         """Rebuild the catalog from the directory; what is stored meanwhile is kept.
