@@ -26,7 +26,7 @@ class FileTierSettings:
         budget: how much the tier may take.
         cpus: CPUs of all these threads; empty leaves placement to the system.
         quarantine_files: damaged files kept for inspection.
-        stale_seconds: age at which a temporary file counts as abandoned.
+        stale_seconds: age at which a temporary file counts as abandoned, and a file of uses as one to merge.
         distrust_seconds: how long a block that failed with an I/O error is reported absent.
         usage_flush_seconds: how often uses are written to the sidecar at the least, while there are any.
     """

@@ -31,7 +31,7 @@ from kvatlas.connector.metrics import Metrics
 from kvatlas.connector.outcome import Outcome, Result, Results, Tier
 from kvatlas.connector.pool import IoPool, Task
 from kvatlas.connector.segments import SegmentFiles
-from kvatlas.connector.usage import UsageLog
+from kvatlas.connector.usage import UsageLog, merge
 
 
 class FileTier:
@@ -94,6 +94,7 @@ class FileTier:
             self._writer,
             flush_seconds=settings.usage_flush_seconds,
             monotonic=monotonic,
+            known=lambda: self._holdings.known() if self.scanned.is_set() else None,
         )
         self._holdings = Holdings(
             self._fs,
@@ -331,7 +332,8 @@ class FileTier:
         return self._usage.tick(self._clock_ns())
 
     def _use(self, keys: Iterable[bytes], now: int) -> None:
-        if self._usage.touch(keys, now) and not self.read_only:
+        # On a read-only root uses could only pile up in memory.
+        if not self.read_only and self._usage.touch(keys, now):
             with contextlib.suppress(ClosedError):
                 self._pool.write(Task(self._usage.flush, lambda: None, 0), force=True)
 
@@ -367,6 +369,10 @@ class FileTier:
             self._holdings.rescan(self.directory, now, self._usage.seen)
             if not self.read_only:
                 scan.remove_stale_staging(self._fs, self.directory, now, self.settings.stale_seconds)
+                silent = now - int(self.settings.stale_seconds * 1e9)
+                usage = self.directory / layout.USAGE
+                with contextlib.suppress(OSError):  # costs nothing but their number
+                    merge(self._fs, usage, self._writer, silent_since_ns=silent, known=self._holdings.known)
         except OSError:
             self.metrics.count("scan_failed")
         finally:
