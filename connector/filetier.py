@@ -31,7 +31,7 @@ from kvatlas.connector.metrics import Metrics
 from kvatlas.connector.outcome import Outcome, Result, Results, Tier
 from kvatlas.connector.pool import IoPool, Task
 from kvatlas.connector.segments import SegmentFiles
-from kvatlas.connector.usage import UsageLog, merge
+from kvatlas.connector.usage import UsageLog
 
 
 class FileTier:
@@ -103,6 +103,7 @@ class FileTier:
             read_only=self.read_only,
             distrust_seconds=settings.distrust_seconds,
             monotonic=monotonic,
+            trim_quarantine=self._trim_quarantine,
             listener=listener,
         )
         self._capacity = Capacity(
@@ -110,7 +111,6 @@ class FileTier:
             self.directory,
             settings.budget,
             self._holdings,
-            quarantine_files=settings.quarantine_files,
             monotonic=monotonic,
         )
         self._pool = IoPool(
@@ -192,7 +192,7 @@ class FileTier:
             written = self._segments.write(fresh)
         except OSError as error:
             published: tuple[bytes, ...] = getattr(error, "published", ())
-            return self._failed_write(error, keys, published)
+            return self._failed_write(error, keys, published, size + layout.header_bytes(len(fresh)))
         self.metrics.moved("file", "store", blocks=len(fresh), size_bytes=size, seconds=time.perf_counter() - begin)
         admitted = self._admit(written)
         return {
@@ -202,7 +202,7 @@ class FileTier:
             for key in keys
         }
 
-    def _failed_write(self, error: OSError, keys: Sequence[bytes], published: Sequence[bytes]) -> Results:
+    def _failed_write(self, error: OSError, keys: Sequence[bytes], published: Sequence[bytes], needed: int) -> Results:
         """Report a failed segment; the blocks that got their names before the failure are whole and stay."""
         results: Results = {}
         for key in published:
@@ -213,7 +213,7 @@ class FileTier:
         self.metrics.count("failed", len(failed))
         results.update(dict.fromkeys(failed, Result(Outcome.FAILED, error_text(error))))
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            self._queue_eviction()
+            self._queue(lambda: self._capacity.relieve(needed))
         return results
 
     def _admit(self, written: Written) -> frozenset[bytes]:
@@ -221,7 +221,7 @@ class FileTier:
         admitted = self._holdings.admit(written, now)
         self._use(admitted, now)
         if self._capacity.exceeded():
-            self._queue_eviction()
+            self._queue(self.evict_excess)
         return admitted
 
     # -- load ------------------------------------------------------------------------------------------------
@@ -334,8 +334,7 @@ class FileTier:
     def _use(self, keys: Iterable[bytes], now: int) -> None:
         # On a read-only root uses could only pile up in memory.
         if not self.read_only and self._usage.touch(keys, now):
-            with contextlib.suppress(ClosedError):
-                self._pool.write(Task(self._usage.flush, lambda: None, 0), force=True)
+            self._queue(self._usage.flush)
 
     @property
     def used_bytes(self) -> int:
@@ -346,9 +345,13 @@ class FileTier:
         """Return the blocks that the last scan and our own stores found."""
         return self._holdings.known()
 
-    def _queue_eviction(self) -> None:
+    def _queue(self, upkeep: Callable[[], object]) -> None:
         with contextlib.suppress(ClosedError):
-            self._pool.write(Task(self.evict_excess, lambda: None, 0), force=True)
+            self._pool.write(Task(upkeep, lambda: None, 0), force=True)
+
+    def _trim_quarantine(self) -> None:
+        kept = self.settings
+        scan.empty_quarantine(self._fs, self.directory, kept.quarantine_files, kept.quarantine_bytes)
 
     def evict_excess(self, incoming: int = 0) -> int:
         """Evict what was longest unused until the low watermark is met; returns the bytes freed."""
@@ -368,17 +371,15 @@ class FileTier:
             now = self._clock_ns()
             self._holdings.rescan(self.directory, now, self._usage.seen)
             if not self.read_only:
-                scan.remove_stale_staging(self._fs, self.directory, now, self.settings.stale_seconds)
-                silent = now - int(self.settings.stale_seconds * 1e9)
-                usage = self.directory / layout.USAGE
-                with contextlib.suppress(OSError):  # costs nothing but their number
-                    merge(self._fs, usage, self._writer, silent_since_ns=silent, known=self._holdings.known)
+                stale, known = self.settings.stale_seconds, self._holdings.known
+                scan.tidy(self._fs, self.directory, now, writer=self._writer, stale_seconds=stale, known=known)
+                self._trim_quarantine()
         except OSError:
             self.metrics.count("scan_failed")
         finally:
             self.scanned.set()
         if self._capacity.exceeded():
-            self._queue_eviction()
+            self._queue(self.evict_excess)
 
     # -- end -------------------------------------------------------------------------------------------------
 

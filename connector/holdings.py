@@ -43,6 +43,7 @@ class Holdings:
         metrics: where to count.
         read_only: nothing can be moved or removed; what does not verify is not trusted instead.
         distrust_seconds: how long a block that failed is reported absent.
+        trim_quarantine: called after a file came to the quarantine.
         monotonic: seconds that never go back.
         listener: told of every change in the order they happened, under the lock: it must return quickly, must not
             raise and must not call back.
@@ -57,6 +58,7 @@ class Holdings:
         read_only: bool,
         distrust_seconds: float,
         monotonic: Callable[[], float],
+        trim_quarantine: Callable[[], object],
         listener: Callable[[Change], None] | None,
     ) -> None:
         self._fs = fs
@@ -65,6 +67,7 @@ class Holdings:
         self._read_only = read_only
         self._distrust_seconds = distrust_seconds
         self._monotonic = monotonic
+        self._trim_quarantine = trim_quarantine
         self._listener = listener
         self._catalog = Catalog()
         self._distrusted: dict[bytes, float] = {}
@@ -237,6 +240,8 @@ class Holdings:
             self._catalog.remove(key)
             # An earlier run may have announced the file, so its end is announced even if this one did not.
             self._announce(removed=True, keys=(key,))
+        if not self._read_only:
+            self._trim_quarantine()
 
     def evict_file(self, victim: Victim) -> int:
         """Take a chosen file's names away; returns the bytes freed, 0 while a name remains."""

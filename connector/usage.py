@@ -40,6 +40,9 @@ _REWRITE_BYTES: Final = 2 << 20
 #: Uses kept while the file system refuses them; of more, the latest.
 _KEPT_RECORDS: Final = 1 << 16
 
+#: Says which blocks there are.
+Known = Callable[[], Iterable[bytes]]
+
 
 def usage_key(key: bytes) -> bytes:
     """Return the 16 bytes under which a block's use is recorded."""
@@ -76,9 +79,7 @@ def read_usage(fs: FileSystem, directory: Path) -> dict[bytes, int]:
     return found
 
 
-def merge(
-    fs: FileSystem, directory: Path, writer: str, *, silent_since_ns: int, known: Callable[[], Iterable[bytes]]
-) -> int:
+def merge(fs: FileSystem, directory: Path, writer: str, *, silent_since_ns: int, known: Known) -> int:
     """Make one file of those that nobody wrote to for a while; returns how many went into it.
 
     Safe beside running writers and other merges: a file is first renamed, so it has one taker; a writer that was
