@@ -110,7 +110,10 @@ async def test_batches_of_a_replaced_writer_are_dropped_and_written_over(
             await fleet.flush(producer)
             assert_true(await until_true(kafka, fleet.truth()), 4)
             deadline = time.monotonic() + 90
-            while any(state.meta.source_offset < 0 or state.foreign for state in service._index_states().values()):
+            while any(
+                state.meta.source_offset < 0 or state.foreign or state.ahead is not None
+                for state in service._index_states().values()
+            ):
                 assert time.monotonic() < deadline
                 await asyncio.sleep(0.1)
         state = {number: dict(state.items()) for number, state in service._index_states().items()}
