@@ -3,12 +3,13 @@
 Two transports behind one seam, :class:`Lookups`: :class:`PartitionRouter` asks the workers that own the partitions,
 in parallel, over gRPC; :class:`LocalLookups` reads the tables of this very process.
 
-What one round of the router does:
+What the router does (:mod:`kvatlas.scorer.asking`):
 
 1. Split the keys by owner; ask all owners at once.
 2. An owner that does not answer within ``hedge_ms``: ask a standby as well, the first answer counts.
-3. Keys that came back without an answer (moved, restoring, refused, worker gone) are asked again: of the owner that
-   the answer named, else of the next candidate, standbys last. Until the deadline, at most three times.
+3. Partitions that came back without an answer (moved, restoring, refused, worker gone) are asked again at once,
+   whatever the others wait for: of the owner that the answer named, else of the next candidate, standbys last. Until
+   the deadline, at most three times.
 4. What is left has no answer: None. The caller flags it; it is never mistaken for "nobody holds it".
 """
 
@@ -27,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvatlas.bridge.block_key import KEY_BYTES
+from kvatlas.scorer.asking import Asking, Outcome
 from kvatlas.scorer.workers import WorkerTable
 from kvatlas.streams.lookups import NOT_ANSWERED, read_index
 from kvatlas.streams.v1 import block_index_pb2 as pb
@@ -34,7 +36,6 @@ from kvatlas.streams.v1 import block_index_pb2 as pb
 log = logging.getLogger(__name__)
 
 _METHOD: Final = "/kvatlas.v1.BlockIndex/Lookup"
-_ROUNDS: Final = 3
 _CHANNEL_OPTIONS: Final = (
     ("grpc.max_receive_message_length", 256 * 1024 * 1024),
     ("grpc.max_send_message_length", 256 * 1024 * 1024),
@@ -199,7 +200,13 @@ class PartitionRouter:
         numbers = partitions_of(packed, layout.partition_count)
         touched = np.unique(numbers).tolist()
         request = _Request(packed, numbers, layout.partition_count, values, deadline)
-        pending = await self._rounds(set(touched), request)
+        pending = await Asking(
+            {partition: self._candidates(partition) for partition in touched},
+            lambda endpoint, partitions: self._ask(endpoint, partitions, request),
+            hedge_seconds=self._hedge_seconds,
+            deadline=deadline,
+            on_event=self._on_event,
+        ).run()
         for partition in pending:
             if partition not in request.seen or request.seen[partition].role in (ACTIVE, STANDBY):
                 request.seen[partition] = Seen(UNANSWERED, "", -1, 0)
@@ -207,64 +214,11 @@ class PartitionRouter:
             self._on_event("unanswered")
         return Answers(values, request.seen)
 
-    async def _rounds(self, pending: set[int], request: _Request) -> set[int]:
-        """Ask until everything is answered, nobody is left to ask, or time is up; returns what has no answer."""
-        targets = {partition: self._candidates(partition) for partition in pending}
-        for number in range(_ROUNDS):
-            groups: dict[str, list[int]] = {}
-            for partition in pending:
-                if targets[partition]:
-                    groups.setdefault(targets[partition].pop(0), []).append(partition)
-            if not groups or time.monotonic() >= request.deadline:
-                break
-            if number:
-                self._on_event("redirected")
-            outcomes = await asyncio.gather(
-                *(self._ask_hedged(endpoint, parts, request, targets) for endpoint, parts in groups.items())
-            )
-            for answered, owners in outcomes:
-                pending = pending - answered
-                for partition, owner in owners.items():
-                    targets[partition] = [owner, *(t for t in targets[partition] if t != owner)]
-            if not pending:
-                break
-        return pending
-
     def _candidates(self, partition: int) -> list[str]:
         route = self._workers.route(partition)
         return [*route.owners, *route.standbys]
 
-    async def _ask_hedged(
-        self, endpoint: str, partitions: list[int], request: _Request, targets: dict[int, list[str]]
-    ) -> tuple[set[int], dict[int, str]]:
-        """Ask one endpoint, and a standby when it is slow; returns partitions answered and owners named."""
-        spare = {targets[p][0] for p in partitions if targets[p]}
-        if not self._hedge_seconds or not spare:
-            return await self._ask(endpoint, partitions, request)
-        first = asyncio.ensure_future(self._ask(endpoint, partitions, request))
-        done, _ = await asyncio.wait({first}, timeout=self._hedge_seconds)
-        if done:
-            return first.result()
-        self._on_event("hedged")
-        tasks = {first}
-        for other in spare:
-            theirs = [p for p in partitions if targets[p] and targets[p][0] == other]
-            tasks.add(asyncio.ensure_future(self._ask(other, theirs, request)))
-        answered: set[int] = set()
-        owners: dict[int, str] = {}
-        try:
-            while tasks and answered != set(partitions):
-                done, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    got, named = task.result()
-                    answered |= got
-                    owners |= named
-        finally:
-            for task in tasks:
-                task.cancel()
-        return answered, {p: owner for p, owner in owners.items() if p not in answered}
-
-    async def _ask(self, endpoint: str, partitions: list[int], request: _Request) -> tuple[set[int], dict[int, str]]:
+    async def _ask(self, endpoint: str, partitions: list[int], request: _Request) -> Outcome:
         remaining = request.deadline - time.monotonic()
         if remaining <= 0:
             return set(), {}

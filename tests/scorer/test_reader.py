@@ -282,3 +282,30 @@ async def test_an_owner_that_knows_nothing_does_not_hide_that_a_standby_answered
         owner.released.set()
         found = {partition: seen.role for partition, seen in (await asked).partitions.items()}
         assert found == {first: "standby", second: "unanswered"}
+
+
+@pytest.mark.parametrize("hedge_ms", [0.0, 20.0], ids=["of its own", "of the silent one's standby"])
+async def test_a_silent_owner_holds_up_no_other_partition(hedge_ms: float) -> None:
+    """While one owner without a standby is silent, a partition that moved is asked where the answer points, at once."""
+    silent, moved = sorted({partition_of(key, PARTITIONS) for key in KEYS})[:2]
+    async for rig in _watched(hedge_ms=hedge_ms):
+        owner = Held("w0", rig.table, {silent}, asyncio.Event())
+        new = Index("w2", rig.table, {moved})
+        await rig.worker(new)
+        endpoint = rig.workers.records["w2"].endpoint
+        rig.workers.apply(b"w2", None)
+        await rig.worker(owner)
+        if hedge_ms:  # the silent one has both, and the copy of one of them has moved on
+            rig.announce("w0", rig.workers.records["w0"].endpoint, [silent, moved])
+        await rig.worker(Index("w1", rig.table, set(), owner=endpoint))
+        rig.announce("w1", rig.workers.records["w1"].endpoint, [moved], standby=bool(hedge_ms))
+        keys = [key for key in KEYS if partition_of(key, PARTITIONS) in (silent, moved)]
+        asked = asyncio.ensure_future(rig.router.lookup(keys, time.monotonic() + 120))
+        async with asyncio.timeout(60):
+            while not new.asked:
+                await asyncio.sleep(0.01)
+        assert not asked.done()
+        owner.released.set()
+        answers = await asked
+        assert answers.values == [rig.table[key] for key in keys]
+        assert {seen.role for seen in answers.partitions.values()} == {"active"}
