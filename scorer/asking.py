@@ -59,9 +59,7 @@ class Asking:
             while self.pending and self._running:
                 wake = min(self._hedges.values(), default=None)
                 timeout = None if wake is None else max(wake - time.monotonic(), 0.0)
-                done, _ = await asyncio.wait(
-                    self._running, timeout=timeout, return_when=asyncio.FIRST_COMPLETED
-                )
+                done, _ = await asyncio.wait(self._running, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                 self._take(done)
                 self._hedge()
         finally:
@@ -82,9 +80,8 @@ class Asking:
                     others = [target for target in self._targets[partition] if target != owner]
                     self._targets[partition] = [owner, *others]
             open_still.update(partitions)
-        if open_still := open_still & self.pending:
-            if self._next(open_still):
-                self._on_event("redirected")
+        if self._next(open_still & self.pending):
+            self._on_event("redirected")
 
     def _hedge(self) -> None:
         """Ask the next candidates of what is slow."""

@@ -153,13 +153,15 @@ class Core:
         """
         clock = time.perf_counter
         began = clock()
+        if deadline is None:
+            deadline = time.monotonic() + self._settings.deadline_ms / 1e3
         index = self._index
         if (why := index.unready(require_workers=self._settings.require_workers)) is not None:
             raise NotReadyError(f"not ready: {why}")
         size = index.block_size() or 16
         index.pods.set_block_size(size)
         strategy, weights = self._weighing.of(request.model, request.strategy)
-        tokens = await inputs.tokens_of(request, self._settings, self._pool)
+        tokens = await inputs.tokens_of(request, self._settings, self._pool, deadline)
         tokenized = clock()
         keys = inputs.keys_of(request, tokens.packed, size)
         hashed = clock()
@@ -194,12 +196,12 @@ class Core:
         return Scored(index, response, keys, values, matches)
 
     async def _walk(
-        self, lookups: Lookups, keys: list[bytes], steps: Walk, deadline: float | None, *, all_blocks: bool
+        self, lookups: Lookups, keys: list[bytes], steps: Walk, deadline: float, *, all_blocks: bool
     ) -> tuple[list[bytes | None], dict[int, Seen], float]:
         """Look up and walk in rounds that grow, until no pod is walking; returns values, partitions, seconds."""
         settings = self._settings
-        if deadline is None:
-            deadline = time.monotonic() + settings.deadline_ms / 1e3
+        # A caller that can wait long waits for its tokenizer, not for a worker that is silent.
+        deadline = min(deadline, time.monotonic() + settings.deadline_ms / 1e3)
         now_ns = self._clock_ns()
         values: list[bytes | None] = []
         seen: dict[int, Seen] = {}

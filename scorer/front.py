@@ -99,13 +99,12 @@ class ScorerFront:
 
 
 def within(context: Any, settings: ScorerSettings) -> float:
-    """Return until when a call is to be answered, in monotonic seconds: its own deadline or that of the settings."""
+    """Return until when a call is to be answered, in monotonic seconds: its own deadline, else that of the settings."""
     remaining = context.time_remaining()
-    own = settings.deadline_ms / 1e3
-    if remaining is not None:
-        # A part of the caller's time goes back to the answer: a partial answer in time beats none.
-        own = min(own, remaining - min(0.2 * remaining, 0.05))
-    return time.monotonic() + own
+    if remaining is None:
+        return time.monotonic() + settings.deadline_ms / 1e3
+    # A part of the caller's time goes back to the answer: a partial answer in time beats none.
+    return time.monotonic() + remaining - min(0.2 * remaining, 0.05)
 
 
 def _serialize(message: Any) -> bytes:

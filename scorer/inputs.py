@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
+import time
 from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from kvatlas.bridge.block_key import TOKEN_BYTES, block_keys, multimodal_extra, root_key
-from kvatlas.scorer.errors import InputError, TooLargeError, UnknownModelError
+from kvatlas.scorer.errors import DeadlineError, InputError, TooLargeError, UnknownModelError
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.score import blocks_to_ask
 from kvatlas.scorer.tokenization.pool import TokenizerPool
@@ -41,10 +43,13 @@ def pack(tokens: Any) -> bytes:
     return packed.tobytes()
 
 
-async def tokens_of(request: pb.ScoreRequest, settings: ScorerSettings, pool: TokenizerPool | None) -> Tokens:
-    """Return a request's token ids.
+async def tokens_of(
+    request: pb.ScoreRequest, settings: ScorerSettings, pool: TokenizerPool | None, deadline: float
+) -> Tokens:
+    """Return a request's token ids; ``deadline`` in monotonic seconds.
 
     Raises:
+        DeadlineError: text was not tokenized in time.
         InputError: there is not exactly one form of input, or it makes no sense.
         TooLargeError: it is past a limit.
         UnknownModelError: text was given and there is no tokenizer for the model.
@@ -74,7 +79,7 @@ async def tokens_of(request: pb.ScoreRequest, settings: ScorerSettings, pool: To
             raise InputError(f"tokens_packed: {len(request.tokens_packed)} bytes are no multiple of {TOKEN_BYTES}")
         packed = Tokens(request.tokens_packed, "")
     else:
-        packed = await _tokenized(request, settings, pool)
+        packed = await _tokenized(request, settings, pool, deadline)
     if forms[0].startswith("tokens") and request.truncate_tokens:
         packed = Tokens(_truncated(packed.packed, request), "")
     if packed.tokens > settings.max_tokens:
@@ -91,7 +96,9 @@ def _truncated(packed: bytes, request: pb.ScoreRequest) -> bytes:
     return packed[:keep]
 
 
-async def _tokenized(request: pb.ScoreRequest, settings: ScorerSettings, pool: TokenizerPool | None) -> Tokens:
+async def _tokenized(
+    request: pb.ScoreRequest, settings: ScorerSettings, pool: TokenizerPool | None, deadline: float
+) -> Tokens:
     if pool is None:
         raise UnknownModelError(f"no tokenizer for {request.model!r} here: this scorer takes token ids only")
     if request.truncation_side not in _SIDES:
@@ -101,14 +108,24 @@ async def _tokenized(request: pb.ScoreRequest, settings: ScorerSettings, pool: T
         truncate = Truncation(request.truncate_tokens, _SIDES[request.truncation_side])
     if request.HasField("chat"):
         chat = chat_input(request.chat, settings)
-        encoded = await pool.encode_chat(request.model, chat, truncate=truncate)
+        encoding = pool.encode_chat(request.model, chat, truncate=truncate)
     else:
         # Four bytes a character at most, so most prompts need no encoding to know.
         limit = settings.max_prompt_bytes
         if len(request.prompt) * 4 > limit and len(request.prompt.encode()) > limit:
             raise TooLargeError(f"prompt: at most {settings.max_prompt_bytes} bytes (max_prompt_bytes)")
         special = request.add_special_tokens if request.HasField("add_special_tokens") else True
-        encoded = await pool.encode(request.model, request.prompt, add_special_tokens=special, truncate=truncate)
+        encoding = pool.encode(request.model, request.prompt, add_special_tokens=special, truncate=truncate)
+    try:
+        async with asyncio.timeout(deadline - time.monotonic()) as limit:
+            encoded = await encoding
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        # What was begun goes on, so that a model that takes long to load is there for who asks again.
+        raise DeadlineError(
+            f"the text was not tokenized in time; is the tokenizer of {request.model!r} loading?"
+        ) from error
     return Tokens(encoded.ids, encoded.backend or "local")
 
 

@@ -64,7 +64,8 @@ class ScorerSettings(Section, frozen=True, kw_only=True):
         int, Meta(description="most blocks in one round; workers have a limit of their own", ge=1, le=1_000_000)
     ] = 16_384
     deadline_ms: Annotated[
-        float, Meta(description="a lookup may take so long when the caller sets no deadline", gt=0)
+        float,
+        Meta(description="a request may take so long when the caller sets no deadline, and its lookups always", gt=0),
     ] = 1_000.0
     hedge_ms: Annotated[
         float, Meta(description="ask a standby as well when the owner has not answered in this time; 0: never", ge=0)

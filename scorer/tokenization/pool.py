@@ -164,7 +164,8 @@ class TokenizerPool:
             try:
                 engine = await _waited(self._loaded.get(backend, model))
                 executor = self._waiting if backend.waits else self._working
-                return await _waited(executor.submit(work, engine)), backend.name
+                # Not shielded: work that nobody waits for any more need not begin.
+                return await asyncio.wrap_future(executor.submit(work, engine)), backend.name
             except (UnknownModelError, BadModelError, BackendError) as error:
                 failures.append((backend.name, error))
         raise _summary(model, failures)
