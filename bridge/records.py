@@ -366,6 +366,7 @@ class DecisionRecord(msgspec.Struct, frozen=True, kw_only=True):
         model: model name.
         keys: packed 16-byte block keys of the prompt's full blocks.
         predicted_blocks: blocks that the chosen pod was scored with.
+        speculative_blocks: those of them that only decisions vouched for.
         scores: pod id -> (score, matched blocks) at decision time, best first, bounded.
         freshness: what the scores were based on: partition -> applied offset.
         pod_sequences: pod id -> last sequence known at decision time.
@@ -373,8 +374,8 @@ class DecisionRecord(msgspec.Struct, frozen=True, kw_only=True):
         decided_ns: wall clock in ns.
         expires_ns: when the speculative holder ends at the latest.
         policy: how the pod was chosen, for people and what-if.
-        outcome: ``hit``, ``lost-eviction``, ``lost-stale``, ``wrong`` or empty while open.
-        real_blocks: blocks that were there when the request ran, as far as the events show.
+        outcome: ``hit``, ``unproven``, ``cold``, ``lost-eviction``, ``lost-stale``, ``wrong`` or empty while open.
+        real_blocks: blocks that were there when the request ran, as far as the index shows later.
     """
 
     v: int = SCHEMA_VERSION
@@ -395,6 +396,7 @@ class DecisionRecord(msgspec.Struct, frozen=True, kw_only=True):
     policy: str = ""
     outcome: str = ""
     real_blocks: int = -1
+    speculative_blocks: int = 0
 
 
 class KeyedStored(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag="stored"):

@@ -19,6 +19,8 @@ _TIMEOUT_SECONDS: Final = 3.0
 #: Operations that answer where a prompt should go; the others are looked at, not lived on.
 _SCORING: Final = frozenset({"Score", "ScoreBatch", "Pick"})
 _ALL: Final = math.inf
+#: Outcomes that do not say whether a prediction was right.
+_NO_VERDICT: Final = frozenset({"unknown", "cold", "unproven"})
 
 
 class ScorerRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,7 +109,7 @@ def row_of(scorer: str, sample: Sample, before: Sample | None) -> ScorerRow:
         rate = (sample.requests - before.requests) / (sample.moment - before.moment)
         if sample.requests > before.requests:
             new = {bound: value - before.buckets.get(bound, 0.0) for bound, value in sample.buckets.items()}
-    known = sum(value for outcome, value in sample.outcomes.items() if outcome != "unknown")
+    known = sum(value for outcome, value in sample.outcomes.items() if outcome not in _NO_VERDICT)
     return ScorerRow(
         scorer=scorer,
         up=True,

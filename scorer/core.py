@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import NamedTuple
-
-import msgspec
 
 from kvatlas.bridge.block_key import KEY_BYTES, partition_of
 from kvatlas.bridge.errors import KvatlasError
 from kvatlas.bridge.records import GONE, DecisionRecord, PodRecord
 from kvatlas.scorer import inputs, replies
-from kvatlas.scorer.decisions import OUTCOME, Decisions, judge
+from kvatlas.scorer.decisions import Decisions
 from kvatlas.scorer.errors import InputError, NotReadyError, TooLargeError, UnknownRequestError
 from kvatlas.scorer.explain import block_infos, walk_ends
 from kvatlas.scorer.gate import Gate
 from kvatlas.scorer.options import ScorerSettings
+from kvatlas.scorer.outcomes import outcome_of
 from kvatlas.scorer.pick import choose
 from kvatlas.scorer.pods import PodTable
 from kvatlas.scorer.reader import Lookups, Seen
+from kvatlas.scorer.remembered import Prompts, Remembered, remember
 from kvatlas.scorer.score import Match, Walk
 from kvatlas.scorer.status import code_of
 from kvatlas.scorer.strategies import Weighing, full_score
@@ -60,17 +59,6 @@ class Scored(NamedTuple):
     keys: list[bytes]
     values: list[bytes | None]
     matches: list[Match]
-
-
-class Remembered(NamedTuple):
-    """What ReportDecision needs of a prompt that was scored before."""
-
-    model: str
-    cache_salt: str
-    keys: bytes
-    block_size_tokens: int
-    scores: dict[str, tuple[float, int]]
-    partitions: dict[int, int]
 
 
 class Core:
@@ -120,8 +108,7 @@ class Core:
         self.gate = Gate(settings.max_concurrent, "requests are worked on (max_concurrent)")
         self.watchers = Gate(settings.max_watchers, "streams are open (max_watchers)")
         self._weighing = Weighing(settings)
-        self._remembered: OrderedDict[str, Remembered] = OrderedDict()
-        self._remembered_bytes = 0
+        self._prompts = Prompts(settings)
 
     def unready(self) -> str | None:
         """Return why no score can be given now, None when it can."""
@@ -192,7 +179,7 @@ class Core:
         observe("score", done - hashed - looked)
         self._answered(request.model, response)
         if request.request_id:
-            self._remember(request, keys, response, seen)
+            self._prompts.put(request, keys, response)
         return Scored(index, response, keys, values, matches)
 
     async def _walk(
@@ -220,31 +207,9 @@ class Core:
             chunk = min(chunk * _GROWTH, settings.lookup_chunk_max_blocks)
         return values, seen, spent
 
-    def _remember(
-        self, request: pb.ScoreRequest, keys: list[bytes], response: pb.ScoreResponse, seen: Mapping[int, Seen]
-    ) -> None:
-        if not self._settings.remembered_requests:
-            return
-        best = sorted(response.scores.items(), key=lambda item: -item[1].score)[:16]
-        kept = Remembered(
-            request.model,
-            request.cache_salt,
-            b"".join(keys),
-            response.block_size_tokens,
-            {pod: (entry.score, entry.matched_blocks) for pod, entry in best},
-            {number: state.applied_offset for number, state in seen.items()},
-        )
-        before = self._remembered.pop(request.request_id, None)
-        self._remembered[request.request_id] = kept
-        self._remembered_bytes += len(kept.keys) - (len(before.keys) if before is not None else 0)
-        most = self._settings.speculative_max_blocks * KEY_BYTES
-        while len(self._remembered) > self._settings.remembered_requests or self._remembered_bytes > most:
-            _, gone = self._remembered.popitem(last=False)
-            self._remembered_bytes -= len(gone.keys)
-
     def salt_of(self, request_id: str) -> str | None:
         """Return the cache salt of the prompt that is remembered under a request id, None without one."""
-        known = self._remembered.get(request_id)
+        known = self._prompts.get(request_id)
         return None if known is None else known.cache_salt
 
     async def score_batch(self, request: pb.ScoreBatchRequest, deadline: float | None = None) -> pb.ScoreBatchResponse:
@@ -280,7 +245,8 @@ class Core:
         full = full_score(strategy, weights, scored.matches, len(scored.keys), scored.response.block_size_tokens)
         response = choose(request, scored.response, pods, self._settings, full=full)
         if request.report and response.pod:
-            self._decide(wanted.request_id, response.pod, scored, wanted.model, policy="pick", ttl_ms=0)
+            prompt = remember(wanted, scored.keys, scored.response)
+            self._decide(wanted.request_id, response.pod, prompt, policy="pick", ttl_ms=0)
         return response
 
     async def explain(self, request: pb.ScoreRequest, deadline: float | None = None) -> pb.ExplainResponse:
@@ -315,89 +281,34 @@ class Core:
         """
         if not request.request_id or not request.pod:
             raise InputError("request_id and pod: both are needed")
-        known = self._remembered.get(request.request_id)
+        prompt = self._prompts.get(request.request_id)
         if request.HasField("request"):
             scored = await self.run(request.request, deadline)
-            return self._decide(
-                request.request_id,
-                request.pod,
-                scored,
-                request.request.model,
-                policy=request.policy,
-                ttl_ms=request.ttl_ms,
-            )
-        if known is None:
+            prompt = remember(request.request, scored.keys, scored.response)
+        if prompt is None:
             raise UnknownRequestError(
                 f"request_id {request.request_id!r} was not scored here lately; send the prompt in `request`"
             )
-        record = self.decisions.decide(
-            request.request_id,
-            self.pods.merged.get(request.pod),
-            pod=request.pod,
-            model=known.model,
-            keys=known.keys,
-            block_size_tokens=known.block_size_tokens,
-            scores=known.scores,
-            partitions=known.partitions,
-            policy=request.policy,
-            ttl_ms=request.ttl_ms,
-            now_ns=self._clock_ns(),
-        )
-        return pb.ReportDecisionResponse(blocks=len(record.keys) // 16, expires_ns=record.expires_ns)
+        return self._decide(request.request_id, request.pod, prompt, policy=request.policy, ttl_ms=request.ttl_ms)
 
     def _decide(
-        self,
-        request_id: str,
-        pod: str,
-        scored: Scored,
-        model: str,
-        *,
-        policy: str,
-        ttl_ms: int,
+        self, request_id: str, pod: str, prompt: Remembered, *, policy: str, ttl_ms: int
     ) -> pb.ReportDecisionResponse:
-        response, keys = scored.response, scored.keys
-        best = sorted(response.scores.items(), key=lambda item: -item[1].score)[:16]
         record = self.decisions.decide(
             request_id,
             self.pods.merged.get(pod),
             pod=pod,
-            model=model,
-            keys=b"".join(keys),
-            block_size_tokens=response.block_size_tokens,
-            scores={name: (entry.score, entry.matched_blocks) for name, entry in best},
-            partitions={p.partition: p.applied_offset for p in response.freshness.partitions},
+            prompt=prompt,
             policy=policy,
             ttl_ms=ttl_ms,
             now_ns=self._clock_ns(),
         )
-        return pb.ReportDecisionResponse(blocks=len(record.keys) // 16, expires_ns=record.expires_ns)
+        return pb.ReportDecisionResponse(blocks=len(record.keys) // KEY_BYTES, expires_ns=record.expires_ns)
 
     async def judge(self, record: DecisionRecord) -> DecisionRecord:
         """Compare a decision with what the index shows now; returns its outcome record."""
-        index = self._index
-        if record.block_size_tokens != index.block_size():  # of another index version: its keys mean nothing here
-            return msgspec.structs.replace(record, kind=OUTCOME, keys=b"", decided_ns=self._clock_ns())
-        keys = [record.keys[at : at + KEY_BYTES] for at in range(0, len(record.keys), KEY_BYTES)]
         _, weights = self._weighing.of(record.model)
-        steps = Walk(
-            index.pods.fleet.scene(record.model, weights),
-            len(keys) * record.block_size_tokens,
-            pods=[record.pod],
-            whole_prompt=True,
-        )
-        at, chunk = 0, self._settings.lookup_chunk_blocks
-        deadline = time.monotonic() + self._settings.deadline_ms / 1e3
-        while at < len(keys):
-            answers = await index.lookups.lookup(keys[at : at + chunk], deadline)
-            if not steps.feed(answers.values):
-                break
-            at += chunk
-        found = steps.matches()
-        real = found[0].blocks if found else 0
-        outcome = "" if steps.partial else judge(record, real, index.pods.merged.get(record.pod))
-        return msgspec.structs.replace(
-            record, kind=OUTCOME, keys=b"", real_blocks=real, outcome=outcome, decided_ns=self._clock_ns()
-        )
+        return await outcome_of(record, self._index, weights, self._settings, self._clock_ns())
 
     def list_pods(self, request: pb.ListPodsRequest) -> pb.ListPodsResponse:
         """List the pods."""

@@ -4,14 +4,15 @@ Pure state; :mod:`kvatlas.scorer.service` moves the records over ``kv-decisions`
 its prompt until it expires or its pod's epoch ends, so the keys of all open decisions are closed under prefixes and
 a lookup stops at the first key that no decision has.
 
-What came of a decision is judged once, after a delay, from what the index says then (:func:`judge`).
+What came of a decision is judged once, after a delay, from what the index says then
+(:mod:`kvatlas.scorer.outcomes`).
 """
 
 from __future__ import annotations
 
 import heapq
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from kvatlas.bridge.block_key import KEY_BYTES
@@ -19,6 +20,7 @@ from kvatlas.bridge.errors import WireError
 from kvatlas.bridge.records import GONE, DecisionRecord, PodRecord, decode, pod_ref
 from kvatlas.scorer.errors import UnknownPodError
 from kvatlas.scorer.options import ScorerSettings
+from kvatlas.scorer.remembered import Remembered
 from kvatlas.scorer.score import SPECULATIVE
 from kvatlas.streams.codec import pack_holder
 
@@ -26,11 +28,6 @@ log = logging.getLogger(__name__)
 
 DECISION: Final = "decision"
 OUTCOME: Final = "outcome"
-
-HIT: Final = "hit"
-LOST_EVICTION: Final = "lost-eviction"
-LOST_STALE: Final = "lost-stale"
-WRONG: Final = "wrong"
 
 #: No decision lives longer, whatever the clock of the scorer that made it says.
 _LONGEST_MS: Final = 60_000.0
@@ -62,16 +59,12 @@ class Decisions:
         record: PodRecord | None,
         *,
         pod: str,
-        model: str,
-        keys: bytes,
-        block_size_tokens: int,
-        scores: Mapping[str, tuple[float, int]],
-        partitions: Mapping[int, int],
+        prompt: Remembered,
         policy: str,
         ttl_ms: float,
         now_ns: int,
     ) -> DecisionRecord:
-        """Make a decision here, apply it and hand it to ``publish``; ``keys`` are packed block keys of 16 bytes.
+        """Make a decision about a prompt here, apply it and hand it to ``publish``.
 
         Raises:
             UnknownPodError: the pod is not known.
@@ -82,12 +75,13 @@ class Decisions:
             request_id=request_id,
             pod=pod,
             pod_epoch=record.epoch,
-            model=model,
-            keys=keys,
-            block_size_tokens=block_size_tokens,
-            predicted_blocks=scores.get(pod, (0.0, 0))[1],
-            scores=dict(scores),
-            freshness=dict(partitions),
+            model=prompt.model,
+            keys=prompt.keys,
+            block_size_tokens=prompt.block_size_tokens,
+            predicted_blocks=prompt.scores.get(pod, (0.0, 0))[1],
+            speculative_blocks=prompt.speculative.get(pod, 0),
+            scores=prompt.scores,
+            freshness=prompt.partitions,
             pod_sequences={pod: record.last_sequence},
             scorer=self._settings.name,
             decided_ns=now_ns,
@@ -181,18 +175,3 @@ class Decisions:
 
 def _holder(record: DecisionRecord) -> bytes:
     return pack_holder(pod_ref(record.pod), 0, SPECULATIVE, 0, 0, record.pod_epoch)
-
-
-def judge(record: DecisionRecord, real_blocks: int, pod: PodRecord | None) -> str:
-    """Return what came of a decision.
-
-    Args:
-        record: the decision.
-        real_blocks: leading blocks of the prompt that the index shows on the pod now.
-        pod: the pod's record now.
-    """
-    if real_blocks >= record.predicted_blocks:
-        return HIT
-    if pod is None or pod.state == GONE or pod.valid_from > record.pod_epoch:
-        return LOST_STALE
-    return LOST_EVICTION if real_blocks else WRONG

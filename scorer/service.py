@@ -297,7 +297,8 @@ class ScorerService:
         outcome = await self.core.judge(record)
         model = metrics.model_label(record.model, held=record.predicted_blocks > 0 or outcome.real_blocks > 0)
         metrics.PREDICTED_BLOCKS.labels(model).inc(record.predicted_blocks)
-        metrics.REAL_BLOCKS.labels(model).inc(max(outcome.real_blocks, 0))
+        # What is there beyond the prediction was computed since, as a rule: for this request.
+        metrics.REAL_BLOCKS.labels(model).inc(min(max(outcome.real_blocks, 0), record.predicted_blocks))
         metrics.OUTCOMES.labels(model, outcome.outcome or "unknown").inc()
         await self._send(outcome)
 

@@ -68,11 +68,11 @@ def test_a_restarted_scorer_has_no_negative_rate():
 
 
 def test_errors_and_outcomes_become_shares():
-    """Unknown outcomes say nothing; blocks found are compared with blocks predicted."""
+    """Outcomes without a verdict say nothing; blocks found are compared with blocks predicted."""
     page = Page()
     page.ask("Score", 0.001, times=3)
     page.ask("Score", 0.001, code="UNAVAILABLE")
-    for outcome, times in (("hit", 3), ("wrong", 1), ("unknown", 5)):
+    for outcome, times in (("hit", 3), ("wrong", 1), ("unknown", 5), ("cold", 7), ("unproven", 9)):
         page.outcomes.labels("m", outcome).inc(times)
     page.predicted.labels("m").inc(10)
     page.real.labels("m").inc(8)

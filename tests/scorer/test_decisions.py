@@ -1,4 +1,4 @@
-"""Open decisions as pure state: who holds what speculatively, for how long, in which bounds, and what came of it."""
+"""Open decisions as pure state: who holds what speculatively, for how long, and in which bounds."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvatlas.bridge.records import GONE, DecisionRecord, PodRecord, encode, pod_ref
-from kvatlas.scorer.decisions import HIT, LOST_EVICTION, LOST_STALE, OUTCOME, WRONG, Decisions, judge
+from kvatlas.scorer.decisions import OUTCOME, Decisions
 from kvatlas.scorer.errors import UnknownPodError
 from kvatlas.scorer.options import ScorerSettings
+from kvatlas.scorer.remembered import Remembered
 from kvatlas.scorer.score import SPECULATIVE
 from kvatlas.streams.codec import pack_holder
 from tests.scorer.rig import KEYS
@@ -136,36 +137,12 @@ def test_a_pod_that_is_not_there_cannot_be_decided_for(pod: PodRecord | None) ->
             "r",
             pod,
             pod="a",
-            model="m",
-            keys=b"".join(KEYS),
-            block_size_tokens=16,
-            scores={},
-            partitions={},
+            prompt=Remembered("m", "", b"".join(KEYS), 16, {}, {}, {}),
             policy="",
             ttl_ms=0,
             now_ns=NOW,
         )
     assert (sent, decisions.open) == ([], {})
-
-
-@pytest.mark.parametrize(
-    ("real", "pod", "outcome"),
-    [
-        (6, {}, HIT),
-        (9, {}, HIT),
-        (6, {"state": GONE}, HIT),
-        (5, {}, LOST_EVICTION),
-        (0, {}, WRONG),
-        (0, {"valid_from": 8}, LOST_STALE),
-        (5, {"valid_from": 8}, LOST_STALE),
-        (5, {"state": GONE}, LOST_STALE),
-        (0, None, LOST_STALE),
-    ],
-)
-def test_what_came_of_a_decision(real: int, pod: dict[str, Any] | None, outcome: str) -> None:
-    """At least what was predicted is a hit; less is staleness when the pod's epoch ended, else eviction or an error."""
-    record = None if pod is None else PodRecord(**{"pod": "a", "writer": "streams", "valid_from": 7, **pod})
-    assert judge(_record(predicted_blocks=6), real, record) == outcome
 
 
 _STEPS = st.lists(
