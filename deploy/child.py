@@ -96,7 +96,7 @@ def main() -> int:
             runner.run(_serve(name, sections))
     except KvatlasError as error:
         print(f"kvatlas {name}: {error}", file=sys.stderr)
-        return 1
+        return common.exit_code(error)
     return 0
 
 

@@ -24,11 +24,12 @@ import grpc
 import msgspec
 
 from kvatlas.bridge import block_key
-from kvatlas.bridge.errors import KvatlasError
+from kvatlas.bridge.errors import KvatlasError, SettingsError
 from kvatlas.bridge.records import TOPICS, changelog_topics
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.deploy.brokers import embedded
 from kvatlas.deploy.brokers.topics import ensure_topics
+from kvatlas.deploy.cli import EXIT_USAGE
 from kvatlas.scorer.v1 import scorer_pb2, scorer_pb2_grpc
 
 _POLL_SECONDS: Final = 0.1
@@ -41,6 +42,10 @@ _PROBE_MODEL: Final = "kvatlas-readiness"
 
 class LaunchError(KvatlasError):
     """A part did not become ready, or ended by itself; the text names its log."""
+
+
+class LaunchRefusedError(LaunchError, SettingsError):
+    """A part ended because of its settings or rights."""
 
 
 class Child:
@@ -78,7 +83,8 @@ class Child:
         code = self.process.poll()
         if code is not None:
             tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
-            raise LaunchError(f"the {self.name} ended by itself with code {code}; its log {self.log} ends:\n{tail}")
+            kind = LaunchRefusedError if code == EXIT_USAGE else LaunchError
+            raise kind(f"the {self.name} ended by itself with code {code}; its log {self.log} ends:\n{tail}")
 
     def terminate(self) -> None:
         """Ask it to stop."""

@@ -20,8 +20,9 @@ from typing import Any, Final, cast
 import msgspec
 
 from kvatlas.bridge import settings
-from kvatlas.bridge.errors import SettingsError
+from kvatlas.bridge.errors import RightsError, SettingsError
 from kvatlas.bridge.settings import ENV_FILE, ENV_PREFIX
+from kvatlas.deploy.cli import EXIT_USAGE
 
 #: Section -> module and class of its settings; a class is imported only when its section is used.
 SECTIONS: Final = {
@@ -212,9 +213,14 @@ def file_error(what: str, path: Path, error: OSError) -> SettingsError:
     return SettingsError(f"{what} {path}: {error.strerror or error}")
 
 
+def exit_code(error: BaseException) -> int:
+    """Return the exit code for an error: whether trying again may help."""
+    return EXIT_USAGE if isinstance(error, SettingsError | RightsError) else 1
+
+
 @contextlib.contextmanager
 def leaving(name: str) -> Iterator[None]:
-    """End the process within a few seconds of the block's end: with 0, or with 1 after an exception.
+    """End the process within a few seconds of the block's end: with 0, or as told by :func:`exit_code`.
 
     For services whose libraries keep tasks and threads that ignore their cancellation while brokers are away: the
     service has stopped and closed what must be closed, and an interpreter that waits for those would never exit.
@@ -222,7 +228,7 @@ def leaving(name: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        _end_soon(1, f"kvatlas {name}: {error!r}")
+        _end_soon(exit_code(error), f"kvatlas {name}: {error!r}")
         raise
     _end_soon(0, "")
 

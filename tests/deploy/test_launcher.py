@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvatlas.bridge.settings import KafkaSettings, LogSettings
-from kvatlas.deploy.launcher import Child, Launcher, LaunchError
+from kvatlas.deploy.launcher import Child, Launcher, LaunchRefusedError
 
 _NOBODY = {"kafka": {"brokers": "127.0.0.1:1"}, "log": {}, "bridge": {}}
 
@@ -31,9 +31,9 @@ def test_a_part_that_ended_is_told_with_the_end_of_its_log(tmp_path: Path) -> No
     """The error names part, exit code and log, and quotes what the part said last."""
     child = Child("bridge", {**_NOBODY, "bridge": {"engines": ["nonsense"]}}, tmp_path / "bridge.log")
     try:
-        assert child.process.wait(30) == 1
+        assert child.process.wait(60) == 2
         with pytest.raises(
-            LaunchError, match=r"the bridge ended by itself with code 1; its log \S+bridge\.log"
+            LaunchRefusedError, match=r"the bridge ended by itself with code 2; its log \S+bridge\.log"
         ) as caught:
             child.check()
         assert "'nonsense' is neither an address" in str(caught.value)

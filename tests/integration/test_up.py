@@ -120,13 +120,27 @@ def test_a_dying_part_ends_it_and_is_named(victim: str, ups: list[Up], tmp_path:
     assert not support.eventually(lambda: _left(children))
 
 
-def test_a_part_that_cannot_start_is_named_at_once(ups: list[Up], tmp_path: Path) -> None:
-    """A part that ends during the start ends `up` with that part's own message, and not with one of its time limit."""
-    up = Up(tmp_path, [], "--scorer-tls-certfile=/nowhere/tls.pem", "--scorer-tls-keyfile=/nowhere/tls.pem")
+@pytest.mark.parametrize(
+    ("words", "part", "said"),
+    [
+        (
+            ("--scorer-tls-certfile=/nowhere/tls.pem", "--scorer-tls-keyfile=/nowhere/tls.pem"),
+            "scorer",
+            "/nowhere/tls.pem: No such file",
+        ),
+        (("--engine=foo",), "bridge", "'foo' is neither an address"),
+    ],
+    ids=["certificate", "engine"],
+)
+def test_a_part_with_a_wrong_setting_is_named_at_once(
+    ups: list[Up], tmp_path: Path, words: tuple[str, ...], part: str, said: str
+) -> None:
+    """A part that refuses its settings ends `up` with code 2 and its own message, not with one of a time limit."""
+    up = Up(tmp_path, [], *words)
     ups.append(up)
-    assert up.service.wait() == 1
-    assert "the scorer ended by itself" in up.service.tail()
-    assert "/nowhere/tls.pem: No such file" in up.service.tail()
+    assert up.service.wait() == 2
+    assert f"the {part} ended by itself" in up.service.tail()
+    assert said in up.service.tail()
 
 
 def test_a_killed_launcher_takes_its_parts_along(ups: list[Up], tmp_path: Path) -> None:
