@@ -16,9 +16,12 @@ from tests.integration.pipeline_support import Service
 from tests.integration.scorer_support import ScoringFleet, got, until_right
 from tests.integration.streams_support import WorkerProcess, make_topics, producing
 
+#: Generous: on a busy machine everything takes its time, and the backlog of a takeover is read first.
+_WAIT_SECONDS = 240.0
 _DEADLINE_SECONDS = 60.0
 _ASKERS = 4
-_WORKER = ("--session-timeout-seconds=4", "--heartbeat-seconds=1")
+#: A session that a busy machine does not end by itself: the worker must own its partitions when it is killed.
+_WORKER = ("--session-timeout-seconds=12", "--heartbeat-seconds=1")
 
 
 @pytest.fixture
@@ -73,6 +76,7 @@ async def _pour(fleet: ScoringFleet, producer: AIOKafkaProducer, stop: asyncio.E
         await asyncio.sleep(0.1)
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("colocated", [True, False], ids=["scorer in the survivor", "scorer apart"])
 async def test_a_killed_worker_makes_answers_partial_and_never_wrong(
     brokers: str, topic_prefix: str, tmp_path: Path, started: list[WorkerProcess | Service], colocated: bool
@@ -92,29 +96,25 @@ async def test_a_killed_worker_makes_answers_partial_and_never_wrong(
     stop = asyncio.Event()
     async with producing(kafka) as producer, AsyncScorerClient(address, timeout_seconds=_DEADLINE_SECONDS) as client:
         await asked.serve(producer, 100)
-        await until_right(client, asked)
-        async with asyncio.timeout(150):
-            while len(await _owners(client, asked)) != 2:
-                await asyncio.sleep(0.3)
+        await until_right(client, asked, _WAIT_SECONDS)
         load = asyncio.create_task(_pour(others, producer, stop))
         askers = Askers(asked, client)
         await _reached(askers, "complete", 20)
+        await _owned_by(client, asked, 2)
         workers[1].kill()
         before = askers.outcomes["partial"]
         await _reached(askers, "partial", before + 1)  # nobody else has its partitions before its session is over
-        await until_right(client, asked)
-        async with asyncio.timeout(150):
-            while len(await _owners(client, asked)) != 1:
-                await asyncio.sleep(0.3)
+        await until_right(client, asked, _WAIT_SECONDS)
+        await _owned_by(client, asked, 1)
         await askers.end()
         stop.set()
         await load
-        await until_right(client, others)
+        await until_right(client, others, _WAIT_SECONDS)
     assert not askers.wrong, (len(askers.wrong), askers.wrong[:3])
 
 
 async def _reached(askers: Askers, kind: str, count: int) -> None:
-    async with asyncio.timeout(90):
+    async with asyncio.timeout(_WAIT_SECONDS):
         while askers.outcomes[kind] < count:
             await asyncio.sleep(0.05)
 
@@ -124,6 +124,12 @@ def _scorer(kafka: KafkaSettings, folder: Path, started: list[WorkerProcess | Se
     service = Service(folder / "scorer.log", "scorer", *flags)
     started.append(service)
     return service.ready()
+
+
+async def _owned_by(client: AsyncScorerClient, fleet: ScoringFleet, workers: int) -> None:
+    async with asyncio.timeout(_WAIT_SECONDS):
+        while len(await _owners(client, fleet)) != workers:
+            await asyncio.sleep(0.3)
 
 
 async def _owners(client: AsyncScorerClient, fleet: ScoringFleet) -> set[str]:
