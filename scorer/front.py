@@ -100,7 +100,7 @@ class ScorerFront:
 
 def within(context: Any, settings: ScorerSettings) -> float:
     """Return until when a call is to be answered, in monotonic seconds: its own deadline, else that of the settings."""
-    remaining = context.time_remaining()
+    remaining: float | None = context.time_remaining()
     if remaining is None:
         return time.monotonic() + settings.deadline_ms / 1e3
     # A part of the caller's time goes back to the answer: a partial answer in time beats none.

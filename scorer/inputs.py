@@ -117,10 +117,10 @@ async def _tokenized(
         special = request.add_special_tokens if request.HasField("add_special_tokens") else True
         encoding = pool.encode(request.model, request.prompt, add_special_tokens=special, truncate=truncate)
     try:
-        async with asyncio.timeout(deadline - time.monotonic()) as limit:
+        async with asyncio.timeout(deadline - time.monotonic()) as waiting:
             encoded = await encoding
     except TimeoutError as error:
-        if not limit.expired():
+        if not waiting.expired():
             raise
         # What was begun goes on, so that a model that takes long to load is there for who asks again.
         raise DeadlineError(
