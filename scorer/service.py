@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _HOUSEKEEPING_SECONDS: Final = 1.0
+#: A scorer is ready without the others' decisions after so long: scores are right without them.
+_DECISIONS_SECONDS: Final = 10.0
 #: Decisions on their way to Kafka at once; more are not published.
 _MOST_SENDING: Final = 10_000
 
@@ -151,6 +153,7 @@ class ScorerService:
         self._producer: AIOKafkaProducer | None = None
         self._producer_lock = asyncio.Lock()
         self._sending = 0
+        self._begun = 0.0
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def _reader(self, name: str) -> VersionReader:
@@ -200,6 +203,7 @@ class ScorerService:
         self._telemetry.add_check("scores", self.unready)
         await self._serve()
         await self._set_health(serving=False)
+        self._begun = time.monotonic()
         self._decided.start()
         await self._versions.start(self._settings.start_timeout_seconds)
         self._spawn(self._versions.run())
@@ -255,7 +259,11 @@ class ScorerService:
         """Return why scores cannot be asked for, None when they can."""
         if (why := self._versions.used.unread()) is not None:
             return why
-        return self.core.unready()
+        why = self.core.unready()
+        waits = not self.ready.is_set() and time.monotonic() < self._begun + _DECISIONS_SECONDS
+        if why is None and waits and not self._decided.caught_up.is_set():
+            return "decisions reported to other scorers are not followed yet"
+        return why
 
     async def _set_health(self, *, serving: bool) -> None:
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
