@@ -18,6 +18,9 @@ bytes than ours
 a replay that ends below ``n - 1``    the same: an engine always still holds its newest message
 ====================================  ================================================================================
 
+Every replay is asked from ``n - 1`` on: a new engine may answer it before the live connection tells of the change. One
+that was asked before a reconnect says nothing of the engine that is there since.
+
 Bytes are compared by a 64-bit digest of the newest :data:`DIGESTS` messages; after a restart of the bridge, when only
 the engine's clock of the last message is known, by that.
 """
@@ -181,7 +184,9 @@ class Tracker:
         self._failed = 0
         self._verify = position.sequence >= 0  # the next replay must show that it is still the same engine
         self._catch_up = True
-        self._shown = -1  # what the answer to a probe must show, since the same engine has it; -1 for nothing
+        self._asked = False  # whether a replay is under way
+        self._outdated = False  # whether the connection changed since it was asked
+        self._shown = -1  # what its answer must show, since the same engine has it; -1 for nothing
 
     # --- what the driver asks -----------------------------------------------------------------------------------
 
@@ -205,11 +210,20 @@ class Tracker:
         """What to ask for now; None when nothing is missing."""
         if not self._can_replay or not (self.hole or self._catch_up):
             return None
-        start = self.expected - 1 if self._verify and self.expected > 0 else self.expected
-        if self._shown >= 0:
-            start = min(start, self._shown)
         # Held messages are only the upper bound when nothing above them was dropped.
-        return Request(start, min(self._held) if self._held and not self._catch_up else None)
+        return Request(max(self.expected - 1, 0), min(self._held) if self._held and not self._catch_up else None)
+
+    def ask(self, *, first: bool = False) -> Request | None:
+        """Return :attr:`request`, and note that a replay for it begins; its end is :meth:`replay_ended`.
+
+        Args:
+            first: the replay began before the pod was known, so its answer need not reach what was heard since.
+        """
+        request = self.request
+        if request is not None:
+            self._asked, self._outdated = True, False
+            self._shown = -1 if first else self.expected - 1
+        return request
 
     def position(self) -> Position:
         """Return where the stream stands, for another tracker to go on from."""
@@ -228,8 +242,10 @@ class Tracker:
     def reconnected(self) -> None:
         """Note that the connection was down: the engine may be another, and messages may be missing."""
         self._catch_up = True
-        self._verify = self.expected > 0
-        if not self._verify:
+        self._outdated = self._asked
+        # What an outdated replay still brings may be the old engine's, so a live message must not follow it at once.
+        self._verify = self.expected > 0 or self._asked
+        if not self.expected:
             # Nothing of this engine is on the log to know it by, so what is held may be another's than what comes.
             self._held.clear()
             self._held_bytes = 0
@@ -245,7 +261,6 @@ class Tracker:
         The connection is the one of before, so live messages need not wait for the answer.
         """
         self._catch_up = True
-        self._shown = self.expected - 1
 
     # --- what comes in -------------------------------------------------------------------------------------------
 
@@ -295,14 +310,14 @@ class Tracker:
             known = self._same(message)
             if known is False:
                 return self._restart(message, f"sequence {sequence} holds other bytes than before")
-            if sequence == self.expected - 1:
+            if sequence == self.expected - 1 and not self._outdated:
                 self._verify = False
             return []
         if sequence - self._seen > JUMP_MAX:
             self.counts.implausible += 1
             return []
         self._seen = max(self._seen, sequence)
-        if self._verify:
+        if self._verify and not self._outdated:
             # The known message is no longer in the engine's buffer, so nothing tells whether it is the same engine.
             self._verify = False
         if sequence == self.expected:
@@ -319,14 +334,14 @@ class Tracker:
             complete: the end marker came, or the part that was asked for.
             newest: highest sequence it showed, None when it showed none.
         """
-        known = self.expected - 1 if self._verify else self._shown
+        known, outdated = self._shown, self._outdated
+        self._asked, self._outdated, self._shown = False, False, -1
         if complete and known >= 0 and (newest is None or newest < known):
             return self._restart(None, f"the engine's newest message is {newest}, ours was {known}")
+        if outdated and complete:
+            return []  # it is asked again
         if complete:
             self._catch_up = False
-            self._shown = -1
-        elif self._shown >= 0:
-            self._shown = self.expected - 1
         if not self.hole and not self._held:
             if complete:
                 self._verify = False
@@ -444,7 +459,7 @@ class Tracker:
         self._newest_live = None
         self._failed = 0
         self._verify = False
-        self._shown = -1
+        self._asked, self._outdated, self._shown = False, False, -1
         self._catch_up = True
         if message is None:
             return outputs
@@ -455,7 +470,6 @@ class Tracker:
         self.counts.lost += last - first + 1
         self.incarnation = self._next(self.incarnation)
         self._last_ts = 0.0
-        self._shown = -1
         for sequence in range(max(first, last - DIGESTS + 1), last + 1):
             self._digests[sequence & (DIGESTS - 1)] = 0
         return Turn(GAP, self.incarnation, first, last, reason)
