@@ -377,6 +377,17 @@ class Tracker:
             outputs += self.give_up("the engine has no replay socket")
         return outputs
 
+    def refused(self, sequence: int, reason: str) -> Turn:
+        """Record a message that was forwarded, and that the log never takes, as lost."""
+        self.counts.gaps += 1
+        self.counts.lost += 1
+        return Turn(GAP, self.raised(), sequence, sequence, reason)
+
+    def raised(self) -> int:
+        """Raise the incarnation, for a turn that goes on the log anew; returns it."""
+        self.incarnation = self._next(self.incarnation)
+        return self.incarnation
+
     # --- inside --------------------------------------------------------------------------------------------------
 
     def _forward_from(self, message: Message) -> list[Output]:

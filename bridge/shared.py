@@ -81,8 +81,16 @@ class Shared:
         )
         headers = [(records.H_REASON, reason.encode()), (records.H_ORIGIN, origin.encode())]
         number = records.pod_partition(pod, self.partitions)
-        item = Item(pod.encode(), value[:_DLQ_BYTES], headers, None)
+        item = Item(pod.encode(), value[:_DLQ_BYTES], headers, None, self._cut)
         self.publisher.send(self.topic(records.DLQ), number, item)
+
+    def _cut(self, item: Item, _reason: str) -> None:
+        """Keep less of what is too large even for the DLQ."""
+        if item.value:
+            number = records.pod_partition(item.key.decode(), self.partitions)
+            self.publisher.send(
+                self.topic(records.DLQ), number, item._replace(value=item.value[: len(item.value) // 4])
+            )
 
     def put_record(self, record: PodRecord) -> None:
         """Put a pod's record on ``kv-pods``."""
@@ -100,7 +108,9 @@ class Shared:
             *fixed,
         ]
         number = records.pod_partition(pod, self.partitions)
-        item = Item(pod.encode(), records.encode(control), headers, acknowledged)
+        # A pod's end is made of nothing that could come again.
+        origin = None if control.type == "gone" else control
+        item = Item(pod.encode(), records.encode(control), headers, acknowledged, None, origin)
         self.publisher.send(self.topic(records.EVENTS), number, item)
 
     def put_gone(self, record: PodRecord, control: Control, fixed: records.Headers) -> PodRecord:

@@ -358,6 +358,13 @@ class PodStream:
         payload = message.payload
         assert payload is not None
         shared = self._shared
+        shared.messages += 1
+        shared.bytes += len(payload)
+        shared.events += count_events(payload)
+        self._send(message, payload if self._stripper is None else self._strip(self._stripper, message), incarnation)
+
+    def _send(self, message: Message, value: bytes, incarnation: int) -> None:
+        shared = self._shared
         headers = [
             (records.H_SEQUENCE, b"%d" % message.sequence),
             (records.H_ENGINE_TOPIC, message.topic),
@@ -366,10 +373,6 @@ class PodStream:
             (records.H_INCARNATION, b"%d" % incarnation),
             *self._fixed,
         ]
-        shared.messages += 1
-        shared.bytes += len(payload)
-        shared.events += count_events(payload)
-
         era = self._era
 
         def acknowledged(offset: int) -> None:
@@ -380,9 +383,33 @@ class PodStream:
             if shared.observe is not None:
                 shared.observe(message.receive_ns)
 
-        value = payload if self._stripper is None else self._strip(self._stripper, message)
-        item = Item(self._key, value, headers, acknowledged)
+        item = Item(self._key, value, headers, acknowledged, self._refused, message)
         shared.publisher.send(shared.topic(records.EVENTS), self._partition, item)
+
+    def _refused(self, item: Item, reason: str) -> None:
+        """Record a message that Kafka never takes as lost; what waits behind it goes under the epoch after that."""
+        shared, message, pod = self._shared, item.origin, item.key.decode()
+        assert isinstance(message, Message)
+        origin = f"{self.spec.live} message {message.sequence}"
+        shared.dead_letter(pod, [b"", b"", item.value], f"refused: {reason}", origin)
+        number = records.pod_partition(pod, shared.partitions)
+        behind = shared.publisher.withdraw(shared.topic(records.EVENTS), number, item.key)
+        holder = shared.claims.get(pod)
+        # Without a holder the pod's next bridge goes on before this message, and finds it too large as well.
+        if holder is not None and behind is not None:
+            holder._go_on_without(message, behind, reason)
+
+    def _go_on_without(self, message: Message, behind: list[Item], reason: str) -> None:
+        tracker = self.tracker
+        if tracker is None:
+            return
+        self._turns.clear()  # they are among what is behind
+        self._take([tracker.refused(message.sequence, reason)])
+        for item in behind:
+            if isinstance(item.origin, Message):
+                self._send(item.origin, item.value, tracker.incarnation)
+            elif isinstance(item.origin, Control):
+                self._control(msgspec.structs.replace(item.origin, incarnation=tracker.raised()))
 
     def _strip(self, stripper: Stripper, message: Message) -> bytes:
         """Return what is stored of a message where token ids must not be."""
@@ -462,7 +489,11 @@ class PodStream:
         shared, settings = self._shared, self._shared.settings
         while True:
             tracker = self.tracker
-            request = tracker.ask() if tracker is not None and self._waiting is None else None
+            request = None
+            if tracker is not None and self._waiting is None:
+                if self._probe:  # the connection came while the pod was not known yet
+                    tracker.probe()
+                request = tracker.ask()
             if self._waiting is not None:
                 self._probe = False
             if request is None and not self._probe:

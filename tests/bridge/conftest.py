@@ -19,7 +19,7 @@ from kvatlas.bridge.stream import PodStream
 class MemoryLog:
     """Keeps what is sent; acknowledges at once, or when told to."""
 
-    pending_bytes = 0
+    pending_bytes = refused = 0
 
     def __init__(self) -> None:
         self.records: list[tuple[str, Item]] = []
