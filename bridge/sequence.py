@@ -128,6 +128,15 @@ class Counts:
         self.duplicates = self.gaps = self.implausible = self.lost = self.repaired = self.restarts = self.shed = 0
 
 
+class Holding:
+    """Bytes held by all trackers that share it, and the bound on them."""
+
+    __slots__ = ("held_bytes", "limit_bytes")
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.held_bytes, self.limit_bytes = 0, limit_bytes
+
+
 Digest = Callable[[bytes], int]
 
 
@@ -149,6 +158,7 @@ class Tracker:
         tries: int = 3,
         hold_messages: int = 20_000,
         hold_bytes: int = 64 * 1024 * 1024,
+        holding: Holding | None = None,
         can_replay: bool = True,
         counts: Counts | None = None,
     ) -> None:
@@ -161,6 +171,7 @@ class Tracker:
             tries: replays without progress before a hole is lost.
             hold_messages: live messages held while a hole is repaired.
             hold_bytes: bytes of them.
+            holding: the bound over all pods.
             can_replay: whether there is a replay socket at all.
             counts: counters to go on with.
         """
@@ -172,6 +183,7 @@ class Tracker:
         self._tries = tries
         self._hold_messages = hold_messages
         self._hold_bytes = hold_bytes
+        self._holding = holding or Holding(hold_bytes)
         self._can_replay = can_replay
         self._last_ts = position.ts
         self._digests = array("Q", bytes(8 * DIGESTS))
@@ -247,8 +259,7 @@ class Tracker:
         self._verify = self.expected > 0 or self._asked
         if not self.expected:
             # Nothing of this engine is on the log to know it by, so what is held may be another's than what comes.
-            self._held.clear()
-            self._held_bytes = 0
+            self.release()
             self._seen, self._newest_live = -1, None
 
     def replaced(self, reason: str) -> list[Output]:
@@ -388,6 +399,11 @@ class Tracker:
         self.incarnation = self._next(self.incarnation)
         return self.incarnation
 
+    def release(self) -> None:
+        """Hold nothing any more; what was held is for replay."""
+        self._held.clear()
+        self._count_held(-self._held_bytes)
+
     # --- inside --------------------------------------------------------------------------------------------------
 
     def _forward_from(self, message: Message) -> list[Output]:
@@ -400,7 +416,7 @@ class Tracker:
     def _forward(self, message: Message, outputs: list[Output]) -> None:
         sequence = message.sequence
         if (copy := self._held.pop(sequence, None)) is not None:
-            self._held_bytes -= len(copy.payload or b"")
+            self._count_held(-len(copy.payload or b""))
         self.expected = sequence + 1
         self._seen = max(self._seen, sequence)
         if message.payload is None:
@@ -417,15 +433,23 @@ class Tracker:
             self._forward(message, outputs)
         return outputs
 
+    def _count_held(self, size: int) -> None:
+        self._held_bytes += size
+        self._holding.held_bytes += size
+
     def _hold(self, message: Message) -> list[Output]:
         size = len(message.payload or b"")
         if message.sequence in self._held:
             self.counts.duplicates += 1
-        elif len(self._held) >= self._hold_messages or self._held_bytes + size > self._hold_bytes:
+        elif (
+            len(self._held) >= self._hold_messages
+            or self._held_bytes + size > self._hold_bytes
+            or self._holding.held_bytes + size > self._holding.limit_bytes
+        ):
             self.counts.shed += 1
         else:
             self._held[message.sequence] = message
-            self._held_bytes += size
+            self._count_held(size)
         return [] if self._can_replay else self.without_replay()
 
     def _known(self, message: Message) -> list[Output]:
@@ -464,8 +488,7 @@ class Tracker:
         self._digest_floor = 0
         self._digests = array("Q", bytes(8 * DIGESTS))
         self._last_ts = 0.0
-        self._held.clear()
-        self._held_bytes = 0
+        self.release()
         self._seen = -1
         self._newest_live = None
         self._failed = 0
@@ -501,6 +524,7 @@ __all__ = [
     "START",
     "Counts",
     "Forward",
+    "Holding",
     "Message",
     "Output",
     "Position",

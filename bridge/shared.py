@@ -15,6 +15,7 @@ from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.publisher import Acknowledge, Item, Publisher
 from kvatlas.bridge.records import Control, PodRecord
 from kvatlas.bridge.recovery import Recovered, apply_control
+from kvatlas.bridge.sequence import Holding
 from kvatlas.bridge.subscriber import Connection, Receive, Subscriber
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Shared:
         self.partitions = 1
         self.replays = asyncio.Semaphore(settings.replay_parallel)
         self.silent_replays = asyncio.Semaphore(settings.replay_parallel)
+        self.holding = Holding(settings.hold_total_bytes)
         self.owns: Callable[[int], bool] = lambda _: True
         self.dead: dict[str, int] = {}
         self.oversized = 0

@@ -182,6 +182,8 @@ class PodStream:
         if self._shared.claims.get(self.pod) is self:
             del self._shared.claims[self.pod]
         self._turns.clear()
+        if self.tracker is not None:
+            self.tracker.release()
         self.tracker = self.record = self._identity = self._stripper = None
         self._era += 1
 
@@ -322,6 +324,7 @@ class PodStream:
             tries=settings.replay_tries,
             hold_messages=settings.hold_messages,
             hold_bytes=settings.hold_bytes,
+            holding=shared.holding,
             can_replay=bool(self.spec.replay),
         )
         self._take(self.tracker.begin())

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
-from kvatlas.bridge.sequence import Forward, Message, Output, Position, Request, Tracker, Turn
+from kvatlas.bridge.sequence import Forward, Holding, Message, Output, Position, Request, Tracker, Turn
 
 
 def _message(sequence: int, source: str = "live", life: int = 0) -> Message:
@@ -171,6 +171,19 @@ def test_a_sequence_that_is_nonsense_leaves_no_trace() -> None:
     outputs += tracker.live(_message(1 << 40)) + tracker.live(_message(1))
     assert _forwarded(outputs) == [(100, 0), (100, 1)]
     assert not tracker.hole
+
+
+def test_what_is_held_is_bounded_over_all_pods() -> None:
+    """Pods that wait for replays at one time share a bound: what goes beyond it is left to replay."""
+    holding = Holding(6)
+    one, two = (Tracker(Position(1, 0), next_incarnation=lambda n: n + 1, holding=holding) for _ in range(2))
+    for tracker in (one, two):
+        tracker.live(_message(5))
+        tracker.live(_message(6))
+    assert (one.held, two.held, holding.held_bytes, two.counts.shed) == (2, 0, 6, 2)
+    one.release()
+    two.live(_message(7))
+    assert (one.held, two.held, holding.held_bytes) == (0, 1, 3)
 
 
 @pytest.mark.parametrize("replay", [True, False])

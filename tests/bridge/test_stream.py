@@ -286,7 +286,6 @@ async def test_an_address_in_brackets_is_heard(bridge: Any, engines: list[Engine
 
 async def test_one_message_under_a_foreign_name_ends_no_pod(bridge: Any, engines: list[Engine]) -> None:
     """It is dead-lettered, its sequence is a hole like any other, and the pod goes on."""
-    bridge.change(replay_tries=1)
     engine = Engine("pod-a")
     engines.append(engine)
     stream = _open(bridge, engine)
