@@ -199,6 +199,9 @@ class Tracker:
         self._asked = False  # whether a replay is under way
         self._outdated = False  # whether the connection changed since it was asked
         self._shown = -1  # what its answer must show, since the same engine has it; -1 for nothing
+        # Messages from here on came by a connection that nobody has verified, and may be of two engines: the next
+        # replay is to show them all again. None when they are of one.
+        self._unverified: int | None = max(position.sequence, 0)
 
     # --- what the driver asks -----------------------------------------------------------------------------------
 
@@ -223,7 +226,10 @@ class Tracker:
         if not self._can_replay or not (self.hole or self._catch_up):
             return None
         # Held messages are only the upper bound when nothing above them was dropped.
-        return Request(max(self.expected - 1, 0), min(self._held) if self._held and not self._catch_up else None)
+        start = max(self.expected - 1, 0)
+        if self._unverified is not None:
+            start = min(start, self._unverified)
+        return Request(start, min(self._held) if self._held and not self._catch_up else None)
 
     def ask(self, *, first: bool = False) -> Request | None:
         """Return :attr:`request`, and note that a replay for it begins; its end is :meth:`replay_ended`.
@@ -257,6 +263,8 @@ class Tracker:
         self._outdated = self._asked
         # What an outdated replay still brings may be the old engine's, so a live message must not follow it at once.
         self._verify = self.expected > 0 or self._asked
+        if self._unverified is None:
+            self._unverified = max(self.expected - 1, 0)
         if not self.expected:
             # Nothing of this engine is on the log to know it by, so what is held may be another's than what comes.
             self.release()
@@ -353,6 +361,7 @@ class Tracker:
             return []  # it is asked again
         if complete:
             self._catch_up = False
+            self._unverified = None
         if not self.hole and not self._held:
             if complete:
                 self._verify = False
@@ -493,6 +502,7 @@ class Tracker:
         self._newest_live = None
         self._failed = 0
         self._verify = False
+        self._unverified = None
         self._asked, self._outdated, self._shown = False, False, -1
         self._catch_up = True
         if message is None:

@@ -1,4 +1,4 @@
-"""What every service tells its operator: Prometheus metrics, health, readiness and log lines.
+"""What every service tells its operator over HTTP: Prometheus metrics, health and readiness.
 
 One small HTTP server with three pages: ``/metrics`` (Prometheus text), ``/healthz`` (the process answers), ``/readyz``
 (200 once every registered check passes, else 503 with the reasons).
@@ -9,17 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import sys
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Final
 
-import msgspec
 from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.bridge.settings import LogSettings
 
 Check = Callable[[], str | None]
 
@@ -142,48 +138,3 @@ def _split(listen: str) -> tuple[str, int]:
     if not colon or not port.isdecimal():
         raise SettingsError(f"listen address {listen!r}: expected host:port")
     return host.strip("[]") or "0.0.0.0", int(port)  # noqa: S104 - an empty host asks for every interface
-
-
-class _JsonFormatter(logging.Formatter):
-    def __init__(self, service: str) -> None:
-        super().__init__()
-        self._service = service
-
-    def format(self, record: logging.LogRecord) -> str:
-        fields = {
-            "time": _utc(record),
-            "level": record.levelname.lower(),
-            "service": self._service,
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            fields["error"] = self.formatException(record.exc_info)
-        return msgspec.json.encode(fields).decode()
-
-
-class _TextFormatter(logging.Formatter):
-    def __init__(self, service: str) -> None:
-        super().__init__()
-        self._service = service
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = f"{_utc(record)} {record.levelname.lower():7} {self._service} {record.name}: {record.getMessage()}"
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
-
-
-def _utc(record: logging.LogRecord) -> str:
-    return datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
-
-
-def configure_logging(settings: LogSettings, service: str) -> None:
-    """Send log lines of this process to standard error; calling it again replaces what was set.
-
-    Client libraries are kept at warning or above: their info lines repeat what our metrics say.
-    """
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JsonFormatter(service) if settings.format == "json" else _TextFormatter(service))
-    level = logging.getLevelNamesMapping()[settings.level.upper()]
-    logging.basicConfig(level=level, handlers=[handler], force=True)
-    for noisy in ("aiokafka", "kafka", "faust", "mode", "kubernetes", "urllib3", "asyncio"):
-        logging.getLogger(noisy).setLevel(max(level, logging.WARNING))

@@ -13,6 +13,9 @@ from kvatlas.connector.fs import FileSystem
 from kvatlas.connector.holdings import Holdings
 
 _LIMIT_SECONDS: Final = 5.0
+_RELIEF_SECONDS: Final = 5.0
+#: Share of the bytes in use that goes when the file system is full.
+_RELIEF_SHARE: Final = 0.05
 
 
 class Capacity:
@@ -23,7 +26,6 @@ class Capacity:
         directory: the fingerprint's directory.
         budget: how much may be taken.
         holdings: what is there.
-        quarantine_files: damaged files kept while there is no room.
         monotonic: seconds that never go back; the size of the file system is asked for once in a while.
     """
 
@@ -34,17 +36,16 @@ class Capacity:
         budget: Budget,
         holdings: Holdings,
         *,
-        quarantine_files: int,
         monotonic: Callable[[], float],
     ) -> None:
         self._fs = fs
         self._directory = directory
         self._budget = budget
         self._holdings = holdings
-        self._quarantine_files = quarantine_files
         self._monotonic = monotonic
         self._evicting = threading.Lock()
         self._asked = (0, -_LIMIT_SECONDS - 1)
+        self._relieved = -_RELIEF_SECONDS - 1
 
     def limit_bytes(self) -> int:
         """Return how much the tier may take now."""
@@ -76,9 +77,23 @@ class Capacity:
         """Evict what was longest unused until the low watermark is met; returns the bytes freed."""
         with self._evicting:
             victims = self._holdings.victims(lambda used: self._excess(used, incoming))
-            if victims:
-                scan.empty_quarantine(self._fs, self._directory, self._quarantine_files)
             return sum(self._holdings.evict_file(victim) for victim in victims)
+
+    def relieve(self, needed: int) -> int:
+        """Give room back after the file system itself was full; returns the bytes freed.
+
+        Other data may fill the disk while the budget is not used up. What is quarantined goes, and then so much of
+        what was longest unused as was needed, or a share of everything; no more until some seconds later, so that
+        whoever goes on filling the disk does not cost all blocks at once.
+        """
+        with self._evicting:
+            now = self._monotonic()
+            if now - self._relieved < _RELIEF_SECONDS:
+                return 0
+            self._relieved = now
+            freed = scan.empty_quarantine(self._fs, self._directory, 0, 0)
+            victims = self._holdings.victims(lambda used: max(needed, int(used * _RELIEF_SHARE), self._excess(used)))
+            return freed + sum(self._holdings.evict_file(victim) for victim in victims)
 
     def _excess(self, used: int, incoming: int = 0) -> int:
         return self._budget.excess_bytes(used, self.limit_bytes(), incoming)

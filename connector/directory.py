@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 from pathlib import Path
 from typing import Final
@@ -12,6 +13,8 @@ from kvatlas.connector import layout
 from kvatlas.connector.errors import LayoutError
 from kvatlas.connector.fs import FileSystem, read_full, write_full
 from kvatlas.connector.layout import Fingerprint
+
+log = logging.getLogger(__name__)
 
 _REFUSED: Final = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 
@@ -39,9 +42,10 @@ def prepare(fs: FileSystem, directory: Path, fingerprint: Fingerprint, writer: s
         if error.errno not in _REFUSED:
             raise LayoutError(f"{directory}: cannot be made ({error}); check the root") from error
         check(fs, manifest, fingerprint)
-        return False
+        return _refused(directory, error)
     if check(fs, manifest, fingerprint):
-        return True
+        # Folders that are there already say nothing: a mount may be read-only now.
+        return _takes_files(fs, directory, writer)
     temporary = directory / layout.STAGING / f"{writer}-manifest.tmp"
     try:
         fd = fs.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
@@ -55,9 +59,29 @@ def prepare(fs: FileSystem, directory: Path, fingerprint: Fingerprint, writer: s
         with contextlib.suppress(OSError):
             fs.unlink(temporary)
         if error.errno in _REFUSED:
-            return False
+            return _refused(directory, error)
         raise LayoutError(f"{manifest}: cannot be written ({error}); check the root") from error
     return True
+
+
+def _takes_files(fs: FileSystem, directory: Path, writer: str) -> bool:
+    probe = directory / layout.STAGING / f"{writer}-probe.tmp"
+    try:
+        fs.close(fs.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        fs.unlink(probe)
+    except OSError as error:
+        if error.errno in _REFUSED:
+            return _refused(directory, error)
+        # A full or ailing disk may get better: stores try, and report what becomes of them.
+    return True
+
+
+def _refused(directory: Path, error: OSError) -> bool:
+    log.warning(
+        "%s cannot be written (%s): blocks are loaded from it and none are stored; restart once it can be",
+        directory, error.strerror,
+    )  # fmt: skip
+    return False
 
 
 def check(fs: FileSystem, path: Path, fingerprint: Fingerprint) -> bool:

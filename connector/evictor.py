@@ -52,6 +52,7 @@ def evict_root(
     clock_ns: Callable[[], int] = time.time_ns,
     stale_seconds: float = 3600.0,
     quarantine_files: int = 64,
+    quarantine_bytes: int = 1 << 30,
     progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Bring all fingerprints below ``root`` together down to the low watermark, longest unused first.
@@ -82,7 +83,7 @@ def evict_root(
             tell(f"{name}: {len(catalog)} blocks, {catalog.used_bytes} bytes")
             if not dry_run:
                 report.stale_files += scan.remove_stale_staging(files, directory, now, stale_seconds)
-                scan.empty_quarantine(files, directory, quarantine_files)
+                scan.empty_quarantine(files, directory, quarantine_files, quarantine_bytes)
     excess = budget.excess_bytes(report.used_bytes, report.limit_bytes)
     _take_away(files, catalogs, excess, report, dry_run=dry_run, tell=tell)
     return report

@@ -25,8 +25,9 @@ class FileTierSettings:
             what was stored last; a torn file fails its checksum and is a miss.
         budget: how much the tier may take.
         cpus: CPUs of all these threads; empty leaves placement to the system.
-        quarantine_files: damaged files kept for inspection.
-        stale_seconds: age at which a temporary file counts as abandoned.
+        quarantine_files, quarantine_bytes: damaged files kept for inspection beside the budget, at most so many and
+            so large together; the latest stay.
+        stale_seconds: age at which a temporary file counts as abandoned, and a file of uses as one to merge.
         distrust_seconds: how long a block that failed with an I/O error is reported absent.
         usage_flush_seconds: how often uses are written to the sidecar at the least, while there are any.
     """
@@ -43,6 +44,7 @@ class FileTierSettings:
     budget: Budget = field(default_factory=Budget)
     cpus: tuple[int, ...] = ()
     quarantine_files: int = 64
+    quarantine_bytes: int = 1 << 30
     stale_seconds: float = 3600.0
     distrust_seconds: float = 30.0
     usage_flush_seconds: float = 10.0

@@ -94,6 +94,7 @@ class FileTier:
             self._writer,
             flush_seconds=settings.usage_flush_seconds,
             monotonic=monotonic,
+            known=lambda: self._holdings.known() if self.scanned.is_set() else None,
         )
         self._holdings = Holdings(
             self._fs,
@@ -102,6 +103,7 @@ class FileTier:
             read_only=self.read_only,
             distrust_seconds=settings.distrust_seconds,
             monotonic=monotonic,
+            trim_quarantine=self._trim_quarantine,
             listener=listener,
         )
         self._capacity = Capacity(
@@ -109,7 +111,6 @@ class FileTier:
             self.directory,
             settings.budget,
             self._holdings,
-            quarantine_files=settings.quarantine_files,
             monotonic=monotonic,
         )
         self._pool = IoPool(
@@ -168,7 +169,7 @@ class FileTier:
         results: Results = {}
         fresh: list[Block] = []
         for block in piece:
-            if self._already_there(block.key):
+            if self._holdings.find(block.key, self._now(), block.size_bytes):
                 results[block.key] = Result(Outcome.EXISTS, tier=Tier.FILE)
             else:
                 fresh.append(block)
@@ -176,19 +177,6 @@ class FileTier:
         if fresh:
             results.update(self._write_fresh(fresh))
         return results
-
-    def _already_there(self, key: bytes) -> bool:
-        if self._holdings.is_distrusted(key):
-            return False
-        try:
-            written = self._segments.probe(key)
-        except (Missing, OSError):
-            return False
-        except Corrupt as error:
-            self._holdings.drop_corrupt(key, error)
-            return False
-        self._holdings.note_found(key, written, self._usage.tick(self._clock_ns()))
-        return True
 
     def _write_fresh(self, fresh: Sequence[Block]) -> Results:
         keys = [block.key for block in fresh]
@@ -204,7 +192,7 @@ class FileTier:
             written = self._segments.write(fresh)
         except OSError as error:
             published: tuple[bytes, ...] = getattr(error, "published", ())
-            return self._failed_write(error, keys, published)
+            return self._failed_write(error, keys, published, size + layout.header_bytes(len(fresh)))
         self.metrics.moved("file", "store", blocks=len(fresh), size_bytes=size, seconds=time.perf_counter() - begin)
         admitted = self._admit(written)
         return {
@@ -214,7 +202,7 @@ class FileTier:
             for key in keys
         }
 
-    def _failed_write(self, error: OSError, keys: Sequence[bytes], published: Sequence[bytes]) -> Results:
+    def _failed_write(self, error: OSError, keys: Sequence[bytes], published: Sequence[bytes], needed: int) -> Results:
         """Report a failed segment; the blocks that got their names before the failure are whole and stay."""
         results: Results = {}
         for key in published:
@@ -225,15 +213,15 @@ class FileTier:
         self.metrics.count("failed", len(failed))
         results.update(dict.fromkeys(failed, Result(Outcome.FAILED, error_text(error))))
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            self._queue_eviction()
+            self._queue(lambda: self._capacity.relieve(needed))
         return results
 
     def _admit(self, written: Written) -> frozenset[bytes]:
-        now = self._usage.tick(self._clock_ns())
+        now = self._now()
         admitted = self._holdings.admit(written, now)
         self._use(admitted, now)
         if self._capacity.exceeded():
-            self._queue_eviction()
+            self._queue(self.evict_excess)
         return admitted
 
     # -- load ------------------------------------------------------------------------------------------------
@@ -320,7 +308,7 @@ class FileTier:
         """
         found: dict[bytes, bool] = {}
         for key in keys:
-            found[key] = self._already_there(key)
+            found[key] = self._holdings.find(key, self._now())
             if not found[key]:
                 self._holdings.vanished(key)
         return found
@@ -334,16 +322,19 @@ class FileTier:
     def _note_use(self, keys: Iterable[bytes], *, here: bool = True) -> None:
         listed = list(keys)
         if listed:
-            now = self._usage.tick(self._clock_ns())
+            now = self._now()
             self._holdings.touch(listed, now)
             self._use(listed, now)
             if here:
                 self._holdings.confirm(listed, now)
 
+    def _now(self) -> int:
+        return self._usage.tick(self._clock_ns())
+
     def _use(self, keys: Iterable[bytes], now: int) -> None:
-        if self._usage.touch(keys, now) and not self.read_only:
-            with contextlib.suppress(ClosedError):
-                self._pool.write(Task(self._usage.flush, lambda: None, 0), force=True)
+        # On a read-only root uses could only pile up in memory.
+        if not self.read_only and self._usage.touch(keys, now):
+            self._queue(self._usage.flush)
 
     @property
     def used_bytes(self) -> int:
@@ -354,9 +345,13 @@ class FileTier:
         """Return the blocks that the last scan and our own stores found."""
         return self._holdings.known()
 
-    def _queue_eviction(self) -> None:
+    def _queue(self, upkeep: Callable[[], object]) -> None:
         with contextlib.suppress(ClosedError):
-            self._pool.write(Task(self.evict_excess, lambda: None, 0), force=True)
+            self._pool.write(Task(upkeep, lambda: None, 0), force=True)
+
+    def _trim_quarantine(self) -> None:
+        kept = self.settings
+        scan.empty_quarantine(self._fs, self.directory, kept.quarantine_files, kept.quarantine_bytes)
 
     def evict_excess(self, incoming: int = 0) -> int:
         """Evict what was longest unused until the low watermark is met; returns the bytes freed."""
@@ -376,13 +371,15 @@ class FileTier:
             now = self._clock_ns()
             self._holdings.rescan(self.directory, now, self._usage.seen)
             if not self.read_only:
-                scan.remove_stale_staging(self._fs, self.directory, now, self.settings.stale_seconds)
+                stale, known = self.settings.stale_seconds, self._holdings.known
+                scan.tidy(self._fs, self.directory, now, writer=self._writer, stale_seconds=stale, known=known)
+                self._trim_quarantine()
         except OSError:
             self.metrics.count("scan_failed")
         finally:
             self.scanned.set()
         if self._capacity.exceeded():
-            self._queue_eviction()
+            self._queue(self.evict_excess)
 
     # -- end -------------------------------------------------------------------------------------------------
 

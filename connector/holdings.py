@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvatlas.connector import scan
-from kvatlas.connector.blocks import Corrupt, Written
+from kvatlas.connector.blocks import Corrupt, Missing, Written
 from kvatlas.connector.catalog import Catalog, Found, Victim
 from kvatlas.connector.fs import FileSystem
 from kvatlas.connector.metrics import Metrics
@@ -43,6 +43,7 @@ class Holdings:
         metrics: where to count.
         read_only: nothing can be moved or removed; what does not verify is not trusted instead.
         distrust_seconds: how long a block that failed is reported absent.
+        trim_quarantine: called after a file came to the quarantine.
         monotonic: seconds that never go back.
         listener: told of every change in the order they happened, under the lock: it must return quickly, must not
             raise and must not call back.
@@ -57,6 +58,7 @@ class Holdings:
         read_only: bool,
         distrust_seconds: float,
         monotonic: Callable[[], float],
+        trim_quarantine: Callable[[], object],
         listener: Callable[[Change], None] | None,
     ) -> None:
         self._fs = fs
@@ -65,6 +67,7 @@ class Holdings:
         self._read_only = read_only
         self._distrust_seconds = distrust_seconds
         self._monotonic = monotonic
+        self._trim_quarantine = trim_quarantine
         self._listener = listener
         self._catalog = Catalog()
         self._distrusted: dict[bytes, float] = {}
@@ -137,11 +140,31 @@ class Holdings:
                     fresh.append(key)
             self._announce(removed=False, keys=tuple(fresh))
 
-    def note_found(self, key: bytes, written: Written, now_ns: int) -> None:
-        """Learn of a block that another process published."""
-        with self._lock:
-            if self._catalog.inode_of(key) != written.inode:
-                self._catalog.add(Found(key, written.inode, written.size_bytes, now_ns))
+    def find(self, key: bytes, now_ns: int, size: int | None = None) -> bool:
+        """Return whether a block's file is there with a sound header.
+
+        Args:
+            key: the block.
+            now_ns: the clock.
+            size: also ask for this payload, and verify it unless this run told of the block: its bytes were right
+                once in this run then. What :meth:`confirm` announces must have been found in this way or loaded.
+        """
+        if self.is_distrusted(key):
+            return False
+        try:
+            written = self._segments.probe(key)
+            with self._lock:
+                if self._catalog.inode_of(key) != written.inode:  # another process published it
+                    self._catalog.add(Found(key, written.inode, written.size_bytes, now_ns))
+                told = key in self._told
+            if size is not None and not told:
+                self._segments.verify(key, size)
+        except (Missing, OSError):
+            return False
+        except Corrupt as error:
+            self.drop_corrupt(key, error)
+            return False
+        return True
 
     def rescan(self, directory: Path, now_ns: int, seen: Callable[[int], None]) -> None:
         """Rebuild the catalog from the directory; what is stored meanwhile is kept.
@@ -217,6 +240,8 @@ class Holdings:
             self._catalog.remove(key)
             # An earlier run may have announced the file, so its end is announced even if this one did not.
             self._announce(removed=True, keys=(key,))
+        if not self._read_only:
+            self._trim_quarantine()
 
     def evict_file(self, victim: Victim) -> int:
         """Take a chosen file's names away; returns the bytes freed, 0 while a name remains."""

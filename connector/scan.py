@@ -9,7 +9,7 @@ from pathlib import Path
 from kvatlas.connector import layout
 from kvatlas.connector.catalog import Found
 from kvatlas.connector.fs import FileSystem
-from kvatlas.connector.usage import read_usage, usage_key
+from kvatlas.connector.usage import Known, merge, read_usage, usage_key
 
 
 def scan_blocks(
@@ -60,8 +60,16 @@ def remove_stale_staging(fs: FileSystem, directory: Path, now_ns: int, stale_sec
     return removed
 
 
-def empty_quarantine(fs: FileSystem, directory: Path, keep_files: int) -> int:
-    """Remove the oldest quarantined files beyond ``keep_files``; returns the bytes freed."""
+def tidy(fs: FileSystem, directory: Path, now_ns: int, *, writer: str, stale_seconds: float, known: Known) -> None:
+    """Remove what dead writers left half written and merge what they noted of use; what is refused stays."""
+    remove_stale_staging(fs, directory, now_ns, stale_seconds)
+    with contextlib.suppress(OSError):
+        silent = now_ns - int(stale_seconds * 1e9)
+        merge(fs, directory / layout.USAGE, writer, silent_since_ns=silent, known=known)
+
+
+def empty_quarantine(fs: FileSystem, directory: Path, keep_files: int, keep_bytes: int) -> int:
+    """Remove what was quarantined first beyond ``keep_files`` or ``keep_bytes``; returns the bytes freed."""
     quarantine = directory / layout.QUARANTINE
     found: list[tuple[int, int, Path]] = []
     with contextlib.suppress(OSError):
@@ -69,10 +77,13 @@ def empty_quarantine(fs: FileSystem, directory: Path, keep_files: int) -> int:
             with contextlib.suppress(OSError):
                 path = quarantine / entry.name
                 info = fs.stat(path)
-                found.append((info.st_mtime_ns, info.st_size, path))
-    freed = 0
-    for _, size, path in sorted(found)[: max(0, len(found) - keep_files)]:
-        with contextlib.suppress(OSError):
-            fs.unlink(path)
-            freed += size
+                # The move itself set this time; the time of the last write says when the block was stored.
+                found.append((info.st_ctime_ns, info.st_size, path))
+    freed = kept = 0
+    for number, (_, size, path) in enumerate(sorted(found, reverse=True)):
+        kept += size
+        if number >= keep_files or kept > keep_bytes:
+            with contextlib.suppress(OSError):
+                fs.unlink(path)
+                freed += size
     return freed

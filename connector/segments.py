@@ -9,6 +9,9 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Final
+
+import xxhash
 
 from kvatlas.connector import layout
 from kvatlas.connector.blocks import Block, Corrupt, Missing, Written, copy_in, copy_out, payload_sum
@@ -17,6 +20,9 @@ from kvatlas.connector.errors import LayoutError
 from kvatlas.connector.fs import ALIGNMENT, IOV_MAX, O_DIRECT, Buffer, FileSystem, read_full, write_full
 from kvatlas.connector.gate import IoGate
 from kvatlas.connector.layout import Header, Slot, round_up
+
+#: Bytes that are read at a time where only a checksum is wanted.
+_VERIFY_BYTES: Final = 1 << 20
 
 
 class SegmentFiles:
@@ -260,6 +266,29 @@ class SegmentFiles:
             if header.find(key) is None:
                 raise Corrupt("the file holds other blocks", info.st_ino)
             return Written(info.st_ino, info.st_size, tuple(slot.key for slot in header.slots))
+
+    def verify(self, key: bytes, size: int) -> None:
+        """Check a stored block of ``size`` bytes against its checksum, as a load would, with little memory.
+
+        Raises:
+            Missing, Corrupt, OSError: as :meth:`read`.
+        """
+        with self._gate.reading(), self._opened(key) as (fd, info):
+            header = self._read_header(fd, info.st_ino, info.st_size)
+            number = header.find(key)
+            if number is None:
+                raise Corrupt("the file holds other blocks", info.st_ino)
+            slot = header.slots[number]
+            self._check_length(slot, size)
+            begin = header.header_bytes + number * header.slot_bytes
+            total = xxhash.xxh3_64()
+            with self._pool.take(_VERIFY_BYTES) as memory:
+                for done in range(0, size, _VERIFY_BYTES):
+                    with memory[: min(round_up(size - done), _VERIFY_BYTES)] as part:
+                        self._fill(fd, [part], begin + done, info.st_ino)
+                        total.update(part[: size - done])
+            if total.intdigest() != slot.sum:
+                raise Corrupt("payload checksum is wrong", info.st_ino)
 
     def _opened(self, key: bytes) -> AbstractContextManager[tuple[int, os.stat_result]]:
         return _open(self._fs, self.path(key), os.O_RDONLY | self._flags)

@@ -6,15 +6,22 @@ block over all files. A torn or damaged record is skipped; a lost file only mean
 used when they were written::
 
     0 16  XXH3-128 of the block key     16 8  last use, ns since the epoch     24 8  XXH3-64 of bytes 0..23
+
+A writer rewrites its own file when that has grown, and an engine that starts merges the files of writers that fell
+silent (:func:`merge`), each time without blocks that are gone. So the folder holds about a record or two per
+block and writer, one file per writer of the last while, and one more.
 """
 
 from __future__ import annotations
 
 import contextlib
+import heapq
+import itertools
 import os
 import struct
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
@@ -25,7 +32,16 @@ from kvatlas.connector.fs import FileSystem, read_full, write_full
 
 RECORD: Final = struct.Struct("<16sQQ")
 SUFFIX: Final = ".use"
-_READ_BYTES: Final = 1 << 20
+_TEMPORARY: Final = ".tmp"
+#: A whole number of records, so that each piece read is decoded by itself.
+_READ_BYTES: Final = RECORD.size << 15
+#: Size of a writer's file below which rewriting it is not worth the trouble.
+_REWRITE_BYTES: Final = 2 << 20
+#: Uses kept while the file system refuses them; of more, the latest.
+_KEPT_RECORDS: Final = 1 << 16
+
+#: Says which blocks there are.
+Known = Callable[[], Iterable[bytes]]
 
 
 def usage_key(key: bytes) -> bytes:
@@ -57,29 +73,102 @@ def read_usage(fs: FileSystem, directory: Path) -> dict[bytes, int]:
     found: dict[bytes, int] = {}
     with contextlib.suppress(OSError):
         for entry in fs.listdir(directory):
-            if entry.is_dir or not entry.name.endswith(SUFFIX):
-                continue
-            with contextlib.suppress(OSError):
-                for key, used_ns in decode(_read_file(fs, directory / entry.name)).items():
-                    if used_ns > found.get(key, -1):
-                        found[key] = used_ns
+            if not entry.is_dir and entry.name.endswith(SUFFIX):
+                with contextlib.suppress(OSError):
+                    _read_into(found, fs, directory / entry.name)
     return found
 
 
-def _read_file(fs: FileSystem, path: Path) -> bytes:
-    fd = fs.open(path, os.O_RDONLY)
+def merge(fs: FileSystem, directory: Path, writer: str, *, silent_since_ns: int, known: Known) -> int:
+    """Make one file of those that nobody wrote to for a while; returns how many went into it.
+
+    Safe beside running writers and other merges: a file is first renamed, so it has one taker; a writer that was
+    only silent notices that its file is away and writes its records again; until the new file has its name, the
+    old ones are read as before.
+
+    Args:
+        fs: the file system.
+        directory: the ``usage`` directory.
+        writer: unique among processes, makes the names.
+        silent_since_ns: files changed later are left alone.
+        known: the blocks there are; uses of others are dropped.
+
+    Raises:
+        OSError: the system refused; no record is lost.
+    """
+    silent: list[str] = []
+    for entry in fs.listdir(directory):
+        with contextlib.suppress(OSError):
+            if entry.is_dir or fs.stat(directory / entry.name).st_mtime_ns >= silent_since_ns:
+                continue
+            if entry.name.endswith(SUFFIX):
+                silent.append(entry.name)
+            elif entry.name.endswith(_TEMPORARY):
+                fs.unlink(directory / entry.name)
+    if len(silent) < 2:
+        return 0
+    # Names of this one merge: what an earlier one left must not be overwritten.
+    stem = f"{writer}-{uuid.uuid4().hex[:12]}"
+    taken: list[Path] = []
+    for number, name in enumerate(sorted(silent)):
+        target = directory / f"{stem}-{number}{SUFFIX}"
+        with contextlib.suppress(FileNotFoundError):
+            fs.replace(directory / name, target)
+            taken.append(target)
+    found: dict[bytes, int] = {}
+    whole: list[Path] = []
+    for path in taken:
+        with contextlib.suppress(OSError):
+            if _read_into(found, fs, path):
+                whole.append(path)
+    _publish(fs, directory / f"{stem}{SUFFIX}", _living(found, known()))
+    for path in whole:
+        with contextlib.suppress(OSError):
+            fs.unlink(path)
+    return len(whole)
+
+
+def _living(found: dict[bytes, int], known: Iterable[bytes]) -> dict[bytes, int]:
+    return {key: found[key] for key in map(usage_key, known) if key in found}
+
+
+def _publish(fs: FileSystem, path: Path, uses: dict[bytes, int]) -> int:
+    """Write a file of its own under a passing name and rename it; returns its size in bytes."""
+    temporary = path.with_name(path.name + _TEMPORARY)
+    data = encode(uses.items())
     try:
-        chunks: list[bytes] = []
-        offset = 0
-        while True:
-            chunk = bytearray(_READ_BYTES)
-            got = read_full(fs, fd, [memoryview(chunk)], offset)
-            chunks.append(bytes(chunk[:got]))
-            offset += got
+        fd = fs.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        try:
+            write_full(fs, fd, [memoryview(data)] if data else [], 0)
+            fs.fsync(fd)
+        finally:
+            fs.close(fd)
+        fs.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            fs.unlink(temporary)
+        raise
+    return len(data)
+
+
+def _read_into(found: dict[bytes, int], fs: FileSystem, path: Path) -> bool:
+    """Add a file's records piece by piece; False when it is gone."""
+    try:
+        fd = fs.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        memory = memoryview(bytearray(_READ_BYTES))
+        for offset in itertools.count(0, _READ_BYTES):
+            got = read_full(fs, fd, [memory], offset)
+            for key, used_ns in decode(bytes(memory[:got])).items():
+                if used_ns > found.get(key, -1):
+                    found[key] = used_ns
             if got < _READ_BYTES:
-                return b"".join(chunks)
+                break
     finally:
         fs.close(fd)
+    return True
 
 
 class UsageLog:
@@ -95,6 +184,8 @@ class UsageLog:
         flush_records: a flush is due as soon as this many blocks were used.
         flush_seconds: or when the last one is this long ago.
         monotonic: seconds that never go back.
+        rewrite_bytes: size from which the file is rewritten with a record per block that is there.
+        known: the blocks there are; None while that is not known yet.
     """
 
     def __init__(
@@ -106,6 +197,8 @@ class UsageLog:
         flush_records: int = 4096,
         flush_seconds: float = 10.0,
         monotonic: Callable[[], float] = time.monotonic,
+        rewrite_bytes: int = _REWRITE_BYTES,
+        known: Callable[[], Iterable[bytes] | None] = lambda: None,
     ) -> None:
         self._fs = fs
         self._path = directory / f"{writer}{SUFFIX}"
@@ -116,6 +209,9 @@ class UsageLog:
         self._monotonic = monotonic
         self._flush_at = 0.0
         self._asked = False
+        self._refused = False
+        self._least_rewrite_bytes = self._rewrite_bytes = rewrite_bytes
+        self._known = known
         self._lock = threading.Lock()
         self._io = threading.Lock()
 
@@ -136,7 +232,9 @@ class UsageLog:
         with self._lock:
             for key in keys:
                 self._pending[usage_key(key)] = used_ns
-            due = len(self._pending) >= self._flush_records or moment >= self._flush_at
+            # After a refusal only time makes a flush due, or each use would ask a full disk again.
+            many = len(self._pending) >= self._flush_records and not self._refused
+            due = many or moment >= self._flush_at
             if not due or self._asked or not self._pending:
                 return False
             self._asked = True
@@ -144,24 +242,54 @@ class UsageLog:
             return True
 
     def flush(self) -> bool:
-        """Append what was collected; False when the file system refused (it is kept for the next time)."""
+        """Append what was collected; False when the file system refused (the latest is kept for the next time)."""
         with self._io:
             with self._lock:
                 pending, self._pending = self._pending, {}
                 self._asked = False
             if not pending:
                 return True
+            data = encode(pending.items())
             try:
-                # Opened for each flush: whoever merges usage files may have taken this one away.
-                fd = self._fs.open(self._path, os.O_CREAT | os.O_WRONLY)
-                try:
-                    # A record torn by a crash must not shift those after it.
-                    end = -(-self._fs.fstat(fd).st_size // RECORD.size) * RECORD.size
-                    write_full(self._fs, fd, [memoryview(encode(pending.items()))], end)
-                finally:
-                    self._fs.close(fd)
+                size = self._append(data) or self._append(data)
             except OSError:
-                with self._lock:
-                    self._pending = {**pending, **self._pending}
+                self._keep(pending)
                 return False
+            self._refused = False
+            if size > self._rewrite_bytes:
+                self._rewrite(size)
             return True
+
+    def _keep(self, pending: dict[bytes, int]) -> None:
+        with self._lock:
+            merged = {**pending, **self._pending}
+            if len(merged) > _KEPT_RECORDS:
+                merged = dict(heapq.nlargest(_KEPT_RECORDS, merged.items(), key=lambda item: item[1]))
+            self._pending = merged
+            self._refused = True
+            self._flush_at = self._monotonic() + self._flush_seconds
+
+    def _append(self, data: bytes) -> int:
+        """Append records; returns the file's size, 0 when a merge took the file away meanwhile."""
+        # Opened for each flush: a merge may have taken this file away.
+        fd = self._fs.open(self._path, os.O_CREAT | os.O_WRONLY)
+        try:
+            info = self._fs.fstat(fd)
+            # A record torn by a crash must not shift those after it.
+            end = -(-info.st_size // RECORD.size) * RECORD.size
+            write_full(self._fs, fd, [memoryview(data)], end)
+        finally:
+            self._fs.close(fd)
+        try:
+            return end + len(data) if self._fs.stat(self._path).st_ino == info.st_ino else 0
+        except FileNotFoundError:
+            return 0
+
+    def _rewrite(self, size: int) -> None:
+        """Leave one record per block that is there; what is refused is tried again when the file has doubled."""
+        with contextlib.suppress(OSError):
+            found: dict[bytes, int] = {}
+            _read_into(found, self._fs, self._path)
+            known = self._known()
+            size = _publish(self._fs, self._path, found if known is None else _living(found, known))
+        self._rewrite_bytes = max(self._least_rewrite_bytes, 2 * size)

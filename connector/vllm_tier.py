@@ -99,6 +99,7 @@ def fingerprint_of(spec: OffloadingSpec, block_bytes: int) -> Fingerprint:
         engine="vllm",
         engine_version=VLLM_VERSION,
         model=config.model.name,
+        # The specs' configuration lacks prefix_caching_hash_algo, and no vLLM configuration is current in this process.
         hash_algorithm=str(spec.extra_config.get("hash_algorithm", "sha256")),
         hash_seed=os.environ.get("PYTHONHASHSEED", ""),  # vLLM itself reads its hash seed there
         dtype=config.model.dtype,

@@ -19,8 +19,8 @@ from typing import Any, Final, cast
 
 from kvatlas.bridge import settings
 from kvatlas.bridge.errors import KvatlasError
+from kvatlas.bridge.logs import configure_logging
 from kvatlas.bridge.runtime import settle_interpreter
-from kvatlas.bridge.telemetry import configure_logging
 from kvatlas.deploy.commands import common
 
 #: Name -> module and class of a service, and further sections that it takes by name.

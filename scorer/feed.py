@@ -82,6 +82,7 @@ class Engine:
         shared = Shared(settings, cast("Publisher", self.inbox), lambda topic: topic, clock)
         shared.context.term()
         shared.context, shared.replays, shared.recovered = feed.context, feed.replays, feed.recovered
+        shared.claims, shared.silent_replays = feed.claims, feed.silent_replays
         self.shared = shared
         self._opened_ns = clock()
         self.stream = PodStream(spec, shared)
@@ -131,6 +132,8 @@ class Feed:
         self.engines: dict[str, Engine] = {}
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.replays = asyncio.Semaphore(bridge.replay_parallel)
+        self.silent_replays = asyncio.Semaphore(bridge.replay_parallel)
+        self.claims: dict[str, PodStream] = {}
         self.recovered: dict[str, Recovered] = {}
         self._bridge = bridge
         self._clock = clock
@@ -194,21 +197,34 @@ class Feed:
         leaving = [key for key, engine in self.engines.items() if pod in (engine.stream.pod, key)]
         for key in leaving:
             engine = self.engines.pop(key)
-            name = engine.stream.pod  # it names its endpoint once it has ended
+            name, held = engine.stream.pod, not engine.stream.waiting  # it names its endpoint once it has ended
             await engine.stream.close()
             engine.stream.end()
-            async with self.applier.lock:
-                await self._apply([engine], until=None)
-            epoch = await self.applier.forget(name)
-            if epoch:
-                # Were the engine added again at once, its incarnation must still lie above all that were used.
-                record = records.PodRecord(pod=name, writer=records.WRITER_BRIDGE, epoch=epoch)
-                self.recovered[record.pod] = Recovered(record)
+            if held:
+                self.claims[name] = engine.stream  # who waits for the pod must not have it before all is forgotten
+                try:
+                    await self._forget(engine, name)
+                finally:
+                    del self.claims[name]
         return bool(leaving)
+
+    async def _forget(self, engine: Engine, name: str) -> None:
+        async with self.applier.lock:
+            await self._apply([engine], until=None)
+        epoch = await self.applier.forget(name)
+        if epoch:
+            # Were the engine added again at once, its incarnation must still lie above all that were used.
+            record = records.PodRecord(pod=name, writer=records.WRITER_BRIDGE, epoch=epoch)
+            self.recovered[record.pod] = Recovered(record)
 
     @property
     def stale(self) -> bool:
         """False: what comes is applied as it comes, and freshness tells of each pod what does not."""
+        return False
+
+    @property
+    def rebuilding(self) -> bool:
+        """False: an index that is written anew says itself what it does not have yet."""
         return False
 
     @property
@@ -268,6 +284,7 @@ class Feed:
                 written = time.monotonic()
             for key, engine in self.engines.items():
                 stream = engine.stream
+                stream.retry()  # two engines may name one pod: the second waits until the first has left it
                 silent = (now - stream.heard_ns) / 1e9
                 stream.mark(records.STALE if silent >= settings.stale_seconds else records.LIVE)
                 if silent >= settings.heartbeat_seconds and now - beats.get(key, 0) >= settings.heartbeat_seconds * 1e9:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -46,6 +46,7 @@ class Follower:
         from_end: bool = False,
         start_at: Mapping[int, int] | None = None,
         applied: Callable[[int, int], None] | None = None,
+        lost: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         """Describe what to follow.
 
@@ -57,6 +58,8 @@ class Follower:
             from_end: start with what comes from now on.
             start_at: partition -> offset to start at, where the topic still has it.
             applied: told partition and next offset after every batch of a partition.
+            lost: awaited when records that were to come next are gone from the topic (its retention, or the topic was
+                made anew); all of it is read again after that, and :attr:`caught_up` is unset until it has been.
         """
         self.caught_up = asyncio.Event()
         self.connected = False
@@ -68,6 +71,7 @@ class Follower:
         self._from_end = from_end
         self._task: asyncio.Task[None] | None = None
         self._applied = applied
+        self._lost = lost
         starts = (start_at or {}).items()
         self._positions: dict[TopicPartition, int] = {TopicPartition(self._topic, number): at for number, at in starts}
 
@@ -82,6 +86,11 @@ class Follower:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
             self._task = None
+
+    def failed(self) -> BaseException | None:
+        """Return what ended the reading, None while it goes on."""
+        done = self._task is not None and self._task.done() and not self._task.cancelled()
+        return self._task.exception() if done and self._task is not None else None
 
     async def wait(self, timeout_seconds: float) -> None:
         """Wait until all that was there has been applied.
@@ -119,7 +128,8 @@ class Follower:
             **client_config(self._kafka, self._client_id),
             group_id=None,
             enable_auto_commit=False,
-            auto_offset_reset="earliest",
+            # Who must know of lost records is not moved past them in silence: the error leads back here, to be placed.
+            auto_offset_reset="earliest" if self._lost is None else "none",
             fetch_max_wait_ms=_FETCH_WAIT_MS if self._is_loopback() else 100,
             metadata_max_age_ms=30_000,
         )
@@ -150,12 +160,19 @@ class Follower:
     async def _place(self, consumer: Any) -> list[TopicPartition]:
         partitions = sorted(consumer.assignment())
         begins = await consumer.beginning_offsets(partitions)
-        ends = await consumer.end_offsets(partitions) if self._from_end else begins
+        ends = await consumer.end_offsets(partitions)
+        # After a reconnect go on where we were, unless the topic was made anew or has dropped it.
+        gone = [tp for tp in partitions if not begins[tp] <= self._positions.get(tp, begins[tp]) <= ends[tp]]
+        if gone and self._lost is not None:
+            numbers = ", ".join(str(tp.partition) for tp in gone)
+            log.warning("topic %s no longer has what came next in partitions %s: read anew", self._topic, numbers)
+            self.caught_up.clear()
+            await self._lost()
+            gone = partitions
+        for tp in gone:
+            self._positions.pop(tp, None)
         for tp in partitions:
-            start = ends[tp] if self._from_end else begins[tp]
-            known = self._positions.get(tp, -1)
-            # After a reconnect go on where we were, unless the topic was made anew or has dropped it.
-            self._positions[tp] = known if begins[tp] <= known else start
+            self._positions.setdefault(tp, ends[tp] if self._from_end else begins[tp])
             consumer.seek(tp, self._positions[tp])
         return partitions
 

@@ -104,14 +104,18 @@ class Indexer(Scores):
             clock: wall clock, ns.
             observe: as for the constructor.
 
-        The replica has what ``kv-blocks`` still holds (its retention) and everything written from then on.
+        The replica has what ``kv-blocks`` still holds (its retention) and everything written from then on. It follows
+        the index version that the scorers use. While it is read anew, after a move to another version or when the log
+        has lost a part that was not read yet, scores are partial.
         """
         indexer = cls(backend, options, tokenizers=tokenizers, clock=clock, observe=observe)
 
         async def follow() -> Source:
             from kvatlas.scorer.replica import Replica  # noqa: PLC0415 - Kafka's client only where it is used
 
-            replica = Replica(kafka, indexer.backend, indexer._pods, indexer._set_block_size)
+            replica = Replica(
+                kafka, indexer.backend, indexer._pods, indexer._set_block_size, indexer.approximate.forgotten
+            )
             indexer._source = replica  # stopped with the indexer, also when its start fails
             await replica.start(indexer._options.start_timeout_seconds)
             return replica

@@ -51,6 +51,10 @@ class Source(Protocol):
         """Whether what the index has only ages: nobody keeps it up to date."""
 
     @property
+    def rebuilding(self) -> bool:
+        """Whether the index is being read anew, so that nothing it says can be believed."""
+
+    @property
     def caught_up(self) -> bool:
         """Whether all that was there when it was asked has been applied."""
 

@@ -255,7 +255,7 @@ class Scores:
         while len(values) < len(keys) and (walking or all_blocks):
             part = keys[len(values) : len(values) + chunk]
             start = time.perf_counter()
-            found = await self._lookup(part)
+            found = await self._lookup(source, part)
             looked += time.perf_counter() - start
             values.extend(found)
             walking = walking and steps.feed(found)
@@ -277,7 +277,9 @@ class Scores:
         )
         return scored, values
 
-    async def _lookup(self, keys: list[bytes]) -> Sequence[bytes | None]:
+    async def _lookup(self, source: Source, keys: list[bytes]) -> Sequence[bytes | None]:
+        if source.rebuilding:
+            return [None] * len(keys)
         try:
             found = await self.backend.lookup(keys)
         except BackendError as error:

@@ -161,6 +161,14 @@ class PodTable:
             del self._names[pod_ref(name)]
         self._fleet = None
 
+    def read_version(self, index_version: str) -> None:
+        """Take the records of another index version, from their beginning; those of the one before are forgotten."""
+        self._streams = streams_writer(index_version)
+        for name, parts in list(self._parts.items()):
+            record = parts.get(WRITER_STREAMS)
+            if record is not None and not record.approximate:  # a prediction is the reader's own
+                self._remove(WRITER_STREAMS, name)
+
     def _reject(self, text: str) -> None:
         self.rejected += 1
         log.warning("%s", text)

@@ -7,13 +7,16 @@ number behind them. A replica in RocksDB also has, in the same write as the entr
     "\x00log" | partition 2      next offset
     "\x00count"                  number of partitions
 
-It goes on from there when it is opened again, and starts anew when the log no longer has what came next.
+    "\x00version"              index version
+
+It goes on from there when it is opened again. When the log no longer has what came next, whether that shows when it is
+opened or while it runs, the removals among it are unknown: the replica is emptied and read anew. The same happens when
+the scorers move to another index version, which has keys and a log of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -43,6 +46,8 @@ log = logging.getLogger(__name__)
 _CLIENT_ID: Final = "kvatlas-indexer"
 _LOG: Final = b"\x00log"
 _COUNT: Final = b"\x00count"
+_VERSION: Final = b"\x00version"
+_RETRY_SECONDS: Final = 1.0
 _SWEEP_SECONDS: Final = 30.0
 
 
@@ -57,6 +62,9 @@ class Store(Protocol):
 
     def delete(self, key: bytes) -> None:
         """Remove a key."""
+
+    def clear(self) -> None:
+        """Remove everything."""
 
     def prefetch(self, keys: Iterable[bytes]) -> None:
         """Tell which keys will be read."""
@@ -91,10 +99,16 @@ class Replica:
 
     Attributes:
         counts: what was applied, by name.
+        version: the index version that is followed.
     """
 
     def __init__(
-        self, kafka: KafkaSettings, backend: Backend, pods: PodTable, set_block_size: Callable[[int], None]
+        self,
+        kafka: KafkaSettings,
+        backend: Backend,
+        pods: PodTable,
+        set_block_size: Callable[[int], None],
+        forgotten: Callable[[], None] = lambda: None,
     ) -> None:
         """Describe what to follow.
 
@@ -103,6 +117,7 @@ class Replica:
             backend: the index; must be one in memory or in RocksDB.
             pods: table that ``kv-pods`` goes into.
             set_block_size: told of the workers' canonical block size.
+            forgotten: called when the index has been emptied.
 
         Raises:
             SettingsError: the index is a shared one, which the workers fill (``kvatlas worker --mirror``).
@@ -112,18 +127,22 @@ class Replica:
                 f"a replica of the log is in memory or in RocksDB; for {backend.name} see `kvatlas worker --mirror`"
             )
         self.counts: Counter[str] = Counter()
+        self.version = records.BASE_VERSION
+        self._catalog = records.IndexCatalog()
+        self._sizes: dict[str, int] = {}
         self._kafka = kafka
         self._backend = backend
         self._pods = pods
+        self._forgotten = forgotten
         self._swept: dict[str, PodRecord] = {}
-        self._sweeping: asyncio.Task[None] | None = None
         self._set_block_size = set_block_size
         self._views: list[PartitionView] = []
         self._table: Any = None
-        self._followers = [
-            Follower(kafka, records.PODS, pods.apply, client_id=_CLIENT_ID),
-            Follower(kafka, records.WORKERS, self._worker, client_id=_CLIENT_ID),
-        ]
+        self._changed = asyncio.Event()
+        self._moving = False
+        self._workers = Follower(kafka, records.WORKERS, self._worker, client_id=_CLIENT_ID)
+        self._followers: list[Follower] = []
+        self._tasks: dict[str, asyncio.Task[None]] = {}
 
     async def start(self, timeout_seconds: float) -> None:
         """Read what is there.
@@ -131,53 +150,121 @@ class Replica:
         Raises:
             LogError: Kafka cannot be reached, or not be read to its end in time.
         """
-        begins = await self._begins()
-        start_at: dict[int, int] = {}
-        if isinstance(self._backend, MemoryBackend):
-            store: Store = self._backend
-        else:
-            table = self._table = self._backend.table  # type: ignore[attr-defined]
-            store, start_at = table, self._resume(table, begins)
-        self._views = [PartitionView(store, number) for number in range(len(begins))]
+        await self._begins(records.WORKERS)
+        self._workers.start()
+        await self._workers.wait(timeout_seconds)
+        self._table = None if isinstance(self._backend, MemoryBackend) else self._backend.table  # type: ignore[attr-defined]
+        await self._read(self._catalog.active, timeout_seconds)
+        await self._followers[-1].wait(timeout_seconds)
+        self._tasks["versions"] = asyncio.create_task(self._follow_catalog(timeout_seconds), name="follow catalog")
+
+    async def _read(self, version: str, timeout_seconds: float) -> None:
+        """Begin to read an index version; its blocks come in the background."""
+        begins = await self._begins(records.blocks_topic(version))
+        self.version = version
+        self._take_block_size()
+        self._pods.read_version(version)
+        start_at = {} if self._table is None else self._resume(self._table, begins)
+        self._views = [PartitionView(self._store, number) for number in range(len(begins))]
+        pods = Follower(self._kafka, records.PODS, self._pods.apply, client_id=_CLIENT_ID)
         blocks = Follower(
             self._kafka,
-            records.BLOCKS,
+            records.blocks_topic(version),
             self._blocks,
             client_id=_CLIENT_ID,
             start_at=start_at,
             applied=None if self._table is None else self._stand,
+            lost=self._lost,
         )
-        self._followers.append(blocks)
         # Pods before blocks: a raised epoch must be known before entries of it are scored.
-        for follower in self._followers:
-            follower.start()
-            await follower.wait(timeout_seconds)
-        self._sweeping = asyncio.create_task(self._sweep_on(), name="sweep replica")
+        self._followers = [pods, blocks]
+        pods.start()
+        await pods.wait(timeout_seconds)
+        blocks.start()
+        self._tasks["sweep"] = asyncio.create_task(self._sweep_on(), name="sweep replica")
+
+    @property
+    def _store(self) -> Store:
+        if self._table is None:
+            assert isinstance(self._backend, MemoryBackend)
+            return self._backend
+        table: Store = self._table
+        return table
 
     def _resume(self, table: LocalTable, begins: Mapping[int, int]) -> dict[int, int]:
         """Return where to go on in the log; where it no longer has what came next, empty the table and start anew."""
         count = table.get(_COUNT)
         stands = {number: table.get(_LOG + number.to_bytes(2, "big")) for number in begins}
         found = {number: int.from_bytes(value, "big") for number, value in stands.items() if value is not None}
-        kept = count is not None and int.from_bytes(count, "big") == len(begins)
+        version = table.get(_VERSION) or records.BASE_VERSION.encode()
+        kept = count is not None and int.from_bytes(count, "big") == len(begins) and version == self.version.encode()
         if kept and all(found.get(number, 0) >= begin for number, begin in begins.items()):
             self.counts["resumed"] += 1
             return found
         if count is not None:
             log.warning("the replica in %s is too old for the log, or of another one: read anew", table.path)
-        for key, _ in list(table.items()):
-            table.delete(key)
-        table.put(_COUNT, len(begins).to_bytes(2, "big"))
-        table.settle(force=True)
+        self._empty(len(begins))
         return {}
+
+    def _empty(self, partitions: int) -> None:
+        self._clear()
+        if self._table is not None:
+            self._table.put(_COUNT, partitions.to_bytes(2, "big"))
+            self._table.put(_VERSION, self.version.encode())
+            self._table.settle(force=True)
+
+    def _clear(self) -> None:
+        self._store.clear()
+        self._swept = {}
+        self._forgotten()
+
+    async def _lost(self) -> None:
+        """Empty the index: among the records that are gone were removals."""
+        self.counts["rebuilt"] += 1
+        self._empty(len(self._views))
 
     def _stand(self, partition: int, offset: int) -> None:
         self._table.put(_LOG + partition.to_bytes(2, "big"), offset.to_bytes(8, "big"))
         self._table.settle(force=True)
 
-    async def _begins(self) -> dict[int, int]:
-        """Return the first offset of every partition of ``kv-blocks``."""
-        topic = self._kafka.topic(records.BLOCKS)
+    # --- index versions -------------------------------------------------------------------------------------------
+
+    async def _follow_catalog(self, timeout_seconds: float) -> None:
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            while self._catalog.active != self.version or self._moving:
+                try:
+                    await self._move(self._catalog.active, timeout_seconds)
+                except LogError as error:
+                    log.warning("index version %s: %s; trying again", self._catalog.active, error)
+                    await asyncio.sleep(_RETRY_SECONDS)
+
+    async def _move(self, version: str, timeout_seconds: float) -> None:
+        """Leave one index version for another, in the same index: nothing is answered until it has been read."""
+        log.warning("index version %s answers from now on, instead of %s: read anew", version, self.version)
+        self._moving = True
+        await self._end_reading()
+        self._clear()
+        await self._read(version, timeout_seconds)
+        self.counts["moved"] += 1
+        self._moving = False
+
+    async def _end_reading(self) -> None:
+        if (sweep := self._tasks.pop("sweep", None)) is not None:
+            sweep.cancel()
+            await asyncio.gather(sweep, return_exceptions=True)
+        for follower in self._followers:
+            await follower.stop()
+
+    def _take_block_size(self) -> None:
+        known = self._catalog.versions.get(self.version, records.IndexVersion()).block_size_tokens
+        if size := self._sizes.get(self.version, known):
+            self._set_block_size(size)
+
+    async def _begins(self, name: str) -> dict[int, int]:
+        """Return the first offset of every partition of a topic."""
+        topic = self._kafka.topic(name)
         consumer = AIOKafkaConsumer(**client_config(self._kafka, _CLIENT_ID))
         try:
             await consumer.start()
@@ -194,12 +281,11 @@ class Replica:
 
     async def stop(self) -> None:
         """Stop following."""
-        if self._sweeping is not None:
-            self._sweeping.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._sweeping
-        for follower in self._followers:
-            await follower.stop()
+        if (task := self._tasks.pop("versions", None)) is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        await self._end_reading()
+        await self._workers.stop()
 
     @property
     def stale(self) -> bool:
@@ -207,13 +293,19 @@ class Replica:
         return False
 
     @property
+    def rebuilding(self) -> bool:
+        """Whether the log is read from its beginning, where blocks are added whose removal comes later."""
+        return not self.caught_up
+
+    @property
     def caught_up(self) -> bool:
-        """Whether all that was there at the start has been applied."""
-        return bool(self._views) and all(follower.caught_up.is_set() for follower in self._followers)
+        """Whether all that was there at the start, or when it was last read anew, has been applied."""
+        return bool(self._followers) and not self._moving and all(each.caught_up.is_set() for each in self._followers)
 
     def failed(self) -> BaseException | None:
-        """Return None: a follower goes on after every error."""
-        return None
+        """Return what ended the reading: Kafka's errors do not, those of the index do."""
+        errors = (follower.failed() for follower in (self._workers, *self._followers))
+        return next((error for error in errors if error is not None), None)
 
     async def _sweep_on(self) -> None:
         while True:
@@ -238,14 +330,19 @@ class Replica:
         self._swept = known
 
     def _worker(self, key: bytes | None, value: bytes | None) -> None:
-        if not value or key == records.CATALOG_KEY:
+        if not value:
             return
         try:
+            if key == records.CATALOG_KEY:
+                self._catalog = records.decode(records.IndexCatalog, value)
+                self._changed.set()
+                return
             worker = records.decode(records.WorkerRecord, value)
         except WireError as error:
             log.warning("kv-workers: %s", error)
             return
-        if worker.index_version == records.BASE_VERSION:
+        self._sizes[worker.index_version] = worker.block_size_tokens
+        if worker.index_version == self.version:
             self._set_block_size(worker.block_size_tokens)
 
     def _blocks(self, _key: bytes | None, value: bytes | None) -> None:

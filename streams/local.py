@@ -46,6 +46,13 @@ class LocalTable:
         """Remove a key; no effect when it is not there."""
         self._pending[key] = None
 
+    def clear(self) -> None:
+        """Remove everything."""
+        self._database.delete_range(b"", b"\xff" * 64)
+        self._pending.clear()
+        self._cache.clear()
+        self._whole = True
+
     def prefetch(self, keys: Iterable[bytes]) -> None:
         """Read keys that are not in memory yet in one go."""
         if self._whole:

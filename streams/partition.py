@@ -282,15 +282,9 @@ class PartitionState:
 
     @staticmethod
     def _batch(writes: Mapping[bytes, bytes | None], changelog_offset: int, meta: Meta) -> Any:
-        batch = rocksdict.WriteBatch(raw_mode=True)
-        put, delete = batch.put, batch.delete
-        for key, value in writes.items():
-            if value is None:
-                delete(key)
-            else:
-                put(key, value)
-        put(META_KEY, encode_meta(meta))
-        put(OFFSET_KEY, b"%d" % changelog_offset)
+        batch = _batch_of(writes)
+        batch.put(META_KEY, encode_meta(meta))
+        batch.put(OFFSET_KEY, b"%d" % changelog_offset)
         return batch
 
     def _took(self, writes: Mapping[bytes, bytes | None], changelog_offset: int, meta: Meta) -> None:
@@ -325,15 +319,9 @@ class PartitionState:
                 latest[key] = value
         self._dropping = writers.dropping
         offset = self.changelog_offset if writers.dropping else changelog_offset
-        batch = rocksdict.WriteBatch(raw_mode=True)
-        put, delete = batch.put, batch.delete
-        for key, value in latest.items():
-            if value is None:
-                delete(key)
-            else:
-                put(key, value)
+        batch = _batch_of(latest)
         if offset is not None:
-            put(OFFSET_KEY, b"%d" % offset)
+            batch.put(OFFSET_KEY, b"%d" % offset)
         self._db.write(batch)
         self.changelog_offset = offset
         found = latest.pop(META_KEY, None)
@@ -367,3 +355,15 @@ class PartitionState:
             except Exception as error:  # noqa: BLE001 # rocksdict raises bare Exception, such as for a full disk
                 logger.warning("%s: not closed cleanly, as after a crash: %s", self.path, error)
             self._db = _Closed(self.path)
+
+
+def _batch_of(writes: Mapping[bytes, bytes | None]) -> Any:
+    """Return a RocksDB batch of writes; None removes."""
+    batch = rocksdict.WriteBatch(raw_mode=True)
+    put, delete = batch.put, batch.delete
+    for key, value in writes.items():
+        if value is None:
+            delete(key)
+        else:
+            put(key, value)
+    return batch

@@ -6,8 +6,8 @@ import argparse
 import asyncio
 from typing import Any, Final
 
+from kvatlas.bridge.logs import configure_logging
 from kvatlas.bridge.runtime import settle_interpreter
-from kvatlas.bridge.telemetry import configure_logging
 from kvatlas.deploy.commands import common
 from kvatlas.deploy.rights import check_rights, rights_of
 from kvatlas.scorer.service import ScorerService

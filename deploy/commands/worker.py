@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from kvatlas.bridge import records
+from kvatlas.bridge.logs import configure_logging
 from kvatlas.bridge.runtime import settle_interpreter
 from kvatlas.bridge.settings import KafkaSettings
-from kvatlas.bridge.telemetry import configure_logging
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.deploy.cli import EXIT_USAGE
 from kvatlas.deploy.commands import common

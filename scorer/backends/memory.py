@@ -108,6 +108,12 @@ class MemoryBackend:
         if old is not None and self._max_bytes is not None:
             self._bytes -= len(key) + len(old) + ENTRY_OVERHEAD_BYTES
 
+    def clear(self) -> None:
+        """Remove everything."""
+        self._entries.clear()
+        self._meta.clear()
+        self._bytes = 0
+
     def prefetch(self, keys: Iterable[bytes]) -> None:
         """Do nothing: everything is here."""
 

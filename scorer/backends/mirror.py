@@ -56,6 +56,7 @@ class MirrorBackend:
         cafile: CA certificates for ``rediss://``; empty takes the system's.
         password_file: file that holds the password.
         timeout_seconds: for one exchange with the server.
+        lookup_seconds: for one lookup with all its tries; a score must not wait for a server that hangs.
 
     Attributes:
         layout: partitions and block size, once started.
@@ -72,11 +73,13 @@ class MirrorBackend:
         cafile: str = "",
         password_file: str = "",
         timeout_seconds: float = 2.0,
+        lookup_seconds: float = 1.0,
     ) -> None:
         self.layout = MirrorLayout(partitions=0, block_size_tokens=0, index_version="")
         self.seen = Snapshot({}, {}, frozenset())
         self._where = where(url)
         self._prefix = prefix
+        self._lookup_seconds = lookup_seconds
         self._names = Names(prefix)
         self._client: Any = connect(
             url, cafile=cafile, password_file=password_file, timeout_seconds=timeout_seconds, retries=2
@@ -113,24 +116,26 @@ class MirrorBackend:
         """Return the packed holders of each key: empty where nobody holds it, None while its partition is copied.
 
         Raises:
-            BackendError: the server does not answer.
+            BackendError: the server does not answer in ``lookup_seconds``.
         """
         names = [self._names.blocks + key for key in keys]
         if not names:
             return []
-        if len(names) <= _MGET:
-            found = await self._asked(self._client.mget(names))
-        else:
-            pipeline = self._client.pipeline(transaction=False)
-            for start in range(0, len(names), _MGET):
-                pipeline.mget(names[start : start + _MGET])
-            found = [value for part in await self._asked(pipeline.execute()) for value in part]
+        found = await self._asked(asyncio.wait_for(self._values(names), self._lookup_seconds))
         values: list[bytes | None] = [value or b"" for value in found]
         if self._uncopied:
             for number, key in enumerate(keys):
                 if partition_of(key, self.layout.partitions) in self._uncopied:
                     values[number] = None
         return values
+
+    async def _values(self, names: list[bytes]) -> list[bytes | None]:
+        if len(names) <= _MGET:
+            return list(await self._client.mget(names))
+        pipeline = self._client.pipeline(transaction=False)
+        for start in range(0, len(names), _MGET):
+            pipeline.mget(names[start : start + _MGET])
+        return [value for part in await pipeline.execute() for value in part]
 
     async def poll(self) -> Snapshot:
         """Read pods and positions.
@@ -223,6 +228,11 @@ class MirrorFollower:
     def stale(self) -> bool:
         """Whether a partition is kept by no worker, or the server did not answer lately."""
         return self._stale
+
+    @property
+    def rebuilding(self) -> bool:
+        """False: a partition that is being copied has no answers."""
+        return False
 
     @property
     def caught_up(self) -> bool:

@@ -14,6 +14,7 @@ be on one server: Redis Cluster is not supported.
 
 from __future__ import annotations
 
+import asyncio
 import struct
 from collections.abc import Awaitable, Sequence
 from typing import Any, Final, TypeVar
@@ -114,6 +115,7 @@ class RedisBackend:
         password_file: file that holds the password, so that the address need not.
         timeout_seconds: for one exchange with the server.
         retries: further tries of one exchange when the connection fails, with growing pauses.
+        lookup_seconds: for one lookup with all its tries; a score must not wait for a server that hangs.
 
     Attributes:
         positions: pod ref -> position that the server has acknowledged; it must never be behind it.
@@ -134,10 +136,12 @@ class RedisBackend:
         password_file: str = "",
         timeout_seconds: float = 2.0,
         retries: int = 4,
+        lookup_seconds: float = 1.0,
     ) -> None:
         self.positions: dict[int, bytes] = {}
         self.lost = False
         self._url = url
+        self._lookup_seconds = lookup_seconds
         self._prefix = prefix.encode()
         self._blocks = self._prefix + f":v{SCHEMA}:b:".encode()
         self._positions = self._prefix + f":v{SCHEMA}:p:".encode()
@@ -171,19 +175,21 @@ class RedisBackend:
         """Return the packed holders of each key: empty where nobody holds it, None where that is lost for now.
 
         Raises:
-            BackendError: the server does not answer.
+            BackendError: the server does not answer in ``lookup_seconds``.
         """
         blocks = self._blocks
         names = [blocks + key for key in keys]
-        if len(names) <= _MGET:
-            found = await self._asked(self._client.mget(names)) if names else []
-        else:
-            pipeline = self._client.pipeline(transaction=False)
-            for part in slices(names, _MGET):
-                pipeline.mget(part)
-            found = [value for part in await self._asked(pipeline.execute()) for value in part]
+        found = await self._asked(asyncio.wait_for(self._values(names), self._lookup_seconds))
         absent = None if self.lost else b""
         return [value or absent for value in found]
+
+    async def _values(self, names: list[bytes]) -> list[bytes | None]:
+        if len(names) <= _MGET:
+            return list(await self._client.mget(names)) if names else []
+        pipeline = self._client.pipeline(transaction=False)
+        for part in slices(names, _MGET):
+            pipeline.mget(part)
+        return [value for part in await pipeline.execute() for value in part]
 
     async def apply(self, record: BlocksRecord) -> None:
         """Apply a record of updates; one that was applied before changes nothing.

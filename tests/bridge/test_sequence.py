@@ -77,6 +77,22 @@ def test_an_engine_that_does_not_answer_is_no_restart() -> None:
     assert not tracker.hole
 
 
+def test_two_engines_in_one_burst_are_told_apart() -> None:
+    """A connection that is new is told before messages of the old one that came in the same burst: all are verified."""
+    tracker = _tracker()
+    tracker.begin()
+    tracker.replay_ended(complete=True, newest=None)
+    tracker.reconnected()
+    outputs = [output for sequence in (0, 1, 2) for output in tracker.live(_message(sequence))]
+    outputs += tracker.live(_message(3, life=1))  # the other engine's, which goes on where the old one ended
+    assert tracker.request == Request(0, None)
+    for sequence in range(4):
+        outputs += tracker.replayed(_message(sequence, "replay", life=1))
+    tracker.replay_ended(complete=True, newest=3)
+    assert _forwarded(outputs) == [(100, 0), (100, 1), (100, 2), (100, 3)] + [(101, n) for n in range(4)]
+    assert [o.kind for o in outputs if isinstance(o, Turn)] == ["restart"]
+
+
 def test_a_heartbeat_holds_no_live_message() -> None:
     """While the tail of a silent stream is asked for, live messages of the same connection go on at once."""
     tracker = _tracker()
@@ -113,7 +129,7 @@ def test_a_replay_asked_before_a_reconnect_proves_nothing_of_the_engine_behind_i
     assert _forwarded(outputs) == [(100, 0), (100, 1), (100, 2)]
     assert not tracker.accept(3, b"1/3")
     assert tracker.live(_message(3, life=1)) == []
-    assert tracker.ask() == Request(2, None)
+    assert tracker.ask() == Request(0, None)
     (turn,) = tracker.replayed(_message(2, "replay", life=1))[:1]
     assert isinstance(turn, Turn)
     assert turn.kind == "restart"

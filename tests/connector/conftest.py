@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 import random
+import subprocess
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -144,6 +145,26 @@ def fleet(tmp_path: StrPath) -> Iterator[Fleet]:
     yield made
     made.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("kvatlas-io")]
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Fleet]:
+    """Tiers whose root is on a file system of its own, 4 MiB in memory, mounted at the root's parent."""
+    root = tmp_path / "disk"
+    root.mkdir()
+    try:
+        mount(root, "size=4m", "-t", "tmpfs", "tmpfs")
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"mounting is not permitted here: {error}")
+    made = Fleet(root / "root")
+    yield made
+    made.close()
+    subprocess.run(["umount", "--lazy", root], check=True)
+
+
+def mount(root: Path, options: str, *what: str) -> None:
+    """Mount, or with ``remount`` among the options change a mount."""
+    subprocess.run(["mount", "-o", options, *what, root], check=True, capture_output=True)
 
 
 def key(number: int, group: int = 0) -> bytes:

@@ -18,8 +18,6 @@ from kvatlas.connector.catalog import Budget
 from kvatlas.connector.outcome import Outcome
 from tests.connector.conftest import (
     EIO,
-    ENOSPC,
-    EROFS,
     FINGERPRINT,
     WAIT,
     Fleet,
@@ -32,20 +30,6 @@ from tests.connector.conftest import (
     payload,
     store,
 )
-
-
-def test_no_space_is_a_reported_failure(fleet: Fleet) -> None:
-    """ENOSPC: the store fails, nothing is announced, nothing is left behind, and the next store works."""
-    tier = fleet.tier()
-    fleet.fs.faults["pwritev"] = fail(ENOSPC)
-    result = store(tier, [1])[key(1)]
-    assert result.outcome is Outcome.FAILED
-    assert "ENOSPC" in result.detail
-    fleet.fs.faults.clear()
-    assert fleet.announced() == set()
-    assert not list((tier.directory / layout.STAGING).iterdir())
-    assert tier.lookup([key(1)]) == {key(1): False}
-    assert store(tier, [1])[key(1)].outcome is Outcome.STORED
 
 
 def test_a_disk_that_takes_only_part_is_no_success(fleet: Fleet) -> None:
@@ -162,25 +146,6 @@ def test_a_file_deleted_between_lookup_and_load_is_a_miss(fleet: Fleet) -> None:
     file_of(tier, 1).unlink()
     assert load(tier, 1)[0].outcome is Outcome.MISS
     assert fleet.announced() == set()
-
-
-def test_a_read_only_root_serves_and_refuses(fleet: Fleet) -> None:
-    """On a read-only root loads work, stores fail with a reason, and damage is reported without moving it."""
-    store(fleet.tier(), [1, 2])
-    fleet.changes.clear()
-    for call in ("mkdir", "replace", "unlink", "link"):
-        fleet.fs.faults[call] = fail(EROFS)
-    tier = fleet.tier()
-    assert tier.read_only
-    assert load(tier, 1)[1] == payload(1)
-    assert store(tier, [5])[key(5)].outcome is Outcome.FAILED
-    assert store(tier, [1])[key(1)].outcome is Outcome.EXISTS
-    data = bytearray(file_of(tier, 2).read_bytes())
-    data[9000] ^= 1
-    file_of(tier, 2).write_bytes(data)
-    assert load(tier, 2)[0].outcome is Outcome.MISS
-    assert tier.lookup([key(2)]) == {key(2): False}
-    assert fleet.announced() == {key(1)}
 
 
 def test_two_writers_of_one_block_leave_one_whole_block(fleet: Fleet) -> None:

@@ -147,6 +147,58 @@ def test_what_an_earlier_run_left_is_told_once_when_it_is_met(fleet: Fleet) -> N
     assert [(change.removed, change.keys) for change in fleet.changes[2:]] == [(True, (key(0),)), (False, (key(0),))]
 
 
+@pytest.mark.parametrize("per_file", [1, 2])
+def test_damage_since_an_earlier_run_is_found_before_it_is_told(fleet: Fleet, per_file: int) -> None:
+    """A block whose bytes were damaged before a restart is not announced as there: it is written anew."""
+    first = fleet.tier(blocks_per_file=per_file)
+    store(first, [0, 1], size=3_000_001)
+    path = file_of(first, 0)
+    with path.open("r+b") as file:
+        file.seek(4096 + 3_000_000)
+        last = file.read(1)
+        file.seek(4096 + 3_000_000)
+        file.write(bytes([last[0] ^ 1]))
+    fleet.changes.clear()
+    again = fleet.tier(blocks_per_file=per_file)
+    results = store(again, [0, 1], size=3_000_001)
+    assert [results[key(number)].outcome for number in (0, 1)] == [Outcome.STORED, Outcome.EXISTS]
+    assert again.metrics.counts["corrupt"] == 1
+    assert fleet.announced() == {key(0), key(1)}
+    for number in (0, 1):
+        assert load(again, number, 3_000_001)[1] == payload(number, 3_000_001)
+
+
+def test_a_stored_block_of_another_size_is_not_told_of(fleet: Fleet) -> None:
+    """A block that an earlier run stored in another size is not the one that is stored now."""
+    store(fleet.tier(), [1])
+    again = fleet.tier()
+    assert store(again, [1], size=4096)[key(1)].outcome is Outcome.STORED
+    assert load(again, 1, 4096)[1] == payload(1, 4096)
+
+
+def test_what_was_told_is_not_read_again_by_a_store(fleet: Fleet) -> None:
+    """A block that verified in this run costs a second store its header alone."""
+    tier = fleet.tier()
+    store(fleet.tier(), [1])
+    assert store(tier, [1])[key(1)].outcome is Outcome.EXISTS
+    reads: list[int] = []
+    fleet.fs.faults["preadv"] = lambda fd, buffers, offset: reads.append(offset)
+    assert store(tier, [1])[key(1)].outcome is Outcome.EXISTS
+    assert reads == [0]
+
+
+def test_a_stored_block_that_cannot_be_read_is_written_anew(fleet: Fleet) -> None:
+    """A disk that does not give an earlier run's block back gets it again rather than a promise."""
+    store(fleet.tier(), [1])
+    fleet.changes.clear()
+    again = fleet.tier()
+    fleet.fs.faults["preadv"] = lambda fd, buffers, offset: fail(EIO)() if offset else None
+    assert store(again, [1])[key(1)].outcome is Outcome.STORED
+    fleet.fs.faults.clear()
+    assert fleet.announced() == {key(1)}
+    assert load(again, 1)[1] == payload(1)
+
+
 # -- pressure and the end ----------------------------------------------------------------------------------------
 
 

@@ -47,6 +47,18 @@ def test_an_example_as_a_command() -> None:
     assert "score" in done.stdout
 
 
+def test_every_example_has_a_page() -> None:
+    """The index names every program, and its page says how it is run."""
+    root = Path(__file__).parents[2]
+    index = (root / "docs/examples/README.md").read_text(encoding="utf-8")
+    programs = [path.stem for path in (root / "deploy/examples").glob("*.py") if "def main(" in path.read_text("utf-8")]
+    assert len(programs) >= 5
+    for name in programs:
+        page = (root / "docs/examples" / f"{name}.md").read_text(encoding="utf-8")
+        assert f"python -m kvatlas.deploy.examples.{name}" in page
+        assert f"({name}.md)" in index
+
+
 @pytest.mark.parametrize(
     ("example", "words", "text"),
     [

@@ -40,6 +40,7 @@ EVERYTHING: Final[dict[str, Any]] = {
         "selector": {"app": "vllm"},
         "discovery": "dns",
         "namespace": "engines",
+        "replayPort": 5657,
         "options": "dp=2,store=default",
     },
     "kafkaAuth": {"secret": "kafka-user", "workerSecret": "kafka-worker"},
@@ -400,13 +401,13 @@ def test_engines(everything: Objects, tmp_path: Path) -> None:
     first, second = parse_engine(settings.dns[1])
     assert (first.live, first.replay) == (
         "tcp://kva-kvatlas-engines.engines.svc:5557",
-        "tcp://kva-kvatlas-engines.engines.svc:5558",
+        "tcp://kva-kvatlas-engines.engines.svc:5657",
     )
     assert (second.rank, first.store) == (1, "default")
     (service,) = [s for s in of_kind(everything, "Service") if s["metadata"]["name"] == "kva-kvatlas-engines"]
     assert service["metadata"]["namespace"] == "engines"
     assert service["spec"]["clusterIP"] == "None"
-    assert [port["port"] for port in service["spec"]["ports"]] == [5557, 5558]
+    assert [port["port"] for port in service["spec"]["ports"]] == [5557, 5657]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -67,6 +68,16 @@ class RedisServer:
                     return
             time.sleep(0.02)
         raise AssertionError((self._folder / "redis.log").read_text())
+
+    def freeze(self) -> None:
+        """Let it stand still with its connections open, as a server does that hangs."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """End it as a crash would."""

@@ -241,6 +241,36 @@ async def test_engines_come_and_go(fleet: Fleet):
         assert await truth_holds(indexer, fleet, 10) > 0
 
 
+async def test_the_second_engine_of_a_pod_takes_over(publisher: EnginePublisher):
+    """Of two engines that name one pod one is read; when it has left, the other is, without a word from its engine."""
+    other = EnginePublisher("tcp://127.0.0.1:*", "tcp://127.0.0.1:*", topic="kv@one@m")
+    other.start()
+    try:
+        async with Indexer(options=OPTIONS, engines=[spec(publisher)]) as indexer:
+            publisher.publish([stored(1)], timestamp=1.0)
+            await until(lambda: last(indexer) == 0)
+            await indexer.add_engine(spec(other))
+            other.publish([stored(2)], timestamp=2.0)
+            second = indexer.engines[other.endpoint]
+            await until(lambda: second.stream.waiting)
+            await indexer.remove_engine(
+                other.endpoint
+            )  # leaving one that waits takes nothing from the one that is read
+            assert (await indexer.score_tokens(tokens_of(1), "m")).best == "one"
+            await indexer.add_engine(spec(other))
+            other.publish([stored(3)], timestamp=3.0)
+            second = indexer.engines[other.endpoint]
+            await until(lambda: second.stream.waiting)
+            await indexer.remove_engine(publisher.endpoint)
+            async with asyncio.timeout(90):
+                while not (await indexer.score_tokens(tokens_of(2), "m")).scores:
+                    await asyncio.sleep(0.01)
+            assert not second.stream.waiting
+            assert not (await indexer.score_tokens(tokens_of(1), "m")).scores
+    finally:
+        other.close()
+
+
 async def test_only_the_pods_asked_for(fleet: Fleet):
     """A pod filter leaves the others out of the answer."""
     async with Indexer(options=OPTIONS, engines=fleet.engines) as indexer:

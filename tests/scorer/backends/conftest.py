@@ -59,7 +59,7 @@ def make_backend(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
         return lambda: RocksBackend(tmp_path / "index.db", cache_bytes=8 * 1024 * 1024)
     server = request.getfixturevalue(f"{kind}_server")
     prefix = f"test-{tmp_path.name}-{time.monotonic_ns()}"
-    return lambda: RedisBackend(server.url, prefix=prefix)
+    return lambda: RedisBackend(server.url, prefix=prefix, lookup_seconds=60)
 
 
 @pytest.fixture

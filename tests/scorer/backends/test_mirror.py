@@ -73,6 +73,21 @@ async def test_what_is_not_kept_or_not_copied_is_said(client: Any, own_redis: An
             await indexer.backend.apply(None)
 
 
+async def test_a_server_that_hangs_holds_no_score_up(client: Any, own_redis: Any):
+    """A score does not wait for as long as the server may take: it says that it is partial."""
+    mirror = MirrorBackend(own_redis.url, prefix="mirror", timeout_seconds=600, lookup_seconds=0.3)
+    async with Indexer.from_mirror(mirror) as indexer:
+        own_redis.freeze()
+        async with asyncio.timeout(120):
+            scored = await indexer.score_tokens(TOKENS, "m")
+        assert (scored.partial, scored.scores) == (True, {})
+        own_redis.thaw()
+        async with asyncio.timeout(60):
+            while scored.partial:
+                scored = await indexer.score_tokens(TOKENS, "m")
+        assert scored.scores["one"].matched_blocks == 8
+
+
 async def test_a_reader_needs_to_read_alone(client: Any, own_redis: Any, tmp_path: Any):
     """A user that may only read keys of the prefix is enough; the password comes from a file."""
     await client.acl_setuser(

@@ -23,7 +23,7 @@ from .test_conformance import EPOCH, holder, key, record
 
 async def test_a_killed_and_restarted_server_loses_nothing_that_was_acknowledged(own_redis):
     """While the server is away the error is retriable; afterwards the same backend goes on."""
-    backend = RedisBackend(own_redis.url, retries=1, timeout_seconds=0.5)
+    backend = RedisBackend(own_redis.url, retries=1, timeout_seconds=0.5, lookup_seconds=60)
     await backend.start()
     await backend.apply(record(1, 0, [(OP_ADD, key(n), holder(1)) for n in range(3000)]))
     own_redis.kill()
@@ -39,13 +39,34 @@ async def test_a_killed_and_restarted_server_loses_nothing_that_was_acknowledged
 
 async def test_a_short_outage_is_bridged_by_retries(own_redis):
     """A restart within the retries' patience is not seen by the caller."""
-    backend = RedisBackend(own_redis.url, retries=8)
+    backend = RedisBackend(own_redis.url, retries=8, lookup_seconds=60)
     await backend.start()
     own_redis.kill()
     asked = asyncio.create_task(backend.lookup([key(1)]))
     await asyncio.sleep(0.2)
     await asyncio.to_thread(own_redis.start)
     assert await asked == [b""]
+    await backend.close()
+
+
+async def test_a_server_that_hangs_holds_no_lookup_up(own_redis):
+    """A lookup has a time of its own, however patient updates are; afterwards answers belong to their questions."""
+    backend = RedisBackend(own_redis.url, timeout_seconds=600, lookup_seconds=0.3)
+    await backend.start()
+    await backend.apply(record(1, 0, [(OP_ADD, key(n), holder(1)) for n in range(3000)]))
+    own_redis.freeze()
+    async with asyncio.timeout(120):
+        for keys in ([key(1)], [key(n) for n in range(3000)]):
+            with pytest.raises(BackendError) as caught:
+                await backend.lookup(keys)
+            assert caught.value.retriable
+        own_redis.thaw()
+        while True:
+            try:
+                assert await backend.lookup([key(3001), key(1)]) == [b"", holder(1)]
+                break
+            except BackendError:  # it has only just woken
+                continue
     await backend.close()
 
 

@@ -1,0 +1,138 @@
+"""A running replica of the log: a part that is gone before it was read, and a move to another index version."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
+
+sys.path.insert(0, str(Path(__file__).parent))
+from streams_support import make_topics, producing
+
+from kvatlas.bridge import records
+from kvatlas.bridge.block_key import partition_of
+from kvatlas.bridge.events import Tier
+from kvatlas.bridge.records import IndexCatalog, IndexVersion, PodRecord, WorkerRecord
+from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.deploy.brokers.topics import ensure_topics
+from kvatlas.scorer import Indexer
+from kvatlas.scorer.backends import Backend, MemoryBackend
+from kvatlas.scorer.backends.rocks import RocksBackend
+from kvatlas.scorer.indexer_answers import Scored
+from kvatlas.scorer.replica import Replica
+from kvatlas.streams.codec import OP_ADD, OP_REMOVE, Run, encode_blocks, pack_holder
+
+pytestmark = pytest.mark.kafka
+EPOCH = records.epoch_of(5)
+REF = records.pod_ref("a")
+FIRST, SECOND = list(range(16)), list(range(100, 116))
+
+
+class Log:
+    """The workers' part: one pod's updates, a block each, with one position in its stream for all of them."""
+
+    def __init__(self, kafka: KafkaSettings, producer: AIOKafkaProducer, partitions: int, version: str) -> None:
+        self.topic = kafka.topic(records.blocks_topic(version))
+        self._kafka, self._producer, self._partitions = kafka, producer, partitions
+        self._sequence = 0
+
+    async def pod(self) -> None:
+        """Say that the pod lives."""
+        record = PodRecord(pod="a", writer=records.WRITER_BRIDGE, epoch=EPOCH, valid_from=EPOCH, model="m")
+        key = records.pod_key(records.WRITER_BRIDGE, "a")
+        await self._producer.send_and_wait(self._kafka.topic(records.PODS), records.encode(record), key=key)
+
+    async def worker(self, name: str, value: WorkerRecord | IndexCatalog) -> None:
+        """Put a record on ``kv-workers``."""
+        topic = self._kafka.topic(records.WORKERS)
+        await self._producer.send_and_wait(topic, records.encode(value), key=name.encode())
+
+    async def update(self, op: int, key: bytes) -> None:
+        """Add or remove a block."""
+        self._sequence += 1
+        run = Run(REF, EPOCH, self._sequence, self._sequence, 1)
+        value = encode_blocks([run], key, bytes([op]), pack_holder(REF, 0, Tier.GPU, 0, 0, EPOCH), 0)
+        partition = partition_of(key, self._partitions)
+        await self._producer.send_and_wait(self.topic, value, partition=partition)
+
+    async def lose(self) -> None:
+        """Everything so far passes its retention."""
+        admin = AIOKafkaAdminClient(bootstrap_servers=self._kafka.brokers)
+        await admin.start()
+        ends = {TopicPartition(self.topic, n): RecordsToDelete(before_offset=-1) for n in range(self._partitions)}
+        await admin.delete_records(ends)
+        await admin.close()
+
+
+async def until(indexer: Indexer, right: Callable[[Scored, Scored], bool]) -> tuple[Scored, Scored]:
+    """Score both prompts until it is so."""
+    async with asyncio.timeout(60):
+        while True:
+            both = await indexer.score_tokens(FIRST, "m"), await indexer.score_tokens(SECOND, "m")
+            if right(*both):
+                return both
+            await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("make", [lambda _: MemoryBackend(), RocksBackend], ids=["memory", "rocksdb"])
+async def test_a_hole_in_the_log_leaves_no_ghost(
+    make: Callable[[Path], Backend], brokers: str, topic_prefix: str, tmp_path: Path
+) -> None:
+    """What was removed while Kafka was away, in records that nobody can read any more, is not scored."""
+    kafka = await make_topics(brokers, topic_prefix, 2)
+    async with producing(kafka) as producer, Indexer.from_kafka(kafka, make(tmp_path / "index")) as indexer:
+        log = Log(kafka, producer, 2, records.BASE_VERSION)
+        (first,), (second,) = indexer.block_keys(FIRST, "m"), indexer.block_keys(SECOND, "m")
+        await log.pod()
+        await log.update(OP_ADD, first)
+        await until(indexer, lambda one, _: bool(one.scores))
+        replica = indexer._source
+        assert isinstance(replica, Replica)
+        blocks = replica._followers[-1]
+        await blocks.stop()
+        await log.update(OP_REMOVE, first)
+        await log.lose()
+        await log.update(OP_ADD, second)
+        blocks.start()
+        one, _ = await until(indexer, lambda _, two: bool(two.scores))
+        assert not one.scores
+        assert indexer.counts["rebuilt"] == 1
+        assert not one.partial
+
+
+async def test_a_replica_moves_with_the_scorers(brokers: str, topic_prefix: str, tmp_path: Path) -> None:
+    """The catalog names another version: its log, block size and pods count; what was there before is gone."""
+    kafka = await make_topics(brokers, topic_prefix, 2)
+    await ensure_topics(kafka, records.version_topics("kvatlas", "v2"))
+    folder = tmp_path / "index"
+    async with producing(kafka) as producer:
+        base, other = Log(kafka, producer, 2, records.BASE_VERSION), Log(kafka, producer, 2, "v2")
+        async with Indexer.from_kafka(kafka, RocksBackend(folder)) as indexer:
+            (first,) = indexer.block_keys(FIRST, "m")
+            await base.pod()
+            await base.update(OP_ADD, first)
+            await until(indexer, lambda one, _: bool(one.scores))
+            versions = {records.BASE_VERSION: IndexVersion(), "v2": IndexVersion(block_size_tokens=8)}
+            for size, name in ((16, records.BASE_VERSION), (8, "v2")):
+                record = WorkerRecord(worker=name, endpoint="e", block_size_tokens=size, index_version=name)
+                await base.worker(name, record)
+            await base.worker(records.CATALOG_KEY.decode(), IndexCatalog(active="v2", versions=versions, updated_ns=1))
+            await until(indexer, lambda one, _: one.block_size_tokens == 8 and not one.partial)
+            halves = indexer.block_keys(SECOND, "m")
+            for key in halves:
+                await other.update(OP_ADD, key)
+            one, two = await until(indexer, lambda _, two: "a" in two.scores and two.scores["a"].matched_blocks == 2)
+            assert not one.scores
+            await base.update(OP_ADD, halves[0])  # the log that it has left
+        async with Indexer.from_kafka(kafka, RocksBackend(folder)) as again:  # begins with the version in use
+            assert (again.counts["resumed"], again.counts["updates"]) == (1, 0)
+            assert (await again.score_tokens(SECOND, "m")).scores["a"].score == two.scores["a"].score
+            catalog = IndexCatalog(active=records.BASE_VERSION, versions=versions, updated_ns=2)
+            await base.worker(records.CATALOG_KEY.decode(), catalog)
+            one, _ = await until(again, lambda one, _: bool(one.scores))
+            assert one.block_size_tokens == 16
