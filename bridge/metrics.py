@@ -27,6 +27,7 @@ class BridgeCollector(Collector):
         yield CounterMetricFamily("kvatlas_bridge_acknowledged", "Records Kafka has", value=publisher.sent)
         yield CounterMetricFamily("kvatlas_bridge_kafka_bytes", "Their size, compressed", value=publisher.sent_bytes)
         yield CounterMetricFamily("kvatlas_bridge_kafka_failures", "Batches sent again", value=publisher.failures)
+        yield CounterMetricFamily("kvatlas_bridge_refused", "Too large for their topic", value=publisher.refused)
         yield GaugeMetricFamily("kvatlas_bridge_buffer_bytes", "Waiting for Kafka", value=publisher.pending_bytes)
         yield CounterMetricFamily("kvatlas_bridge_events", "Events in messages forwarded", value=shared.events)
         yield CounterMetricFamily("kvatlas_bridge_keyless_blocks", "Stripped without keys", value=shared.keyless)

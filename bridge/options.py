@@ -236,6 +236,9 @@ class BridgeSettings(Section, frozen=True, kw_only=True):
         20_000
     )
     hold_bytes: Annotated[int, Meta(description="bytes of them per pod", ge=1)] = 64 * 1024 * 1024
+    hold_total_bytes: Annotated[
+        int, Meta(description="bytes of them over all pods; beyond it live messages are left to replay", ge=1)
+    ] = 512 * 1024 * 1024
     buffer_bytes: Annotated[
         int, Meta(description="bytes waiting for Kafka; beyond it live messages are left to replay", ge=1024)
     ] = 256 * 1024 * 1024

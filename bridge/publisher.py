@@ -4,6 +4,10 @@ One request per broker is in flight, with a batch of every partition that has so
 the next one. So batches grow with the load by themselves, and a record waits for one request at most before its own.
 The idempotent producer repeats a batch until the broker has it; when the producer itself fails, it is replaced and the
 batch sent again, so nothing that was accepted is dropped (readers drop repetitions by sequence).
+
+But for what no repetition brings in: a record that is larger alone than its topic's ``max.message.bytes``. It is taken
+out, so that it does not hold up its partition for ever, and who sent it is told (:attr:`Item.refused`). A batch of
+several that is too large is sent in smaller ones, from then on.
 """
 
 from __future__ import annotations
@@ -15,11 +19,11 @@ import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any, Final, NamedTuple
 
 from aiokafka import AIOKafkaProducer, TopicPartition
-from aiokafka.errors import KafkaError, ProducerClosed
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError, ProducerClosed, RecordListTooLargeError
 
 from kvatlas.bridge.errors import KvatlasError, LogError
 from kvatlas.bridge.kafka import client_config, lost_right, pace_metadata
@@ -38,12 +42,22 @@ Acknowledge = Callable[[int], None]
 
 
 class Item(NamedTuple):
-    """One record on its way; ``acknowledged`` is called with its offset."""
+    """One record on its way.
+
+    Attributes:
+        key, value, headers: the record.
+        acknowledged: called with its offset.
+        refused: called with the item and a reason when Kafka never takes it; nothing of its partition is on its way
+            then, and what waits behind it is still in the queue.
+        origin: what it was made of, for who may have to make it anew (:meth:`Publisher.withdraw`).
+    """
 
     key: bytes
     value: bytes
     headers: Headers
     acknowledged: Acknowledge | None
+    refused: Callable[[Item, str], None] | None = None
+    origin: object = None
 
 
 class Buckets:
@@ -125,6 +139,7 @@ class Publisher:
         sent: records acknowledged.
         sent_bytes: size of their batches on the log, compressed.
         failures: batches that had to be sent again by us.
+        refused: records taken out because they are too large for their topic.
         latency: how long batches took from send to acknowledgement, each record counted.
         failed: gets a :class:`RightsError` once Kafka keeps on refusing a topic to the account, or what ended a task.
         may_send: whether records may go out now; what is accepted meanwhile waits.
@@ -152,12 +167,15 @@ class Publisher:
         self._flying: dict[tuple[str, int], int] = {}
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._wake: dict[tuple[str, int], asyncio.Event] = {}
+        self._limits: dict[tuple[str, int], asyncio.Timeout] = {}  # of what is with the producer
+        self._most: dict[tuple[str, int], int] = {}  # bytes that a batch may hold, once larger ones were refused
         self._gates: dict[int | None, Gate] = {}
         self._replacing = asyncio.Lock()
         self.pending_bytes = 0
         self.sent = 0
         self.sent_bytes = 0
         self.failures = 0
+        self.refused = 0
         self.latency = Buckets()
         self.failed: asyncio.Future[None] | None = None
         self.may_send: Callable[[], bool] = lambda: True
@@ -219,6 +237,24 @@ class Publisher:
         while len(queue) > flying:
             self.pending_bytes -= len(queue.pop().value) + _OVERHEAD_BYTES
 
+    def withdraw(self, topic: str, partition: int, key: bytes) -> list[Item] | None:
+        """Take back a key's records that have an origin, up to the first one without.
+
+        Only from :attr:`Item.refused`: nothing of the partition may be on its way.
+
+        Returns:
+            Them in order; None when one without origin ends them.
+        """
+        queue, kept, taken = self._queues[topic, partition], list[Item](), list[Item]()
+        ended = False
+        for item in queue:
+            ended = ended or (item.key == key and item.origin is None)
+            (kept if ended or item.key != key else taken).append(item)
+        queue.clear()
+        queue.extend(kept)
+        self.pending_bytes -= sum(len(item.value) + _OVERHEAD_BYTES for item in taken)
+        return None if ended else taken
+
     async def flush(self, timeout_seconds: float) -> bool:
         """Wait until everything is acknowledged, sent without pauses; False when the time is over first."""
         deadline = time.monotonic() + timeout_seconds
@@ -256,22 +292,31 @@ class Publisher:
     async def _send_head(self, place: tuple[str, int], queue: deque[Item]) -> None:
         tries = 0
         while True:
-            while not self.may_send():  # noqa: ASYNC110 - a lease ends by the clock, with no event
+            while self._replacing.locked() or not self.may_send():  # noqa: ASYNC110 - a lease ends by the clock
                 await asyncio.sleep(_WAIT_SECONDS)
             producer = self._producer
             assert producer is not None
             try:
-                async with self._gate(producer, place):
+                async with self._gate(producer, place), asyncio.timeout(None) as limit:
                     if not queue:
                         return  # discarded
+                    if self._replacing.locked() or producer is not self._producer:
+                        continue
+                    self._limits[place] = limit
                     started = time.monotonic()
-                    batch, count = self._build(producer, queue)
+                    batch, count = self._build(producer, queue, self._most.get(place, self._message_bytes))
                     self._flying[place] = count
                     future = await producer.send_batch(batch, place[0], partition=place[1])
                     base: Any = await future
                 break
+            except (MessageSizeTooLargeError, RecordListTooLargeError) as error:
+                self._flying[place] = 0
+                self._limits.pop(place, None)
+                self._too_large(place, queue, count, error)
+                await self._replace(producer)  # the sequences of the refused batch are used up
             except (KafkaError, TimeoutError) as error:
                 self._flying[place] = 0
+                self._limits.pop(place, None)
                 self.failures += 1
                 log.warning("Kafka did not take a batch for %s/%d (%s); sending it again", *place, error)
                 tries += 1
@@ -279,6 +324,7 @@ class Publisher:
                 await asyncio.sleep(_RETRY_SECONDS)
                 if not getattr(error, "retriable", False):
                     await self._replace(producer)
+        self._limits.pop(place, None)
         self._flying[place] = 0
         self.latency.add(time.monotonic() - started, count)
         for number in range(count):
@@ -288,6 +334,20 @@ class Publisher:
                 item.acknowledged(base.offset + number)
         self.sent += count
         self.sent_bytes += batch.size()
+
+    def _too_large(self, place: tuple[str, int], queue: deque[Item], count: int, error: KafkaError) -> None:
+        """Make the next batch smaller, or take out the record that is too large alone."""
+        if count > 1:
+            self._most[place] = sum(len(item.value) + _OVERHEAD_BYTES for item in islice(queue, count)) // 2
+            log.warning("%s/%d: a batch of %d records is too large for the topic; sending smaller ones", *place, count)
+            return
+        item = queue.popleft()
+        self.pending_bytes -= len(item.value) + _OVERHEAD_BYTES
+        self.refused += 1
+        reason = f"{len(item.value)} bytes are too large for topic {place[0]} ({error}): raise its max.message.bytes"
+        log.error("%s/%d: a record of %r left out: %s", *place, item.key, reason)
+        if item.refused is not None:
+            item.refused(item, reason)
 
     def _gate(self, producer: Any, place: tuple[str, int]) -> Gate:
         leader: int | None = producer.client.cluster.leader_for_partition(TopicPartition(*place))
@@ -302,11 +362,14 @@ class Publisher:
             self.failed.set_exception(refused)
 
     @staticmethod
-    def _build(producer: AIOKafkaProducer, queue: deque[Item]) -> tuple[Any, int]:
+    def _build(producer: AIOKafkaProducer, queue: deque[Item], most_bytes: int) -> tuple[Any, int]:
         batch = producer.create_batch()
-        count = 0
+        count = size = 0
         now = int(time.time() * 1000)
         for item in queue:
+            size += len(item.value) + _OVERHEAD_BYTES
+            if count and size > most_bytes:
+                break
             if batch.append(key=item.key, value=item.value, timestamp=now, headers=item.headers) is None:
                 break
             count += 1
@@ -318,6 +381,10 @@ class Publisher:
             if self._producer is not failed:
                 return
             await _close(failed, 1.0)
+            # A producer that is closed never answers who still waits for it to know the topic.
+            for limit in self._limits.values():
+                limit.reschedule(0.0)
+            self._limits.clear()
             while True:
                 try:
                     self._producer = await self._connect()

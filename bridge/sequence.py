@@ -18,6 +18,9 @@ bytes than ours
 a replay that ends below ``n - 1``    the same: an engine always still holds its newest message
 ====================================  ================================================================================
 
+Every replay is asked from ``n - 1`` on: a new engine may answer it before the live connection tells of the change. One
+that was asked before a reconnect says nothing of the engine that is there since.
+
 Bytes are compared by a 64-bit digest of the newest :data:`DIGESTS` messages; after a restart of the bridge, when only
 the engine's clock of the last message is known, by that.
 """
@@ -125,6 +128,15 @@ class Counts:
         self.duplicates = self.gaps = self.implausible = self.lost = self.repaired = self.restarts = self.shed = 0
 
 
+class Holding:
+    """Bytes held by all trackers that share it, and the bound on them."""
+
+    __slots__ = ("held_bytes", "limit_bytes")
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.held_bytes, self.limit_bytes = 0, limit_bytes
+
+
 Digest = Callable[[bytes], int]
 
 
@@ -146,6 +158,7 @@ class Tracker:
         tries: int = 3,
         hold_messages: int = 20_000,
         hold_bytes: int = 64 * 1024 * 1024,
+        holding: Holding | None = None,
         can_replay: bool = True,
         counts: Counts | None = None,
     ) -> None:
@@ -158,6 +171,7 @@ class Tracker:
             tries: replays without progress before a hole is lost.
             hold_messages: live messages held while a hole is repaired.
             hold_bytes: bytes of them.
+            holding: the bound over all pods.
             can_replay: whether there is a replay socket at all.
             counts: counters to go on with.
         """
@@ -169,6 +183,7 @@ class Tracker:
         self._tries = tries
         self._hold_messages = hold_messages
         self._hold_bytes = hold_bytes
+        self._holding = holding or Holding(hold_bytes)
         self._can_replay = can_replay
         self._last_ts = position.ts
         self._digests = array("Q", bytes(8 * DIGESTS))
@@ -181,7 +196,9 @@ class Tracker:
         self._failed = 0
         self._verify = position.sequence >= 0  # the next replay must show that it is still the same engine
         self._catch_up = True
-        self._shown = -1  # what the answer to a probe must show, since the same engine has it; -1 for nothing
+        self._asked = False  # whether a replay is under way
+        self._outdated = False  # whether the connection changed since it was asked
+        self._shown = -1  # what its answer must show, since the same engine has it; -1 for nothing
         # Messages from here on came by a connection that nobody has verified, and may be of two engines: the next
         # replay is to show them all again. None when they are of one.
         self._unverified: int | None = max(position.sequence, 0)
@@ -208,13 +225,23 @@ class Tracker:
         """What to ask for now; None when nothing is missing."""
         if not self._can_replay or not (self.hole or self._catch_up):
             return None
-        start = self.expected - 1 if self._verify and self.expected > 0 else self.expected
-        if self._shown >= 0:
-            start = min(start, self._shown)
+        # Held messages are only the upper bound when nothing above them was dropped.
+        start = max(self.expected - 1, 0)
         if self._unverified is not None:
             start = min(start, self._unverified)
-        # Held messages are only the upper bound when nothing above them was dropped.
         return Request(start, min(self._held) if self._held and not self._catch_up else None)
+
+    def ask(self, *, first: bool = False) -> Request | None:
+        """Return :attr:`request`, and note that a replay for it begins; its end is :meth:`replay_ended`.
+
+        Args:
+            first: the replay began before the pod was known, so its answer need not reach what was heard since.
+        """
+        request = self.request
+        if request is not None:
+            self._asked, self._outdated = True, False
+            self._shown = -1 if first else self.expected - 1
+        return request
 
     def position(self) -> Position:
         """Return where the stream stands, for another tracker to go on from."""
@@ -233,13 +260,14 @@ class Tracker:
     def reconnected(self) -> None:
         """Note that the connection was down: the engine may be another, and messages may be missing."""
         self._catch_up = True
-        self._verify = self.expected > 0
+        self._outdated = self._asked
+        # What an outdated replay still brings may be the old engine's, so a live message must not follow it at once.
+        self._verify = self.expected > 0 or self._asked
         if self._unverified is None:
             self._unverified = max(self.expected - 1, 0)
-        if not self._verify:
+        if not self.expected:
             # Nothing of this engine is on the log to know it by, so what is held may be another's than what comes.
-            self._held.clear()
-            self._held_bytes = 0
+            self.release()
             self._seen, self._newest_live = -1, None
 
     def replaced(self, reason: str) -> list[Output]:
@@ -252,7 +280,6 @@ class Tracker:
         The connection is the one of before, so live messages need not wait for the answer.
         """
         self._catch_up = True
-        self._shown = self.expected - 1
 
     # --- what comes in -------------------------------------------------------------------------------------------
 
@@ -302,14 +329,14 @@ class Tracker:
             known = self._same(message)
             if known is False:
                 return self._restart(message, f"sequence {sequence} holds other bytes than before")
-            if sequence == self.expected - 1:
+            if sequence == self.expected - 1 and not self._outdated:
                 self._verify = False
             return []
         if sequence - self._seen > JUMP_MAX:
             self.counts.implausible += 1
             return []
         self._seen = max(self._seen, sequence)
-        if self._verify:
+        if self._verify and not self._outdated:
             # The known message is no longer in the engine's buffer, so nothing tells whether it is the same engine.
             self._verify = False
         if sequence == self.expected:
@@ -326,15 +353,15 @@ class Tracker:
             complete: the end marker came, or the part that was asked for.
             newest: highest sequence it showed, None when it showed none.
         """
-        known = self.expected - 1 if self._verify else self._shown
+        known, outdated = self._shown, self._outdated
+        self._asked, self._outdated, self._shown = False, False, -1
         if complete and known >= 0 and (newest is None or newest < known):
             return self._restart(None, f"the engine's newest message is {newest}, ours was {known}")
+        if outdated and complete:
+            return []  # it is asked again
         if complete:
             self._catch_up = False
-            self._shown = -1
             self._unverified = None
-        elif self._shown >= 0:
-            self._shown = self.expected - 1
         if not self.hole and not self._held:
             if complete:
                 self._verify = False
@@ -370,6 +397,22 @@ class Tracker:
             outputs += self.give_up("the engine has no replay socket")
         return outputs
 
+    def refused(self, sequence: int, reason: str) -> Turn:
+        """Record a message that was forwarded, and that the log never takes, as lost."""
+        self.counts.gaps += 1
+        self.counts.lost += 1
+        return Turn(GAP, self.raised(), sequence, sequence, reason)
+
+    def raised(self) -> int:
+        """Raise the incarnation, for a turn that goes on the log anew; returns it."""
+        self.incarnation = self._next(self.incarnation)
+        return self.incarnation
+
+    def release(self) -> None:
+        """Hold nothing any more; what was held is for replay."""
+        self._held.clear()
+        self._count_held(-self._held_bytes)
+
     # --- inside --------------------------------------------------------------------------------------------------
 
     def _forward_from(self, message: Message) -> list[Output]:
@@ -382,7 +425,7 @@ class Tracker:
     def _forward(self, message: Message, outputs: list[Output]) -> None:
         sequence = message.sequence
         if (copy := self._held.pop(sequence, None)) is not None:
-            self._held_bytes -= len(copy.payload or b"")
+            self._count_held(-len(copy.payload or b""))
         self.expected = sequence + 1
         self._seen = max(self._seen, sequence)
         if message.payload is None:
@@ -399,15 +442,23 @@ class Tracker:
             self._forward(message, outputs)
         return outputs
 
+    def _count_held(self, size: int) -> None:
+        self._held_bytes += size
+        self._holding.held_bytes += size
+
     def _hold(self, message: Message) -> list[Output]:
         size = len(message.payload or b"")
         if message.sequence in self._held:
             self.counts.duplicates += 1
-        elif len(self._held) >= self._hold_messages or self._held_bytes + size > self._hold_bytes:
+        elif (
+            len(self._held) >= self._hold_messages
+            or self._held_bytes + size > self._hold_bytes
+            or self._holding.held_bytes + size > self._holding.limit_bytes
+        ):
             self.counts.shed += 1
         else:
             self._held[message.sequence] = message
-            self._held_bytes += size
+            self._count_held(size)
         return [] if self._can_replay else self.without_replay()
 
     def _known(self, message: Message) -> list[Output]:
@@ -446,14 +497,13 @@ class Tracker:
         self._digest_floor = 0
         self._digests = array("Q", bytes(8 * DIGESTS))
         self._last_ts = 0.0
-        self._held.clear()
-        self._held_bytes = 0
+        self.release()
         self._seen = -1
         self._newest_live = None
         self._failed = 0
         self._verify = False
-        self._shown = -1
         self._unverified = None
+        self._asked, self._outdated, self._shown = False, False, -1
         self._catch_up = True
         if message is None:
             return outputs
@@ -464,7 +514,6 @@ class Tracker:
         self.counts.lost += last - first + 1
         self.incarnation = self._next(self.incarnation)
         self._last_ts = 0.0
-        self._shown = -1
         for sequence in range(max(first, last - DIGESTS + 1), last + 1):
             self._digests[sequence & (DIGESTS - 1)] = 0
         return Turn(GAP, self.incarnation, first, last, reason)
@@ -485,6 +534,7 @@ __all__ = [
     "START",
     "Counts",
     "Forward",
+    "Holding",
     "Message",
     "Output",
     "Position",

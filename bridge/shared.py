@@ -15,6 +15,7 @@ from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.publisher import Acknowledge, Item, Publisher
 from kvatlas.bridge.records import Control, PodRecord
 from kvatlas.bridge.recovery import Recovered, apply_control
+from kvatlas.bridge.sequence import Holding
 from kvatlas.bridge.subscriber import Connection, Receive, Subscriber
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Shared:
         self.partitions = 1
         self.replays = asyncio.Semaphore(settings.replay_parallel)
         self.silent_replays = asyncio.Semaphore(settings.replay_parallel)
+        self.holding = Holding(settings.hold_total_bytes)
         self.owns: Callable[[int], bool] = lambda _: True
         self.dead: dict[str, int] = {}
         self.oversized = 0
@@ -81,8 +83,16 @@ class Shared:
         )
         headers = [(records.H_REASON, reason.encode()), (records.H_ORIGIN, origin.encode())]
         number = records.pod_partition(pod, self.partitions)
-        item = Item(pod.encode(), value[:_DLQ_BYTES], headers, None)
+        item = Item(pod.encode(), value[:_DLQ_BYTES], headers, None, self._cut)
         self.publisher.send(self.topic(records.DLQ), number, item)
+
+    def _cut(self, item: Item, _reason: str) -> None:
+        """Keep less of what is too large even for the DLQ."""
+        if item.value:
+            number = records.pod_partition(item.key.decode(), self.partitions)
+            self.publisher.send(
+                self.topic(records.DLQ), number, item._replace(value=item.value[: len(item.value) // 4])
+            )
 
     def put_record(self, record: PodRecord) -> None:
         """Put a pod's record on ``kv-pods``."""
@@ -100,7 +110,9 @@ class Shared:
             *fixed,
         ]
         number = records.pod_partition(pod, self.partitions)
-        item = Item(pod.encode(), records.encode(control), headers, acknowledged)
+        # A pod's end is made of nothing that could come again.
+        origin = None if control.type == "gone" else control
+        item = Item(pod.encode(), records.encode(control), headers, acknowledged, None, origin)
         self.publisher.send(self.topic(records.EVENTS), number, item)
 
     def put_gone(self, record: PodRecord, control: Control, fixed: records.Headers) -> PodRecord:

@@ -24,6 +24,8 @@ from kvatlas.bridge.shared import Shared, open_socket
 from kvatlas.bridge.strip import KnownBlocks, Stripper
 
 _SEQUENCE_MAX: Final = 1 << 48
+#: Messages in a row that name another pod before the endpoint is taken for that pod's.
+_RENAME_AFTER: Final = 3
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +38,40 @@ class Handover(NamedTuple):
     blocks: KnownBlocks | None
 
 
+class _Asked:
+    """A replay under way: for which tracker, and in which life of its engine.
+
+    Attributes:
+        tracker: None until a reply tells the pod.
+        restarts: its restarts so far; one more makes the rest of the replay another engine's.
+        foreign: whether another pod answered.
+    """
+
+    __slots__ = ("foreign", "restarts", "tracker")
+
+    def __init__(self, tracker: Tracker | None) -> None:
+        self.tracker = tracker
+        self.restarts = tracker.counts.restarts if tracker is not None else 0
+        self.foreign = False
+
+    def bind(self, tracker: Tracker) -> None:
+        """Go on with the pod that a reply named."""
+        self.tracker, self.restarts = tracker, tracker.counts.restarts
+        tracker.ask(first=True)
+
+    def answers(self, tracker: Tracker | None) -> bool:
+        """Whether its answer still says something of a stream."""
+        return self.tracker is not None and self.tracker is tracker and tracker.counts.restarts == self.restarts
+
+
 class PodStream:
     """The stream of one endpoint. Its pod is known with the first message.
 
     A pod is one stream's at a time. An endpoint whose pod another bridge owns, or another endpoint holds, *waits*: it
     is subscribed and leaves out what it hears, and asks its engine for nothing.
+
+    An endpoint is one engine's, and so one pod's. Another name there is dead-lettered until it is the only one that is
+    heard, some messages in a row; then the pod of before is gone and the other one is asked for what was left out.
 
     Attributes:
         record: the pod's record as acknowledged, None while there is no pod.
@@ -72,6 +103,9 @@ class PodStream:
         self._topic = b""
         self._wake = asyncio.Event()
         self._probe = True
+        self._stranger = ""  # the other pod that was heard last, and how often in a row
+        self._strange = 0
+        self._fresh = True  # nothing of the pod was heard on this connection
         self._nameless = False  # what a replay gives does not say whose it is; a live message will
         self._answered = False
         self._closed = False
@@ -148,6 +182,8 @@ class PodStream:
         if self._shared.claims.get(self.pod) is self:
             del self._shared.claims[self.pod]
         self._turns.clear()
+        if self.tracker is not None:
+            self.tracker.release()
         self.tracker = self.record = self._identity = self._stripper = None
         self._era += 1
 
@@ -171,10 +207,11 @@ class PodStream:
         self._nameless = False
         tracker = self.tracker
         if tracker is None or topic != self._topic:
-            waits = self._waiting is not None and topic == self._topic
-            tracker = None if waits else self._known(topic, payload)
+            tracker = None if self._waits(topic) else self._known(topic, payload)
         if tracker is None:
             return
+        if self._strange or self._fresh:
+            self._strange, self._fresh = 0, False
         if not shared.room():
             tracker.shed(sequence)
             self._wake.set()
@@ -199,13 +236,34 @@ class PodStream:
     def _known(self, topic: bytes, payload: bytes) -> Tracker | None:
         """Find out whose stream it is; None when its pod is held elsewhere."""
         found = identify(topic, peek_rank(payload), self.spec)
-        if self._identity is not None and found.pod_id == self._identity.pod_id:
+        named = self._identity or self._waiting
+        if named is not None and found.pod_id != named.pod_id:
+            if not self._renamed(found.pod_id):
+                reason = f"foreign topic: names pod {found.pod_id} on the connection of {named.pod_id}"
+                self._shared.dead_letter(named.pod_id, [topic, b"", payload], reason, self.spec.live)
+                return None
+            log.warning("%s: pod %s became %s", self.spec.live, named.pod_id, found.pod_id)
+            self.end()
+        elif self._identity is not None:
             self._topic = topic
             return self.tracker
-        if self._identity is not None:
-            log.info("%s: pod %s became %s", self.spec.live, self._identity.pod_id, found.pod_id)
-            self.end()
         return self._claim(found, topic)
+
+    def _waits(self, topic: bytes) -> bool:
+        """Whether a message is of the pod that is held elsewhere."""
+        if self._waiting is None or topic != self._topic:
+            return False
+        self._strange, self._fresh = 0, False
+        return True
+
+    def _renamed(self, pod: str) -> bool:
+        """Count another pod's message; True once the endpoint is that pod's."""
+        self._strange = self._strange + 1 if pod == self._stranger else 1
+        self._stranger = pod
+        if self._strange < _RENAME_AFTER or self.spec.bound:  # what connects to us is told apart by its topic
+            return False
+        self._strange = 0
+        return True
 
     def _claim(self, found: Identity, topic: bytes) -> Tracker | None:
         """Take a pod, or wait for it while another stream or another bridge holds it."""
@@ -266,6 +324,7 @@ class PodStream:
             tries=settings.replay_tries,
             hold_messages=settings.hold_messages,
             hold_bytes=settings.hold_bytes,
+            holding=shared.holding,
             can_replay=bool(self.spec.replay),
         )
         self._take(self.tracker.begin())
@@ -274,6 +333,7 @@ class PodStream:
 
     def reconnected(self) -> None:
         """Note that the connection was down."""
+        self._fresh = True
         if self._waiting is not None:
             return
         if self.tracker is not None:
@@ -301,6 +361,13 @@ class PodStream:
         payload = message.payload
         assert payload is not None
         shared = self._shared
+        shared.messages += 1
+        shared.bytes += len(payload)
+        shared.events += count_events(payload)
+        self._send(message, payload if self._stripper is None else self._strip(self._stripper, message), incarnation)
+
+    def _send(self, message: Message, value: bytes, incarnation: int) -> None:
+        shared = self._shared
         headers = [
             (records.H_SEQUENCE, b"%d" % message.sequence),
             (records.H_ENGINE_TOPIC, message.topic),
@@ -309,10 +376,6 @@ class PodStream:
             (records.H_INCARNATION, b"%d" % incarnation),
             *self._fixed,
         ]
-        shared.messages += 1
-        shared.bytes += len(payload)
-        shared.events += count_events(payload)
-
         era = self._era
 
         def acknowledged(offset: int) -> None:
@@ -323,9 +386,33 @@ class PodStream:
             if shared.observe is not None:
                 shared.observe(message.receive_ns)
 
-        value = payload if self._stripper is None else self._strip(self._stripper, message)
-        item = Item(self._key, value, headers, acknowledged)
+        item = Item(self._key, value, headers, acknowledged, self._refused, message)
         shared.publisher.send(shared.topic(records.EVENTS), self._partition, item)
+
+    def _refused(self, item: Item, reason: str) -> None:
+        """Record a message that Kafka never takes as lost; what waits behind it goes under the epoch after that."""
+        shared, message, pod = self._shared, item.origin, item.key.decode()
+        assert isinstance(message, Message)
+        origin = f"{self.spec.live} message {message.sequence}"
+        shared.dead_letter(pod, [b"", b"", item.value], f"refused: {reason}", origin)
+        number = records.pod_partition(pod, shared.partitions)
+        behind = shared.publisher.withdraw(shared.topic(records.EVENTS), number, item.key)
+        holder = shared.claims.get(pod)
+        # Without a holder the pod's next bridge goes on before this message, and finds it too large as well.
+        if holder is not None and behind is not None:
+            holder._go_on_without(message, behind, reason)
+
+    def _go_on_without(self, message: Message, behind: list[Item], reason: str) -> None:
+        tracker = self.tracker
+        if tracker is None:
+            return
+        self._turns.clear()  # they are among what is behind
+        self._take([tracker.refused(message.sequence, reason)])
+        for item in behind:
+            if isinstance(item.origin, Message):
+                self._send(item.origin, item.value, tracker.incarnation)
+            elif isinstance(item.origin, Control):
+                self._control(msgspec.structs.replace(item.origin, incarnation=tracker.raised()))
 
     def _strip(self, stripper: Stripper, message: Message) -> bytes:
         """Return what is stored of a message where token ids must not be."""
@@ -405,7 +492,11 @@ class PodStream:
         shared, settings = self._shared, self._shared.settings
         while True:
             tracker = self.tracker
-            request = tracker.request if tracker is not None else None
+            request = None
+            if tracker is not None and self._waiting is None:
+                if self._probe:  # the connection came while the pod was not known yet
+                    tracker.probe()
+                request = tracker.ask()
             if self._waiting is not None:
                 self._probe = False
             if request is None and not self._probe:
@@ -414,14 +505,13 @@ class PodStream:
                 continue
             self._probe = False
             start, until = request or (0, None)
-            restarts = tracker.counts.restarts if tracker is not None else 0
+            asked = _Asked(tracker)
             async with shared.replays if self._answered else shared.silent_replays:
-                take = self._taker(until)
                 complete, newest = await replay(
                     shared.context,
                     self.spec.replay,
                     start,
-                    take,
+                    self._taker(asked, until),
                     timeout_seconds=settings.replay_timeout_seconds,
                     piece=settings.replay_piece,
                     max_bytes=settings.socket_message_bytes,
@@ -429,33 +519,52 @@ class PodStream:
                 )
             # Engines that do not answer wait for each other, and hold up nobody else's repair.
             self._answered = complete or newest is not None
+            complete = complete and not asked.foreign
             if complete:
                 self.heard_ns = shared.now_ns()
-            if tracker is not None and tracker is self.tracker and tracker.counts.restarts == restarts:
+            if asked.tracker is not None and asked.answers(self.tracker):
                 # A replay that showed a restart was left early and answers nothing about the new process.
-                self._take(tracker.replay_ended(complete=complete, newest=newest))
+                self._take(asked.tracker.replay_ended(complete=complete, newest=newest))
             if not complete or (self.tracker is not None and self.tracker.hole):
                 await asyncio.sleep(settings.replay_backoff_seconds)
 
-    def _taker(self, until: int | None) -> Callable[[bytes | None, int, bytes], bool]:
+    def _taker(self, asked: _Asked, until: int | None) -> Callable[[bytes | None, int, bytes], bool]:
         def take(topic: bytes | None, sequence: int, payload: bytes) -> bool:
             if until is not None and sequence >= until:
                 return False
-            if self.tracker is None and topic is None:
-                self._nameless = True
+            if asked.tracker is None:
+                if self.tracker is None and topic is None:
+                    self._nameless = True
+                    return False
+                tracker = self.tracker or self._known(topic or b"", payload)
+                if tracker is None:
+                    return False
+                asked.bind(tracker)
+            tracker = asked.tracker
+            if tracker is None or not asked.answers(self.tracker):
+                return False  # the pod was given away, or its engine restarted meanwhile: the rest is not its own
+            if topic is not None and topic != self._topic and not self._answered_by(topic, payload):
+                asked.foreign = True
                 return False
-            if self.tracker is None and self._known(topic or b"", payload) is None:
-                return False
-            tracker = self.tracker
-            assert tracker is not None
-            before = tracker.counts.restarts
             message = self._message(
                 sequence, topic or self._topic, payload, self._shared.now_ns(), records.SOURCE_REPLAY
             )
             self._take(tracker.replayed(message))
-            return tracker.counts.restarts == before  # a restart asks again from the start
+            return asked.answers(self.tracker)  # a restart asks again from the start
 
         return take
+
+    def _answered_by(self, topic: bytes, payload: bytes) -> bool:
+        """Whether a reply under another topic is the pod's own."""
+        found = identify(topic, peek_rank(payload), self.spec)
+        if self._identity is None or found.pod_id == self._identity.pod_id:
+            return True
+        log.warning("%s: %s answered for pod %s", self.spec.replay, found.pod_id, self._identity.pod_id)
+        if self._fresh and self._renamed(found.pod_id):
+            log.warning("%s: pod %s became %s", self.spec.live, self._identity.pod_id, found.pod_id)
+            self.end()
+            self._claim(found, topic)
+        return False
 
 
 __all__ = ["PodStream", "Shared"]

@@ -19,7 +19,7 @@ from kvatlas.bridge.stream import PodStream
 class MemoryLog:
     """Keeps what is sent; acknowledges at once, or when told to."""
 
-    pending_bytes = 0
+    pending_bytes = refused = 0
 
     def __init__(self) -> None:
         self.records: list[tuple[str, Item]] = []
@@ -44,7 +44,7 @@ class MemoryLog:
     def messages(self, pod: str) -> list[tuple[int, int]]:
         """Return (incarnation, sequence) of a pod's messages, in order."""
         found = [dict(item.headers) for _, item in self.records if item.key == pod.encode()]
-        return [(int(h["incarnation"]), int(h["sequence"])) for h in found if h["content_type"] == b"engine"]
+        return [(int(h["incarnation"]), int(h["sequence"])) for h in found if h.get("content_type") == b"engine"]
 
     def controls(self, pod: str) -> list[records.Control]:
         """Return a pod's turns, in order."""
@@ -52,7 +52,7 @@ class MemoryLog:
         return [
             records.decode(records.Control, item.value)
             for item in found
-            if dict(item.headers)["content_type"] == b"control"
+            if dict(item.headers).get("content_type") == b"control"
         ]
 
     def pod(self, name: str) -> records.PodRecord:

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaConnectionError
+from aiokafka.errors import KafkaConnectionError, MessageSizeTooLargeError
 
 from kvatlas.bridge.adapters.fields import count_events
 from kvatlas.bridge.errors import LogError
@@ -25,6 +25,7 @@ class Producer:
 
     def __init__(self) -> None:
         self.failing = False
+        self.largest = 1_000_000
         self.leaders: dict[int, int] = {}
         self.hold: asyncio.Event | None = None
         self.batches: list[tuple[str, int, list[bytes]]] = []
@@ -60,6 +61,8 @@ class Producer:
         """Take a batch, or fail as a broker that is away."""
         if self.failing:
             raise KafkaConnectionError("away")
+        if sum(map(len, batch.taken)) > self.largest:
+            raise MessageSizeTooLargeError
         offset = sum(len(values) for name, number, values in self.batches if (name, number) == (topic, partition))
         self.batches.append((topic, partition, list(batch.taken)))
         if self.hold is not None:
@@ -178,6 +181,25 @@ async def test_what_is_in_flight_is_not_discarded() -> None:
     assert await publisher.flush(60.0)
     assert offsets == [0]
     assert producer.batches == [("t", 0, [b"flying"])]
+    await publisher.stop()
+
+
+async def test_what_is_too_large_for_its_topic_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that is too large is sent in parts; one record that is too large is taken out, its sender told."""
+    publisher, producer = _publisher()
+
+    async def connect() -> Any:
+        return producer
+
+    monkeypatch.setattr(publisher, "_connect", connect)
+    producer.largest = 1000
+    refused: list[bytes] = []
+    places: list[int] = []
+    for value in (b"a" * 600, b"b" * 600, b"c" * 1001, b"d"):
+        publisher.send("t", 0, Item(b"k", value, [], places.append, lambda item, _: refused.append(item.value[:1])))
+    assert await publisher.flush(60.0)
+    assert [value[:1] for _, _, batch in producer.batches for value in batch] == [b"a", b"b", b"d"]
+    assert (refused, publisher.refused, places) == ([b"c"], 1, [0, 1, 2])
     await publisher.stop()
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
-from kvatlas.bridge.sequence import Forward, Message, Output, Position, Request, Tracker, Turn
+from kvatlas.bridge.sequence import Forward, Holding, Message, Output, Position, Request, Tracker, Turn
 
 
 def _message(sequence: int, source: str = "live", life: int = 0) -> Message:
@@ -27,13 +27,19 @@ def _forwarded(outputs: list[Output]) -> list[tuple[int, int]]:
     return [(o.incarnation, o.message.sequence) for o in outputs if isinstance(o, Forward)]
 
 
+def _nothing(tracker: Tracker) -> list[Output]:
+    """Ask an engine that has nothing to say."""
+    tracker.ask()
+    return tracker.replay_ended(complete=True, newest=None)
+
+
 def test_a_hole_is_asked_for_and_filled_in_order() -> None:
     """Live messages wait behind a hole until the replay fills it."""
     tracker = _tracker()
-    outputs = tracker.begin() + tracker.replay_ended(complete=True, newest=None)
+    outputs = tracker.begin() + _nothing(tracker)
     for sequence in (0, 1, 4, 5):
         outputs += tracker.live(_message(sequence))
-    assert tracker.request == Request(2, 4)
+    assert tracker.request == Request(1, 4)
     for sequence in (2, 3):
         outputs += tracker.replayed(_message(sequence, "replay"))
     assert _forwarded(outputs) == [(100, n) for n in range(6)]
@@ -54,7 +60,7 @@ def test_going_back_on_one_connection_is_a_restart() -> None:
 def test_a_replay_that_ends_below_our_position_is_a_restart() -> None:
     """An engine always still holds its newest message, so an empty answer means another process."""
     tracker = _tracker(Position(100, 9))
-    assert tracker.request == Request(9, None)
+    assert tracker.ask() == Request(9, None)
     (turn,) = tracker.replay_ended(complete=True, newest=None)
     assert isinstance(turn, Turn)
     assert (turn.kind, tracker.expected) == ("restart", 0)
@@ -90,15 +96,55 @@ def test_two_engines_in_one_burst_are_told_apart() -> None:
 def test_a_heartbeat_holds_no_live_message() -> None:
     """While the tail of a silent stream is asked for, live messages of the same connection go on at once."""
     tracker = _tracker()
-    outputs = tracker.begin() + tracker.replay_ended(complete=True, newest=None) + tracker.live(_message(0))
+    outputs = tracker.begin() + _nothing(tracker) + tracker.live(_message(0))
     tracker.probe()
-    assert tracker.request == Request(0, None)
+    assert tracker.ask() == Request(0, None)
     assert tracker.accept(1, b"0/1")
     outputs += tracker.replayed(_message(0, "replay")) + tracker.replay_ended(complete=True, newest=0)
     assert [o.kind for o in outputs if isinstance(o, Turn)] == ["start"]
     assert tracker.request is None
     tracker.probe()
-    assert [o.kind for o in tracker.replay_ended(complete=True, newest=None) if isinstance(o, Turn)] == ["restart"]
+    assert [o.kind for o in _nothing(tracker) if isinstance(o, Turn)] == ["restart"]
+
+
+def test_a_new_engine_that_answers_before_the_connection_tells_is_a_restart() -> None:
+    """Its replay socket may be there first; what it answers is not appended to what the old one said."""
+    tracker = _tracker()
+    outputs = tracker.begin() + _nothing(tracker) + tracker.live(_message(0))
+    outputs += tracker.live(_message(2))  # a hole, which the old engine never fills
+    assert tracker.ask() == Request(0, 2)
+    outputs += tracker.replayed(_message(0, "replay", life=1))
+    assert _forwarded(outputs) == [(100, 0), (101, 0)]
+    assert [o.kind for o in outputs if isinstance(o, Turn)] == ["start", "restart"]
+
+
+def test_a_replay_asked_before_a_reconnect_proves_nothing_of_the_engine_behind_it() -> None:
+    """What the old engine answered says nothing of the new connection: live messages wait until it is asked again."""
+    tracker = _tracker()
+    outputs = tracker.begin() + _nothing(tracker) + tracker.live(_message(0)) + tracker.live(_message(2))
+    tracker.ask()
+    tracker.reconnected()
+    outputs += [o for n in (0, 1) for o in tracker.replayed(_message(n, "replay"))]
+    outputs += tracker.replay_ended(complete=True, newest=2)
+    assert _forwarded(outputs) == [(100, 0), (100, 1), (100, 2)]
+    assert not tracker.accept(3, b"1/3")
+    assert tracker.live(_message(3, life=1)) == []
+    assert tracker.ask() == Request(0, None)
+    (turn,) = tracker.replayed(_message(2, "replay", life=1))[:1]
+    assert isinstance(turn, Turn)
+    assert turn.kind == "restart"
+
+
+def test_messages_that_came_after_a_replay_was_asked_for_need_not_be_in_it() -> None:
+    """A reconnect right behind them does not make the shorter answer another engine's."""
+    tracker = _tracker()
+    outputs = tracker.begin() + _nothing(tracker) + tracker.live(_message(0))
+    tracker.probe()
+    tracker.ask()
+    outputs += tracker.live(_message(1))
+    tracker.reconnected()
+    outputs += tracker.replayed(_message(0, "replay")) + tracker.replay_ended(complete=True, newest=0)
+    assert [o.kind for o in outputs if isinstance(o, Turn)] == ["start"]
 
 
 def test_a_late_message_after_a_takeover_is_no_restart() -> None:
@@ -112,6 +158,7 @@ def test_a_late_message_after_a_takeover_is_no_restart() -> None:
     assert _forwarded(outputs) == [(100, 10)]
     assert tracker.request is None
     restarted = _tracker(position)
+    restarted.ask()
     outputs = restarted.live(_message(0, life=1)) + restarted.replay_ended(complete=True, newest=0)
     outputs += restarted.replayed(_message(0, "replay", life=1))
     assert _forwarded(outputs) == [(101, 0)]
@@ -135,11 +182,24 @@ def test_behind_a_gap_the_clock_of_before_says_nothing() -> None:
 def test_a_sequence_that_is_nonsense_leaves_no_trace() -> None:
     """Far beyond the last one, heard or left to replay, it neither makes a hole nor looks like a restart later."""
     tracker = _tracker()
-    outputs = tracker.begin() + tracker.replay_ended(complete=True, newest=None) + tracker.live(_message(0))
+    outputs = tracker.begin() + _nothing(tracker) + tracker.live(_message(0))
     tracker.shed(1 << 40)
     outputs += tracker.live(_message(1 << 40)) + tracker.live(_message(1))
     assert _forwarded(outputs) == [(100, 0), (100, 1)]
     assert not tracker.hole
+
+
+def test_what_is_held_is_bounded_over_all_pods() -> None:
+    """Pods that wait for replays at one time share a bound: what goes beyond it is left to replay."""
+    holding = Holding(6)
+    one, two = (Tracker(Position(1, 0), next_incarnation=lambda n: n + 1, holding=holding) for _ in range(2))
+    for tracker in (one, two):
+        tracker.live(_message(5))
+        tracker.live(_message(6))
+    assert (one.held, two.held, holding.held_bytes, two.counts.shed) == (2, 0, 6, 2)
+    one.release()
+    two.live(_message(7))
+    assert (one.held, two.held, holding.held_bytes) == (0, 1, 3)
 
 
 @pytest.mark.parametrize("replay", [True, False])
@@ -148,7 +208,8 @@ def test_what_cannot_be_repaired_is_lost_once(replay: bool) -> None:
     tracker = _tracker(tries=1, can_replay=replay)
     outputs = tracker.begin() + tracker.live(_message(0)) + tracker.live(_message(3))
     if replay:
-        outputs += tracker.replay_ended(complete=True, newest=None)
+        tracker.ask()
+        outputs += tracker.replay_ended(complete=True, newest=0)
     gap = outputs[-2]
     assert isinstance(gap, Turn)
     assert (gap.kind, gap.first_lost, gap.last_lost) == ("gap", 1, 2)
@@ -166,7 +227,7 @@ def test_every_message_is_forwarded_once_or_recorded_as_lost(seed: int, buffer: 
     published, life = 0, 0
 
     def ask(lossy: float) -> None:
-        request = tracker.request
+        request = tracker.ask()
         if request is None:
             return
         newest = None

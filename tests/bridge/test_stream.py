@@ -9,14 +9,16 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 import zmq
 
 from kvatlas.bridge import records
+from kvatlas.bridge.adapters.fields import encode_batch
 from kvatlas.bridge.engine_publisher import EnginePublisher
 from kvatlas.bridge.options import parse_engine
 from kvatlas.bridge.recovery import Recovered
-from kvatlas.bridge.stream import PodStream
+from kvatlas.bridge.stream import PodStream, _Asked
 
 _CLEAR = [{"type": "AllBlocksCleared"}]
 
@@ -167,7 +169,7 @@ async def test_late_acknowledgements_say_nothing_of_the_next_pod(bridge: Any, en
     engine.say(0, 3)
     await bridge.until(lambda: len(bridge.log.messages("pod-a")) == 3)
     engine._topic = b"kv@pod-b@m"
-    engine.say(3, 4)
+    engine.say(3, 6)
     await bridge.until(lambda: len(bridge.log.messages("pod-b")) >= 1)
     bridge.log.acknowledge()
     stream.write_record()
@@ -280,3 +282,76 @@ async def test_an_address_in_brackets_is_heard(bridge: Any, engines: list[Engine
         return b"live" in {dict(item.headers).get("source") for _, item in bridge.log.records}
 
     await bridge.until(live)
+
+
+async def test_one_message_under_a_foreign_name_ends_no_pod(bridge: Any, engines: list[Engine]) -> None:
+    """It is dead-lettered, its sequence is a hole like any other, and the pod goes on."""
+    engine = Engine("pod-a")
+    engines.append(engine)
+    stream = _open(bridge, engine)
+    engine.say(0, 3)
+    await bridge.until(lambda: len(bridge.log.messages("pod-a")) == 3)
+    own, engine._topic = engine._topic, b"kv@pod-b@m"
+    engine.say(3, 4)
+    engine._topic = own
+    engine.say(4, 6)
+    await bridge.until(lambda: len(bridge.log.messages("pod-a")) == 6)
+    assert [sequence for _, sequence in bridge.log.messages("pod-a")] == list(range(6))
+    assert [control.type for control in bridge.log.controls("pod-a")] == ["start"]
+    assert bridge.log.messages("pod-b") == []
+    assert bridge.shared.dead == {"foreign topic": 1}
+    assert (stream.pod, bridge.shared.claims) == ("pod-a", {"pod-a": stream})
+
+
+async def test_another_pods_replay_is_not_taken_for_the_pods_own(bridge: Any, engines: list[Engine]) -> None:
+    """A replay address that leads to another pod's engine repairs nothing: what is missing is lost, and no restart."""
+    bridge.change(replay_tries=1)
+    engine, other = Engine("pod-a"), Engine("pod-b")
+    engines += [engine, other]
+    other.say(0, 9)
+    stream = _open(bridge, engine)
+    engine.say(0, 3)
+    await bridge.until(lambda: len(bridge.log.messages("pod-a")) == 3)
+    stream.spec = msgspec.structs.replace(stream.spec, replay=other.replay_endpoint)
+    engine.skip()
+    engine.say(4, 6)
+    await bridge.until(lambda: len(bridge.log.messages("pod-a")) == 5)
+    assert [sequence for _, sequence in bridge.log.messages("pod-a")] == [0, 1, 2, 4, 5]
+    assert [control.type for control in bridge.log.controls("pod-a")] == ["start", "gap"]
+    assert bridge.log.messages("pod-b") == []
+
+
+async def test_an_address_that_another_pod_took_is_the_other_pods(bridge: Any, engines: list[Engine]) -> None:
+    """A new engine under another name, seen in its replays alone: the old pod is gone, the other one begins."""
+    engine = Engine("pod-a")
+    engines.append(engine)
+    stream = _open(bridge, engine)
+    engine.say(0, 5)
+    await bridge.until(lambda: len(bridge.log.messages("pod-a")) == 5)
+    engine.close()
+    other = Engine("pod-b", endpoint=engine.endpoint, replay_endpoint=engine.replay_endpoint)
+    engines.append(other)
+    for number in range(7):
+        other.withhold(encode_batch(float(number), _CLEAR, 0))
+    await bridge.until(lambda: len(bridge.log.messages("pod-b")) == 7)
+    assert [control.type for control in bridge.log.controls("pod-a")] == ["start", "gone"]
+    assert len(bridge.log.messages("pod-a")) == 5
+    assert bridge.shared.claims == {"pod-b": stream}
+
+
+async def test_a_replay_of_a_former_engine_ends_with_its_restart(bridge: Any, engines: list[Engine]) -> None:
+    """What is still on its way from the old process is not put into the stream of the new one."""
+    engine = Engine()
+    engines.append(engine)
+    stream = _open(bridge, engine)
+    engine.say(0, 5)
+    await bridge.until(lambda: len(bridge.log.messages("pod-x")) == 5)
+    assert stream.tracker is not None
+    asked = _Asked(stream.tracker)
+    take = stream._taker(asked, None)
+    stream.tracker.ask()
+    payload = encode_batch(99.0, _CLEAR, 0)
+    assert take(b"kv@pod-x@m", 5, payload)
+    stream.received([b"kv@pod-x@m", bytes(8), payload])
+    assert not take(b"kv@pod-x@m", 6, payload)
+    assert stream.tracker.held == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 import socket
 import time
 from collections.abc import Callable
@@ -11,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from kvatlas.bridge import records
+from kvatlas.bridge.adapters.fields import encode_batch
 from kvatlas.bridge.block_key import block_keys, pack_tokens, root_key
 from kvatlas.bridge.engine_publisher import EnginePublisher
 from kvatlas.bridge.options import BridgeSettings
@@ -501,3 +505,37 @@ async def test_a_quiet_pod_costs_no_reading_of_all_that_others_said(brokers: str
     assert {pod: known.record.last_sequence for pod, known in found.items()} == {quiet: 0, busy: 51, unknown: 0}
     assert [sequence for sequence, _ in found[busy].digests] == [50, 51]
     assert {pod for pod, known in found.items() if known.ahead} == {busy, unknown}
+
+
+async def test_a_message_too_large_for_the_topic_is_lost_and_the_pod_goes_on(brokers: str, topic_prefix: str) -> None:
+    """It raises the epoch ahead of what follows it, its head is on the DLQ, and no partition is held up."""
+    kafka = await _setup(brokers, topic_prefix)
+    admin = AIOKafkaAdminClient(bootstrap_servers=brokers)
+    await admin.start()
+    for name in (records.EVENTS, records.DLQ):
+        small = ConfigResource(ConfigResourceType.TOPIC, kafka.topic(name), {"max.message.bytes": "4096"})
+        await admin.alter_configs([small])
+    await admin.close()
+    engine = _engine()
+    bridge = _bridge(engine, kafka)
+    await bridge.start()
+    for number in range(200):
+        payload = encode_batch(float(number), _CLEAR, 0)
+        engine.publish_raw(payload + (random.Random(number).randbytes(8192) if number == 100 else b""))
+    messages = await _until(kafka, "pod-x", 199)
+    await bridge.stop()
+    engine.close()
+    (gap,) = [
+        control
+        for message in messages
+        if dict(message.headers)["content_type"] == b"control"
+        and (control := records.decode(records.Control, message.value)).type == "gap"
+    ]
+    assert (gap.first_lost, gap.last_lost) == (100, 100)
+    found = _sequences(messages, "pod-x")
+    assert [sequence for _, sequence in found] == [n for n in range(200) if n != 100]
+    assert all((incarnation >= gap.incarnation) == (sequence > 100) for incarnation, sequence in found)
+    (dead,) = await _read(kafka, records.DLQ)
+    assert dict(dead.headers)["reason"].startswith(b"refused: ")
+    assert payload[:1] == dead.value[:1]
+    assert (await recover(kafka, [0, 1]))["pod-x"].record.lost == 1

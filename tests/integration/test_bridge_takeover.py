@@ -1,4 +1,4 @@
-"""Two bridges of one group on the real Kafka: one is killed or frozen, the other takes its pods over."""
+"""Two bridges of one group on the real Kafka: one is killed, frozen or cut off, the other takes its pods over."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from kvatlas.bridge import records
 from kvatlas.bridge.engine_publisher import EnginePublisher
+from kvatlas.bridge.options import BridgeSettings
+from kvatlas.bridge.service import BridgeService
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
 
@@ -157,3 +160,62 @@ async def test_a_bridge_that_was_frozen_takes_nothing_back(brokers: str, topic_p
     for pod, places in found.items():
         assert {incarnation for incarnation, _ in places} == {incarnation for incarnation, _ in taken[pod]}
         assert [sequence for _, sequence in places] == [*range(early), *range(late)]
+
+
+async def test_a_bridge_that_the_group_does_not_hear_writes_nothing(brokers: str, topic_prefix: str) -> None:
+    """One that is cut off from its group and sees an engine restart leaves that to the bridge that took the pod."""
+    kafka = KafkaSettings(brokers=brokers, topic_prefix=topic_prefix, partitions=_PARTITIONS)
+    await ensure_topics(kafka, [topic for topic in records.TOPICS if topic.by == "pod"])
+    live, replay = "tcp://127.0.0.1:*", "tcp://127.0.0.1:*"
+    ahead_ns = 0
+
+    def engine() -> EnginePublisher:
+        made = EnginePublisher(live, replay, topic="kv@pod@m", bind=True)
+        made.start()
+        return made
+
+    async def until(condition: Callable[[list[tuple[int, int]]], bool]) -> list[tuple[int, int]]:
+        async with asyncio.timeout(90):
+            while not condition((await _log(kafka))[0].get("pod", [])):
+                await asyncio.sleep(0.2)
+            return (await _log(kafka))[0]["pod"]
+
+    old = engine()
+    live, replay = old.endpoint, str(old.replay_endpoint)
+    settings = BridgeSettings(engines=[f"{live},{replay}"], group="bridges", session_timeout_seconds=6.0)
+    cut = BridgeService(settings, kafka, clock=lambda: time.time_ns() + ahead_ns)
+    other = BridgeService(settings, kafka)
+    clear = [{"type": "AllBlocksCleared"}]
+    try:
+        await cut.start()
+        old.publish(clear, timestamp=1.0)
+        await until(lambda found: len(found) == 1)
+        assert cut._ownership is not None
+        coordinator = cut._ownership._consumer._coordinator
+        heartbeat = coordinator._do_heartbeat
+
+        async def unheard() -> bool:
+            return False
+
+        coordinator._do_heartbeat = unheard
+        await asyncio.wait_for(other.start(), 90)
+        ahead_ns = 10_000 * 10**9  # what the one that is cut off writes from here on is told by this
+        tracker = cut.streams[live].tracker
+        old.close()
+        old = engine()
+        for number in range(3):
+            old.publish(clear, timestamp=100.0 + number)
+        assert tracker is not None
+        async with asyncio.timeout(90):
+            while not tracker.counts.restarts:
+                await asyncio.sleep(0.05)
+        await until(lambda found: len(found) >= 4)
+        ahead_ns = 0
+        coordinator._do_heartbeat = heartbeat
+        old.publish(clear, timestamp=200.0)
+        found = await until(lambda found: bool(found) and found[-1][1] == 3)
+    finally:
+        await asyncio.gather(cut.stop(), other.stop())
+        old.close()
+    assert [sequence for _, sequence in dict.fromkeys(found)] == [0, 0, 1, 2, 3]
+    assert max(incarnation for incarnation, _ in found) < time.time() + 5_000
