@@ -229,7 +229,7 @@ class PodStream:
         if size <= self._shared.settings.message_bytes:
             return Message(sequence, topic, payload, now, source)
         self._shared.oversized += 1
-        reason = f"oversized: message {sequence} of {size} bytes is over the limit"
+        reason = f"oversized: message {sequence} of {len(payload)} bytes, topic of {len(topic)}, is over the limit"
         self._shared.dead_letter(self.pod, [b""] * 3, reason, self.spec.live)
         return Message(sequence, topic, None, now, source)
 
