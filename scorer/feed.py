@@ -24,6 +24,7 @@ from kvatlas.bridge.options import BridgeSettings, EngineSpec
 from kvatlas.bridge.publisher import Item, Publisher
 from kvatlas.bridge.recovery import Recovered
 from kvatlas.bridge.stream import PodStream, Shared
+from kvatlas.bridge.tasks import end_tasks
 from kvatlas.scorer.backends.base import Backend
 from kvatlas.scorer.feed_apply import Applier
 from kvatlas.scorer.feed_state import FeedState
@@ -165,9 +166,7 @@ class Feed:
         """Stop reading and applying."""
         for engine in self.engines.values():
             await engine.stream.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(self._tasks)
         self.context.destroy(linger=0)
         self.applier.close()
 

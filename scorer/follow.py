@@ -14,6 +14,7 @@ from aiokafka.errors import KafkaError
 from kvatlas.bridge.errors import LogError
 from kvatlas.bridge.kafka import client_config
 from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.tasks import end_tasks
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +83,7 @@ class Follower:
     async def stop(self) -> None:
         """Stop reading."""
         if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await end_tasks([self._task])
             self._task = None
 
     def failed(self) -> BaseException | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -13,6 +12,7 @@ from mode import get_logger
 
 from kvatlas.bridge.kafka import client_config
 from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.tasks import end_tasks
 
 logger = get_logger(__name__)
 
@@ -51,9 +51,7 @@ class TopicFollower:
     async def stop(self) -> None:
         """Stop following."""
         if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await end_tasks([self._task])
             self._task = None
 
     async def _run(self) -> None:
