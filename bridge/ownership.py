@@ -24,6 +24,7 @@ from kvatlas.bridge.errors import LogError
 from kvatlas.bridge.kafka import client_config, lost_right
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.tasks import end_tasks
 
 Change = Callable[[list[int]], Awaitable[None]]
 
@@ -106,8 +107,7 @@ class Ownership(ConsumerRebalanceListener):  # type: ignore[misc]
     async def stop(self) -> None:
         """Leave the group, so that another takes over at once."""
         if self._pump is not None:
-            self._pump.cancel()
-            await asyncio.gather(self._pump, return_exceptions=True)
+            await end_tasks([self._pump])
         if self._consumer is not None:
             self._gained = self._lost = _nothing
             await self._consumer.stop()

@@ -26,6 +26,7 @@ from kvatlas.bridge.publisher import Publisher
 from kvatlas.bridge.recovery import recover
 from kvatlas.bridge.settings import KafkaSettings
 from kvatlas.bridge.stream import PodStream, Shared
+from kvatlas.bridge.tasks import end_tasks
 from kvatlas.bridge.telemetry import Telemetry
 
 _TICK_SECONDS: Final = 0.25
@@ -162,9 +163,7 @@ class BridgeService:
             return
         self._stopped = True
         self.ready.clear()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(self._tasks)
         if self._pods is not None:
             await asyncio.to_thread(self._pods.stop)
         for inbound in self._inbound:

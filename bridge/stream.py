@@ -22,6 +22,7 @@ from kvatlas.bridge.replay import replay
 from kvatlas.bridge.sequence import Forward, Message, Output, Position, Tracker, Turn
 from kvatlas.bridge.shared import Shared, open_socket
 from kvatlas.bridge.strip import KnownBlocks, Stripper
+from kvatlas.bridge.tasks import end_tasks
 
 _SEQUENCE_MAX: Final = 1 << 48
 #: Messages in a row that name another pod before the endpoint is taken for that pod's.
@@ -120,8 +121,7 @@ class PodStream:
         if self._socket is not None:
             self._socket.close()
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end_tasks([self._task])
 
     @property
     def pod(self) -> str:

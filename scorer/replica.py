@@ -31,6 +31,7 @@ from kvatlas.bridge.errors import LogError, SettingsError, WireError
 from kvatlas.bridge.kafka import client_config
 from kvatlas.bridge.records import PodRecord
 from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.tasks import end_tasks
 from kvatlas.scorer.backends.base import Backend
 from kvatlas.scorer.backends.errors import BackendError
 from kvatlas.scorer.backends.memory import MemoryBackend
@@ -252,8 +253,7 @@ class Replica:
 
     async def _end_reading(self) -> None:
         if (sweep := self._tasks.pop("sweep", None)) is not None:
-            sweep.cancel()
-            await asyncio.gather(sweep, return_exceptions=True)
+            await end_tasks([sweep])
         for follower in self._followers:
             await follower.stop()
 
@@ -282,8 +282,7 @@ class Replica:
     async def stop(self) -> None:
         """Stop following."""
         if (task := self._tasks.pop("versions", None)) is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await end_tasks([task])
         await self._end_reading()
         await self._workers.stop()
 

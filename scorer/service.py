@@ -24,6 +24,7 @@ from kvatlas.bridge import records
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.kafka import client_config
 from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.tasks import end_tasks
 from kvatlas.bridge.telemetry import Telemetry
 from kvatlas.scorer import compat, metrics
 from kvatlas.scorer.core import Core
@@ -355,11 +356,11 @@ class ScorerService:
             await self._http.stop()
         if self._server is not None:
             await self._server.stop(self._settings.stop_grace_seconds)
-        for task in list(self._tasks):
-            task.cancel()
-        for ended in await asyncio.gather(*self._tasks, return_exceptions=True):
-            if isinstance(ended, Exception):  # what is left must be closed all the same
-                log.error("a task of the scorer had failed: %r", ended)
+        tasks = list(self._tasks)
+        await end_tasks(tasks)
+        for task in tasks:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                log.error("a task of the scorer had failed: %r", error)
         await asyncio.gather(self._decided.stop(), self._versions.stop())
         if self._producer is not None:
             with contextlib.suppress(KafkaError):

@@ -20,6 +20,7 @@ from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.kafka import lost_right
 from kvatlas.bridge.records import WorkerRecord
 from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.tasks import end_tasks
 from kvatlas.bridge.telemetry import Telemetry
 from kvatlas.streams import engine_blocks as eb
 from kvatlas.streams import metrics
@@ -292,9 +293,7 @@ class WorkerService:
     async def _stop_app(self) -> None:
         app, self._app = self._app, None
         tasks, self._app_tasks = self._app_tasks, []
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(tasks)
         if app is None:
             return
         app.roles_listener = None

@@ -7,7 +7,6 @@ is mirrored (see :mod:`kvatlas.streams.mirror_layout`). A reader writes nothing 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
@@ -18,6 +17,7 @@ from redis.exceptions import RedisError
 
 from kvatlas.bridge.block_key import KEY_VERSION, partition_of
 from kvatlas.bridge.records import WRITER_BRIDGE, pod_key
+from kvatlas.bridge.tasks import end_tasks
 from kvatlas.scorer.backends.base import Stats
 from kvatlas.scorer.backends.errors import BackendError, ReadOnlyError, SchemaError
 from kvatlas.scorer.pods import PodTable
@@ -220,9 +220,7 @@ class MirrorFollower:
     async def stop(self) -> None:
         """Stop reading."""
         if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await end_tasks([self._task])
 
     @property
     def stale(self) -> bool:

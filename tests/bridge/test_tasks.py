@@ -21,7 +21,7 @@ async def test_a_task_that_lost_its_cancellation_is_cancelled_again() -> None:
 
     tasks = [asyncio.create_task(deaf()) for _ in range(2)]
     await asyncio.sleep(0)
-    await asyncio.wait_for(end_tasks(tasks), 60)
+    await asyncio.wait_for(end_tasks(tasks, again_seconds=0.01), 60)
     assert swallowed == 2
     assert all(task.cancelled() for task in tasks)
 
