@@ -20,7 +20,7 @@ from kvatlas.connector.layout import Fingerprint
 from kvatlas.connector.outcome import Outcome
 from kvatlas.connector.transfer import PagedKV
 from kvatlas.scorer.client import ScorerClient
-from tests.connector.conftest import ENOSPC, FaultyFileSystem, fail
+from tests.connector.conftest import EIO, FaultyFileSystem, fail
 from tests.integration import pipeline_support as support
 from tests.integration.pipeline_support import Service
 
@@ -212,10 +212,10 @@ def test_a_store_that_failed_never_reaches_the_index(stack: Stack, nodes: list[N
     stack.start("bridge", node.flag)
     with ScorerClient(stack.start("scorer", "--listen=127.0.0.1:0")) as client:
         node.store(0)
-        node.fs.faults["pwritev"] = fail(ENOSPC)
+        node.fs.faults["pwritev"] = fail(EIO)
         result = node.core.store([Item(_key(1), 0, 1)]).result(90)[_key(1)]
         assert result.outcome is Outcome.FAILED
-        assert "ENOSPC" in result.detail
+        assert "EIO" in result.detail
         node.fs.faults.clear()
         node.store(2)
         _says(client, "pod-f", {"disk": 1}, stack)
