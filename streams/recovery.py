@@ -10,7 +10,6 @@ of none.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import Any, Final
 
 from aiokafka import TopicPartition
@@ -19,6 +18,7 @@ from faust.tables.recovery import Recovery
 from faust.types import TP
 from mode import get_logger
 
+from kvatlas.bridge.tasks import end_tasks
 from kvatlas.streams import metrics
 from kvatlas.streams.errors import GoneError, StreamsError
 from kvatlas.streams.partition import PartitionState, Role
@@ -68,11 +68,7 @@ class BulkRecovery(Recovery):
         await self._cancel()
 
     async def _cancel(self) -> None:
-        for task in (self._turn, self._followers):
-            if task is not None:
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+        await end_tasks(task for task in (self._turn, self._followers) if task is not None)
         self._turn = self._followers = None
 
     async def _restore_then_recover(self, assigned: set[TP], newly_assigned: set[TP], generation_id: int) -> None:
