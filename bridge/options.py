@@ -7,10 +7,10 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta
 
-from kvatlas.bridge.adapters import ADAPTERS
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.bridge.events import Limits
-from kvatlas.bridge.settings import Section
+from kvatlas.bridge.model.adapters import ADAPTERS
+from kvatlas.bridge.model.events import Limits
+from kvatlas.bridge.runtime.settings import Section
 
 COPIES: Final = "copies"
 PRESENCE: Final = "presence"

@@ -2,7 +2,7 @@
 
 import sys
 
-from kvatlas.deploy.cli import main
+from kvatlas.deploy.cli.entry import main
 
 if __name__ == "__main__":
     sys.exit(main())

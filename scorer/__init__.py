@@ -6,13 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from kvatlas.scorer.indexer import Indexer
-    from kvatlas.scorer.indexer_options import IndexerOptions
-    from kvatlas.scorer.indexer_sync import SyncIndexer
+    from kvatlas.scorer.library.indexer import Indexer
+    from kvatlas.scorer.library.options import IndexerOptions
+    from kvatlas.scorer.library.sync import SyncIndexer
 
 __all__ = ["Indexer", "IndexerOptions", "SyncIndexer"]
 
-_WHERE: Final = {"Indexer": "indexer", "IndexerOptions": "indexer_options", "SyncIndexer": "indexer_sync"}
+_WHERE: Final = {"Indexer": "library.indexer", "IndexerOptions": "library.options", "SyncIndexer": "library.sync"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The scorer as a service: followers of Kafka around a :class:`~kvatlas.scorer.core.Core`, and its gRPC server."""
+"""The scorer as a service: followers of Kafka around a :class:`~kvatlas.scorer.api.core.Core`, and its gRPC server."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from aiokafka.errors import KafkaError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from kvatlas.bridge import records
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.bridge.kafka import client_config
-from kvatlas.bridge.settings import KafkaSettings
-from kvatlas.bridge.tasks import end_tasks
-from kvatlas.bridge.telemetry import Telemetry
-from kvatlas.scorer import compat, metrics
-from kvatlas.scorer.core import Core
-from kvatlas.scorer.decisions import Decisions
-from kvatlas.scorer.follow import Follower
-from kvatlas.scorer.front import SERVICE, ScorerFront
-from kvatlas.scorer.local import LocalTables, TableLookups
+from kvatlas.bridge.kafka.config import client_config
+from kvatlas.bridge.model import records
+from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.bridge.runtime.tasks import end_tasks
+from kvatlas.bridge.runtime.telemetry import Telemetry
+from kvatlas.scorer.api import llmd, metrics
+from kvatlas.scorer.api.core import Core
+from kvatlas.scorer.api.grpc_server import SERVICE, ScorerFront
+from kvatlas.scorer.api.security import Guard, server_credentials, worker_credentials
+from kvatlas.scorer.lookups.follow import Follower
+from kvatlas.scorer.lookups.local import LocalTables, TableLookups
+from kvatlas.scorer.lookups.pods import PodTable
+from kvatlas.scorer.lookups.router import Lookups, PartitionRouter
+from kvatlas.scorer.lookups.versions import VersionReader, Versions
+from kvatlas.scorer.lookups.workers import WorkerTable
 from kvatlas.scorer.options import ScorerSettings
-from kvatlas.scorer.pods import PodTable
-from kvatlas.scorer.reader import Lookups, PartitionRouter
-from kvatlas.scorer.security import Guard, server_credentials, worker_credentials
+from kvatlas.scorer.scoring.decisions import Decisions
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.tokenization.pool import TokenizerPool
-from kvatlas.scorer.versions import VersionReader, Versions
-from kvatlas.scorer.workers import WorkerTable
 
 if TYPE_CHECKING:
-    from kvatlas.scorer.tracing import Tracing
+    from kvatlas.scorer.api.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def _tracing(settings: ScorerSettings) -> Tracing | None:
     if not settings.traces_endpoint:
         return None
     try:
-        from kvatlas.scorer.tracing import Tracing  # noqa: PLC0415 - an extra of the package
+        from kvatlas.scorer.api.tracing import Tracing  # noqa: PLC0415 - an extra of the package
     except ImportError as error:
         raise SettingsError(f"[scorer] traces_endpoint: install kvatlas[otel] for traces ({error})") from error
     return Tracing(settings)
@@ -218,7 +218,7 @@ class ScorerService:
     async def _serve(self) -> None:
         settings = self._settings
         # An interceptor costs every call, so there is one only where tokens are asked for.
-        interceptors = [compat.GuardTokenization(self._guard)] if settings.compat and settings.tokens_file else []
+        interceptors = [llmd.GuardTokenization(self._guard)] if settings.compat and settings.tokens_file else []
         server = grpc.aio.server(
             interceptors=interceptors,
             options=[
@@ -231,7 +231,7 @@ class ScorerService:
         names = [SERVICE, health.SERVICE_NAME]
         server.add_generic_rpc_handlers((front.handler(),))
         if settings.compat:
-            names += compat.add_to(server, self.core, self._pool, settings, self._guard, tracing=self._tracing)
+            names += llmd.add_to(server, self.core, self._pool, settings, self._guard, tracing=self._tracing)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if settings.reflection:
             reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
@@ -251,7 +251,7 @@ class ScorerService:
         self._server = server
         self.address = f"{settings.listen.rpartition(':')[0]}:{port}"
         if settings.http_listen:
-            from kvatlas.scorer.http import HttpFront  # noqa: PLC0415 - only when switched on
+            from kvatlas.scorer.api.http_server import HttpFront  # noqa: PLC0415 - only when switched on
 
             self._http = HttpFront(self.core, settings, self._guard, self._tracing)
             self.http_address = await self._http.start()

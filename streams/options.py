@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from kvatlas.bridge import records
-from kvatlas.bridge.settings import Section
+from kvatlas.bridge.model import records
+from kvatlas.bridge.runtime.settings import Section
 
 MIB = 1024 * 1024
 

@@ -14,33 +14,33 @@ from typing import Any, Final
 from faust.types import TP
 from mode import get_logger
 
-from kvatlas.bridge import records
-from kvatlas.bridge.block_key import KEY_VERSION
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.bridge.kafka import lost_right
-from kvatlas.bridge.records import WorkerRecord
-from kvatlas.bridge.settings import KafkaSettings
-from kvatlas.bridge.tasks import end_tasks
-from kvatlas.bridge.telemetry import Telemetry
-from kvatlas.streams import engine_blocks as eb
+from kvatlas.bridge.kafka.config import lost_right
+from kvatlas.bridge.kafka.follower import TopicFollower
+from kvatlas.bridge.model import records
+from kvatlas.bridge.model.block_key import KEY_VERSION
+from kvatlas.bridge.model.records import WorkerRecord
+from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.bridge.runtime.tasks import end_tasks
+from kvatlas.bridge.runtime.telemetry import Telemetry
 from kvatlas.streams import metrics
-from kvatlas.streams.announce import Announcer, WorkerBook
-from kvatlas.streams.app import BLOCK_INDEX, ENGINE_BLOCKS, WorkerApp, build_app
-from kvatlas.streams.census import Census
-from kvatlas.streams.engine_sweep import sweep_engine_blocks
 from kvatlas.streams.errors import StoreError, WorkerCrashError
-from kvatlas.streams.follow import TopicFollower
-from kvatlas.streams.gauges import Gauges
-from kvatlas.streams.index import sweep_index
-from kvatlas.streams.keeper import Keeper
+from kvatlas.streams.faust_app.app import BLOCK_INDEX, ENGINE_BLOCKS, WorkerApp, build_app
+from kvatlas.streams.faust_app.consumer import Watchdog
+from kvatlas.streams.faust_app.table import BulkTable
+from kvatlas.streams.index.apply import sweep_index
 from kvatlas.streams.options import WorkerSettings
-from kvatlas.streams.partition import PartitionState, Role
-from kvatlas.streams.pods import PodBook
-from kvatlas.streams.query import LookupServer, LookupService
-from kvatlas.streams.sources import Watchdog
-from kvatlas.streams.surroundings import advertised, discover, worker_id
-from kvatlas.streams.sweeper import Sweeper
-from kvatlas.streams.table import BulkTable
+from kvatlas.streams.resolve import engine_blocks as eb
+from kvatlas.streams.resolve.sweep import sweep_engine_blocks
+from kvatlas.streams.serving.announcer import Announcer, WorkerBook
+from kvatlas.streams.serving.lookup_service import LookupServer, LookupService
+from kvatlas.streams.startup import advertised, discover, worker_id
+from kvatlas.streams.state.partition import PartitionState, Role
+from kvatlas.streams.tasks.pods import PodBook
+from kvatlas.streams.upkeep.census import Census
+from kvatlas.streams.upkeep.gauges import Gauges
+from kvatlas.streams.upkeep.keeper import Keeper
+from kvatlas.streams.upkeep.sweeper import Sweeper
 
 logger = get_logger(__name__)
 
@@ -258,7 +258,7 @@ class WorkerService:
         if not self._settings.mirror or table is None:
             return
         try:
-            from kvatlas.streams.mirror_worker import worker_mirror  # noqa: PLC0415 # Redis's client only where it is used
+            from kvatlas.streams.mirror.worker import worker_mirror  # noqa: PLC0415 # Redis's client only where it is used
         except ImportError as error:
             raise SettingsError("[worker] mirror: needs Redis's client; install kvatlas[redis]") from error
 

@@ -70,7 +70,7 @@ def test_a_wrong_import_is_seen(tmp_path: Path) -> None:
     """The reader of imports finds each form, also inside a function."""
     file = tmp_path / "module.py"
     file.write_text(
-        "import kvatlas.deploy.cli\ndef f():\n    from kvatlas import scorer\n    from kvatlas.streams import x\n"
+        "import kvatlas.deploy.cli.entry\ndef f():\n    from kvatlas import scorer\n    from kvatlas.streams import x\n"
     )
     assert _imported(file) == {"deploy", "scorer", "streams"}
 
@@ -78,8 +78,8 @@ def test_a_wrong_import_is_seen(tmp_path: Path) -> None:
 def test_formats_need_neither_sockets_nor_kafka() -> None:
     """Importing the formats, the adapters and the block keys loads no zmq and no Kafka client."""
     code = (
-        "import sys, kvatlas.bridge.events, kvatlas.bridge.records, kvatlas.bridge.block_key\n"
-        "import kvatlas.bridge.adapters.vllm, kvatlas.bridge.adapters.sglang\n"
+        "import sys, kvatlas.bridge.model.events, kvatlas.bridge.model.records, kvatlas.bridge.model.block_key\n"
+        "import kvatlas.bridge.model.adapters.vllm, kvatlas.bridge.model.adapters.sglang\n"
         "print(sorted({name.split('.')[0] for name in sys.modules} & {'zmq', 'aiokafka', 'faust', 'confluent_kafka'}))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

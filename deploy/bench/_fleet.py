@@ -12,10 +12,10 @@ from typing import Any, Final
 
 from aiokafka import AIOKafkaProducer
 
-from kvatlas.bridge import records
-from kvatlas.bridge.adapters.fields import encode_batch
-from kvatlas.bridge.records import Control
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.model import records
+from kvatlas.bridge.model.adapters.fields import encode_batch
+from kvatlas.bridge.model.records import Control
+from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.sim import traffic
 from kvatlas.deploy.sim.cache import Request
 from kvatlas.deploy.sim.options import SimSettings

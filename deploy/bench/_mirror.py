@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final, cast
 
 from kvatlas.bridge.errors import KvatlasError
-from kvatlas.streams.changelog import Meta
-from kvatlas.streams.codec import HOLDER_BYTES
-from kvatlas.streams.mirror import Mirror
-from kvatlas.streams.mirror_layout import MirrorLayout, Names, Position
-from kvatlas.streams.mirror_part import MirrorSource
-from kvatlas.streams.mirror_server import MirrorServer
-from kvatlas.streams.partition import PartitionState, Role
-from kvatlas.streams.redis_link import connect
+from kvatlas.streams.index.holders import HOLDER_BYTES
+from kvatlas.streams.mirror.layout import MirrorLayout, Names, Position
+from kvatlas.streams.mirror.mirror import Mirror
+from kvatlas.streams.mirror.part import MirrorSource
+from kvatlas.streams.mirror.redis_link import connect
+from kvatlas.streams.mirror.server import MirrorServer
+from kvatlas.streams.state.changelog import Meta
+from kvatlas.streams.state.partition import PartitionState, Role
 
 _FLUSH: Final = 8_192
 _PREFIX: Final = "kvatlas-bench"

@@ -16,14 +16,14 @@ from typing import Any, Final
 import numpy as np
 from aiokafka import AIOKafkaProducer
 
-from kvatlas.bridge import records
-from kvatlas.bridge.events import Tier
-from kvatlas.bridge.kafka import client_config
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.kafka.config import client_config
+from kvatlas.bridge.model import records
+from kvatlas.bridge.model.events import Tier
+from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.kafka import KafkaNode
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.streams import metrics
-from kvatlas.streams.codec import OP_ADD, OP_REMOVE, Run, encode_blocks, pack_holder
+from kvatlas.streams.index.holders import OP_ADD, OP_REMOVE, Run, encode_blocks, pack_holder
 from kvatlas.streams.options import WorkerSettings
 from kvatlas.streams.service import WorkerService
 
@@ -180,7 +180,7 @@ class Load:
 
 def count_updates(made: Sequence[tuple[int, bytes]]) -> int:
     """Return the updates in encoded records."""
-    from kvatlas.streams.codec import decode_blocks  # noqa: PLC0415
+    from kvatlas.streams.index.holders import decode_blocks  # noqa: PLC0415
 
     return sum(len(decode_blocks(value).ops) for _, value in made)
 

@@ -16,11 +16,11 @@ from typing import Any, Final, NamedTuple
 import grpc
 import numpy as np
 
-from kvatlas.bridge import records
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.model import records
+from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.bench import _rig, _serving
 from kvatlas.scorer.v1 import scorer_pb2 as pb
-from kvatlas.streams.codec import OP_ADD, OP_REMOVE
+from kvatlas.streams.index.holders import OP_ADD, OP_REMOVE
 
 _TOKENS: Final = 8_192
 _SLOW_MS: Final = 2.0

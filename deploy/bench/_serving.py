@@ -18,11 +18,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from kvatlas.bridge import records
-from kvatlas.bridge.block_key import block_keys, root_key
 from kvatlas.bridge.errors import KvatlasError
-from kvatlas.bridge.records import PodRecord
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.model import records
+from kvatlas.bridge.model.block_key import block_keys, root_key
+from kvatlas.bridge.model.records import PodRecord
+from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.bench import _rig
 from kvatlas.scorer.client import ScorerClient
 

@@ -23,12 +23,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from kvatlas.bridge.adapters.fields import encode_batch
-from kvatlas.bridge.engine_publisher import EnginePublisher
+from kvatlas.bridge.engines.publisher import EnginePublisher
 from kvatlas.bridge.errors import KvatlasError
+from kvatlas.bridge.model.adapters.fields import encode_batch
 from kvatlas.bridge.options import BridgeSettings
-from kvatlas.bridge.settings import KafkaSettings, LogSettings
-from kvatlas.deploy.launcher import Launcher
+from kvatlas.bridge.runtime.settings import KafkaSettings, LogSettings
+from kvatlas.deploy.processes.launcher import Launcher
 from kvatlas.scorer.client import ScorerClient
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.tokenization.options import TokenizerSettings

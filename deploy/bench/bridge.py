@@ -22,13 +22,13 @@ import zmq
 import zmq.asyncio
 from aiokafka import AIOKafkaProducer
 
-from kvatlas.bridge import records
-from kvatlas.bridge.adapters.fields import encode_batch
-from kvatlas.bridge.engine_publisher import EnginePublisher
+from kvatlas.bridge.engines.publisher import EnginePublisher
+from kvatlas.bridge.model import records
+from kvatlas.bridge.model.adapters.fields import encode_batch
 from kvatlas.bridge.options import BridgeSettings
-from kvatlas.bridge.runtime import settle_interpreter
-from kvatlas.bridge.service import BridgeService
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.relay.service import BridgeService
+from kvatlas.bridge.runtime.interpreter import settle_interpreter
+from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.kafka import KafkaNode
 from kvatlas.deploy.brokers.topics import ensure_topics
 

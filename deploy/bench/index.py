@@ -12,11 +12,11 @@ from typing import Any, Final
 import faust
 from faust.types import TP
 
-from kvatlas.bridge import records
-from kvatlas.bridge.adapters.fields import encode_batch
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.model import records
+from kvatlas.bridge.model.adapters.fields import encode_batch
+from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.bench import _rig
-from kvatlas.streams.codec import HOLDER_BYTES, OP_ADD, add_holder, decode_blocks, remove_holder
+from kvatlas.streams.index.holders import HOLDER_BYTES, OP_ADD, add_holder, decode_blocks, remove_holder
 
 HELP: Final = "block updates/s into the index (beside a stock faust.Table), and blocks/s through resolve and index"
 

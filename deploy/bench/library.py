@@ -17,18 +17,18 @@ from typing import Any, Final
 
 import redis.asyncio as aioredis
 
-from kvatlas.bridge import records
-from kvatlas.bridge.adapters.fields import encode_batch
-from kvatlas.bridge.block_key import block_keys, pack_tokens, root_key
-from kvatlas.bridge.engine_publisher import EnginePublisher
+from kvatlas.bridge.engines.publisher import EnginePublisher
 from kvatlas.bridge.errors import KvatlasError
-from kvatlas.bridge.events import Kind, Tier
+from kvatlas.bridge.model import records
+from kvatlas.bridge.model.adapters.fields import encode_batch
+from kvatlas.bridge.model.block_key import block_keys, pack_tokens, root_key
+from kvatlas.bridge.model.events import Kind, Tier
 from kvatlas.deploy.bench._mirror import mirror_rate
-from kvatlas.scorer.backends.base import Backend
-from kvatlas.scorer.backends.memory import MemoryBackend
-from kvatlas.scorer.backends.redis import RedisBackend
-from kvatlas.scorer.indexer import Indexer
-from kvatlas.streams.codec import OP_ADD, BlocksRecord, Run, decode_blocks, encode_blocks, pack_holder
+from kvatlas.scorer.library.backends.base import Backend
+from kvatlas.scorer.library.backends.memory import MemoryBackend
+from kvatlas.scorer.library.backends.redis import RedisBackend
+from kvatlas.scorer.library.indexer import Indexer
+from kvatlas.streams.index.holders import OP_ADD, BlocksRecord, Run, decode_blocks, encode_blocks, pack_holder
 
 HELP: Final = "the index as a library: add, lookup, score 8,192 tokens, raw engine messages"
 

@@ -141,11 +141,11 @@ def _tier(
     args: argparse.Namespace, directory: Path, memory: memoryview, per_file: int, *, buffered: bool
 ) -> Iterator[tuple[Any, list[Any]]]:
     """Yield a file tier that has looked around, and the blocks of ``memory``."""
-    from kvatlas.connector.blocks import Block  # noqa: PLC0415 - `bench list` must not need the connector
-    from kvatlas.connector.catalog import Budget  # noqa: PLC0415
-    from kvatlas.connector.file_settings import FileTierSettings  # noqa: PLC0415
-    from kvatlas.connector.filetier import FileTier  # noqa: PLC0415
-    from kvatlas.connector.layout import Fingerprint  # noqa: PLC0415
+    from kvatlas.connector.files.blocks import Block  # noqa: PLC0415 - `bench list` must not need the connector
+    from kvatlas.connector.files.catalog import Budget  # noqa: PLC0415
+    from kvatlas.connector.files.layout import Fingerprint  # noqa: PLC0415
+    from kvatlas.connector.files.settings import FileTierSettings  # noqa: PLC0415
+    from kvatlas.connector.files.tier import FileTier  # noqa: PLC0415
 
     blocks = [
         Block(number.to_bytes(32, "big"), [memory[at : at + _BLOCK_BYTES]])
@@ -271,8 +271,8 @@ def _gpu_cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         return
     if not torch.cuda.is_available():
         return
-    from kvatlas.connector.engine import host_memory  # noqa: PLC0415 - needs torch
-    from kvatlas.connector.transfer import Mover, PagedKV, Placement  # noqa: PLC0415
+    from kvatlas.connector.offload.engine import host_memory  # noqa: PLC0415 - needs torch
+    from kvatlas.connector.offload.transfer import Mover, PagedKV, Placement  # noqa: PLC0415
 
     total = 1 << 30
     for page in (64 << 10, 256 << 10, 2 << 20):

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from kvatlas.bridge import records
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.model import records
+from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.bench import _rig
 from kvatlas.streams import metrics
-from kvatlas.streams.app import BLOCK_INDEX
+from kvatlas.streams.faust_app.app import BLOCK_INDEX
 
 HELP: Final = "restore of a block index: entries/s from the changelog alone, seconds from local state after SIGKILL"
 

@@ -14,15 +14,15 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from kvatlas.bridge import records
-from kvatlas.bridge.adapters.fields import encode_batch
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.model import records
+from kvatlas.bridge.model.adapters.fields import encode_batch
+from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.bench import _rig
 from kvatlas.deploy.history.filters import Filter, Wanted
 from kvatlas.deploy.history.log import LogReader
 from kvatlas.deploy.history.moment import EARLIEST, LATEST
 from kvatlas.deploy.history.rebuild import rebuild
-from kvatlas.streams.resolve import ResolveOptions
+from kvatlas.streams.resolve.resolver import ResolveOptions
 
 _PODS: Final = 16
 _MESSAGES: Final = 100_000

@@ -9,16 +9,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from kvatlas.bridge.adapters.fields import encode_batch
-from kvatlas.bridge.adapters.vllm import decode
-from kvatlas.bridge.events import Limits
-from kvatlas.streams.codec import BlocksRecord, decode_blocks
-from kvatlas.streams.effects import Effects
-from kvatlas.streams.index import apply_blocks
-from kvatlas.streams.lookups import answer_columns
-from kvatlas.streams.message import Message
-from kvatlas.streams.resolve import ResolveOptions, Resolver
-from kvatlas.streams.view import DictView
+from kvatlas.bridge.model.adapters.fields import encode_batch
+from kvatlas.bridge.model.adapters.vllm import decode
+from kvatlas.bridge.model.events import Limits
+from kvatlas.streams.index.apply import apply_blocks
+from kvatlas.streams.index.columns import answer_columns
+from kvatlas.streams.index.holders import BlocksRecord, decode_blocks
+from kvatlas.streams.index.view import DictView
+from kvatlas.streams.resolve.effects import Effects
+from kvatlas.streams.resolve.message import Message
+from kvatlas.streams.resolve.resolver import ResolveOptions, Resolver
 
 HELP: Final = "decode, resolve and index alone: blocks/s and updates/s of one core, without Kafka and RocksDB"
 

@@ -19,10 +19,10 @@ from typing import Any, Final
 
 import grpc
 
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.bench import _rig, _serving
 from kvatlas.deploy.bench._score_load import under_load
-from kvatlas.deploy.colocated import ScoringWorker
+from kvatlas.deploy.processes.colocated import ScoringWorker
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.v1 import scorer_pb2 as pb

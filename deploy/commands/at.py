@@ -15,13 +15,13 @@ from typing import Any, Final
 import msgspec
 
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.bridge.settings import KafkaSettings
-from kvatlas.deploy.commands.common import add_sections, at_least, file_error, load_sections, token_ids
+from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.deploy.cli.common import add_sections, at_least, file_error, load_sections, token_ids
 from kvatlas.deploy.history import ask
 from kvatlas.deploy.history.log import LogReader
 from kvatlas.deploy.history.moment import FORMS, Moment, parse_moment
 from kvatlas.deploy.history.rebuild import PastIndex, rebuild
-from kvatlas.streams.resolve import ResolveOptions
+from kvatlas.streams.resolve.resolver import ResolveOptions
 
 HELP: Final = "ask the index as of a past moment"
 QUESTIONS: Final = ("score", "explain", "pods", "save")

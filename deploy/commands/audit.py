@@ -13,13 +13,13 @@ from typing import Final
 import msgspec
 
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.bridge.settings import KafkaSettings
-from kvatlas.deploy.commands import common
+from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.deploy.audit.audit import PodAudit, Truth, audit, fold_events, read_truth
+from kvatlas.deploy.brokers.rights import check_rights, rights_of
+from kvatlas.deploy.cli import common
 from kvatlas.deploy.reindex.catalog import configured
-from kvatlas.deploy.rights import check_rights, rights_of
-from kvatlas.streams.app import resolve_options
-from kvatlas.streams.audit import PodAudit, Truth, audit, fold_events, read_truth
 from kvatlas.streams.errors import StreamsError
+from kvatlas.streams.faust_app.app import resolve_options
 from kvatlas.streams.options import WorkerSettings
 
 HELP: Final = "compare the index with what pods really hold"

@@ -7,15 +7,15 @@ import asyncio
 import signal
 from typing import Final
 
-from kvatlas.bridge.logs import configure_logging
+from kvatlas.bridge.model.records import DLQ, EVENTS, PODS, TOPICS
 from kvatlas.bridge.options import BridgeSettings
-from kvatlas.bridge.records import DLQ, EVENTS, PODS, TOPICS
-from kvatlas.bridge.runtime import settle_interpreter
-from kvatlas.bridge.service import BridgeService
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.relay.service import BridgeService
+from kvatlas.bridge.runtime.interpreter import settle_interpreter
+from kvatlas.bridge.runtime.logs import configure_logging
+from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.deploy.brokers.rights import START_SECONDS, check_rights, rights_of
 from kvatlas.deploy.brokers.topics import ensure_topics
-from kvatlas.deploy.commands import common
-from kvatlas.deploy.rights import START_SECONDS, check_rights, rights_of
+from kvatlas.deploy.cli import common
 
 HELP: Final = "subscribe to engines and put their events on Kafka"
 

@@ -12,10 +12,10 @@ from typing import Any, Final, get_args, get_origin
 
 import msgspec
 
-from kvatlas.bridge import settings
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.bridge.settings import ENV_FILE, Field
-from kvatlas.deploy.commands import common
+from kvatlas.bridge.runtime import settings
+from kvatlas.bridge.runtime.settings import ENV_FILE, Field
+from kvatlas.deploy.cli import common
 
 HELP: Final = "show every setting with its source names and default"
 

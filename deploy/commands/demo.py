@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from kvatlas.deploy.commands import common
-from kvatlas.deploy.demo import Check, Demo, DemoError, PodView
+from kvatlas.deploy.cli import common
+from kvatlas.deploy.processes.demo import Check, Demo, DemoError, PodView
 from kvatlas.deploy.sim.options import SimSettings
 
 HELP: Final = "run the whole pipeline on simulated pods and check its answers"

@@ -13,9 +13,10 @@ from typing import Final
 
 import msgspec
 
-from kvatlas.bridge import records
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.model import records
+from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.deploy.cli.common import add_sections, load_sections
 from kvatlas.deploy.commands.at import (
     add_rebuild_arguments,
     check_snapshots,
@@ -23,12 +24,11 @@ from kvatlas.deploy.commands.at import (
     options_of,
     progress_to_stderr,
 )
-from kvatlas.deploy.commands.common import add_sections, load_sections
 from kvatlas.deploy.history.log import LogReader, Range
 from kvatlas.deploy.history.moment import EARLIEST, FORMS, Moment, parse_moment
 from kvatlas.deploy.history.rebuild import PastIndex, advance, differences, rebuild
-from kvatlas.streams.codec import HOLDER_BYTES, IDENTITY_BYTES, POD_BYTES
-from kvatlas.streams.index import is_meta, live_holders
+from kvatlas.streams.index.apply import is_meta, live_holders
+from kvatlas.streams.index.holders import HOLDER_BYTES, IDENTITY_BYTES, POD_BYTES
 
 HELP: Final = "what changed per pod between two moments"
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Final
 
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.connector.catalog import Budget
 from kvatlas.connector.errors import LayoutError
-from kvatlas.connector.evictor import Report, evict_root
-from kvatlas.deploy.commands.common import at_least
+from kvatlas.connector.files.catalog import Budget
+from kvatlas.connector.files.evictor import Report, evict_root
+from kvatlas.deploy.cli.common import at_least
 
 HELP: Final = "keep a shared offload folder within its budget"
 _UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}

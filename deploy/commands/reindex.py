@@ -12,9 +12,9 @@ from typing import Any, Final
 
 import msgspec
 
-from kvatlas.bridge.records import WORKERS, IndexCatalog
-from kvatlas.bridge.settings import KafkaSettings
-from kvatlas.deploy.commands import common
+from kvatlas.bridge.model.records import WORKERS, IndexCatalog
+from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.deploy.cli import common
 from kvatlas.deploy.history.log import LogReader
 from kvatlas.deploy.reindex.catalog import drop_version, read_catalog, start_version, write_catalog
 from kvatlas.deploy.reindex.compare import Comparison, Versions, compare

@@ -15,10 +15,10 @@ from typing import Final
 
 import msgspec
 
-from kvatlas.bridge import records
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.bridge.settings import KafkaSettings
-from kvatlas.deploy.commands.common import add_sections, at_least, file_error, load_sections, token_ids
+from kvatlas.bridge.model import records
+from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.deploy.cli.common import add_sections, at_least, file_error, load_sections, token_ids
 from kvatlas.deploy.history.capture import CaptureWriter, capture_topic, read_capture
 from kvatlas.deploy.history.filters import FILTERS, Filter, Wanted, prefix_keys
 from kvatlas.deploy.history.log import LogReader, Range, Record

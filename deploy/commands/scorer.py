@@ -6,10 +6,10 @@ import argparse
 import asyncio
 from typing import Any, Final
 
-from kvatlas.bridge.logs import configure_logging
-from kvatlas.bridge.runtime import settle_interpreter
-from kvatlas.deploy.commands import common
-from kvatlas.deploy.rights import check_rights, rights_of
+from kvatlas.bridge.runtime.interpreter import settle_interpreter
+from kvatlas.bridge.runtime.logs import configure_logging
+from kvatlas.deploy.brokers.rights import check_rights, rights_of
+from kvatlas.deploy.cli import common
 from kvatlas.scorer.service import ScorerService
 
 HELP: Final = "answer which pod holds a prompt's prefix"

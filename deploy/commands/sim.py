@@ -10,7 +10,7 @@ from typing import Final
 
 import msgspec
 
-from kvatlas.deploy.commands import common
+from kvatlas.deploy.cli import common
 from kvatlas.deploy.sim.fleet import Fleet
 from kvatlas.deploy.sim.options import SimSettings
 from kvatlas.deploy.sim.truth import TruthServer

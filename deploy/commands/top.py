@@ -13,13 +13,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from kvatlas.bridge import records
 from kvatlas.bridge.errors import LogError, SettingsError
-from kvatlas.bridge.settings import KafkaSettings
-from kvatlas.deploy.commands.common import add_sections, async_stop_event, at_least, load_sections
+from kvatlas.bridge.model import records
+from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.deploy.brokers.rights import check_rights, rights_of
+from kvatlas.deploy.cli.common import add_sections, async_stop_event, at_least, load_sections
 from kvatlas.deploy.history.log import LogReader
 from kvatlas.deploy.history.watch import Picture, Watch
-from kvatlas.deploy.rights import check_rights, rights_of
 
 HELP: Final = "live view of fleet, workers and scorers"
 _WIDE: Final = 240

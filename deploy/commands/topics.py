@@ -12,11 +12,11 @@ from typing import Final
 import msgspec
 
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.bridge.records import TOPICS, Topic, changelog_topics
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.model.records import TOPICS, Topic, changelog_topics
+from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.deploy.brokers.rights import TOPIC_RIGHTS, contact, default_groups, rights_of
 from kvatlas.deploy.brokers.topics import ensure_topics
-from kvatlas.deploy.commands import common
-from kvatlas.deploy.rights import TOPIC_RIGHTS, contact, default_groups, rights_of
+from kvatlas.deploy.cli import common
 
 HELP: Final = "create the topics, or check those that exist"
 

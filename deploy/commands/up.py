@@ -12,8 +12,8 @@ from typing import Final
 import msgspec
 
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.deploy.commands import common
-from kvatlas.deploy.launcher import Launcher
+from kvatlas.deploy.cli import common
+from kvatlas.deploy.processes.launcher import Launcher
 
 HELP: Final = "run broker, bridge, worker and scorer on this machine until interrupted"
 

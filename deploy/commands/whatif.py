@@ -12,8 +12,8 @@ from typing import Final
 import msgspec
 
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.bridge.settings import KafkaSettings
-from kvatlas.deploy.commands import common
+from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.deploy.cli import common
 from kvatlas.deploy.history.log import LogReader
 from kvatlas.deploy.history.moment import parse_moment
 from kvatlas.deploy.whatif.fleet import Arrival

@@ -12,9 +12,10 @@ from typing import Any, Final
 
 import msgspec
 
-from kvatlas.bridge import records
 from kvatlas.bridge.errors import KvatlasError, WireError
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.model import records
+from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.deploy.cli.common import add_sections, at_least, load_sections
 from kvatlas.deploy.commands.at import (
     add_rebuild_arguments,
     check_snapshots,
@@ -22,7 +23,6 @@ from kvatlas.deploy.commands.at import (
     options_of,
     progress_to_stderr,
 )
-from kvatlas.deploy.commands.common import add_sections, at_least, load_sections
 from kvatlas.deploy.history.log import LogReader
 from kvatlas.deploy.history.moment import EARLIEST, LATEST, Moment
 from kvatlas.deploy.history.rebuild import rebuild

@@ -15,22 +15,22 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from kvatlas.bridge import records
-from kvatlas.bridge.logs import configure_logging
-from kvatlas.bridge.runtime import settle_interpreter
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.model import records
+from kvatlas.bridge.runtime.interpreter import settle_interpreter
+from kvatlas.bridge.runtime.logs import configure_logging
+from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.deploy.brokers.rights import START_SECONDS, check_rights, rights_of
 from kvatlas.deploy.brokers.topics import ensure_topics
-from kvatlas.deploy.cli import EXIT_USAGE
-from kvatlas.deploy.commands import common
+from kvatlas.deploy.cli import common
+from kvatlas.deploy.cli.entry import EXIT_USAGE
 from kvatlas.deploy.reindex.catalog import configured
-from kvatlas.deploy.rights import START_SECONDS, check_rights, rights_of
 from kvatlas.scorer.options import ScorerSettings
-from kvatlas.streams.app import group_of
+from kvatlas.streams.faust_app.app import group_of
 from kvatlas.streams.options import WorkerSettings
 from kvatlas.streams.service import WorkerService
 
 if TYPE_CHECKING:
-    from kvatlas.deploy.colocated import ScoringWorker
+    from kvatlas.deploy.processes.colocated import ScoringWorker
 
 HELP: Final = "materialise the block index and answer lookups"
 
@@ -132,7 +132,7 @@ def _service(
 ) -> WorkerService | ScoringWorker:
     if scorer is None:
         return WorkerService(settings, kafka)
-    from kvatlas.deploy.colocated import ScoringWorker  # noqa: PLC0415 - a worker alone needs no tokenizers
+    from kvatlas.deploy.processes.colocated import ScoringWorker  # noqa: PLC0415 - a worker alone needs no tokenizers
 
     return ScoringWorker(settings, kafka, scorer["scorer"], scorer["tokenizer"])
 

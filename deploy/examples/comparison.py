@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Final
 
-from kvatlas.bridge.engine_publisher import EnginePublisher
+from kvatlas.bridge.engines.publisher import EnginePublisher
 from kvatlas.deploy.sim import traffic
 from kvatlas.deploy.sim.cache import Request
 from kvatlas.deploy.sim.options import SimSettings

@@ -8,7 +8,7 @@ from typing import Any
 
 from aiohttp import web
 
-from kvatlas.bridge.engine_publisher import EnginePublisher
+from kvatlas.bridge.engines.publisher import EnginePublisher
 from kvatlas.deploy.sim.cache import Request
 from kvatlas.deploy.sim.pod import Publisher, SimPod
 from kvatlas.scorer.tokenization.pool import TokenizerPool

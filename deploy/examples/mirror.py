@@ -29,8 +29,8 @@ from kvatlas.deploy.examples.pipeline import pipeline
 from kvatlas.deploy.sim import traffic
 from kvatlas.deploy.sim.options import SimSettings
 from kvatlas.scorer import Indexer
-from kvatlas.scorer.backends.errors import BackendError
-from kvatlas.scorer.backends.mirror import MirrorBackend
+from kvatlas.scorer.library.backends.errors import BackendError
+from kvatlas.scorer.library.backends.mirror import MirrorBackend
 
 _MODEL: Final = "demo"
 _START_SECONDS: Final = 60.0

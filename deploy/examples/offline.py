@@ -11,11 +11,11 @@ import argparse
 import asyncio
 from pathlib import Path
 
-from kvatlas.bridge import records
-from kvatlas.bridge.adapters import vllm
-from kvatlas.bridge.block_key import TOKEN_BYTES
 from kvatlas.bridge.errors import KvatlasError
-from kvatlas.bridge.events import Limits, Stored
+from kvatlas.bridge.model import records
+from kvatlas.bridge.model.adapters import vllm
+from kvatlas.bridge.model.block_key import TOKEN_BYTES
+from kvatlas.bridge.model.events import Limits, Stored
 from kvatlas.deploy.history.capture import read_capture
 from kvatlas.scorer import Indexer
 

@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import msgspec
 
-from kvatlas.bridge import block_key, records
-from kvatlas.bridge.events import Tier
+from kvatlas.bridge.model import block_key, records
+from kvatlas.bridge.model.events import Tier
 from kvatlas.deploy.history.rebuild import PastIndex
-from kvatlas.scorer.score import Fleet, Weights, walk
-from kvatlas.streams.codec import holders
+from kvatlas.scorer.scoring.walk import Fleet, Weights, walk
+from kvatlas.streams.index.holders import holders
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):

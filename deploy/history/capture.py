@@ -20,8 +20,8 @@ from typing import Final, Self
 
 import msgspec
 
-from kvatlas.bridge import records
 from kvatlas.bridge.errors import SettingsError, WireError
+from kvatlas.bridge.model import records
 from kvatlas.deploy.history.log import Record
 
 FORMAT: Final = "kvatlas-capture"

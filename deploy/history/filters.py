@@ -12,15 +12,15 @@ from typing import Final
 
 import msgspec
 
-from kvatlas.bridge import block_key, records
 from kvatlas.bridge.errors import WireError
+from kvatlas.bridge.model import block_key, records
 from kvatlas.deploy.history.log import Record
 from kvatlas.deploy.history.summary import REMOVED, STORED, Message, MessageLine, read_message
-from kvatlas.streams.codec import OP_ADD, OP_REMOVE, decode_blocks
-from kvatlas.streams.effects import Effects
-from kvatlas.streams.message import parse_message
-from kvatlas.streams.resolve import ResolveOptions, Resolver
-from kvatlas.streams.view import DictView
+from kvatlas.streams.index.holders import OP_ADD, OP_REMOVE, decode_blocks
+from kvatlas.streams.index.view import DictView
+from kvatlas.streams.resolve.effects import Effects
+from kvatlas.streams.resolve.message import parse_message
+from kvatlas.streams.resolve.resolver import ResolveOptions, Resolver
 
 _KEY: Final = block_key.KEY_BYTES
 _OPERATIONS: Final = {STORED: OP_ADD, REMOVED: OP_REMOVE}

@@ -12,11 +12,11 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.errors import KvatlasError, LogError
-from kvatlas.bridge.kafka import client_config, lost_right
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.kafka.config import client_config, lost_right
+from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.deploy.brokers.rights import account, contact
 from kvatlas.deploy.history.fetch import RangeFetcher, RecordBatch
 from kvatlas.deploy.history.moment import Moment, offsets_at
-from kvatlas.deploy.rights import account, contact
 
 
 class Record(NamedTuple):

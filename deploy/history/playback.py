@@ -9,9 +9,9 @@ from typing import Final
 
 import zmq
 
-from kvatlas.bridge import records
-from kvatlas.bridge.engine_publisher import binds
+from kvatlas.bridge.engines.publisher import binds
 from kvatlas.bridge.errors import EngineError, SettingsError
+from kvatlas.bridge.model import records
 from kvatlas.deploy.history.log import Record
 
 SCHEME: Final = "zmq://"

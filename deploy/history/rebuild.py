@@ -18,18 +18,18 @@ from typing import Any, Final
 
 import msgspec
 
-from kvatlas.bridge import records
 from kvatlas.bridge.errors import LogError, WireError
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.model import records
+from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.history.log import LogReader, Range, Record
 from kvatlas.deploy.history.moment import Moment
-from kvatlas.streams.codec import decode_blocks
-from kvatlas.streams.engine_blocks import decode_state, state_key
-from kvatlas.streams.index import apply_blocks
-from kvatlas.streams.local import LocalTable
-from kvatlas.streams.message import parse_message
-from kvatlas.streams.resolve import ResolveOptions, Resolver, pod_record
-from kvatlas.streams.rocks import RocksBudget
+from kvatlas.streams.index.apply import apply_blocks
+from kvatlas.streams.index.holders import decode_blocks
+from kvatlas.streams.resolve.engine_blocks import decode_state, state_key
+from kvatlas.streams.resolve.message import parse_message
+from kvatlas.streams.resolve.resolver import ResolveOptions, Resolver, pod_record
+from kvatlas.streams.state.database import RocksBudget
+from kvatlas.streams.state.local_table import LocalTable
 
 _META: Final = "snapshot.json"
 _ENGINE_BLOCKS: Final = "engine_blocks.db"

@@ -8,12 +8,12 @@ from typing import Any
 
 import msgspec
 
-from kvatlas.bridge import records
 from kvatlas.bridge.errors import WireError
-from kvatlas.bridge.events import Tier
+from kvatlas.bridge.model import records
+from kvatlas.bridge.model.events import Tier
 from kvatlas.deploy.history.log import Record
 from kvatlas.deploy.history.summary import MessageLine
-from kvatlas.streams.codec import HOLDER, OP_ADD, decode_blocks
+from kvatlas.streams.index.holders import HOLDER, OP_ADD, decode_blocks
 
 _PLACE = f"{'time':<13}{'where':>12}  "
 #: Topic -> the line above its rows.

@@ -12,9 +12,9 @@ from typing import Any, Final
 
 import msgspec
 
-from kvatlas.bridge import records
 from kvatlas.bridge.errors import WireError
-from kvatlas.bridge.events import tier_of
+from kvatlas.bridge.model import records
+from kvatlas.bridge.model.events import tier_of
 from kvatlas.deploy.history.log import Record
 
 HashValue = int | bytes

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import msgspec
 
-from kvatlas.bridge import block_key, records
-from kvatlas.bridge.events import Tier
+from kvatlas.bridge.model import block_key, records
+from kvatlas.bridge.model.events import Tier
 from kvatlas.deploy.history.rebuild import PastIndex
-from kvatlas.streams.codec import Holder, holders
+from kvatlas.streams.index.holders import Holder, holders
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):

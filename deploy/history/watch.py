@@ -10,14 +10,14 @@ import msgspec
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
-from kvatlas.bridge import records
 from kvatlas.bridge.errors import LogError
-from kvatlas.bridge.kafka import client_config, lost_right
-from kvatlas.bridge.settings import KafkaSettings
-from kvatlas.deploy.top_scorers import ScorerRow, Scorers
-from kvatlas.scorer.pods import PodTable
-from kvatlas.scorer.versions import VersionReader, Versions
-from kvatlas.scorer.workers import WorkerTable
+from kvatlas.bridge.kafka.config import client_config, lost_right
+from kvatlas.bridge.model import records
+from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.deploy.history.top_scorers import ScorerRow, Scorers
+from kvatlas.scorer.lookups.pods import PodTable
+from kvatlas.scorer.lookups.versions import VersionReader, Versions
+from kvatlas.scorer.lookups.workers import WorkerTable
 
 _NS_PER_MS: Final = 1_000_000
 _READ_SECONDS: Final = 15.0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from kvatlas.bridge import records
 from kvatlas.bridge.errors import SettingsError
+from kvatlas.bridge.model import records
 from kvatlas.deploy.history.log import LogReader, Range, Record, find_record
 from kvatlas.deploy.history.moment import LATEST, Moment
 from kvatlas.deploy.history.summary import number_of

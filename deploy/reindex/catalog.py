@@ -16,15 +16,15 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError, for_code
 
-from kvatlas.bridge import records
 from kvatlas.bridge.errors import LogError
-from kvatlas.bridge.kafka import client_config
-from kvatlas.bridge.records import BASE_VERSION, CATALOG_KEY, IndexCatalog, IndexVersion
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.kafka.config import client_config
+from kvatlas.bridge.model import records
+from kvatlas.bridge.model.records import BASE_VERSION, CATALOG_KEY, IndexCatalog, IndexVersion
+from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.deploy.reindex.errors import ReindexError
-from kvatlas.scorer.follow import Follower
-from kvatlas.scorer.workers import WorkerTable
+from kvatlas.scorer.lookups.follow import Follower
+from kvatlas.scorer.lookups.workers import WorkerTable
 from kvatlas.streams.options import WorkerSettings
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")

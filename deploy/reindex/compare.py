@@ -15,13 +15,13 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from kvatlas.bridge.block_key import TOKEN_BYTES
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.model.block_key import TOKEN_BYTES
+from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.reindex.prompts import Prompt
-from kvatlas.scorer.core import Core
+from kvatlas.scorer.api.core import Core
+from kvatlas.scorer.lookups.versions import VersionReader
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.v1 import scorer_pb2 as pb
-from kvatlas.scorer.versions import VersionReader
 
 _ROUNDS: Final = 10
 

@@ -10,13 +10,13 @@ import msgspec
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
-from kvatlas.bridge import records
 from kvatlas.bridge.errors import LogError
-from kvatlas.bridge.kafka import client_config
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.kafka.config import client_config
+from kvatlas.bridge.model import records
+from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.reindex.catalog import admin_of
-from kvatlas.scorer.follow import Follower
-from kvatlas.scorer.workers import WorkerTable
+from kvatlas.scorer.lookups.follow import Follower
+from kvatlas.scorer.lookups.workers import WorkerTable
 
 _CLIENT_ID: Final = "kvatlas-reindex"
 _READ_SECONDS: Final = 20.0

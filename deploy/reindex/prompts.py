@@ -12,14 +12,14 @@ from typing import Final
 
 import msgspec
 
-from kvatlas.bridge import records
-from kvatlas.bridge.adapters import adapter
-from kvatlas.bridge.block_key import TOKEN_BYTES
 from kvatlas.bridge.errors import WireError
-from kvatlas.bridge.events import Limits, Stored
+from kvatlas.bridge.model import records
+from kvatlas.bridge.model.adapters import adapter
+from kvatlas.bridge.model.block_key import TOKEN_BYTES
+from kvatlas.bridge.model.events import Limits, Stored
 from kvatlas.deploy.history.log import LogReader, Range, Record
 from kvatlas.deploy.history.moment import Moment
-from kvatlas.streams.message import parse_message
+from kvatlas.streams.resolve.message import parse_message
 
 #: Longest prompt kept, in tokens: a longer one says nothing more about the index.
 LONGEST_TOKENS: Final = 16_384

@@ -11,7 +11,7 @@ from typing import Final
 
 import yaml
 
-from kvatlas.bridge.engine_publisher import EnginePublisher
+from kvatlas.bridge.engines.publisher import EnginePublisher
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.deploy.sim import traffic
 from kvatlas.deploy.sim.cache import Request

@@ -9,7 +9,7 @@ from collections.abc import Collection
 
 import msgspec
 
-from kvatlas.bridge import block_key
+from kvatlas.bridge.model import block_key
 from kvatlas.deploy.sim.cache import StoredBlocks
 
 

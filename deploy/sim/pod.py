@@ -26,7 +26,7 @@ WEIGHTS: Final = {"gpu": 1.0, "cpu": 0.8}
 
 
 class Publisher(Protocol):
-    """What a pod needs of :class:`kvatlas.bridge.engine_publisher.EnginePublisher`."""
+    """What a pod needs of :class:`kvatlas.bridge.engines.publisher.EnginePublisher`."""
 
     endpoint: str
     replay_endpoint: str | None

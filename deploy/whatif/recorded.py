@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from kvatlas.bridge import records
-from kvatlas.bridge.block_key import KEY_BYTES
 from kvatlas.bridge.errors import SettingsError, WireError
-from kvatlas.bridge.records import DecisionRecord
+from kvatlas.bridge.model import records
+from kvatlas.bridge.model.block_key import KEY_BYTES
+from kvatlas.bridge.model.records import DecisionRecord
 from kvatlas.deploy.history.log import LogReader
 from kvatlas.deploy.history.moment import Moment
 from kvatlas.deploy.whatif.fleet import Arrival

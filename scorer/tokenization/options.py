@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from kvatlas.bridge.settings import Section
+from kvatlas.bridge.runtime.settings import Section
 
 BackendName = Literal["local", "hub", "remote"]
 

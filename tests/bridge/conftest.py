@@ -9,11 +9,11 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from kvatlas.bridge import records
+from kvatlas.bridge.ingest.shared import Shared
+from kvatlas.bridge.ingest.stream import PodStream
+from kvatlas.bridge.kafka.producer import Item, Publisher
+from kvatlas.bridge.model import records
 from kvatlas.bridge.options import BridgeSettings
-from kvatlas.bridge.publisher import Item, Publisher
-from kvatlas.bridge.shared import Shared
-from kvatlas.bridge.stream import PodStream
 
 
 class MemoryLog:

@@ -6,8 +6,8 @@ import pytest
 
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.options import BridgeSettings, EngineSpec, parse_engine
-from kvatlas.bridge.service import BridgeService
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.relay.service import BridgeService
+from kvatlas.bridge.runtime.settings import KafkaSettings
 
 
 def test_a_spec_says_everything_about_an_endpoint() -> None:

@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
-from kvatlas.connector import layout
-from kvatlas.connector.blocks import Block
-from kvatlas.connector.catalog import Budget
-from kvatlas.connector.file_settings import FileTierSettings
-from kvatlas.connector.filetier import FileTier
-from kvatlas.connector.fs import PosixFileSystem, Space, StrPath
-from kvatlas.connector.holdings import Change
-from kvatlas.connector.layout import Fingerprint
+from kvatlas.connector.files import layout
+from kvatlas.connector.files.blocks import Block
+from kvatlas.connector.files.catalog import Budget
+from kvatlas.connector.files.fs import PosixFileSystem, Space, StrPath
+from kvatlas.connector.files.holdings import Change
+from kvatlas.connector.files.layout import Fingerprint
+from kvatlas.connector.files.settings import FileTierSettings
+from kvatlas.connector.files.tier import FileTier
 from kvatlas.connector.outcome import Result, Results
 
 FINGERPRINT = Fingerprint(

@@ -16,19 +16,19 @@ import msgspec
 from pipeline_support import Service
 from streams_support import PARTITIONS, WorkerProcess, make_topics, producing
 
-from kvatlas.bridge import records
-from kvatlas.bridge.block_key import block_keys, pack_tokens, partition_of, root_key
-from kvatlas.bridge.records import Control
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.model import records
+from kvatlas.bridge.model.block_key import block_keys, pack_tokens, partition_of, root_key
+from kvatlas.bridge.model.records import Control
+from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.scorer import IndexerOptions
-from kvatlas.scorer.backends.errors import BackendError
-from kvatlas.scorer.backends.mirror import MirrorBackend
 from kvatlas.scorer.client import ScorerClient, score_request
-from kvatlas.scorer.indexer import Indexer
-from kvatlas.scorer.indexer_sync import SyncIndexer
-from kvatlas.scorer.score import Weights
+from kvatlas.scorer.library.backends.errors import BackendError
+from kvatlas.scorer.library.backends.mirror import MirrorBackend
+from kvatlas.scorer.library.indexer import Indexer
+from kvatlas.scorer.library.sync import SyncIndexer
+from kvatlas.scorer.scoring.walk import Weights
 from kvatlas.scorer.v1 import scorer_pb2 as pb
-from kvatlas.streams.resolve import ResolveOptions
+from kvatlas.streams.resolve.resolver import ResolveOptions
 
 Record = tuple[bytes, bytes, list[tuple[str, bytes]]]
 #: Identifier, offset and length in tokens.

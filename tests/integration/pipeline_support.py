@@ -19,7 +19,7 @@ from typing import Any
 
 import msgpack
 
-from kvatlas.bridge.engine_publisher import EnginePublisher
+from kvatlas.bridge.engines.publisher import EnginePublisher
 
 DATA = Path(__file__).parents[1] / "data" / "captures"
 MODEL = "demo-model"
@@ -167,8 +167,8 @@ def children_of(pid: int) -> dict[str, int]:
             words = (path.parent / "cmdline").read_bytes().decode().split("\0")
         except OSError:
             continue
-        if parent == pid and "kvatlas.deploy.child" in words:
-            found[words[words.index("kvatlas.deploy.child") + 1]] = int(path.parent.name)
+        if parent == pid and "kvatlas.deploy.processes.child" in words:
+            found[words[words.index("kvatlas.deploy.processes.child") + 1]] = int(path.parent.name)
     return found
 
 

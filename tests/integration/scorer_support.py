@@ -8,7 +8,7 @@ from typing import Any
 
 from aiokafka import AIOKafkaProducer
 
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.bench._fleet import LogFleet
 from kvatlas.deploy.sim.cache import Request
 from kvatlas.deploy.sim.options import SimSettings

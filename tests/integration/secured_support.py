@@ -15,10 +15,10 @@ from confluent_kafka.admin import (
     ResourceType,
 )
 
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.kafka import KafkaNode
+from kvatlas.deploy.brokers.rights import TOPIC_RIGHTS, Right, default_groups, rights_of
 from kvatlas.deploy.brokers.security import Security
-from kvatlas.deploy.rights import TOPIC_RIGHTS, Right, default_groups, rights_of
 
 PARTITIONS = 2
 PREFIX = "prod."

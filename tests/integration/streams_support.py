@@ -15,12 +15,12 @@ from typing import Any
 
 from aiokafka import AIOKafkaProducer
 
-from kvatlas.bridge import records
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.model import records
+from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.deploy.audit.audit import PodAudit, audit
 from kvatlas.deploy.bench._fleet import LogFleet
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.deploy.sim.options import SimSettings
-from kvatlas.streams.audit import PodAudit, audit
 
 PARTITIONS = 4
 

@@ -15,14 +15,14 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
-from kvatlas.bridge import records
-from kvatlas.bridge.adapters.fields import encode_batch
-from kvatlas.bridge.block_key import block_keys, pack_tokens, root_key
-from kvatlas.bridge.engine_publisher import EnginePublisher
+from kvatlas.bridge.engines.publisher import EnginePublisher
+from kvatlas.bridge.ingest.recovered import recover
+from kvatlas.bridge.model import records
+from kvatlas.bridge.model.adapters.fields import encode_batch
+from kvatlas.bridge.model.block_key import block_keys, pack_tokens, root_key
 from kvatlas.bridge.options import BridgeSettings
-from kvatlas.bridge.recovery import recover
-from kvatlas.bridge.service import BridgeService
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.relay.service import BridgeService
+from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
 
 _CLEAR = [{"type": "AllBlocksCleared"}]

@@ -10,9 +10,9 @@ from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
-from kvatlas.bridge import records
-from kvatlas.bridge.engine_publisher import EnginePublisher
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.engines.publisher import EnginePublisher
+from kvatlas.bridge.model import records
+from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
 
 _PODS, _KILLS = 5, 3

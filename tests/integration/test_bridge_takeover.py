@@ -13,11 +13,11 @@ from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
-from kvatlas.bridge import records
-from kvatlas.bridge.engine_publisher import EnginePublisher
+from kvatlas.bridge.engines.publisher import EnginePublisher
+from kvatlas.bridge.model import records
 from kvatlas.bridge.options import BridgeSettings
-from kvatlas.bridge.service import BridgeService
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.relay.service import BridgeService
+from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
 
 _PODS, _PARTITIONS = 8, 4

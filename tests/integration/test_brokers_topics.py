@@ -10,8 +10,8 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from kvatlas.bridge.errors import LogError
-from kvatlas.bridge.records import TOPICS, Topic, changelog_topics
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.model.records import TOPICS, Topic, changelog_topics
+from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.errors import BrokerUnavailableError, TopicMismatchError
 from kvatlas.deploy.brokers.process import free_ports
 from kvatlas.deploy.brokers.topics import ensure_topics

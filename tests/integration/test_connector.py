@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from kvatlas.bridge.engine_publisher import EnginePublisher
-from kvatlas.connector.catalog import Budget
-from kvatlas.connector.engine import EngineSettings, Item, OffloadEngine
-from kvatlas.connector.events import BlockMeta, StorageEvents
-from kvatlas.connector.file_settings import FileTierSettings
-from kvatlas.connector.filetier import FileTier
-from kvatlas.connector.layout import Fingerprint
+from kvatlas.bridge.engines.publisher import EnginePublisher
+from kvatlas.connector.files.catalog import Budget
+from kvatlas.connector.files.events import BlockMeta, StorageEvents
+from kvatlas.connector.files.layout import Fingerprint
+from kvatlas.connector.files.settings import FileTierSettings
+from kvatlas.connector.files.tier import FileTier
+from kvatlas.connector.offload.engine import EngineSettings, Item, OffloadEngine
+from kvatlas.connector.offload.transfer import PagedKV
 from kvatlas.connector.outcome import Outcome
-from kvatlas.connector.transfer import PagedKV
 from kvatlas.scorer.client import ScorerClient
 from tests.connector.conftest import EIO, FaultyFileSystem, fail
 from tests.integration import pipeline_support as support

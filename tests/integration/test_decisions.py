@@ -13,16 +13,25 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from prometheus_client import REGISTRY
 
-from kvatlas.bridge.block_key import block_keys, pack_tokens, partition_of, root_key
-from kvatlas.bridge.records import TOPICS, DecisionRecord, PodRecord, WorkerRecord, decode, encode, pod_key, pod_ref
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.model.block_key import block_keys, pack_tokens, partition_of, root_key
+from kvatlas.bridge.model.records import (
+    TOPICS,
+    DecisionRecord,
+    PodRecord,
+    WorkerRecord,
+    decode,
+    encode,
+    pod_key,
+    pod_ref,
+)
+from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.scorer.client import AsyncScorerClient, score_request
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.service import ScorerService
 from kvatlas.scorer.v1 import scorer_pb2 as pb
-from kvatlas.streams.codec import pack_holder
-from kvatlas.streams.lookups import answer_columns
+from kvatlas.streams.index.columns import answer_columns
+from kvatlas.streams.index.holders import pack_holder
 from kvatlas.streams.v1 import block_index_pb2 as index_pb
 from kvatlas.streams.v1 import block_index_pb2_grpc as index_grpc
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from kvatlas.bridge.errors import LogError, SettingsError
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.scorer import Indexer, IndexerOptions
-from kvatlas.scorer.backends.redis import RedisBackend
-from kvatlas.scorer.backends.rocks import RocksBackend
 from kvatlas.scorer.errors import InputError
+from kvatlas.scorer.library.backends.redis import RedisBackend
+from kvatlas.scorer.library.backends.rocks import RocksBackend
 from tests.integration import pipeline_support as support
 from tests.integration.pipeline_support import RecordedEngine, Service
 from tests.integration.redis_support import RedisServer

@@ -32,9 +32,9 @@ from pipeline_support import DATA
 from redis_support import RedisServer
 
 from kvatlas.scorer import Indexer
-from kvatlas.scorer.backends import Backend, MemoryBackend
-from kvatlas.scorer.backends.redis import RedisBackend
-from kvatlas.scorer.backends.rocks import RocksBackend
+from kvatlas.scorer.library.backends import Backend, MemoryBackend
+from kvatlas.scorer.library.backends.redis import RedisBackend
+from kvatlas.scorer.library.backends.rocks import RocksBackend
 
 pytestmark = pytest.mark.timeout(600)  # the first test on a pipeline starts it
 

@@ -14,18 +14,18 @@ from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 sys.path.insert(0, str(Path(__file__).parent))
 from streams_support import make_topics, producing
 
-from kvatlas.bridge import records
-from kvatlas.bridge.block_key import partition_of
-from kvatlas.bridge.events import Tier
-from kvatlas.bridge.records import IndexCatalog, IndexVersion, PodRecord, WorkerRecord
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.model import records
+from kvatlas.bridge.model.block_key import partition_of
+from kvatlas.bridge.model.events import Tier
+from kvatlas.bridge.model.records import IndexCatalog, IndexVersion, PodRecord, WorkerRecord
+from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.scorer import Indexer
-from kvatlas.scorer.backends import Backend, MemoryBackend
-from kvatlas.scorer.backends.rocks import RocksBackend
-from kvatlas.scorer.indexer_answers import Scored
-from kvatlas.scorer.replica import Replica
-from kvatlas.streams.codec import OP_ADD, OP_REMOVE, Run, encode_blocks, pack_holder
+from kvatlas.scorer.library.answers import Scored
+from kvatlas.scorer.library.backends import Backend, MemoryBackend
+from kvatlas.scorer.library.backends.rocks import RocksBackend
+from kvatlas.scorer.library.replica import Replica
+from kvatlas.streams.index.holders import OP_ADD, OP_REMOVE, Run, encode_blocks, pack_holder
 
 pytestmark = pytest.mark.kafka
 EPOCH = records.epoch_of(5)

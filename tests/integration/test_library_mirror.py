@@ -15,15 +15,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 from redis_support import RedisServer
 from streams_support import WorkerProcess, assert_true, fleet_of, make_topics, producing, until_true
 
-from kvatlas.bridge.block_key import KEY_BYTES
-from kvatlas.bridge.records import PodRecord, decode
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.model.block_key import KEY_BYTES
+from kvatlas.bridge.model.records import PodRecord, decode
+from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.deploy.audit.audit import PodAudit, compare
 from kvatlas.deploy.bench._fleet import LogFleet
 from kvatlas.scorer import Indexer
-from kvatlas.scorer.backends.errors import BackendError, ReadOnlyError
-from kvatlas.scorer.backends.mirror import MirrorBackend
-from kvatlas.streams.audit import PodAudit, compare
-from kvatlas.streams.mirror_layout import Names
+from kvatlas.scorer.library.backends.errors import BackendError, ReadOnlyError
+from kvatlas.scorer.library.backends.mirror import MirrorBackend
+from kvatlas.streams.mirror.layout import Names
 
 MODEL = "sim-model"
 NAMES = Names("kvatlas")

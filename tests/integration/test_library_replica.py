@@ -14,11 +14,11 @@ from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 sys.path.insert(0, str(Path(__file__).parent))
 from streams_support import PARTITIONS, WorkerProcess, fleet_of, make_topics, producing
 
-from kvatlas.bridge import records
+from kvatlas.bridge.model import records
 from kvatlas.deploy.bench._fleet import LogFleet
 from kvatlas.deploy.sim.cache import Request
 from kvatlas.scorer import Indexer
-from kvatlas.scorer.backends.rocks import RocksBackend
+from kvatlas.scorer.library.backends.rocks import RocksBackend
 
 MODEL = "sim-model"
 

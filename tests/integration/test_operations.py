@@ -9,11 +9,11 @@ import msgspec
 import pytest
 from aiokafka import AIOKafkaProducer
 
-from kvatlas.bridge import block_key, records
-from kvatlas.bridge.adapters.fields import encode_batch
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.model import block_key, records
+from kvatlas.bridge.model.adapters.fields import encode_batch
+from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
-from kvatlas.deploy.cli import main
+from kvatlas.deploy.cli.entry import main
 
 from .test_replay import BEGAN, DATA, PARTITIONS, log  # noqa: F401 - the fixture
 

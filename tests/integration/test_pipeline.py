@@ -16,8 +16,8 @@ import pytest
 import zmq
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
-from kvatlas.bridge import records
-from kvatlas.bridge.adapters.fields import encode_batch
+from kvatlas.bridge.model import records
+from kvatlas.bridge.model.adapters.fields import encode_batch
 from kvatlas.deploy.brokers.kafka import KafkaNode
 from kvatlas.deploy.sim.cache import Request
 from kvatlas.deploy.sim.fleet import Fleet

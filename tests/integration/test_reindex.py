@@ -18,15 +18,15 @@ from aiokafka import AIOKafkaProducer
 sys.path.insert(0, str(Path(__file__).parent))
 from streams_support import WorkerProcess, fleet_of, make_topics, producing
 
-from kvatlas.bridge import records
-from kvatlas.bridge.adapters.fields import encode_batch
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.model import records
+from kvatlas.bridge.model.adapters.fields import encode_batch
+from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.deploy.audit.audit import audit, fold_events
 from kvatlas.deploy.bench._fleet import LogFleet
 from kvatlas.scorer.client import AsyncScorerClient
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.service import ScorerService
-from kvatlas.streams.audit import audit, fold_events
-from kvatlas.streams.resolve import ResolveOptions
+from kvatlas.streams.resolve.resolver import ResolveOptions
 
 STEADY = "steady"
 MODEL = "m"

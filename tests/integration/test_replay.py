@@ -15,12 +15,12 @@ import pytest
 import zmq
 from aiokafka import AIOKafkaProducer
 
-from kvatlas.bridge import block_key, records
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.model import block_key, records
+from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
-from kvatlas.deploy.cli import main
+from kvatlas.deploy.cli.entry import main
 from kvatlas.deploy.history.capture import read_capture
-from kvatlas.streams.codec import OP_ADD, Run, encode_blocks, pack_holder
+from kvatlas.streams.index.holders import OP_ADD, Run, encode_blocks, pack_holder
 
 from .pipeline_support import Service, eventually
 

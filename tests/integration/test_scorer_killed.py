@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from aiokafka import AIOKafkaProducer
 
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.scorer.client import AsyncScorerClient
 from tests.integration.pipeline_support import Service
 from tests.integration.scorer_support import ScoringFleet, got, until_right

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from kvatlas.bridge import records
+from kvatlas.bridge.model import records
 from kvatlas.deploy.brokers.kafka import KafkaNode
-from kvatlas.deploy.rights import Right
+from kvatlas.deploy.brokers.rights import Right
 from kvatlas.scorer.client import ScorerClient, score_request
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 

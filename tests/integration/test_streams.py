@@ -25,10 +25,10 @@ from streams_support import (
     until_true,
 )
 
-from kvatlas.bridge import records
-from kvatlas.streams.audit import fold_events, read_records, read_topic
-from kvatlas.streams.lookups import NOT_ANSWERED, read_index
-from kvatlas.streams.resolve import ResolveOptions
+from kvatlas.bridge.model import records
+from kvatlas.deploy.audit.audit import fold_events, read_records, read_topic
+from kvatlas.streams.index.columns import NOT_ANSWERED, read_index
+from kvatlas.streams.resolve.resolver import ResolveOptions
 from kvatlas.streams.v1 import block_index_pb2 as pb
 from kvatlas.streams.v1 import block_index_pb2_grpc as pb_grpc
 

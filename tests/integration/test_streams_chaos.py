@@ -19,15 +19,15 @@ from aiokafka import AIOKafkaProducer
 sys.path.insert(0, str(Path(__file__).parent))
 from streams_support import WorkerProcess, assert_true, fleet_of, make_topics, producing, until_true
 
-from kvatlas.bridge import records
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.kafka.follower import TopicFollower
+from kvatlas.bridge.model import records
+from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.deploy.audit.audit import compare, lookup_all, read_topic
 from kvatlas.deploy.bench._fleet import FIRST_INCARNATION, LogFleet
 from kvatlas.deploy.brokers.kafka import KafkaNode
-from kvatlas.streams.announce import WorkerBook
-from kvatlas.streams.audit import compare, lookup_all, read_topic
 from kvatlas.streams.errors import StreamsError
-from kvatlas.streams.follow import TopicFollower
-from kvatlas.streams.pods import PodBook
+from kvatlas.streams.serving.announcer import WorkerBook
+from kvatlas.streams.tasks.pods import PodBook
 
 SECONDS = float(os.environ.get("KVATLAS_CHAOS_SECONDS", "40"))
 PODS = 16

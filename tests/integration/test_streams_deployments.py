@@ -14,17 +14,17 @@ from aiokafka import AIOKafkaProducer
 sys.path.insert(0, str(Path(__file__).parent))
 from streams_support import WorkerProcess, assert_true, fleet_of, make_topics, producing, until_true
 
-from kvatlas.bridge import records
-from kvatlas.bridge.kafka import client_config
-from kvatlas.bridge.records import Control, PodRecord
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.kafka.config import client_config
+from kvatlas.bridge.model import records
+from kvatlas.bridge.model.records import Control, PodRecord
+from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.deploy.audit.audit import read_topic
 from kvatlas.deploy.brokers.kafka import KafkaNode
 from kvatlas.deploy.brokers.security import Security
 from kvatlas.deploy.brokers.topics import ensure_topics
-from kvatlas.streams import engine_blocks as eb
-from kvatlas.streams.audit import read_topic
-from kvatlas.streams.index import meta_key
+from kvatlas.streams.index.apply import meta_key
 from kvatlas.streams.options import WorkerSettings
+from kvatlas.streams.resolve import engine_blocks as eb
 from kvatlas.streams.service import WorkerService
 
 

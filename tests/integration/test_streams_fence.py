@@ -17,12 +17,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from streams_support import PARTITIONS, WorkerProcess, assert_true, fleet_of, make_topics, producing, until_true
 from test_streams import lookup, wait_roles
 
-from kvatlas.bridge import records
-from kvatlas.bridge.settings import KafkaSettings
+from kvatlas.bridge.model import records
+from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.streams import metrics
-from kvatlas.streams.changelog import Meta, encode_meta, send_batch, send_claim
 from kvatlas.streams.options import WorkerSettings
 from kvatlas.streams.service import WorkerService
+from kvatlas.streams.state.changelog import Meta, encode_meta, send_batch, send_claim
 from kvatlas.streams.v1 import block_index_pb2 as pb
 
 FLAGS = ("--session-timeout-seconds=4", "--heartbeat-seconds=1")

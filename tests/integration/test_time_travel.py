@@ -16,17 +16,17 @@ from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 sys.path.insert(0, str(Path(__file__).parent))
 from streams_support import WorkerProcess, assert_true, fleet_of, make_topics, producing, until_true
 
-from kvatlas.bridge import records
-from kvatlas.bridge.settings import KafkaSettings
-from kvatlas.deploy.cli import main
+from kvatlas.bridge.model import records
+from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.deploy.audit.audit import read_records, read_topic
+from kvatlas.deploy.cli.entry import main
 from kvatlas.deploy.history.log import LogReader
 from kvatlas.deploy.history.moment import EARLIEST, LATEST, Moment
 from kvatlas.deploy.history.rebuild import PastIndex, rebuild
-from kvatlas.streams.audit import read_records, read_topic
-from kvatlas.streams.changelog import META_KEY, decode_meta
-from kvatlas.streams.codec import holders
-from kvatlas.streams.index import is_meta
-from kvatlas.streams.resolve import ResolveOptions
+from kvatlas.streams.index.apply import is_meta
+from kvatlas.streams.index.holders import holders
+from kvatlas.streams.resolve.resolver import ResolveOptions
+from kvatlas.streams.state.changelog import META_KEY, decode_meta
 
 from .test_replay import BEGAN, DATA, PARTITIONS, log  # noqa: F401 - the fixture
 

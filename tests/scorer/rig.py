@@ -10,21 +10,21 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from kvatlas.bridge.block_key import block_keys, pack_tokens, partition_of, root_key
-from kvatlas.bridge.records import PodRecord, WorkerRecord, encode, pod_ref
+from kvatlas.bridge.model.block_key import block_keys, pack_tokens, partition_of, root_key
+from kvatlas.bridge.model.records import PodRecord, WorkerRecord, encode, pod_ref
+from kvatlas.scorer.api.core import Core
+from kvatlas.scorer.api.grpc_server import ScorerFront
+from kvatlas.scorer.api.security import Guard
+from kvatlas.scorer.api.tracing import Tracing
 from kvatlas.scorer.client import AsyncScorerClient
-from kvatlas.scorer.core import Core
-from kvatlas.scorer.decisions import Decisions
-from kvatlas.scorer.front import ScorerFront
+from kvatlas.scorer.lookups.pods import PodTable
+from kvatlas.scorer.lookups.router import PartitionRouter
+from kvatlas.scorer.lookups.workers import WorkerTable
 from kvatlas.scorer.options import ScorerSettings
-from kvatlas.scorer.pods import PodTable
-from kvatlas.scorer.reader import PartitionRouter
-from kvatlas.scorer.security import Guard
+from kvatlas.scorer.scoring.decisions import Decisions
 from kvatlas.scorer.tokenization.pool import TokenizerPool
-from kvatlas.scorer.tracing import Tracing
-from kvatlas.scorer.workers import WorkerTable
-from kvatlas.streams.codec import pack_holder
-from kvatlas.streams.lookups import answer_columns
+from kvatlas.streams.index.columns import answer_columns
+from kvatlas.streams.index.holders import pack_holder
 from kvatlas.streams.v1 import block_index_pb2 as index_pb
 from kvatlas.streams.v1 import block_index_pb2_grpc as index_grpc
 

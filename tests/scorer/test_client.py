@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvatlas.scorer.api.inputs import chat_input
 from kvatlas.scorer.client import ScorerClient, score_request
-from kvatlas.scorer.inputs import chat_input
 from kvatlas.scorer.options import ScorerSettings
 from tests.scorer.rig import PARTITIONS, TOKENS, Index, Rig
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from kvatlas.bridge.block_key import block_keys, pack_tokens, root_key
-from kvatlas.bridge.records import GONE
-from kvatlas.deploy.cli import main
+from kvatlas.bridge.model.block_key import block_keys, pack_tokens, root_key
+from kvatlas.bridge.model.records import GONE
+from kvatlas.deploy.cli.entry import main
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.tokenization.pool import TokenizerPool
 from tests.scorer.rig import PARTITIONS, TOKENS, Index, Rig

@@ -10,9 +10,9 @@ import grpc
 import grpc.aio
 import pytest
 
+from kvatlas.scorer.api.http_server import HttpFront
 from kvatlas.scorer.client import score_request
 from kvatlas.scorer.errors import ClientError
-from kvatlas.scorer.http import HttpFront
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 from kvatlas.streams.v1 import block_index_pb2_grpc as index_grpc

@@ -9,16 +9,16 @@ from typing import Any, ClassVar
 import msgspec
 import pytest
 
-from kvatlas.bridge import records
-from kvatlas.bridge.block_key import block_keys, pack_tokens, partition_of, root_key
-from kvatlas.bridge.events import Tier
-from kvatlas.streams import engine_blocks as eb
-from kvatlas.streams.codec import Holder, decode_blocks, holders
-from kvatlas.streams.effects import DeadLetter
-from kvatlas.streams.index import apply_blocks
-from kvatlas.streams.message import parse_message
-from kvatlas.streams.resolve import ResolveOptions, Resolver
-from kvatlas.streams.view import DictView
+from kvatlas.bridge.model import records
+from kvatlas.bridge.model.block_key import block_keys, pack_tokens, partition_of, root_key
+from kvatlas.bridge.model.events import Tier
+from kvatlas.streams.index.apply import apply_blocks
+from kvatlas.streams.index.holders import Holder, decode_blocks, holders
+from kvatlas.streams.index.view import DictView
+from kvatlas.streams.resolve import engine_blocks as eb
+from kvatlas.streams.resolve.effects import DeadLetter
+from kvatlas.streams.resolve.message import parse_message
+from kvatlas.streams.resolve.resolver import ResolveOptions, Resolver
 
 PARTITIONS = 4
 MODEL = "demo"

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from kvatlas.bridge.adapters import adapter
-from kvatlas.bridge.events import Limits, Removed, Stored, Tier
+from kvatlas.bridge.model.adapters import adapter
+from kvatlas.bridge.model.events import Limits, Removed, Stored, Tier
 from kvatlas.connector.errors import UnsupportedEngineError
-from kvatlas.connector.vllm_version import check_version
+from kvatlas.connector.vllm.version import check_version
 
 pytestmark = pytest.mark.vllm
 
@@ -145,9 +145,9 @@ def test_our_own_events_decode_with_vllms_structs() -> None:
     import msgspec
     from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch
 
-    from kvatlas.bridge.adapters.fields import encode_batch
-    from kvatlas.connector.events import BlockMeta, StorageEvents
-    from kvatlas.connector.holdings import Change
+    from kvatlas.bridge.model.adapters.fields import encode_batch
+    from kvatlas.connector.files.events import BlockMeta, StorageEvents
+    from kvatlas.connector.files.holdings import Change
 
     payloads: list[bytes] = []
 

@@ -115,7 +115,7 @@ def test_the_numbers_are_vllms_connector_stats(tmp_path: Path) -> None:
 def test_a_configuration_that_cannot_work_is_refused(extra: dict, reason: str) -> None:
     """A missing folder and two ways to name tiers are errors that say what to do."""
     from kvatlas.bridge.errors import SettingsError
-    from kvatlas.connector.vllm_spec import with_file_tier
+    from kvatlas.connector.vllm.spec import with_file_tier
 
     with pytest.raises(SettingsError, match=reason):
         with_file_tier(extra)

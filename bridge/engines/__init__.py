@@ -1,0 +1,1 @@
+"""The engines' side: addresses, discovery, ZMQ subscription, replay requests, and a publisher like theirs."""

@@ -1,0 +1,1 @@
+"""Engine streams made into ordered, repaired records; no Kafka client in here."""

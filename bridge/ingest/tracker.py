@@ -1,0 +1,544 @@
+"""Sequence tracking of one pod's stream: pure, no sockets, no clock.
+
+A :class:`Tracker` takes live and replayed messages in whatever order they come and gives back, in order and once
+each, what goes on the log: messages (:class:`Forward`) and turns of the stream (:class:`Turn`: start, gap, restart).
+
+What it can see, and what it makes of it (``n`` the next sequence expected):
+
+====================================  ================================================================================
+a live message ``n``                  forwarded
+live, above ``n``                     held; the hole is asked for (:attr:`Tracker.request`)
+live, at or below the newest live one the engine restarted: one publisher never goes back on one connection
+any, below ``n``, bytes known         equal: a duplicate, dropped; different: the engine restarted
+live, below ``n``, bytes not known    a duplicate when it is newer than the newest live one; else what the replay of
+                                      ``n - 1`` that is under way says, and without one a restart
+a replay without the hole's start     tried again a bounded number of times, then lost: a gap
+a replay of ``n - 1`` with other      the engine restarted and overtook us while we were away
+bytes than ours
+a replay that ends below ``n - 1``    the same: an engine always still holds its newest message
+====================================  ================================================================================
+
+Every replay is asked from ``n - 1`` on: a new engine may answer it before the live connection tells of the change. One
+that was asked before a reconnect says nothing of the engine that is there since.
+
+Bytes are compared by a 64-bit digest of the newest :data:`DIGESTS` messages; after a restart of the bridge, when only
+the engine's clock of the last message is known, by that.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from typing import Final, Literal, NamedTuple
+
+from xxhash import xxh3_64_intdigest
+
+from kvatlas.bridge.model.records import SOURCE_LIVE, SOURCE_REPLAY
+
+#: Messages whose digest is remembered, a power of two; 32 KiB per pod.
+DIGESTS: Final = 4096
+#: A sequence this far beyond the last is not a gap but nonsense.
+JUMP_MAX: Final = 50_000_000
+
+START: Final = "start"
+GAP: Final = "gap"
+RESTART: Final = "restart"
+TurnKind = Literal["start", "gap", "restart"]
+
+
+class Message(NamedTuple):
+    """One message of an engine as received.
+
+    Attributes:
+        sequence: the publisher's counter.
+        topic: first frame.
+        payload: last frame; None for one that is too large to forward (its sequence counts all the same).
+        receive_ns: the bridge's wall clock, ns.
+        source: ``live`` or ``replay``.
+    """
+
+    sequence: int
+    topic: bytes
+    payload: bytes | None
+    receive_ns: int
+    source: str = SOURCE_LIVE
+
+
+class Forward(NamedTuple):
+    """Put this message on the log under this incarnation."""
+
+    message: Message
+    incarnation: int
+
+
+class Turn(NamedTuple):
+    """The stream's incarnation rises; goes on the log before what follows.
+
+    Attributes:
+        kind: ``start``, ``gap`` or ``restart``.
+        incarnation: holds from here on.
+        first_lost, last_lost: messages lost for good, inclusive; -1 for none.
+        reason: for people.
+    """
+
+    kind: TurnKind
+    incarnation: int
+    first_lost: int = -1
+    last_lost: int = -1
+    reason: str = ""
+
+
+Output = Forward | Turn
+
+
+class Position(NamedTuple):
+    """Where a stream stands on the log.
+
+    Attributes:
+        incarnation: highest one used; 0 for a pod that is not known.
+        sequence: last sequence on the log under it, -1 for none.
+        ts: the engine's clock in that message, seconds, 0.0 when not known.
+        digests: (sequence, digest) of messages on the log, in order.
+    """
+
+    incarnation: int = 0
+    sequence: int = -1
+    ts: float = 0.0
+    digests: tuple[tuple[int, int], ...] = ()
+
+
+class Request(NamedTuple):
+    """What to ask the replay socket for.
+
+    Attributes:
+        start: first sequence to ask for.
+        until: first sequence that is already here (stop reading there), None to read to the end.
+    """
+
+    start: int
+    until: int | None
+
+
+class Counts:
+    """Plain counters that metrics read."""
+
+    __slots__ = ("duplicates", "gaps", "implausible", "lost", "repaired", "restarts", "shed")
+
+    def __init__(self) -> None:
+        self.duplicates = self.gaps = self.implausible = self.lost = self.repaired = self.restarts = self.shed = 0
+
+
+class Holding:
+    """Bytes held by all trackers that share it, and the bound on them."""
+
+    __slots__ = ("held_bytes", "limit_bytes")
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.held_bytes, self.limit_bytes = 0, limit_bytes
+
+
+Digest = Callable[[bytes], int]
+
+
+class Tracker:
+    """The state of one stream.
+
+    Attributes:
+        expected: next sequence to forward.
+        incarnation: current incarnation.
+        counts: what happened so far.
+    """
+
+    def __init__(
+        self,
+        position: Position,
+        *,
+        next_incarnation: Callable[[int], int],
+        read_ts: Callable[[bytes], float | None] = lambda _: None,
+        tries: int = 3,
+        hold_messages: int = 20_000,
+        hold_bytes: int = 64 * 1024 * 1024,
+        holding: Holding | None = None,
+        can_replay: bool = True,
+        counts: Counts | None = None,
+    ) -> None:
+        """Go on where the log ends.
+
+        Args:
+            position: where the stream stands; the default for a pod without history.
+            next_incarnation: previous incarnation -> the next one, above it.
+            read_ts: payload -> the engine's clock in it, seconds; None when it has none.
+            tries: replays without progress before a hole is lost.
+            hold_messages: live messages held while a hole is repaired.
+            hold_bytes: bytes of them.
+            holding: the bound over all pods.
+            can_replay: whether there is a replay socket at all.
+            counts: counters to go on with.
+        """
+        self.expected = position.sequence + 1
+        self.incarnation = position.incarnation
+        self.counts = counts or Counts()
+        self._next = next_incarnation
+        self._read_ts = read_ts
+        self._tries = tries
+        self._hold_messages = hold_messages
+        self._hold_bytes = hold_bytes
+        self._holding = holding or Holding(hold_bytes)
+        self._can_replay = can_replay
+        self._last_ts = position.ts
+        self._digests = array("Q", bytes(8 * DIGESTS))
+        self._digest_floor = self.expected  # sequences below it were never remembered
+        self._remember_all(position.digests)
+        self._held: dict[int, Message] = {}
+        self._held_bytes = 0
+        self._seen = self.expected - 1  # highest sequence that is known to exist
+        self._newest_live: int | None = None
+        self._failed = 0
+        self._verify = position.sequence >= 0  # the next replay must show that it is still the same engine
+        self._catch_up = True
+        self._asked = False  # whether a replay is under way
+        self._outdated = False  # whether the connection changed since it was asked
+        self._shown = -1  # what its answer must show, since the same engine has it; -1 for nothing
+        # Messages from here on came by a connection that nobody has verified, and may be of two engines: the next
+        # replay is to show them all again. None when they are of one.
+        self._unverified: int | None = max(position.sequence, 0)
+
+    # --- what the driver asks -----------------------------------------------------------------------------------
+
+    @property
+    def held(self) -> int:
+        """Messages held back."""
+        return len(self._held)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes held back."""
+        return self._held_bytes
+
+    @property
+    def hole(self) -> bool:
+        """Whether a message that exists is missing."""
+        return self._seen >= self.expected
+
+    @property
+    def request(self) -> Request | None:
+        """What to ask for now; None when nothing is missing."""
+        if not self._can_replay or not (self.hole or self._catch_up):
+            return None
+        # Held messages are only the upper bound when nothing above them was dropped.
+        start = max(self.expected - 1, 0)
+        if self._unverified is not None:
+            start = min(start, self._unverified)
+        return Request(start, min(self._held) if self._held and not self._catch_up else None)
+
+    def ask(self, *, first: bool = False) -> Request | None:
+        """Return :attr:`request`, and note that a replay for it begins; its end is :meth:`replay_ended`.
+
+        Args:
+            first: the replay began before the pod was known, so its answer need not reach what was heard since.
+        """
+        request = self.request
+        if request is not None:
+            self._asked, self._outdated = True, False
+            self._shown = -1 if first else self.expected - 1
+        return request
+
+    def position(self) -> Position:
+        """Return where the stream stands, for another tracker to go on from."""
+        last = self.expected - 1
+        first = max(self._digest_floor, last - DIGESTS + 1, 0)
+        known = ((sequence, self._digests[sequence & (DIGESTS - 1)]) for sequence in range(first, last + 1))
+        return Position(self.incarnation, last, self._last_ts, tuple(item for item in known if item[1]))
+
+    def begin(self) -> list[Output]:
+        """Return what a stream without history starts with."""
+        if self.incarnation:
+            return []
+        self.incarnation = self._next(0)
+        return [Turn(START, self.incarnation, reason="first contact")]
+
+    def reconnected(self) -> None:
+        """Note that the connection was down: the engine may be another, and messages may be missing."""
+        self._catch_up = True
+        self._outdated = self._asked
+        # What an outdated replay still brings may be the old engine's, so a live message must not follow it at once.
+        self._verify = self.expected > 0 or self._asked
+        if self._unverified is None:
+            self._unverified = max(self.expected - 1, 0)
+        if not self.expected:
+            # Nothing of this engine is on the log to know it by, so what is held may be another's than what comes.
+            self.release()
+            self._seen, self._newest_live = -1, None
+
+    def replaced(self, reason: str) -> list[Output]:
+        """Take note that another engine publishes from now on."""
+        return self._restart(None, reason)
+
+    def probe(self) -> None:
+        """Ask for the stream's tail although nothing seems to be missing (a lost last message leaves no hole).
+
+        The connection is the one of before, so live messages need not wait for the answer.
+        """
+        self._catch_up = True
+
+    # --- what comes in -------------------------------------------------------------------------------------------
+
+    def accept(self, sequence: int, payload: bytes) -> bool:
+        """Take a live message on the fast path; False when :meth:`live` has to look at it.
+
+        True means: forward it now, under the current incarnation.
+        """
+        if sequence != self.expected or self._held or self._verify or self._seen >= sequence:
+            return False
+        self._newest_live = self._seen = sequence
+        self._digests[sequence & (DIGESTS - 1)] = xxh3_64_intdigest(payload)
+        self.expected = sequence + 1
+        return True
+
+    def live(self, message: Message) -> list[Output]:
+        """Take a live message."""
+        sequence = message.sequence
+        if self._newest_live is not None and sequence <= self._newest_live:
+            return self._restart(message, f"sequence went back from {self._newest_live} to {sequence}")
+        if sequence < self.expected:
+            return self._known(message)
+        if sequence - self._seen > JUMP_MAX:
+            self.counts.implausible += 1
+            return []
+        self._newest_live = sequence
+        self._seen = max(self._seen, sequence)
+        if sequence == self.expected and not self._verify:
+            return self._forward_from(message)
+        return self._hold(message)
+
+    def shed(self, sequence: int) -> None:
+        """Note a live message that was left to replay, because there was no room for it."""
+        self.counts.shed += 1
+        if self._newest_live is not None and sequence <= self._newest_live:
+            # A restart; what follows the next accepted message shows it.
+            self.reconnected()
+            return
+        if sequence - self._seen <= JUMP_MAX:
+            self._newest_live = sequence
+            self._seen = max(self._seen, sequence)
+
+    def replayed(self, message: Message) -> list[Output]:
+        """Take one message of a replay; they come in the engine's order."""
+        sequence = message.sequence
+        if sequence < self.expected:
+            known = self._same(message)
+            if known is False:
+                return self._restart(message, f"sequence {sequence} holds other bytes than before")
+            if sequence == self.expected - 1 and not self._outdated:
+                self._verify = False
+            return []
+        if sequence - self._seen > JUMP_MAX:
+            self.counts.implausible += 1
+            return []
+        self._seen = max(self._seen, sequence)
+        if self._verify and not self._outdated:
+            # The known message is no longer in the engine's buffer, so nothing tells whether it is the same engine.
+            self._verify = False
+        if sequence == self.expected:
+            self._failed = 0
+            if sequence not in self._held:
+                self.counts.repaired += 1
+            return self._forward_from(message)
+        return self._hold(message)
+
+    def replay_ended(self, *, complete: bool, newest: int | None) -> list[Output]:
+        """Take the end of one replay.
+
+        Args:
+            complete: the end marker came, or the part that was asked for.
+            newest: highest sequence it showed, None when it showed none.
+        """
+        known, outdated = self._shown, self._outdated
+        self._asked, self._outdated, self._shown = False, False, -1
+        if complete and known >= 0 and (newest is None or newest < known):
+            return self._restart(None, f"the engine's newest message is {newest}, ours was {known}")
+        if outdated and complete:
+            return []  # it is asked again
+        if complete:
+            self._catch_up = False
+            self._unverified = None
+        if not self.hole and not self._held:
+            if complete:
+                self._verify = False
+            self._failed = 0
+            return []
+        outputs = self._drain() if not self._verify else []
+        if not self.hole:
+            self._failed = 0
+            return outputs
+        self._failed += 1
+        if self._failed < self._tries:
+            return outputs
+        self._catch_up = False
+        return outputs + self.give_up("not in the engine's replay buffer" if complete else "replay did not answer")
+
+    def give_up(self, reason: str) -> list[Output]:
+        """Record the hole before the next held message as lost, and go on behind it."""
+        self._failed = 0
+        self._verify = False
+        last = min(self._held) - 1 if self._held else self._seen
+        if last < self.expected:
+            return self._drain()
+        outputs: list[Output] = [self._lose(self.expected, last, reason)]
+        self.expected = last + 1
+        return outputs + self._drain()
+
+    def without_replay(self) -> list[Output]:
+        """Settle a hole when there is no replay socket: what is missing is lost at once."""
+        self._catch_up = False
+        self._verify = False
+        outputs = self._drain()
+        while self._held or self.hole:
+            outputs += self.give_up("the engine has no replay socket")
+        return outputs
+
+    def refused(self, sequence: int, reason: str) -> Turn:
+        """Record a message that was forwarded, and that the log never takes, as lost."""
+        self.counts.gaps += 1
+        self.counts.lost += 1
+        return Turn(GAP, self.raised(), sequence, sequence, reason)
+
+    def raised(self) -> int:
+        """Raise the incarnation, for a turn that goes on the log anew; returns it."""
+        self.incarnation = self._next(self.incarnation)
+        return self.incarnation
+
+    def release(self) -> None:
+        """Hold nothing any more; what was held is for replay."""
+        self._held.clear()
+        self._count_held(-self._held_bytes)
+
+    # --- inside --------------------------------------------------------------------------------------------------
+
+    def _forward_from(self, message: Message) -> list[Output]:
+        outputs: list[Output] = []
+        self._forward(message, outputs)
+        if self._held:
+            outputs += self._drain()
+        return outputs
+
+    def _forward(self, message: Message, outputs: list[Output]) -> None:
+        sequence = message.sequence
+        if (copy := self._held.pop(sequence, None)) is not None:
+            self._count_held(-len(copy.payload or b""))
+        self.expected = sequence + 1
+        self._seen = max(self._seen, sequence)
+        if message.payload is None:
+            self._digests[sequence & (DIGESTS - 1)] = 0
+            outputs.append(self._lose(sequence, sequence, "message over the size limit"))
+            return
+        self._digests[sequence & (DIGESTS - 1)] = xxh3_64_intdigest(message.payload)
+        self._last_ts = 0.0
+        outputs.append(Forward(message, self.incarnation))
+
+    def _drain(self) -> list[Output]:
+        outputs: list[Output] = []
+        while (message := self._held.get(self.expected)) is not None:
+            self._forward(message, outputs)
+        return outputs
+
+    def _count_held(self, size: int) -> None:
+        self._held_bytes += size
+        self._holding.held_bytes += size
+
+    def _hold(self, message: Message) -> list[Output]:
+        size = len(message.payload or b"")
+        if message.sequence in self._held:
+            self.counts.duplicates += 1
+        elif (
+            len(self._held) >= self._hold_messages
+            or self._held_bytes + size > self._hold_bytes
+            or self._holding.held_bytes + size > self._holding.limit_bytes
+        ):
+            self.counts.shed += 1
+        else:
+            self._held[message.sequence] = message
+            self._count_held(size)
+        return [] if self._can_replay else self.without_replay()
+
+    def _known(self, message: Message) -> list[Output]:
+        same = self._same(message)
+        if same is None and self._newest_live is None and self._verify and self._can_replay:
+            # What a bridge hears right after it took the pod over may be older than what the other one has logged.
+            self.counts.duplicates += 1
+            return []
+        if same is False or (same is None and self._newest_live is None):
+            return self._restart(message, f"sequence {message.sequence} came again, with other bytes than before")
+        self._newest_live = message.sequence
+        self.counts.duplicates += 1
+        if message.sequence == self.expected - 1 and same:
+            self._verify = False
+        return []
+
+    def _same(self, message: Message) -> bool | None:
+        """Tell whether a message below ``expected`` is the one that was forwarded; None when nothing is known of it."""
+        sequence = message.sequence
+        if message.payload is None:
+            return None
+        if sequence >= self._digest_floor and sequence > self.expected - 1 - DIGESTS:
+            known = self._digests[sequence & (DIGESTS - 1)]
+            if known:
+                return known == xxh3_64_intdigest(message.payload)
+        if sequence == self.expected - 1 and self._last_ts:
+            ts = self._read_ts(message.payload)
+            return None if ts is None else abs(ts - self._last_ts) < 1e-6  # kept in ns, so rounded
+        return None
+
+    def _restart(self, message: Message | None, reason: str) -> list[Output]:
+        self.counts.restarts += 1
+        self.incarnation = self._next(self.incarnation)
+        outputs: list[Output] = [Turn(RESTART, self.incarnation, reason=reason)]
+        self.expected = 0
+        self._digest_floor = 0
+        self._digests = array("Q", bytes(8 * DIGESTS))
+        self._last_ts = 0.0
+        self.release()
+        self._seen = -1
+        self._newest_live = None
+        self._failed = 0
+        self._verify = False
+        self._unverified = None
+        self._asked, self._outdated, self._shown = False, False, -1
+        self._catch_up = True
+        if message is None:
+            return outputs
+        return outputs + (self.live(message) if message.source == SOURCE_LIVE else self.replayed(message))
+
+    def _lose(self, first: int, last: int, reason: str) -> Turn:
+        self.counts.gaps += 1
+        self.counts.lost += last - first + 1
+        self.incarnation = self._next(self.incarnation)
+        self._last_ts = 0.0
+        for sequence in range(max(first, last - DIGESTS + 1), last + 1):
+            self._digests[sequence & (DIGESTS - 1)] = 0
+        return Turn(GAP, self.incarnation, first, last, reason)
+
+    def _remember_all(self, digests: tuple[tuple[int, int], ...]) -> None:
+        for sequence, digest in digests:
+            if self.expected - DIGESTS <= sequence < self.expected:
+                self._digests[sequence & (DIGESTS - 1)] = digest
+                self._digest_floor = min(self._digest_floor, sequence)
+
+
+__all__ = [
+    "DIGESTS",
+    "GAP",
+    "RESTART",
+    "SOURCE_LIVE",
+    "SOURCE_REPLAY",
+    "START",
+    "Counts",
+    "Forward",
+    "Holding",
+    "Message",
+    "Output",
+    "Position",
+    "Request",
+    "Tracker",
+    "Turn",
+]

@@ -1,0 +1,1 @@
+"""What every Kafka client here has: configuration, producer, follower of a topic."""

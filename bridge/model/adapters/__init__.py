@@ -1,0 +1,31 @@
+"""One module per engine: its wire format as a table of fields.
+
+An adapter is a module with ``NAME`` and ``decode(payload, limits) -> Batch``. Adding an engine is one module and
+one entry in :data:`ADAPTERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from kvatlas.bridge.errors import WireError
+from kvatlas.bridge.model.adapters import sglang, vllm
+from kvatlas.bridge.model.events import Batch, Limits
+
+Decode = Callable[[bytes, Limits], Batch]
+
+ADAPTERS: Final[Mapping[str, Decode]] = {vllm.NAME: vllm.decode, sglang.NAME: sglang.decode}
+
+
+def adapter(engine: str) -> Decode:
+    """Return the decoder of an engine by name.
+
+    Raises:
+        WireError: no adapter has that name.
+    """
+    try:
+        return ADAPTERS[engine]
+    except KeyError:
+        known = ", ".join(sorted(ADAPTERS))
+        raise WireError(f"no adapter for engine {engine!r}; known engines: {known}") from None

@@ -1,0 +1,489 @@
+"""Records of ours on Kafka: topics, headers and values, each defined once, here.
+
+Every value but the engine's own message is msgpack with the schema version first (``"v"`` in a map). A reader that
+meets a version it does not know raises :class:`VersionError`; the caller dead-letters that record and goes on.
+
+Epochs are 64 bits: ``incarnation << 32 | clears``. The bridge owns the incarnation (raised by an engine restart, a
+gap that could not be repaired, a removal; it starts from the clock, so it grows even when every topic is lost). The
+resolve agent owns the clears inside an incarnation. Both parts only grow, so the whole does.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, TypeVar
+
+import msgspec
+import xxhash
+
+from kvatlas.bridge.errors import VersionError, WireError
+
+SCHEMA_VERSION: Final = 1
+
+# --- topics -----------------------------------------------------------------------------------------------------
+
+
+class Topic(msgspec.Struct, frozen=True):
+    """How one topic is declared.
+
+    Attributes:
+        name: the topic's name (before the deployment's prefix).
+        by: what it is partitioned by: ``pod`` or ``block``.
+        cleanup: Kafka's ``cleanup.policy``.
+        retention_hours: how long records stay; 0 keeps them (compacted topics).
+        max_message_bytes: largest record batch.
+    """
+
+    name: str
+    by: str
+    cleanup: str = "delete"
+    retention_hours: int = 0
+    max_message_bytes: int = 32 * 1024 * 1024
+
+
+EVENTS: Final = "kv-events"
+DLQ: Final = "kv-events-dlq"
+PODS: Final = "kv-pods"
+BLOCKS: Final = "kv-blocks"
+WORKERS: Final = "kv-workers"
+DECISIONS: Final = "kv-decisions"
+
+TOPICS: Final = (
+    Topic(EVENTS, "pod", retention_hours=24),
+    Topic(DLQ, "pod", retention_hours=24 * 7),
+    Topic(PODS, "pod", cleanup="compact"),
+    Topic(BLOCKS, "block", retention_hours=6),
+    Topic(WORKERS, "pod", cleanup="compact"),
+    Topic(DECISIONS, "pod", retention_hours=24),
+)
+
+
+def changelog_topics(app: str) -> tuple[Topic, Topic]:
+    """Return the changelogs of an app's tables: ``engine_blocks`` by pod, ``block_index`` by block."""
+    return (
+        Topic(f"{app}-engine_blocks-changelog", "pod", cleanup="compact"),
+        Topic(f"{app}-block_index-changelog", "block", cleanup="compact"),
+    )
+
+
+#: The index version that a deployment begins with; its topics have no suffix.
+BASE_VERSION: Final = "base"
+
+
+def blocks_topic(version: str) -> str:
+    """Return the topic of an index version's block updates: ``kv-blocks``, or ``kv-blocks.<version>``."""
+    return BLOCKS if version == BASE_VERSION else f"{BLOCKS}.{version}"
+
+
+def version_app(app: str, version: str) -> str:
+    """Return the app name of an index version: its consumer groups and changelogs begin with it."""
+    return app if version == BASE_VERSION else f"{app}.{version}"
+
+
+def version_topics(app: str, version: str) -> tuple[Topic, Topic, Topic]:
+    """Return the topics that belong to one index version alone: two changelogs and its block updates.
+
+    The first is by pod and has as many partitions as ``kv-events``; the others are by block.
+    """
+    blocks = next(topic for topic in TOPICS if topic.name == BLOCKS)
+    engine, index = changelog_topics(version_app(app, version))
+    return engine, index, msgspec.structs.replace(blocks, name=blocks_topic(version))
+
+
+# --- headers of kv-events and kv-events-dlq -----------------------------------------------------------------------
+
+H_SEQUENCE: Final = "sequence"  # decimal text, the publisher's counter
+H_ENGINE_TOPIC: Final = "engine_topic"  # the ZMQ topic frame as received
+H_RECEIVE_NS: Final = "receive_ns"  # decimal text, the bridge's wall clock in ns
+H_SOURCE: Final = "source"  # live | replay
+H_CONTENT_TYPE: Final = "content_type"  # see below
+H_INCARNATION: Final = "incarnation"  # decimal text, high half of the epoch
+H_ENGINE: Final = "engine"  # adapter name
+H_MODEL: Final = "model"  # model name
+H_STORE: Final = "store"  # shared store that the pod mounts; absent for the deployment's default
+H_ANNOUNCEMENTS: Final = "announcements"  # copies | presence; absent for the deployment's default
+H_REASON: Final = "reason"  # DLQ: why
+H_ORIGIN: Final = "origin"  # DLQ: topic/partition/offset it came from, or the endpoint
+
+SOURCE_LIVE: Final = "live"
+SOURCE_REPLAY: Final = "replay"
+
+CONTENT_ENGINE: Final = "engine"  # the engine's message, byte for byte
+CONTENT_KEYS: Final = "keys"  # token-free: the bridge computed the block keys (KeyedBatch)
+CONTENT_CONTROL: Final = "control"  # a Control record of ours, in order with the pod's messages
+
+Headers = list[tuple[str, bytes]]
+
+# --- identity -----------------------------------------------------------------------------------------------------
+
+_CLEARS_BITS: Final = 32
+#: Half of a 64-bit epoch; unix seconds reach it in the year 2106.
+INCARNATION_MAX: Final = (1 << 32) - 1
+
+
+def epoch_of(incarnation: int, clears: int = 0) -> int:
+    """Return the epoch of an incarnation after so many clears."""
+    return incarnation << _CLEARS_BITS | clears
+
+
+def incarnation_of(epoch: int) -> int:
+    """Return the high half of an epoch."""
+    return epoch >> _CLEARS_BITS
+
+
+def clears_of(epoch: int) -> int:
+    """Return the low half of an epoch."""
+    return epoch & 0xFFFFFFFF
+
+
+def pod_ref(pod_id: str) -> int:
+    """Return the 64-bit reference that stands for a pod id in block updates and index entries."""
+    return xxhash.xxh3_64_intdigest(pod_id.encode())
+
+
+def store_ref(store: str) -> int:
+    """Return the reference of a shared store; its blocks belong to no pod but to all that mount it."""
+    return xxhash.xxh3_64_intdigest(b"\x00store\x00" + store.encode())
+
+
+def pod_partition(pod_id: str, partitions: int) -> int:
+    """Return the partition of every by-pod topic that carries a pod's records."""
+    return (pod_ref(pod_id) >> 32) % partitions
+
+
+def pod_name(pod: str, dp_rank: int | None, dp_size: int = 1) -> str:
+    """Return the pod id: one pod id is one ordered event stream."""
+    if dp_rank is None or (dp_rank == 0 and dp_size <= 1):
+        return pod
+    return f"{pod}@dp{dp_rank}"
+
+
+# --- values -------------------------------------------------------------------------------------------------------
+
+
+class Control(msgspec.Struct, frozen=True, kw_only=True):
+    """What the bridge learnt about a pod's stream, written into ``kv-events`` in order with its messages.
+
+    Attributes:
+        type: ``start`` (first contact), ``gap`` (``first_lost`` to ``last_lost`` are gone for good), ``restart`` (a
+            new engine process; nothing stored before is there), ``gone`` (the pod was removed).
+        incarnation: the incarnation that holds from here on.
+        first_lost: first sequence of a gap.
+        last_lost: last sequence of a gap, inclusive; -1 when unknown.
+        reason: for people.
+    """
+
+    v: int = SCHEMA_VERSION
+    type: str
+    incarnation: int
+    first_lost: int = -1
+    last_lost: int = -1
+    reason: str = ""
+
+
+class GroupSpec(msgspec.Struct, frozen=True, array_like=True):
+    """One KV-cache group of a pod: attention kind (:class:`~kvatlas.bridge.model.events.Kind`), window, block size."""
+
+    kind: int = 0
+    window_tokens: int = 0
+    block_size_tokens: int = 0
+
+
+class PodRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What one writer knows of a pod. ``kv-pods`` holds two records a pod, see :func:`pod_key`.
+
+    An index entry of epoch ``e`` on tier ``t`` exists when ``e >= valid_from`` and, on the GPU, also
+    ``e >= gpu_valid_from``; it is *suspect* when ``e < suspect_before``.
+
+    Attributes:
+        writer: ``bridge`` (liveness and position in the engine's stream) or ``streams`` (what its events mean).
+        state: ``live``, ``stale`` (silent past the limit) or ``gone``.
+        epoch: epoch of what is written now.
+        valid_from: entries of older epochs do not exist.
+        gpu_valid_from: the same for the GPU tier alone, when clears are narrowed to it.
+        suspect_before: entries of older epochs may be gone: a message was lost since.
+        block_size_tokens: engine block size of group 0; 0 until known.
+        last_sequence: last sequence on the log (bridge) or applied (streams); -1 before the first.
+        last_event_ns: the engine's clock in its last batch, ns since the epoch.
+        receive_ns: when the bridge received that message, its wall clock in ns.
+        first_lost, last_lost: the newest gap that could not be repaired.
+        lost: messages lost for good since the pod is known.
+        groups: KV-cache groups by index.
+        store: shared store that the pod mounts, empty for none.
+        events_partition, events_offset: position in ``kv-events`` that this record reflects.
+        load: what the pod reports of itself, by name (running and waiting requests, ...).
+        updated_ns: the writer's wall clock in ns.
+    """
+
+    v: int = SCHEMA_VERSION
+    pod: str
+    writer: str
+    state: str = "live"
+    epoch: int = 0
+    valid_from: int = 0
+    gpu_valid_from: int = 0
+    suspect_before: int = 0
+    model: str = ""
+    engine: str = ""
+    endpoint: str = ""
+    block_size_tokens: int = 0
+    dp_rank: int = 0
+    last_sequence: int = -1
+    last_event_ns: int = 0
+    receive_ns: int = 0
+    first_lost: int = -1
+    last_lost: int = -1
+    lost: int = 0
+    groups: dict[int, GroupSpec] = {}
+    store: str = ""
+    approximate: bool = False
+    events_partition: int = -1
+    events_offset: int = -1
+    load: dict[str, float] = {}
+    updated_ns: int = 0
+
+
+WRITER_BRIDGE: Final = "bridge"
+WRITER_STREAMS: Final = "streams"
+
+
+def streams_writer(version: str) -> str:
+    """Return the writer in pod keys of an index version's resolve agents; each version counts clears on its own."""
+    return WRITER_STREAMS if version == BASE_VERSION else f"{WRITER_STREAMS}.{version}"
+
+
+LIVE: Final = "live"
+STALE: Final = "stale"
+GONE: Final = "gone"
+
+
+def pod_key(writer: str, pod_id: str) -> bytes:
+    """Return the Kafka key of a pod record: ``<writer>|<pod id>``; each writer compacts on its own."""
+    return f"{writer}|{pod_id}".encode()
+
+
+def merge_pod(bridge: PodRecord | None, streams: PodRecord | None) -> PodRecord:
+    """Join what both writers know: epochs as the highest, meaning from streams, liveness from the bridge."""
+    if bridge is None or streams is None:
+        known = bridge or streams
+        assert known is not None
+        return known
+    return msgspec.structs.replace(
+        streams,
+        state=bridge.state,
+        epoch=max(bridge.epoch, streams.epoch),
+        valid_from=max(bridge.valid_from, streams.valid_from),
+        gpu_valid_from=max(bridge.gpu_valid_from, streams.gpu_valid_from),
+        suspect_before=max(bridge.suspect_before, streams.suspect_before),
+        model=streams.model or bridge.model,
+        engine=streams.engine or bridge.engine,
+        endpoint=bridge.endpoint or streams.endpoint,
+        first_lost=bridge.first_lost,
+        last_lost=bridge.last_lost,
+        lost=max(bridge.lost, streams.lost),
+        store=bridge.store or streams.store,
+        load=bridge.load or streams.load,
+    )
+
+
+class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a worker answers lookups and for which ``kv-blocks`` partitions. A tombstone says it left.
+
+    Attributes:
+        worker: worker id, stable over restarts of the same state folder.
+        endpoint: host:port of its ``BlockIndex`` service.
+        partitions: active and caught up, safe to ask.
+        standby: held as standby; answers are flagged.
+        restoring: owned but not caught up; not asked.
+        partition_count: partitions of ``kv-blocks``; readers and workers must agree.
+        block_size_tokens: canonical block size of the deployment.
+        key_version: version of the block key.
+        generation: Kafka group generation of the assignment.
+        offsets: partition -> offset of ``kv-blocks`` applied last.
+        updated_ns: the worker's wall clock in ns.
+        expires_ns: past this time the record is stale (the worker renews it).
+        index_version: the index version that it keeps.
+        blocks: pod, or ``store:NAME``, -> tier -> blocks in its active partitions, as counted last; from a sample
+            where there are many. Nothing before the first count.
+    """
+
+    v: int = SCHEMA_VERSION
+    worker: str
+    endpoint: str
+    partitions: list[int] = []
+    standby: list[int] = []
+    restoring: list[int] = []
+    partition_count: int = 0
+    block_size_tokens: int = 16
+    key_version: int = 1
+    generation: int = 0
+    offsets: dict[int, int] = {}
+    updated_ns: int = 0
+    expires_ns: int = 0
+    index_version: str = BASE_VERSION
+    blocks: dict[str, dict[str, int]] = {}
+
+
+#: Key of the catalog on ``kv-workers``; no worker id begins so.
+CATALOG_KEY: Final = b"|index-versions"
+
+
+class IndexVersion(msgspec.Struct, frozen=True, kw_only=True):
+    """One build of the index.
+
+    Attributes:
+        block_size_tokens: its canonical block size; 0 for the base version, whose workers say it.
+        partitions: of its ``kv-blocks`` topic; 0 for the base version.
+        created_ns: when it was begun, wall clock in ns.
+    """
+
+    block_size_tokens: int = 0
+    partitions: int = 0
+    created_ns: int = 0
+
+
+class IndexCatalog(msgspec.Struct, frozen=True, kw_only=True):
+    """The index versions of a deployment and the one that scorers read: one record, so that all move at one point.
+
+    Attributes:
+        active: the version that answers.
+        versions: all that exist, by name.
+        updated_ns: the writer's wall clock in ns.
+    """
+
+    v: int = SCHEMA_VERSION
+    active: str = BASE_VERSION
+    versions: dict[str, IndexVersion] = msgspec.field(default_factory=lambda: {BASE_VERSION: IndexVersion()})
+    updated_ns: int = 0
+
+
+class DecisionRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A router sent a request to a pod (``kind`` decision), or what the events later showed (``kind`` outcome).
+
+    Attributes:
+        request_id: the router's id of the request, the Kafka key.
+        pod: pod id it went to.
+        pod_epoch: the pod's epoch when the decision was made.
+        model: model name.
+        keys: packed 16-byte block keys of the prompt's full blocks.
+        predicted_blocks: blocks that the chosen pod was scored with.
+        speculative_blocks: those of them that only decisions vouched for.
+        scores: pod id -> (score, matched blocks) at decision time, best first, bounded.
+        freshness: what the scores were based on: partition -> applied offset.
+        pod_sequences: pod id -> last sequence known at decision time.
+        scorer: who recorded it.
+        decided_ns: wall clock in ns.
+        expires_ns: when the speculative holder ends at the latest.
+        policy: how the pod was chosen, for people and what-if.
+        outcome: ``hit``, ``unproven``, ``cold``, ``lost-eviction``, ``lost-stale``, ``wrong`` or empty while open.
+        real_blocks: blocks that were there when the request ran, as far as the index shows later.
+    """
+
+    v: int = SCHEMA_VERSION
+    kind: str = "decision"
+    request_id: str
+    pod: str
+    pod_epoch: int = 0
+    model: str = ""
+    keys: bytes = b""
+    block_size_tokens: int = 16
+    predicted_blocks: int = 0
+    scores: dict[str, tuple[float, int]] = {}
+    freshness: dict[int, int] = {}
+    pod_sequences: dict[str, int] = {}
+    scorer: str = ""
+    decided_ns: int = 0
+    expires_ns: int = 0
+    policy: str = ""
+    outcome: str = ""
+    real_blocks: int = -1
+    speculative_blocks: int = 0
+
+
+class KeyedStored(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag="stored"):
+    """A stored event whose token ids were stripped: the bridge computed the block keys instead.
+
+    Attributes:
+        engine_keys: engine keys of the blocks.
+        parent: engine key before the first, None at the start of a prompt.
+        block_keys: packed canonical keys, ``len(engine_keys) * keys_per_block`` of them.
+        keys_per_block: canonical blocks in one engine block; 0 for blocks that could not be keyed, which mean what an
+            event without tokens means: a tier is added to blocks that are known already.
+        tier, group, kind, window_tokens, block_size_tokens, lookahead: as in
+            :class:`kvatlas.bridge.model.events.Stored`.
+    """
+
+    engine_keys: list[bytes]
+    parent: bytes | None
+    block_keys: bytes
+    keys_per_block: int
+    tier: int
+    group: int
+    kind: int
+    window_tokens: int
+    block_size_tokens: int
+    lookahead: bool = False
+
+
+class KeyedRemoved(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag="removed"):
+    """A removal in a stripped batch."""
+
+    engine_keys: list[bytes]
+    tier: int
+    group: int
+
+
+class KeyedCleared(msgspec.Struct, frozen=True, array_like=True, tag="cleared"):
+    """A clear in a stripped batch."""
+
+
+class KeyedBatch(msgspec.Struct, frozen=True, kw_only=True):
+    """Value of ``kv-events`` with content type ``keys``: a batch whose token ids never left the bridge."""
+
+    v: int = SCHEMA_VERSION
+    timestamp: float
+    dp_rank: int | None = None
+    events: list[KeyedStored | KeyedRemoved | KeyedCleared] = []
+
+
+# --- codec --------------------------------------------------------------------------------------------------------
+
+R = TypeVar("R", bound=msgspec.Struct)
+
+_encoder: Final = msgspec.msgpack.Encoder()
+_version: Final = msgspec.msgpack.Decoder(dict[str, msgspec.Raw])
+_decoders: dict[type[Any], msgspec.msgpack.Decoder[Any]] = {}
+
+
+def encode(record: msgspec.Struct) -> bytes:
+    """Encode a record of ours."""
+    return _encoder.encode(record)
+
+
+def decode(kind: type[R], value: bytes) -> R:
+    """Decode a record.
+
+    Raises:
+        VersionError: the schema version is not known here.
+        WireError: the bytes are not such a record.
+    """
+    decoder = _decoders.get(kind)
+    if decoder is None:
+        decoder = _decoders.setdefault(kind, msgspec.msgpack.Decoder(kind))
+    try:
+        record: R = decoder.decode(value)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise _explain(kind, value, error) from error
+    version = getattr(record, "v", SCHEMA_VERSION)
+    if version != SCHEMA_VERSION:
+        raise VersionError(f"{kind.__name__} of schema version {version}; this build knows {SCHEMA_VERSION}")
+    return record
+
+
+def _explain(kind: type[Any], value: bytes, error: Exception) -> WireError:
+    try:
+        version = msgspec.msgpack.decode(_version.decode(value)["v"])
+    except (msgspec.MsgspecError, KeyError, RecursionError):
+        return WireError(f"not a {kind.__name__}: {error}")
+    if version != SCHEMA_VERSION:
+        return VersionError(f"{kind.__name__} of schema version {version}; this build knows {SCHEMA_VERSION}")
+    return WireError(f"not a {kind.__name__}: {error}")

@@ -1,0 +1,1 @@
+"""Blocks in a directory: layout, checksums, segments, usage, capacity, eviction."""

@@ -1,0 +1,1 @@
+"""The tensor path: GPU to pinned host memory to files, and back."""

@@ -1,0 +1,1 @@
+"""kvatlas inside vLLM's offloading connector."""

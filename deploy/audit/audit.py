@@ -1,0 +1,268 @@
+"""Audit: is the index what the pods hold? Compares the served index with a truth, pod by pod and tier by tier.
+
+The keys to ask for are those of the truth and those that the index's changelog knows, so that both directions show:
+a *ghost* is in the index and not at the pod, a *missing* block is at the pod and not in the index. Holders of ended
+epochs do not exist, as for a scorer; holders that a gap made suspect are counted apart when they are ghosts, since a
+router is told that they may be gone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import grpc
+import msgspec
+from aiokafka import AIOKafkaConsumer, TopicPartition
+
+from kvatlas.bridge.kafka.config import client_config
+from kvatlas.bridge.kafka.follower import partitions_of
+from kvatlas.bridge.model import records
+from kvatlas.bridge.model.block_key import KEY_BYTES, partition_of
+from kvatlas.bridge.model.events import Tier
+from kvatlas.bridge.model.records import PodRecord
+from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.streams.errors import StreamsError
+from kvatlas.streams.index.apply import apply_blocks
+from kvatlas.streams.index.columns import NOT_ANSWERED, read_index
+from kvatlas.streams.index.holders import decode_blocks, holders
+from kvatlas.streams.index.view import DictView
+from kvatlas.streams.resolve.effects import Effects
+from kvatlas.streams.resolve.message import parse_message
+from kvatlas.streams.resolve.resolver import ResolveOptions, Resolver
+from kvatlas.streams.serving.announcer import WorkerBook
+from kvatlas.streams.tasks.pods import PodBook
+from kvatlas.streams.v1 import block_index_pb2 as pb
+from kvatlas.streams.v1 import block_index_pb2_grpc as pb_grpc
+
+_LOOKUP_KEYS: Final = 8_192
+_POLL_MS: Final = 1_000
+
+aio: Any = getattr(grpc, "aio")  # noqa: B009 # the stubs of grpc leave out its asyncio half
+
+#: pod id -> tier name -> block keys.
+Truth = Mapping[str, Mapping[str, frozenset[bytes]]]
+
+
+class PodAudit(msgspec.Struct, frozen=True, kw_only=True):
+    """What an audit found for one pod.
+
+    Attributes:
+        pod: pod id.
+        held: (block, tier) pairs in the truth.
+        ghosts: pairs in the index and not in the truth.
+        missing: pairs in the truth and not in the index.
+        suspect_ghosts: pairs that the index flags as suspect and the truth does not have.
+        examples: a few of them, for people: ``ghost gpu 0a1b...``.
+    """
+
+    pod: str
+    held: int
+    ghosts: int
+    missing: int
+    suspect_ghosts: int = 0
+    examples: list[str] = []
+
+
+async def audit(
+    kafka: KafkaSettings, truth: Truth, *, app: str = "kvatlas", version: str = records.BASE_VERSION
+) -> list[PodAudit]:
+    """Compare the index that the workers serve with a truth. The log must have been drained.
+
+    Args:
+        kafka: how to reach the brokers.
+        truth: what the pods hold; pods that are not in it are expected to hold nothing.
+        app: name of the workers' app.
+        version: the index version that is compared.
+
+    Raises:
+        StreamsError: a partition is not answered by any worker.
+    """
+    pods, workers = PodBook(version), WorkerBook(version=version)
+    await read_topic(kafka, records.PODS, lambda key, value, _: pods.apply(key, value))
+    await read_topic(kafka, records.WORKERS, lambda key, value, _: workers.apply(key, value))
+    keys: set[bytes] = {key for tiers in truth.values() for held in tiers.values() for key in held}
+    changelog = records.changelog_topics(records.version_app(app, version))[1].name
+
+    def note(key: bytes | None, value: bytes | None, _: int) -> None:
+        if key is not None and value is not None and len(key) == KEY_BYTES:
+            keys.add(key)
+
+    await read_topic(kafka, changelog, note)
+    index = await lookup_all(sorted(keys), workers)
+    return compare(index, truth, pods.pods())
+
+
+def compare(index: Mapping[bytes, bytes], truth: Truth, pods: Sequence[PodRecord]) -> list[PodAudit]:
+    """Compare table values with a truth.
+
+    Args:
+        index: block key -> packed holders.
+        truth: pod id -> tier name -> keys.
+        pods: merged pod records, for names and epochs.
+    """
+    known = {records.pod_ref(pod.pod): pod for pod in pods}
+    held: dict[str, dict[str, set[bytes]]] = {}
+    suspect: set[tuple[str, str, bytes]] = set()
+    for key, value in index.items():
+        for holder in holders(value):
+            pod = known.get(holder.pod_ref)
+            if pod is None or holder.tier == Tier.SHARED or not _exists(pod, holder.epoch, holder.tier):
+                continue
+            tier = Tier(holder.tier).name.lower()
+            held.setdefault(pod.pod, {}).setdefault(tier, set()).add(key)
+            if holder.epoch < pod.suspect_before:
+                suspect.add((pod.pod, tier, key))
+    names = sorted({*truth, *held})
+    return [_compare_pod(pod, held.get(pod, {}), truth.get(pod, {}), suspect) for pod in names]
+
+
+def _exists(pod: PodRecord, epoch: int, tier: int) -> bool:
+    return epoch >= pod.valid_from and (tier != Tier.GPU or epoch >= pod.gpu_valid_from) and pod.state != records.GONE
+
+
+def _compare_pod(
+    pod: str,
+    held: Mapping[str, set[bytes]],
+    truth: Mapping[str, frozenset[bytes]],
+    suspect: set[tuple[str, str, bytes]],
+) -> PodAudit:
+    ghosts: list[tuple[str, bytes]] = []
+    missing: list[tuple[str, bytes]] = []
+    flagged = 0
+    for tier in sorted({*held, *truth}):
+        real, there = truth.get(tier, frozenset()), held.get(tier, set())
+        for key in there - real:
+            if (pod, tier, key) in suspect:
+                flagged += 1
+            else:
+                ghosts.append((tier, key))
+        missing += [(tier, key) for key in real - there]
+    examples = [f"ghost {tier} {key.hex()}" for tier, key in ghosts[:3]]
+    examples += [f"missing {tier} {key.hex()}" for tier, key in missing[:3]]
+    return PodAudit(
+        pod=pod,
+        held=sum(len(keys) for keys in truth.values()),
+        ghosts=len(ghosts),
+        missing=len(missing),
+        suspect_ghosts=flagged,
+        examples=examples,
+    )
+
+
+async def lookup_all(keys: Sequence[bytes], workers: WorkerBook) -> dict[bytes, bytes]:
+    """Ask the workers that announce themselves for the index values of keys.
+
+    Args:
+        keys: packed block keys.
+        workers: who answers for which partition.
+
+    Returns:
+        Key -> encoded value, of the keys that the index has.
+
+    Raises:
+        StreamsError: no worker is announced, or a partition is answered by none.
+    """
+    live = [record for record in workers.workers() if record.partitions]
+    count = max((record.partition_count for record in live), default=0)
+    if not count:
+        raise StreamsError("no worker announces partitions on kv-workers; is one running?")
+    by_owner: dict[str, list[bytes]] = {}
+    for key in keys:
+        owner = workers.owner(partition_of(key, count), besides="")
+        if not owner:
+            raise StreamsError(f"partition {partition_of(key, count)} of kv-blocks has no worker")
+        by_owner.setdefault(owner, []).append(key)
+    found: dict[bytes, bytes] = {}
+    for endpoint, mine in by_owner.items():
+        async with aio.insecure_channel(endpoint, options=[("grpc.max_receive_message_length", -1)]) as channel:
+            stub: Any = pb_grpc.BlockIndexStub(channel)
+            for at in range(0, len(mine), _LOOKUP_KEYS):
+                part = mine[at : at + _LOOKUP_KEYS]
+                answer = await stub.Lookup(pb.LookupRequest(keys=b"".join(part), partition_count=count))
+                for key, number in zip(part, read_index(answer.index), strict=True):
+                    if number == NOT_ANSWERED:
+                        raise StreamsError(f"{endpoint} does not answer for partition {partition_of(key, count)}")
+                    if number:
+                        found[key] = answer.values[number - 1]
+    return found
+
+
+async def fold_events(kafka: KafkaSettings, options: ResolveOptions) -> Truth:
+    """Return what every pod holds as its whole ``kv-events`` log says, worked out from nothing in memory.
+
+    For real engines, which cannot be asked: it shows whether the tables are what the log says.
+    """
+    resolver = Resolver(options, 1, lambda: 0)
+    tables: dict[int, DictView] = {}
+    index = DictView()
+    pods: dict[str, PodRecord] = {}
+    counts: Counter[str] = Counter()
+
+    def apply(message: Any) -> None:
+        effects = Effects(1)
+        parsed = parse_message(message.key, message.value, message.headers, message.partition, message.offset)
+        resolver.apply(tables.setdefault(message.partition, DictView()), parsed, effects)
+        pods.update(effects.pods)
+        for value in effects.encode().get(0, ()):
+            apply_blocks(index, decode_blocks(value), counts)
+
+    await read_records(kafka, records.EVENTS, apply)
+    known = {records.pod_ref(pod): record for pod, record in pods.items()}
+    truth: dict[str, dict[str, set[bytes]]] = {pod: {} for pod in pods}
+    for key, value in index.values.items():
+        if len(key) != KEY_BYTES:
+            continue
+        for holder in holders(value):
+            pod = known.get(holder.pod_ref)
+            if pod is not None and holder.tier != Tier.SHARED and _exists(pod, holder.epoch, holder.tier):
+                truth[pod.pod].setdefault(Tier(holder.tier).name.lower(), set()).add(key)
+    return {pod: {tier: frozenset(keys) for tier, keys in tiers.items()} for pod, tiers in truth.items()}
+
+
+def read_truth(document: bytes) -> Truth:
+    """Read the truth endpoint's JSON: pod -> tier -> block keys in hexadecimal.
+
+    Raises:
+        StreamsError: it is something else.
+    """
+    try:
+        found = msgspec.json.decode(document, type=dict[str, dict[str, list[str]]])
+        return {
+            pod: {tier: frozenset(map(bytes.fromhex, keys)) for tier, keys in tiers.items()}
+            for pod, tiers in found.items()
+        }
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise StreamsError(f"the truth is not JSON of pod -> tier -> hexadecimal block keys: {error}") from error
+
+
+async def read_topic(kafka: KafkaSettings, topic: str, apply: Any) -> None:
+    """Hand key, value and offset of every record that a topic has now to ``apply``, partition by partition in order."""
+    await read_records(kafka, topic, lambda record: apply(record.key, record.value, record.offset))
+
+
+async def read_records(kafka: KafkaSettings, topic: str, apply: Any) -> None:
+    """Hand every record that a topic has now to ``apply``."""
+    name = kafka.topic(topic)
+    consumer = AIOKafkaConsumer(
+        **client_config(kafka, "kvatlas-audit"), enable_auto_commit=False, auto_offset_reset="earliest"
+    )
+    await consumer.start()
+    try:
+        partitions: list[Any] = [TopicPartition(name, number) for number in await partitions_of(consumer, name)]
+        if not partitions:
+            raise StreamsError(f"topic {name} does not exist on {kafka.brokers}; check topic_prefix and app")
+        consumer.assign(partitions)
+        ends = await consumer.end_offsets(partitions)
+        await consumer.seek_to_beginning()
+        left = {at for at in partitions if ends[at]}
+        while left:
+            left -= {at for at in left if await consumer.position(at) >= ends[at]}
+            if not left:
+                return
+            for batch in (await consumer.getmany(*left, timeout_ms=_POLL_MS)).values():
+                for record in batch:
+                    apply(record)
+    finally:
+        await consumer.stop()

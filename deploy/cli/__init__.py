@@ -1,0 +1,1 @@
+"""The `kvatlas` command: its entry point, help and what subcommands share."""

@@ -1,0 +1,209 @@
+"""From a request to block keys: the form of input, its limits, tokens, keys."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+from kvatlas.bridge.model.block_key import TOKEN_BYTES, block_keys, multimodal_extra, root_key
+from kvatlas.scorer.errors import DeadlineError, InputError, TooLargeError, UnknownModelError
+from kvatlas.scorer.options import ScorerSettings
+from kvatlas.scorer.scoring.walk import blocks_to_ask
+from kvatlas.scorer.tokenization.pool import TokenizerPool
+from kvatlas.scorer.tokenization.records import ChatInput, Truncation
+from kvatlas.scorer.v1 import scorer_pb2 as pb
+
+#: So often may multimodal items cover a prompt, on average: sound lies within video, nothing within a hundred items.
+_DEEPEST: Final = 8
+_SIDES: Final = {"": None, "left": "left", "right": "right"}
+
+
+class Tokens(NamedTuple):
+    """Token ids of a prompt, packed little-endian u32, and the tokenizer backend that made them (empty: given)."""
+
+    packed: bytes
+    backend: str
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return len(self.packed) // TOKEN_BYTES
+
+
+def pack(tokens: Any) -> bytes:
+    """Pack a repeated uint32 field; its values are in range by type."""
+    packed = array("I", tokens)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+async def tokens_of(
+    request: pb.ScoreRequest, settings: ScorerSettings, pool: TokenizerPool | None, deadline: float
+) -> Tokens:
+    """Return a request's token ids; ``deadline`` in monotonic seconds.
+
+    Raises:
+        DeadlineError: text was not tokenized in time.
+        InputError: there is not exactly one form of input, or it makes no sense.
+        TooLargeError: it is past a limit.
+        UnknownModelError: text was given and there is no tokenizer for the model.
+    """
+    forms = [
+        name
+        for name, given in (
+            ("tokens", bool(request.tokens)),
+            ("tokens_packed", bool(request.tokens_packed)),
+            ("prompt", bool(request.prompt)),
+            ("chat", request.HasField("chat")),
+        )
+        if given
+    ]
+    if len(forms) > 1:
+        raise InputError(f"give one form of input, not {' and '.join(forms)}")
+    if request.truncate_tokens and request.multimodal:
+        raise InputError("truncate_tokens: not together with multimodal, whose places are those of the whole prompt")
+    if not request.model:
+        raise InputError("model: missing; block keys differ by model")
+    if not forms:
+        return Tokens(b"", "")
+    if request.tokens:
+        packed = Tokens(pack(request.tokens), "")
+    elif request.tokens_packed:
+        if len(request.tokens_packed) % TOKEN_BYTES:
+            raise InputError(f"tokens_packed: {len(request.tokens_packed)} bytes are no multiple of {TOKEN_BYTES}")
+        packed = Tokens(request.tokens_packed, "")
+    else:
+        packed = await _tokenized(request, settings, pool, deadline)
+    if forms[0].startswith("tokens") and request.truncate_tokens:
+        packed = Tokens(_truncated(packed.packed, request), "")
+    if packed.tokens > settings.max_tokens:
+        raise TooLargeError(f"{packed.tokens} tokens; at most {settings.max_tokens} (max_tokens)")
+    return packed
+
+
+def _truncated(packed: bytes, request: pb.ScoreRequest) -> bytes:
+    keep = request.truncate_tokens * TOKEN_BYTES
+    if request.truncation_side == "left":
+        return packed[-keep:]
+    if request.truncation_side not in _SIDES:
+        raise InputError(f"truncation_side: {request.truncation_side!r} is neither left nor right")
+    return packed[:keep]
+
+
+async def _tokenized(
+    request: pb.ScoreRequest, settings: ScorerSettings, pool: TokenizerPool | None, deadline: float
+) -> Tokens:
+    if pool is None:
+        raise UnknownModelError(f"no tokenizer for {request.model!r} here: this scorer takes token ids only")
+    if request.truncation_side not in _SIDES:
+        raise InputError(f"truncation_side: {request.truncation_side!r} is neither left nor right")
+    truncate = None
+    if request.truncate_tokens:
+        truncate = Truncation(request.truncate_tokens, _SIDES[request.truncation_side])
+    if request.HasField("chat"):
+        chat = chat_input(request.chat, settings)
+        encoding = pool.encode_chat(request.model, chat, truncate=truncate)
+    else:
+        # Four bytes a character at most, so most prompts need no encoding to know.
+        limit = settings.max_prompt_bytes
+        if len(request.prompt) * 4 > limit and len(request.prompt.encode()) > limit:
+            raise TooLargeError(f"prompt: at most {settings.max_prompt_bytes} bytes (max_prompt_bytes)")
+        special = request.add_special_tokens if request.HasField("add_special_tokens") else True
+        encoding = pool.encode(request.model, request.prompt, add_special_tokens=special, truncate=truncate)
+    try:
+        async with asyncio.timeout(deadline - time.monotonic()) as waiting:
+            encoded = await encoding
+    except TimeoutError as error:
+        if not waiting.expired():
+            raise
+        # What was begun goes on, so that a model that takes long to load is there for who asks again.
+        raise DeadlineError(
+            f"the text was not tokenized in time; is the tokenizer of {request.model!r} loading?"
+        ) from error
+    return Tokens(encoded.ids, encoded.backend or "local")
+
+
+def chat_input(chat: pb.Chat, settings: ScorerSettings) -> ChatInput:
+    """Return a chat as tokenization takes it.
+
+    Raises:
+        InputError: a JSON field is not what it says.
+        TooLargeError: more messages or text than the limits allow.
+    """
+    if len(chat.messages) > settings.max_messages:
+        raise TooLargeError(f"chat: {len(chat.messages)} messages; at most {settings.max_messages} (max_messages)")
+    if chat.ByteSize() > settings.max_prompt_bytes:
+        raise TooLargeError(f"chat: {chat.ByteSize()} bytes; at most {settings.max_prompt_bytes} (max_prompt_bytes)")
+    return ChatInput(
+        messages=[_message(message, number) for number, message in enumerate(chat.messages)],
+        tools=_json(chat.tools_json, "tools_json", list),
+        documents=_json(chat.documents_json, "documents_json", list),
+        chat_template=chat.chat_template or None,
+        add_generation_prompt=chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True,
+        continue_final_message=chat.continue_final_message,
+        kwargs=_json(chat.template_kwargs_json, "template_kwargs_json", dict) or {},
+    )
+
+
+def _message(message: pb.ChatMessage, number: int) -> Mapping[str, Any]:
+    where = f"chat.messages[{number}]"
+    fields: dict[str, Any] = {"role": message.role}
+    parts = _json(message.parts_json, f"{where}.parts_json", list)
+    fields["content"] = message.content if parts is None else parts
+    calls = _json(message.tool_calls_json, f"{where}.tool_calls_json", list)
+    if calls is not None:
+        fields["tool_calls"] = calls
+    if message.tool_call_id:
+        fields["tool_call_id"] = message.tool_call_id
+    if message.name:
+        fields["name"] = message.name
+    return fields | (_json(message.extra_json, f"{where}.extra_json", dict) or {})
+
+
+def _json(text: str, where: str, kind: type) -> Any:
+    if not text:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON: {error}") from error
+    if not isinstance(value, kind):
+        raise InputError(f"{where}: not a JSON {'array' if kind is list else 'object'}")
+    return value
+
+
+def keys_of(request: pb.ScoreRequest, packed: bytes, block_size_tokens: int) -> list[bytes]:
+    """Return the block keys that can matter to any pod, first block first.
+
+    Raises:
+        InputError: a multimodal item lies outside the prompt.
+        TooLargeError: the items overlap too much.
+    """
+    count = len(packed) // TOKEN_BYTES
+    blocks = blocks_to_ask(count, block_size_tokens, whole_prompt=not request.usable_only)
+    root = root_key(request.model, request.lora or None, request.cache_salt or None)
+    extra = None
+    if request.multimodal:
+        extra = multimodal_extra(_items(request.multimodal, count), block_size_tokens, blocks)
+    return block_keys(root, packed[: blocks * block_size_tokens * TOKEN_BYTES], block_size_tokens, extra)
+
+
+def _items(items: Sequence[pb.MultimodalItem], tokens: int) -> list[tuple[str, int, int]]:
+    for number, item in enumerate(items):
+        if not item.identifier or not item.length or item.offset + item.length > tokens:
+            raise InputError(
+                f"multimodal[{number}]: needs an identifier and a range inside the prompt of {tokens} tokens, "
+                f"has offset {item.offset} and length {item.length}"
+            )
+    covered = sum(item.length for item in items)
+    if covered > _DEEPEST * tokens:
+        raise TooLargeError(
+            f"multimodal: the items cover {covered} tokens of a prompt of {tokens}; they overlap too much"
+        )
+    return [(item.identifier, item.offset, item.length) for item in items]

@@ -1,0 +1,90 @@
+"""What came of a decision: the prediction against what the index shows some time later.
+
+By then the pod may have computed the blocks for this very request and announced them, which makes any prediction look
+right. What the data tells apart is counted apart: a holder of a later epoch than the decision's came after it, blocks
+that only other decisions vouched for had been shown by no event when the decision was made, and a prediction of
+nothing predicted no hit. Within one epoch a block that was evicted unseen and stored again looks as if it had stayed;
+only the log knows (``kvatlas why``).
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from kvatlas.bridge.model.block_key import KEY_BYTES
+from kvatlas.bridge.model.records import GONE, DecisionRecord, PodRecord, pod_ref
+from kvatlas.scorer.options import ScorerSettings
+from kvatlas.scorer.scoring.decisions import OUTCOME
+from kvatlas.scorer.scoring.fleet import Weights
+from kvatlas.scorer.scoring.walk import Walk
+from kvatlas.streams.index.holders import EPOCH_AT, HOLDER_BYTES, POD_BYTES
+
+if TYPE_CHECKING:
+    from kvatlas.scorer.api.core import Index
+
+COLD: Final = "cold"
+HIT: Final = "hit"
+UNPROVEN: Final = "unproven"
+LOST_EVICTION: Final = "lost-eviction"
+LOST_STALE: Final = "lost-stale"
+WRONG: Final = "wrong"
+
+
+async def outcome_of(
+    record: DecisionRecord,
+    index: Index,
+    weights: Weights,
+    settings: ScorerSettings,
+    now_ns: int,
+) -> DecisionRecord:
+    """Compare a decision with what the index shows now; returns its outcome record."""
+    outcome = msgspec.structs.replace(record, kind=OUTCOME, keys=b"", decided_ns=now_ns)
+    if record.block_size_tokens != index.block_size():  # of another index version: its keys mean nothing here
+        return outcome
+    keys = [record.keys[at : at + KEY_BYTES] for at in range(0, len(record.keys), KEY_BYTES)]
+    steps = Walk(
+        index.pods.fleet.scene(record.model, weights),
+        len(keys) * record.block_size_tokens,
+        pods=[record.pod],
+        whole_prompt=True,
+    )
+    at, chunk = 0, settings.lookup_chunk_blocks
+    deadline = time.monotonic() + settings.deadline_ms / 1e3
+    while at < len(keys):
+        answers = await index.lookups.lookup(keys[at : at + chunk], deadline)
+        if not steps.feed([value and as_of(value, record) for value in answers.values]):
+            break
+        at += chunk
+    found = steps.matches()
+    real = found[0].blocks if found else 0
+    came = "" if steps.partial else judge(record, real, index.pods.merged.get(record.pod))
+    return msgspec.structs.replace(outcome, real_blocks=real, outcome=came)
+
+
+def as_of(value: bytes, record: DecisionRecord) -> bytes:
+    """Return a table value without what the decision's pod has stored in later epochs than the decision's."""
+    pod, epoch = pod_ref(record.pod).to_bytes(POD_BYTES, "big"), record.pod_epoch.to_bytes(8, "big")
+    if pod not in value:
+        return value
+    each = [value[at : at + HOLDER_BYTES] for at in range(0, len(value), HOLDER_BYTES)]
+    return b"".join(holder for holder in each if not (holder.startswith(pod) and holder[EPOCH_AT:] > epoch))
+
+
+def judge(record: DecisionRecord, real_blocks: int, pod: PodRecord | None) -> str:
+    """Return what came of a decision.
+
+    Args:
+        record: the decision.
+        real_blocks: leading blocks of the prompt that the index shows on the pod now, of the decision's epoch.
+        pod: the pod's record now.
+    """
+    if not record.predicted_blocks:
+        return COLD
+    if real_blocks >= record.predicted_blocks:
+        return UNPROVEN if record.speculative_blocks else HIT
+    if pod is None or pod.state == GONE or max(pod.epoch, pod.valid_from, pod.gpu_valid_from) > record.pod_epoch:
+        return LOST_STALE
+    return LOST_EVICTION if real_blocks else WRONG

@@ -1,6 +1,0 @@
-"""Where the index lives: backends behind one small protocol, all holding the same bytes."""
-
-from kvatlas.scorer.backends.base import Backend, Stats
-from kvatlas.scorer.backends.memory import MemoryBackend
-
-__all__ = ["Backend", "MemoryBackend", "Stats"]

@@ -1,0 +1,1 @@
+"""The index in a process of one's own (`kvatlas.scorer.Indexer`)."""

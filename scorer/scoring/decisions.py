@@ -1,0 +1,177 @@
+"""Decisions: blocks that a pod will hold soon, because a request was just sent there.
+
+Pure state; :mod:`kvatlas.scorer.service` moves the records over ``kv-decisions``. A decision vouches for all keys of
+its prompt until it expires or its pod's epoch ends, so the keys of all open decisions are closed under prefixes and
+a lookup stops at the first key that no decision has.
+
+What came of a decision is judged once, after a delay, from what the index says then
+(:mod:`kvatlas.scorer.api.outcomes`).
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from kvatlas.bridge.errors import WireError
+from kvatlas.bridge.model.block_key import KEY_BYTES
+from kvatlas.bridge.model.records import GONE, DecisionRecord, PodRecord, decode, pod_ref
+from kvatlas.scorer.errors import UnknownPodError
+from kvatlas.scorer.options import ScorerSettings
+from kvatlas.scorer.scoring.remembered import Remembered
+from kvatlas.scorer.scoring.walk import SPECULATIVE
+from kvatlas.streams.index.holders import pack_holder
+
+log = logging.getLogger(__name__)
+
+DECISION: Final = "decision"
+OUTCOME: Final = "outcome"
+
+#: No decision lives longer, whatever the clock of the scorer that made it says.
+_LONGEST_MS: Final = 60_000.0
+
+
+class Decisions:
+    """Open decisions of all scorers.
+
+    Attributes:
+        open: request id -> decision that has not expired.
+        rejected: records that could not be read.
+        publish: gets decisions made here, to tell the other scorers; None keeps them here.
+    """
+
+    def __init__(self, settings: ScorerSettings, publish: Callable[[DecisionRecord], None] | None = None) -> None:
+        self.open: dict[str, DecisionRecord] = {}
+        self.rejected = 0
+        self.publish = publish
+        self._settings = settings
+        # Block key -> packed holder -> open decisions that say so: a burst of one prefix to one pod is one holder.
+        self._holders: dict[bytes, dict[bytes, int]] = {}
+        self._blocks = 0  # of all open decisions
+        self._expiries: list[tuple[int, str]] = []
+        self._until: dict[str, int] = {}
+
+    def decide(
+        self,
+        request_id: str,
+        record: PodRecord | None,
+        *,
+        pod: str,
+        prompt: Remembered,
+        policy: str,
+        ttl_ms: float,
+        now_ns: int,
+    ) -> DecisionRecord:
+        """Make a decision about a prompt here, apply it and hand it to ``publish``.
+
+        Raises:
+            UnknownPodError: the pod is not known.
+        """
+        if record is None or record.state == GONE:
+            raise UnknownPodError(f"pod {pod!r} is not known or gone; `kvatlas pods` lists those that are")
+        made = DecisionRecord(
+            request_id=request_id,
+            pod=pod,
+            pod_epoch=record.epoch,
+            model=prompt.model,
+            keys=prompt.keys,
+            block_size_tokens=prompt.block_size_tokens,
+            predicted_blocks=prompt.scores.get(pod, (0.0, 0))[1],
+            speculative_blocks=prompt.speculative.get(pod, 0),
+            scores=prompt.scores,
+            freshness=prompt.partitions,
+            pod_sequences={pod: record.last_sequence},
+            scorer=self._settings.name,
+            decided_ns=now_ns,
+            expires_ns=now_ns + int(min(ttl_ms or self._settings.speculative_ttl_ms, _LONGEST_MS) * 1e6),
+            policy=policy,
+        )
+        self.put(made, now_ns)
+        if self.publish is not None:
+            self.publish(made)
+        return made
+
+    def apply(self, value: bytes | None, now_ns: int) -> DecisionRecord | None:
+        """Apply a record of ``kv-decisions``; one that cannot be read is counted and left out."""
+        if not value:
+            return None
+        try:
+            record = decode(DecisionRecord, value)
+        except WireError as error:
+            self.rejected += 1
+            log.warning("kv-decisions: %s", error)
+            return None
+        if record.kind == DECISION:
+            self.put(record, now_ns)
+        return record
+
+    def put(self, record: DecisionRecord, now_ns: int) -> None:
+        """Take a decision in, unless it has expired or is known."""
+        self.expire(now_ns)
+        known = self.open.get(record.request_id)
+        if record.expires_ns <= now_ns or not record.keys or known == record:
+            return
+        if known is not None:
+            self._drop(record.request_id)
+        self.open[record.request_id] = record
+        # A clock that is ahead must not make a decision live longer than one may.
+        until = min(record.expires_ns, now_ns + int(_LONGEST_MS * 1e6))
+        self._until[record.request_id] = until
+        heapq.heappush(self._expiries, (until, record.request_id))
+        holder = _holder(record)
+        for at in range(0, len(record.keys), KEY_BYTES):
+            held = self._holders.setdefault(record.keys[at : at + KEY_BYTES], {})
+            held[holder] = held.get(holder, 0) + 1
+        self._blocks += len(record.keys) // KEY_BYTES
+        while self.open and (
+            len(self.open) > self._settings.speculative_max_decisions
+            or self._blocks > self._settings.speculative_max_blocks
+        ):
+            self._drop(next(iter(self.open)))
+
+    def expire(self, now_ns: int) -> None:
+        """Drop what has expired."""
+        while self._expiries and self._expiries[0][0] <= now_ns:
+            until, request_id = heapq.heappop(self._expiries)
+            # A decision made anew under the same id has a later entry of its own.
+            if self._until.get(request_id) == until:
+                self._drop(request_id)
+
+    def _drop(self, request_id: str) -> None:
+        record = self.open.pop(request_id)
+        del self._until[request_id]
+        holder = _holder(record)
+        self._blocks -= len(record.keys) // KEY_BYTES
+        for at in range(0, len(record.keys), KEY_BYTES):
+            key = record.keys[at : at + KEY_BYTES]
+            held = self._holders[key]
+            held[holder] -= 1
+            if not held[holder]:
+                del held[holder]
+                if not held:
+                    del self._holders[key]
+
+    def overlay(self, keys: Sequence[bytes], values: list[bytes | None], now_ns: int) -> list[bytes | None]:
+        """Return the values with the speculative holders added; a block without an answer stays without one."""
+        if not self._holders:
+            return values
+        self.expire(now_ns)
+        joined: dict[tuple[bytes, tuple[bytes, ...]], bytes] = {}
+        changed = list(values)
+        for number, (key, value) in enumerate(zip(keys, values, strict=True)):
+            held = self._holders.get(key)
+            if held is None:
+                break
+            if value is not None:
+                extra = tuple(sorted(held)) if len(held) > 1 else tuple(held)
+                whole = joined.get((value, extra))
+                if whole is None:
+                    whole = joined[value, extra] = value + b"".join(extra)
+                changed[number] = whole
+        return changed
+
+
+def _holder(record: DecisionRecord) -> bytes:
+    return pack_holder(pod_ref(record.pod), 0, SPECULATIVE, 0, 0, record.pod_epoch)

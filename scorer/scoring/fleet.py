@@ -1,0 +1,273 @@
+"""What block-index values mean: the pods at one moment, and per model and weights what a value says of each of them.
+
+A value is a packed list of 24-byte holders (see :mod:`kvatlas.streams.index.holders`). Few values differ, so their
+meaning is worked out once and remembered; the walk (:mod:`kvatlas.scorer.scoring.walk`) then asks a dict.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Final, NamedTuple
+
+import msgspec
+
+from kvatlas.bridge.model.events import Kind, Tier
+from kvatlas.bridge.model.records import GONE, PodRecord, pod_ref, store_ref
+from kvatlas.streams.index.holders import HOLDER
+
+#: Tier of a holder that only a recent decision vouches for. Lives in memory, never on the wire.
+SPECULATIVE: Final = 255
+
+_SHARED: Final = int(Tier.SHARED)
+_GPU: Final = int(Tier.GPU)
+
+#: Distinct values whose meaning a scene remembers, before it starts again.
+_MEMO_VALUES: Final = 50_000
+
+_TIER_NAMES: Final = {int(tier): tier.name.lower() for tier in Tier} | {SPECULATIVE: "speculative"}
+
+
+def tier_name(tier: int) -> str:
+    """Return what people call a tier number; a number nobody knows is ``unknown``."""
+    return _TIER_NAMES.get(tier, "unknown")
+
+
+class Weights(msgspec.Struct, frozen=True, kw_only=True):
+    """What one block is worth by the best tier that holds it.
+
+    Attributes:
+        gpu, cpu, disk, shared, unknown: weight of a block on that tier.
+        speculative: weight of a block that only a recent decision vouches for.
+        suspect_factor: multiplies blocks seen before an unrepaired gap of the pod; 0 makes them worth nothing
+            and ends the walk there (strict gaps).
+        end_at_zero: a tier of weight 0 does not hold the block at all.
+    """
+
+    gpu: float = 1.0
+    cpu: float = 0.8
+    disk: float = 0.5
+    shared: float = 0.4
+    unknown: float = 0.1
+    speculative: float = 0.9
+    suspect_factor: float = 0.5
+    end_at_zero: bool = False
+
+    def of(self, tier: int) -> float:
+        """Return the weight of one block on a tier."""
+        return float(getattr(self, tier_name(tier)))
+
+
+class Grade(NamedTuple):
+    """What one block of one pod is worth and why."""
+
+    weight: float
+    tier: int
+    suspect: bool
+
+
+class Window(NamedTuple):
+    """One group without full attention; ``blocks`` at the end of a match, or a chunk of ``chunk_tokens``."""
+
+    group: int
+    blocks: int
+    chunk_tokens: int
+
+
+class Pod(NamedTuple):
+    """A pod as the walk needs it; see :class:`kvatlas.bridge.model.records.PodRecord` for the epochs.
+
+    Attributes:
+        number: position in its :class:`Fleet`.
+        full: full-attention groups; None when the pod's groups are not known, then any group counts.
+        windows: groups without full attention.
+        engine_block_tokens: matches are multiples of this; the least common multiple of the groups' block sizes.
+    """
+
+    number: int
+    name: str
+    ref: int
+    model: str
+    store: str
+    valid_from: int
+    gpu_valid_from: int
+    suspect_before: int
+    full: tuple[int, ...] | None
+    windows: tuple[Window, ...]
+    engine_block_tokens: int
+    approximate: bool
+
+    def usable_blocks(self, tokens: int, block_size_tokens: int, *, whole_prompt: bool) -> int:
+        """Return how many blocks of a prompt this pod can reuse at most: engines recompute the last token."""
+        engine = self.engine_block_tokens
+        usable = tokens if whole_prompt else (tokens - 1) // engine * engine
+        return max(usable, 0) // block_size_tokens
+
+    @property
+    def windowed_only(self) -> bool:
+        """Whether no group needs every block, so that a missing block does not end the walk."""
+        return self.full == ()
+
+
+def _pod(index: int, record: PodRecord, block_size_tokens: int) -> Pod:
+    full: list[int] = []
+    windows: list[Window] = []
+    sizes = {record.block_size_tokens or block_size_tokens}
+    for group, spec in sorted(record.groups.items()):
+        if spec.kind == Kind.CROSS:
+            continue
+        if spec.block_size_tokens:
+            sizes.add(spec.block_size_tokens)
+        if spec.kind == Kind.MAMBA:
+            windows.append(Window(group, 1, 0))
+        elif spec.kind == Kind.SLIDING_WINDOW and spec.window_tokens > 0:
+            windows.append(Window(group, -(-(spec.window_tokens - 1) // block_size_tokens), 0))
+        elif spec.kind == Kind.CHUNKED_LOCAL and spec.window_tokens > 0:
+            windows.append(Window(group, 0, spec.window_tokens))
+        else:
+            full.append(group)
+    return Pod(
+        number=index,
+        name=record.pod,
+        ref=pod_ref(record.pod),
+        model=record.model,
+        store=record.store,
+        valid_from=record.valid_from,
+        gpu_valid_from=record.gpu_valid_from,
+        suspect_before=record.suspect_before,
+        full=tuple(full) if full or windows else None,
+        windows=tuple(windows),
+        engine_block_tokens=math.lcm(*sizes),
+        approximate=record.approximate,
+    )
+
+
+class Cell(NamedTuple):
+    """One pod in one value: what the block is worth to it, and which of its windows hold it (bit per window)."""
+
+    grade: Grade | None
+    held: int
+
+
+class Fleet:
+    """All pods at one moment, as the walk needs them. Immutable; build a new one when a pod's meaning changes."""
+
+    def __init__(self, records: Iterable[PodRecord], block_size_tokens: int) -> None:
+        """Take the records of all pods that may score.
+
+        Args:
+            records: merged records; pods that are gone are left out.
+            block_size_tokens: canonical block size.
+        """
+        self.block_size_tokens = block_size_tokens
+        alive = [record for record in records if record.state != GONE]
+        self.pods: tuple[Pod, ...] = tuple(_pod(index, record, block_size_tokens) for index, record in enumerate(alive))
+        self.by_ref: dict[int, Pod] = {pod.ref: pod for pod in self.pods}
+        self.by_name: dict[str, Pod] = {pod.name: pod for pod in self.pods}
+        self.by_store: dict[int, list[Pod]] = {}
+        for pod in self.pods:
+            if pod.store:
+                self.by_store.setdefault(store_ref(pod.store), []).append(pod)
+        self.windowed_only: tuple[Pod, ...] = tuple(pod for pod in self.pods if pod.windowed_only)
+        self._scenes: dict[tuple[str, Weights], Scene] = {}
+
+    def scene(self, model: str, weights: Weights) -> Scene:
+        """Return the fleet as one model and one set of weights see it; remembered."""
+        found = self._scenes.get((model, weights))
+        if found is None:
+            if len(self._scenes) >= 256:  # a caller that invents models must not fill the memory
+                self._scenes.clear()
+            found = self._scenes[model, weights] = Scene(self, model, weights)
+        return found
+
+
+class Scene:
+    """What block-index values mean for one model under one set of weights; remembers values it has seen."""
+
+    def __init__(self, fleet: Fleet, model: str, weights: Weights) -> None:
+        self.fleet = fleet
+        self.model = model
+        self.weights = weights
+        self._weight_of = {tier: weights.of(tier) for tier in _TIER_NAMES}
+        self._memo: dict[bytes, dict[int, Cell]] = {}
+        self._interned: dict[Cell, Cell] = {}
+
+    def cells(self, value: bytes) -> dict[int, Cell]:
+        """Return what a value says per pod index; pods that it gives nothing are absent."""
+        found = self._memo.get(value)
+        if found is None:
+            if len(self._memo) >= _MEMO_VALUES:
+                self._memo.clear()
+                self._interned.clear()
+            found = self._memo[value] = self._classify(value)
+        return found
+
+    def _classify(self, value: bytes) -> dict[int, Cell]:
+        offers: dict[int, dict[int, Grade]] = {}
+        by_ref = self.fleet.by_ref
+        for ref, group, tier, kind, _window, epoch in HOLDER.iter_unpack(value):
+            pod = by_ref.get(ref)
+            if pod is not None:
+                grade = self._grade(pod, tier, epoch)
+                if grade is not None:
+                    _offer(offers, pod, group, kind, grade)
+            elif tier == _SHARED and not (self.weights.end_at_zero and self.weights.shared <= 0):
+                grade = Grade(self._weight_of[_SHARED], _SHARED, suspect=False)
+                for pod in self.fleet.by_store.get(ref, ()):
+                    # Only the same model's pods can read these blocks.
+                    if not pod.model or pod.model == self.model:
+                        _offer(offers, pod, group, kind, grade)
+        cells = {}
+        for index, held in offers.items():
+            cell = _cell(self.fleet.pods[index], held)
+            cells[index] = self._interned.setdefault(cell, cell)
+        return cells
+
+    def _grade(self, pod: Pod, tier: int, epoch: int) -> Grade | None:
+        if epoch < pod.valid_from or (tier in (_GPU, SPECULATIVE) and epoch < pod.gpu_valid_from):
+            return None
+        weight = self._weight_of.get(tier, self.weights.unknown)
+        if weight <= 0 and self.weights.end_at_zero:
+            return None
+        if epoch >= pod.suspect_before:
+            return Grade(weight, tier, suspect=False)
+        # A gap raises the epoch as well, and what only a decision said of the epoch before ends with it.
+        if tier == SPECULATIVE or self.weights.suspect_factor <= 0:
+            return None
+        return Grade(weight * self.weights.suspect_factor, tier, suspect=True)
+
+
+_ANY_GROUP: Final = -1
+
+
+def _offer(offers: dict[int, dict[int, Grade]], pod: Pod, group: int, kind: int, grade: Grade) -> None:
+    """Note that a pod holds a block in a group; the best grade per group wins."""
+    held = offers.setdefault(pod.number, {})
+    if pod.full is None:
+        groups: tuple[int, ...] = () if kind == Kind.CROSS else (_ANY_GROUP,)
+    elif grade.tier == SPECULATIVE:  # a decision speaks of the whole request, so of all groups
+        groups = (*pod.full, *(window.group for window in pod.windows))
+    else:
+        groups = (group,)
+    for each in groups:
+        best = held.get(each)
+        if best is None or grade.weight > best.weight:
+            held[each] = grade
+
+
+def _cell(pod: Pod, held: Mapping[int, Grade]) -> Cell:
+    bits = 0
+    for bit, window in enumerate(pod.windows):
+        if window.group in held:
+            bits |= 1 << bit
+    if pod.full is None:
+        return Cell(held.get(_ANY_GROUP), 0)
+    needed = pod.full or tuple(window.group for window in pod.windows if window.group in held)
+    worst: Grade | None = None
+    for group in needed:
+        grade = held.get(group)
+        if grade is None:
+            return Cell(None, bits)
+        if worst is None or grade.weight < worst.weight:
+            worst = grade
+    return Cell(worst, bits)

@@ -1,0 +1,257 @@
+"""The walk: from the holders of a prompt's blocks to one match per pod. Pure; knows no sockets and no clock.
+
+A prompt is a list of block-index values (packed 24-byte holders, see :mod:`kvatlas.streams.index.holders`).
+Neighbouring blocks nearly always have equal values, so the walk compares each value with the one before and does work
+per *run* of equal values, not per block: 512 blocks held by the same 8 pods are one run.
+
+What a pod's match of ``m`` blocks needs, by the kind of each of its groups (C = canonical block size in tokens):
+
+=================  ===========================================================================================
+full attention     every block ``0 .. m-1``, on any tier
+sliding window     the last ``ceil((window - 1) / C)`` of them (all of them, when ``m`` is less)
+mamba              block ``m-1`` alone, which carries the state
+chunked local      the blocks of the unfinished attention chunk at the end: from ``floor(m*C / chunk) * chunk / C``
+cross, encoder     nothing
+=================  ===========================================================================================
+
+The match is the largest ``m`` that satisfies all groups and is a multiple of the engine's block size; where only
+usable blocks are asked for, it also leaves the prompt's last token to be computed. A sliding window or chunk of unknown
+size counts as full attention: that never over-credits. The tier weight of a block is that of the slowest full-attention
+group; groups without full attention decide only whether the match holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Final, NamedTuple
+
+from kvatlas.scorer.scoring.fleet import SPECULATIVE, Cell, Fleet, Grade, Pod, Scene, Weights, tier_name
+
+__all__ = ["SPECULATIVE", "Fleet", "Match", "Pod", "Scene", "Walk", "Weights", "blocks_to_ask", "tier_name", "walk"]
+
+
+class Match(NamedTuple):
+    """The outcome for one pod.
+
+    Attributes:
+        blocks, tokens: match length.
+        score: sum of the blocks' weights.
+        tiers: matched blocks by the name of the tier that counted.
+        suspect: matched blocks that may be gone.
+        speculative: matched blocks that only a decision vouches for.
+    """
+
+    pod: Pod
+    blocks: int
+    tokens: int
+    score: float
+    tiers: dict[str, int]
+    suspect: int
+    speculative: int
+
+
+class _Track:
+    """One pod on its way along the prompt."""
+
+    __slots__ = ("align", "best", "grades", "held", "lengths", "limit", "pod", "walked")
+
+    def __init__(self, pod: Pod, limit: int, align: int) -> None:
+        self.pod = pod
+        self.limit = limit
+        self.align = align
+        self.walked = 0
+        self.best = 0  # longest match that satisfies all windows
+        self.grades: list[Grade | None] = []
+        self.lengths: list[int] = []
+        self.held = [0] * len(pod.windows)  # unbroken blocks up to here, per window
+
+    def extend(self, cell: Cell, blocks: int, block_size_tokens: int) -> None:
+        """Walk over a run of equal blocks."""
+        grades = self.grades
+        if grades and grades[-1] is cell.grade:
+            self.lengths[-1] += blocks
+        else:
+            grades.append(cell.grade)
+            self.lengths.append(blocks)
+        start = self.walked
+        self.walked = end = start + blocks
+        if not self.pod.windows:
+            return
+        longest = min(end, self.limit) // self.align * self.align
+        searched = range(longest, start, -self.align)
+        if not any(window.chunk_tokens for window in self.pod.windows):
+            # Windows only fill up inside a run: when its longest match fails, so do the shorter ones.
+            searched = searched[:1]
+        for match in searched:
+            if self._satisfied(match, start, cell.held, block_size_tokens):
+                self.best = match
+                break
+        self.held = [count + blocks if cell.held >> bit & 1 else 0 for bit, count in enumerate(self.held)]
+
+    def _satisfied(self, match: int, start: int, held: int, block_size_tokens: int) -> bool:
+        for bit, window in enumerate(self.pod.windows):
+            if window.chunk_tokens:
+                chunk_start = match * block_size_tokens // window.chunk_tokens * window.chunk_tokens
+                need = match - chunk_start // block_size_tokens
+            else:
+                need = min(window.blocks, match)
+            have = self.held[bit] + match - start if held >> bit & 1 else 0
+            if have < need:
+                return False
+        return True
+
+    def finish(self, block_size_tokens: int) -> Match | None:
+        """Return the match, None when there is none."""
+        blocks = self.best if self.pod.windows else min(self.walked, self.limit) // self.align * self.align
+        if not blocks:
+            return None
+        score = 0.0
+        tiers: dict[str, int] = {}
+        suspect = speculative = 0
+        for grade, length in _cut(self.grades, self.lengths, blocks):
+            score += grade.weight * length
+            name = tier_name(grade.tier)
+            tiers[name] = tiers.get(name, 0) + length
+            suspect += length if grade.suspect else 0
+            speculative += length if grade.tier == SPECULATIVE else 0
+        return Match(self.pod, blocks, blocks * block_size_tokens, score, tiers, suspect, speculative)
+
+
+def _cut(grades: Sequence[Grade | None], lengths: Sequence[int], blocks: int) -> list[tuple[Grade, int]]:
+    """Return (grade, blocks) of the first ``blocks``; blocks that no window needs count like the last one held."""
+    parts: list[tuple[Grade | None, int]] = []
+    last: Grade | None = None
+    for grade, length in zip(grades, lengths, strict=True):
+        taken = min(length, blocks)
+        parts.append((grade, taken))
+        last = grade or last
+        blocks -= taken
+        if not blocks:
+            break
+    return [(grade or last, length) for grade, length in parts if grade or last]  # type: ignore[misc]
+
+
+class Walk:
+    """The walk of all pods along one prompt, fed with values in order, in as many pieces as they arrive.
+
+    Attributes:
+        partial: a block that some pod still needed was not answered: that pod's match may be too short.
+        walked: blocks fed and used so far.
+    """
+
+    def __init__(
+        self,
+        scene: Scene,
+        tokens: int,
+        *,
+        pods: Collection[str] = (),
+        whole_prompt: bool = False,
+    ) -> None:
+        """Start before the first block.
+
+        Args:
+            scene: pods, model and weights.
+            tokens: tokens in the prompt, with the trailing partial block.
+            pods: pod ids that may score; empty means all.
+            whole_prompt: also count the block of the last token, which engines compute again.
+        """
+        self.partial = False
+        self.walked = 0
+        self._scene = scene
+        self._tokens = tokens
+        self._whole_prompt = whole_prompt
+        self._allowed = frozenset(pods)
+        self._tracks: list[_Track] = []
+        self._walking: list[_Track] = []
+
+    def feed(self, values: Sequence[bytes | None]) -> bool:
+        """Walk on over the next blocks.
+
+        Args:
+            values: one packed value per block; empty bytes when nobody holds it, None when it was not answered.
+
+        Returns:
+            Whether any pod is still walking, so that more blocks can change the answer.
+        """
+        if values and values.count(values[0]) == len(values):  # the common case, counted in C
+            return self._run(values[0], len(values))
+        count = 0
+        current: bytes | None = b""
+        for value in values:
+            if value == current:
+                count += 1
+                continue
+            if count and not self._run(current, count):
+                return False
+            current = value
+            count = 1
+        return self._run(current, count) if count else self.walked == 0 or bool(self._walking)
+
+    def _run(self, value: bytes | None, blocks: int) -> bool:
+        start = self.walked
+        if value is None:
+            waiting = any(track.limit > start for track in self._walking)
+            self.partial = self.partial or waiting or (start == 0 and self._tokens > 0)
+            self._walking = []
+            return False
+        cells = self._scene.cells(value)
+        if start == 0:
+            self._start(cells)
+        self.walked = start + blocks
+        size = self._scene.fleet.block_size_tokens
+        still = []
+        for track in self._walking:
+            cell = cells.get(track.pod.number)
+            if cell is None or cell.grade is None:
+                if not track.pod.windowed_only:
+                    continue
+                cell = cell or _NOTHING
+            track.extend(cell, blocks, size)
+            if track.walked < track.limit:
+                still.append(track)
+        self._walking = still
+        return bool(still)
+
+    def _start(self, cells: Mapping[int, Cell]) -> None:
+        fleet = self._scene.fleet
+        size = fleet.block_size_tokens
+        indexes = dict.fromkeys(cells)
+        for pod in fleet.windowed_only:
+            indexes[pod.number] = None
+        for index in indexes:
+            pod = fleet.pods[index]
+            if self._allowed and pod.name not in self._allowed:
+                continue
+            limit = pod.usable_blocks(self._tokens, size, whole_prompt=self._whole_prompt)
+            if limit:
+                self._tracks.append(_Track(pod, limit, max(1, pod.engine_block_tokens // size)))
+        self._walking = list(self._tracks)
+
+    def matches(self) -> list[Match]:
+        """Return the match of every pod that has one, best score first."""
+        size = self._scene.fleet.block_size_tokens
+        found = [match for track in self._tracks if (match := track.finish(size)) is not None]
+        found.sort(key=lambda match: (-match.score, match.pod.name))
+        return found
+
+
+_NOTHING: Final = Cell(None, 0)
+
+
+def walk(
+    values: Sequence[bytes | None],
+    scene: Scene,
+    tokens: int,
+    *,
+    pods: Collection[str] = (),
+    whole_prompt: bool = False,
+) -> tuple[list[Match], bool]:
+    """Walk a whole prompt at once; returns the matches and whether they are partial. See :class:`Walk`."""
+    steps = Walk(scene, tokens, pods=pods, whole_prompt=whole_prompt)
+    steps.feed(values)
+    return steps.matches(), steps.partial
+
+
+def blocks_to_ask(tokens: int, block_size_tokens: int, *, whole_prompt: bool = False) -> int:
+    """Return how many leading blocks of a prompt can matter to any pod."""
+    return max(tokens if whole_prompt else tokens - 1, 0) // block_size_tokens

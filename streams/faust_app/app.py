@@ -1,0 +1,330 @@
+"""The Faust app of a worker: topics, tables, two agents, and what has to happen around a rebalance. Wiring only."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final, NamedTuple, cast
+
+import faust
+from aiokafka import TopicPartition
+from faust.types import TP
+from mode import get_logger
+from yarl import URL
+
+from kvatlas.bridge.kafka.config import password, ssl_context
+from kvatlas.bridge.model import records
+from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.streams.faust_app.consumer import SourceConsumer, SourceTransport, Waiting
+from kvatlas.streams.faust_app.recovery import BulkTableManager
+from kvatlas.streams.faust_app.table import BulkTable
+from kvatlas.streams.options import WorkerSettings
+from kvatlas.streams.resolve.resolver import ResolveOptions, Resolver
+from kvatlas.streams.state.changelog import Meta, encode_meta, send_claim
+from kvatlas.streams.state.claims import Lease
+from kvatlas.streams.state.database import RocksBudget
+from kvatlas.streams.state.partition import Role
+from kvatlas.streams.state.restore import BulkReader
+from kvatlas.streams.tasks.flow import Stage
+from kvatlas.streams.tasks.flows import Flows
+from kvatlas.streams.tasks.output import Output
+from kvatlas.streams.tasks.pods import PodPublisher
+from kvatlas.streams.tasks.stages import IndexStage, ResolveStage
+
+logger = get_logger(__name__)
+
+ENGINE_BLOCKS: Final = "engine_blocks"
+BLOCK_INDEX: Final = "block_index"
+
+_MAX_POLL_SECONDS: Final = 7 * 24 * 3600.0  # a restore may take long without a poll; heartbeats go on meanwhile
+_DRAIN_SECONDS: Final = 3.0
+
+
+class WorkerApp(faust.App):
+    """The app; built by :func:`build_app`.
+
+    Attributes:
+        reader: bulk reader of changelogs.
+        flows: source topic -> flows of its agent.
+        sources: source topic -> table that its agent writes.
+        fetch_wait_ms: how long a fetch waits at the broker for records.
+        roles_listener: called when roles changed, with whether all active partitions are caught up.
+        lease: whether the group surely counts this worker in.
+        publisher: of pod records; None when the resolve agent does not run here.
+    """
+
+    reader: BulkReader
+    flows: dict[str, Flows]
+    sources: dict[str, BulkTable]
+    fetch_wait_ms: int
+    lease: Lease
+    publisher: PodPublisher | None
+    roles_listener: Callable[[bool], None] | None
+
+    def _new_transport(self) -> Any:
+        return SourceTransport(self.conf.broker_consumer, self)
+
+    def bulk_table(self, name: str) -> BulkTable | None:
+        """Return one of our tables, None when this role does not have it."""
+        return next((table for table in self.sources.values() if table.name == name), None)
+
+    def source_positions(self, assignment: set[TP]) -> Mapping[TP, int]:
+        """Return where each assigned source partition goes on, as its table says."""
+        positions = {}
+        for tp in assignment:
+            table = self.sources.get(tp.topic)
+            if table is not None and (state := table.store.states.get(tp.partition)) is not None:
+                positions[tp] = state.meta.source_offset + 1
+        return positions
+
+    def source_consumer(self) -> SourceConsumer:
+        """Return Faust's consumer."""
+        return cast("SourceConsumer", self.consumer)
+
+    def waiting(self) -> Iterator[Waiting]:
+        """Yield the source partitions whose flows wait for a record."""
+        for topic, table in self.sources.items():
+            flows = self.flows[topic]
+            for partition in list(table.store.states):
+                if (wanted := flows.waiting(partition)) is not None:
+                    yield Waiting(TP(topic, partition), wanted)
+
+    def source_end(self, tp: TP) -> int | None:
+        """Return the end of a source partition as seen last, None when unknown."""
+        try:
+            end = self.consumer.highwater(tp)
+        except Exception:  # noqa: BLE001 # not assigned, or not fetched yet: Faust and aiokafka raise many kinds
+            return None
+        return None if end is None else int(end)
+
+    def aiokafka_producer(self) -> Any:
+        """Return the ``AIOKafkaProducer`` inside Faust's producer."""
+        producer: Any = self.producer
+        return producer._ensure_producer()
+
+    def on_roles_changed(self) -> None:
+        """Let flows run again after a restore and tell who listens."""
+        for flows in self.flows.values():
+            flows.resume()
+        self.tell(restored=True)
+
+    async def quiesce(self) -> None:
+        """Commit what was applied, drop what is queued, and demote what is active to a flagged copy."""
+        await asyncio.gather(*(flows.stop(_DRAIN_SECONDS) for flows in self.flows.values()))
+        if self.publisher is not None:
+            self.publisher.forget()
+        for table in self.sources.values():
+            for state in table.store.states.values():
+                if state.role is Role.ACTIVE:
+                    state.role = Role.STANDBY
+        self.tell(restored=False)
+
+    def tell(self, *, restored: bool) -> None:
+        """Tell the listener that roles changed; ``restored`` says that all active partitions are caught up."""
+        if self.roles_listener is not None:
+            self.roles_listener(restored)
+
+
+def resolve_options(settings: WorkerSettings) -> ResolveOptions:
+    """Return the pure part's options from a worker's settings."""
+    return ResolveOptions(
+        block_size_tokens=settings.block_size_tokens,
+        announcements=settings.announcements,
+        clears=settings.clears,
+        strict_gaps=settings.strict_gaps,
+        orphan_blocks=settings.orphan_blocks,
+        store=settings.default_store,
+    )
+
+
+def group_of(settings: WorkerSettings) -> str:
+    """Return the consumer group: one for whole workers, one per agent when they run apart."""
+    app = settings.versioned_app
+    return app if settings.role == "all" else f"{app}-{settings.role}"
+
+
+def build_app(
+    settings: WorkerSettings,
+    kafka: KafkaSettings,
+    *,
+    partitions: Mapping[str, int],
+    worker_id: str,
+    clock: Callable[[], int],
+    on_crash: Callable[[BaseException], None],
+) -> WorkerApp:
+    """Build the app of one worker.
+
+    Args:
+        settings: the worker's.
+        kafka: how to reach the brokers.
+        partitions: topic (without prefix) -> number of partitions, as the brokers say.
+        worker_id: names this worker in the brokers' logs.
+        clock: wall clock, ns since the epoch.
+        on_crash: called with the error when a flow ends by one.
+    """
+    app = WorkerApp(
+        kafka.topic(group_of(settings)),
+        broker=[URL(f"kafka://{address.strip()}") for address in kafka.brokers.split(",")],
+        broker_client_id=f"kvatlas-worker-{worker_id}",
+        broker_credentials=_credentials(kafka),
+        broker_session_timeout=settings.session_timeout_seconds,
+        broker_heartbeat_interval=settings.heartbeat_seconds,
+        broker_request_timeout=settings.request_timeout_seconds,
+        broker_rebalance_timeout=max(settings.session_timeout_seconds * 2, 10.0),
+        broker_max_poll_interval=_MAX_POLL_SECONDS,
+        broker_commit_interval=1.0,
+        consumer_auto_offset_reset="earliest",
+        consumer_max_fetch_size=4 * 1024 * 1024,
+        producer_acks=-1,
+        producer_max_batch_size=settings.batch_bytes,
+        producer_max_request_size=settings.batch_bytes + 1024 * 1024,
+        producer_request_timeout=settings.request_timeout_seconds,
+        datadir=settings.state_dir,
+        store="memory://",
+        key_serializer="raw",
+        value_serializer="raw",
+        stream_wait_empty=False,
+        stream_recovery_delay=0.0,
+        stream_buffer_maxsize=2,  # each has all that one fetch brought
+        table_standby_replicas=settings.standbys,
+        topic_allow_declare=False,
+        topic_disable_leader=True,
+        web_enabled=False,
+        Table=BulkTable,
+        TableManager=BulkTableManager,
+    )
+    app.roles_listener = None
+    app.fetch_wait_ms = settings.fetch_wait_ms
+    app.publisher = None
+    app.flows, app.sources = {}, {}
+    budget = RocksBudget(settings.rocksdb_cache_bytes, settings.write_buffer_bytes)
+    engine_changelog, index_changelog = (
+        kafka.topic(topic.name) for topic in records.changelog_topics(settings.versioned_app)
+    )
+    output = Output(
+        app.aiokafka_producer,
+        (kafka.topic(settings.blocks_topic), partitions[settings.blocks_topic]),
+        (kafka.topic(records.DLQ), partitions[records.DLQ]),
+        kafka.topic(records.EVENTS),
+    )
+    parts = _Parts(app, settings, kafka, partitions, output, budget, clock, on_crash)
+    tables: dict[str, str] = {}
+    if settings.role in ("all", "resolve"):
+        tables[engine_changelog] = ENGINE_BLOCKS
+        _add_resolve(parts, _table(parts, ENGINE_BLOCKS, engine_changelog))
+    if settings.role in ("all", "index"):
+        tables[index_changelog] = BLOCK_INDEX
+        _add_index(parts, _table(parts, BLOCK_INDEX, index_changelog))
+
+    async def claim(at: TopicPartition, meta: Meta) -> int:
+        return await send_claim(app.aiokafka_producer(), at.topic, at.partition, encode_meta(meta))
+
+    app.reader = BulkReader(
+        kafka, f"kvatlas-restore-{worker_id}", tables, settings.max_local_age_hours * 3600, claim=claim
+    )
+    app.lease = Lease(settings.session_timeout_seconds)
+
+    async def revoked(*_: Any, **__: Any) -> None:
+        await app.quiesce()
+
+    app.on_partitions_revoked.connect(revoked, weak=False)
+    return app
+
+
+class _Parts(NamedTuple):
+    """What the agents of one app are built from."""
+
+    app: WorkerApp
+    settings: WorkerSettings
+    kafka: KafkaSettings
+    partitions: Mapping[str, int]
+    output: Output
+    budget: RocksBudget
+    clock: Callable[[], int]
+    on_crash: Callable[[BaseException], None]
+
+
+def _table(parts: _Parts, name: str, changelog: str) -> BulkTable:
+    share = 2 if parts.settings.role == "all" else 1
+    table: Any = parts.app.Table(
+        name, budget=parts.budget, cache_bytes=parts.settings.cache_bytes // share, changelog=changelog
+    )
+    return cast("BulkTable", table)
+
+
+def _add_resolve(parts: _Parts, table: BulkTable) -> None:
+    app, settings, kafka, partitions = parts.app, parts.settings, parts.kafka, parts.partitions
+    source = kafka.topic(records.EVENTS)
+    options = resolve_options(settings)
+    publisher = PodPublisher(
+        app.aiokafka_producer,
+        (kafka.topic(records.PODS), partitions[records.PODS]),
+        settings.pod_record_interval_seconds,
+        writer=records.streams_writer(settings.index_version),
+    )
+
+    def make_stage(partition: int) -> ResolveStage:
+        resolver = Resolver(options, partitions[settings.blocks_topic], parts.clock)
+        return ResolveStage(table, partition, resolver, output=parts.output, pods=publisher, settings=settings)
+
+    app.publisher = publisher
+    _add_flows(parts, source, "resolve", table, make_stage)
+
+
+def _add_index(parts: _Parts, table: BulkTable) -> None:
+    _add_flows(
+        parts,
+        parts.kafka.topic(parts.settings.blocks_topic),
+        "index",
+        table,
+        lambda partition: IndexStage(table, partition, parts.output, parts.settings),
+    )
+
+
+def _add_flows(parts: _Parts, source: str, name: str, table: BulkTable, make_stage: Callable[[int], Stage]) -> None:
+    flows = Flows(
+        name,
+        make_stage,
+        lambda partition: _applied(table, partition),
+        parts.settings.buffer_records,
+        parts.on_crash,
+        rewind=lambda partition, offset: parts.app.source_consumer().rewind(TP(source, partition), offset),
+        may_commit=lambda: parts.app.lease.valid,
+        pass_hole=lambda partition, offset: parts.app.source_consumer().pass_hole(TP(source, partition), offset),
+        on_committed=lambda partition, offset: parts.app.source_consumer().committed(TP(source, partition), offset),
+        commit_interval_seconds=parts.settings.commit_interval_ms / 1000,
+    )
+    parts.app.sources[source] = table
+    parts.app.flows[source] = flows
+    _agent(parts.app, source, name, flows)
+
+
+def _applied(table: BulkTable, partition: int) -> int | None:
+    """Return the source offset that an active partition reflects; None when it is not ours to write."""
+    state = table.store.states.get(partition)
+    return state.meta.source_offset if state is not None and state.role is Role.ACTIVE else None
+
+
+def _agent(app: WorkerApp, source: str, name: str, flows: Flows) -> None:
+    topic = app.topic(
+        source, key_type=bytes, value_type=bytes, key_serializer="raw", value_serializer="raw", allow_empty=True
+    )
+
+    async def agent(stream: Any) -> None:
+        # What Faust acknowledges here was only handed over; which offsets are done, the flows tell the consumer.
+        async for event in stream.events():
+            await flows.offer(event.message.records)
+
+    app.agent(topic, name=name)(agent)
+
+
+def _credentials(kafka: KafkaSettings) -> Any:
+    context = ssl_context(kafka) if kafka.security_protocol in ("SSL", "SASL_SSL") else None
+    if kafka.security_protocol.startswith("SASL"):
+        return faust.SASLCredentials(
+            username=kafka.sasl_username,
+            password=password(kafka),
+            ssl_context=context,
+            mechanism=kafka.sasl_mechanism,
+        )
+    return faust.SSLCredentials(context=context) if context is not None else None

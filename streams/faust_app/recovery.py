@@ -1,0 +1,139 @@
+"""Where the bulk restore meets Faust: its table manager and recovery service, with the restore put before.
+
+Faust tells its recovery of an assignment inside the rebalance callback, during which aiokafka sends no heartbeats.
+So :class:`BulkRecovery` only starts a task there; the task brings the assigned partitions up to date in bulk and then
+hands the assignment on to Faust's recovery, which loads the offsets that the restore persisted, finds nothing to do,
+seeks the source topics and resumes the streams. Standby changelogs are followed by our own reader, so Faust is told
+of none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final
+
+from aiokafka import TopicPartition
+from faust.tables.manager import TableManager
+from faust.tables.recovery import Recovery
+from faust.types import TP
+from mode import get_logger
+
+from kvatlas.bridge.runtime.tasks import end_tasks
+from kvatlas.streams import metrics
+from kvatlas.streams.errors import GoneError, StreamsError
+from kvatlas.streams.state.partition import PartitionState, Role
+
+logger = get_logger(__name__)
+
+_RETRY_SECONDS: Final = 1.0
+
+
+class BulkRecovery(Recovery):
+    """Faust's recovery, preceded by a bulk restore and without its own reading of standbys."""
+
+    app: Any
+    _turn: asyncio.Task[None] | None = None
+    _followers: asyncio.Task[None] | None = None
+    _revoked: frozenset[TP] = frozenset()
+
+    async def on_rebalance(
+        self, assigned: set[TP], revoked: set[TP], newly_assigned: set[TP], generation_id: int = 0
+    ) -> None:
+        """Start the restore of what this worker is assigned now; returns at once."""
+        metrics.REBALANCES.inc()
+        self.app.lease.renew(self.app.lease.now())  # the group has just said what is ours
+        await self._cancel()
+        self._revoked |= revoked
+        self._turn = asyncio.create_task(
+            self._restore_then_recover(assigned, newly_assigned, generation_id), name="bulk-restore"
+        )
+
+    async def on_recovery_completed(self, generation_id: int = 0) -> None:
+        """Let the streams run, then have the sources read from the tables' offsets once more.
+
+        Faust's own seek comes before it empties the streams' queues, in which records may be that were read
+        meanwhile; they would be lost.
+        """
+        await super().on_recovery_completed(generation_id)
+        if self.app.consumer_generation_id == generation_id:
+            await self._wait(self.app.source_consumer().seek_to_tables(), timeout=self.app.conf.broker_request_timeout)
+
+    async def on_stop(self) -> None:
+        """Stop restoring and following."""
+        await self._cancel()
+        await super().on_stop()
+
+    async def pause(self) -> None:
+        """Stop restoring and following until the next assignment."""
+        await self._cancel()
+
+    async def _cancel(self) -> None:
+        await end_tasks(task for task in (self._turn, self._followers) if task is not None)
+        self._turn = self._followers = None
+
+    async def _restore_then_recover(self, assigned: set[TP], newly_assigned: set[TP], generation_id: int) -> None:
+        try:
+            assignor = self.app.assignor
+            actives = self._states(assignor.assigned_actives())
+            standbys = self._states(assignor.assigned_standbys())
+            for state in (*actives.values(), *standbys.values()):
+                async with state.lock:  # who began to write as their owner ends first, and sees then that it is not
+                    pass
+            await self.app.producer.flush()  # a batch of ours in flight belongs before the end that is read
+            await self._restore(actives)
+            revoked, self._revoked = self._revoked, frozenset()
+            await super().on_rebalance(assigned, set(revoked), newly_assigned, generation_id)
+            self.standby_tps.clear()
+            self.standbys_for_table.clear()
+            for state in standbys.values():
+                if state.role is Role.ACTIVE:
+                    state.role = Role.STANDBY
+            if standbys:
+                self._followers = asyncio.create_task(self._follow(standbys), name="standbys")
+            self.app.on_roles_changed()
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # noqa: BLE001 # whatever it is, the app must not run on half a restore
+            await self.app.crash(error)
+
+    async def _follow(self, standbys: dict[TopicPartition, PartitionState]) -> None:
+        try:
+            await self.app.reader.follow(standbys, self._standby_caught_up)
+        except GoneError:  # Faust closes tables before it tells us of the rebalance, which ends this in a moment
+            logger.debug("standby partitions are followed anew after the rebalance")
+        except Exception as error:  # noqa: BLE001 # copies that nobody follows must not be answered from
+            await self.app.crash(error)
+
+    def _standby_caught_up(self) -> None:
+        self.app.tell(restored=False)
+
+    async def _restore(self, actives: dict[TopicPartition, PartitionState]) -> None:
+        while True:
+            try:
+                await self.app.reader.restore(actives)
+            except StreamsError as error:
+                if not error.retriable:
+                    raise
+                logger.warning("restore: %s", error)
+                await asyncio.sleep(_RETRY_SECONDS)
+            else:
+                return
+
+    def _states(self, tps: set[TP]) -> dict[TopicPartition, PartitionState]:
+        found = {}
+        for tp in sorted(tps):
+            table: Any = self.tables._changelogs.get(tp.topic)
+            if table is not None:
+                found[TopicPartition(tp.topic, tp.partition)] = table.store.local(tp.partition)
+        return found
+
+
+class BulkTableManager(TableManager):
+    """Faust's table manager with :class:`BulkRecovery`."""
+
+    @property
+    def recovery(self) -> Any:
+        """Return the recovery service."""
+        if self._recovery is None:
+            self._recovery = BulkRecovery(self.app, self, beacon=self.beacon, loop=self.loop)
+        return self._recovery

@@ -1,0 +1,213 @@
+r"""The index: ``kv-blocks`` records into the ``block_index`` table, and the sweep of what is dead in it.
+
+The table has a value of packed holders (see :mod:`kvatlas.streams.index.holders`) under every 16-byte block key, and
+one position per pod under a meta key, which is shorter so that the two never meet::
+
+    key    | "\x00pod" 4 | pod ref 8 |
+    value  | incarnation 8 | last sequence 8 |
+
+A run is applied when it goes past its pod's position, and dropped whole otherwise. Positions compare incarnations
+first and sequences second; clears do not count, since sequences go on through them.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
+from typing import Final, NamedTuple
+
+from kvatlas.bridge.model.block_key import KEY_BYTES
+from kvatlas.bridge.model.events import Tier
+from kvatlas.bridge.model.records import incarnation_of
+from kvatlas.streams.index.holders import HOLDER, HOLDER_BYTES, OP_ADD, BlocksRecord, Run, add_holder, remove_holder
+from kvatlas.streams.index.view import View
+
+META_PREFIX: Final = b"\x00pod"
+_POSITION: Final = struct.Struct(">QQ")
+
+
+def meta_key(pod_ref: int) -> bytes:
+    """Return the key of a pod's position in one partition of the table."""
+    return META_PREFIX + pod_ref.to_bytes(8, "big")
+
+
+def is_meta(key: bytes) -> bool:
+    """Tell whether a table key is a pod's position and not a block key."""
+    return len(key) != KEY_BYTES
+
+
+def position(view: View, pod_ref: int) -> tuple[int, int]:
+    """Return the (incarnation, last sequence) applied for a pod; ``(-1, -1)`` before the first."""
+    value = view.get(meta_key(pod_ref))
+    if value is None:
+        return -1, -1
+    incarnation, sequence = _POSITION.unpack(value)
+    return incarnation, sequence
+
+
+def block_keys_of(record: BlocksRecord) -> list[bytes]:
+    """Return the block keys of a record in order, for a prefetch."""
+    keys = record.keys
+    return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
+
+
+def table_keys_of(record: BlocksRecord) -> list[bytes]:
+    """Return every table key that applying a record reads: its block keys in order, then its pods' positions."""
+    return [*block_keys_of(record), *(meta_key(run.pod_ref) for run in record.runs)]
+
+
+def apply_blocks(
+    view: View, record: BlocksRecord, counts: Counter[str], *, table_keys: list[bytes] | None = None
+) -> None:
+    """Apply one ``kv-blocks`` record.
+
+    Args:
+        view: the partition that the record belongs to.
+        record: from :func:`kvatlas.streams.index.holders.decode_blocks`.
+        table_keys: from :func:`table_keys_of`, when the view has fetched them already.
+        counts: ``updates`` and ``runs`` applied, ``updates_late`` and ``runs_late`` dropped,
+            ``unchanged`` updates that found the index as they would leave it.
+    """
+    keys = table_keys
+    if keys is None:
+        keys = table_keys_of(record)
+        view.prefetch(keys)
+    at = 0
+    for run in record.runs:
+        end = at + run.updates
+        if _past(view, run):
+            _apply_run(view, record, keys, range(at, end), counts)
+            counts["runs"] += 1
+            counts["updates"] += run.updates
+        else:
+            counts["runs_late"] += 1
+            counts["updates_late"] += run.updates
+        at = end
+
+
+def _past(view: View, run: Run) -> bool:
+    """Tell whether a run is new, and move its pod's position when it is."""
+    incarnation = incarnation_of(run.epoch)
+    seen, found = position(view, run.pod_ref), (incarnation, run.last_sequence)
+    if run.first_sequence > run.last_sequence:  # goes on from the record before, which moved the position
+        return found >= seen
+    if found <= seen:
+        return False
+    view.put(meta_key(run.pod_ref), _POSITION.pack(*found))
+    return True
+
+
+def _apply_run(view: View, record: BlocksRecord, keys: list[bytes], updates: range, counts: Counter[str]) -> None:
+    get, put, delete = view.get, view.put, view.delete
+    ops, holders = record.ops, record.holders
+    unchanged = 0
+    for number in updates:
+        key = keys[number]
+        offset = number * HOLDER_BYTES
+        holder = holders[offset : offset + HOLDER_BYTES]
+        old = get(key)
+        if ops[number] == OP_ADD:
+            if old is None:
+                put(key, holder)
+                continue
+            new = add_holder(old, holder)
+            if new == old:
+                unchanged += 1
+            else:
+                put(key, new)
+        elif old is None:
+            unchanged += 1
+        elif old[:11] == holder[:11] and len(old) == HOLDER_BYTES and old[16:] <= holder[16:]:
+            delete(key)
+        else:
+            new = remove_holder(old, holder)
+            if len(new) == len(old):
+                unchanged += 1
+            elif new:
+                put(key, new)
+            else:
+                delete(key)
+    if unchanged:
+        counts["unchanged"] += unchanged
+
+
+# --- sweep --------------------------------------------------------------------------------------------------------
+
+
+class Swept(NamedTuple):
+    """What a slice of a sweep asks to be written.
+
+    Attributes:
+        puts: key -> new value, for entries of which a part is dead.
+        deletes: keys of entries that are dead as a whole.
+        seen: entries looked at.
+        dropped: dead holders (or tiers, parked events, pods to be forgotten) found in them.
+    """
+
+    puts: dict[bytes, bytes]
+    deletes: list[bytes]
+    seen: int
+    dropped: int
+
+
+#: pod ref -> (valid_from, gpu_valid_from).
+Validity = Mapping[int, tuple[int, int]]
+
+
+def sweep_index(
+    items: Iterable[tuple[bytes, bytes]],
+    valid: Validity,
+    gone: Collection[int] = (),
+    *,
+    forget: Mapping[int, int] = MappingProxyType({}),
+) -> Swept:
+    """Find dead holders in a slice of the ``block_index`` table.
+
+    Args:
+        items: (key, value) pairs as they are in the table now; meta entries are left alone.
+        valid: pod ref -> (valid_from, gpu_valid_from). A reference that is not in it (a shared store, a pod that
+            this worker has not heard of yet) keeps its holders.
+        gone: references of pods that were removed for good: all their holders are dead.
+        forget: pod ref -> incarnation in which it was last seen, long ago: its position up to that one goes.
+    """
+    puts: dict[bytes, bytes] = {}
+    deletes: list[bytes] = []
+    seen = dropped = 0
+    for key, value in items:
+        if is_meta(key):
+            last = forget.get(int.from_bytes(key[len(META_PREFIX) :], "big"))
+            if last is not None and _POSITION.unpack(value)[0] <= last:
+                deletes.append(key)
+                dropped += 1
+            continue
+        seen += 1
+        alive = live_holders(value, valid, gone)
+        if len(alive) == len(value):
+            continue
+        dropped += (len(value) - len(alive)) // HOLDER_BYTES
+        if alive:
+            puts[key] = alive
+        else:
+            deletes.append(key)
+    return Swept(puts, deletes, seen, dropped)
+
+
+def live_holders(value: bytes, valid: Validity, gone: Collection[int] = ()) -> bytes:
+    """Return the holders of a table value that are not dead, in the same order."""
+    dead: list[int] = []
+    for number, (pod_ref, _, tier, _, _, epoch) in enumerate(HOLDER.iter_unpack(value)):
+        bounds = valid.get(pod_ref)
+        if pod_ref in gone or (bounds is not None and (epoch < bounds[0] or (tier == Tier.GPU and epoch < bounds[1]))):
+            dead.append(number)
+    if not dead:
+        return value
+    lost = set(dead)
+    return b"".join(
+        [
+            value[number * HOLDER_BYTES : (number + 1) * HOLDER_BYTES]
+            for number in range(len(value) // HOLDER_BYTES)
+            if number not in lost
+        ]
+    )

@@ -1,0 +1,1 @@
+"""The block index copied to Redis or Valkey."""

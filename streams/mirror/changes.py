@@ -1,0 +1,73 @@
+"""What a changelog partition says has changed: the way on for a mirror that is a little behind."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Final
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import KafkaError
+from mode import get_logger
+
+from kvatlas.bridge.kafka.config import client_config
+from kvatlas.bridge.model.block_key import KEY_BYTES
+from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.streams.mirror.layout import Position
+
+logger = get_logger(__name__)
+
+_SECONDS: Final = 20.0
+_POLL_MS: Final = 200
+_RECORDS: Final = 20_000
+
+
+async def changed_keys(
+    kafka: KafkaSettings,
+    changelog: str,
+    partition: int,
+    *,
+    after: Position,
+    through: int,
+    most: int,
+    max_age_seconds: float,
+    client_id: str,
+) -> list[bytes] | None:
+    """Return the block keys that a changelog has in a stretch, or None when it cannot tell all of them.
+
+    Args:
+        kafka: how to reach the brokers.
+        changelog: full topic name.
+        partition: its partition.
+        after: position that the stretch begins behind.
+        through: last offset of the stretch.
+        most: give up on a longer stretch.
+        max_age_seconds: give up on an older one: a compacted topic forgets what was removed long ago.
+        client_id: name in the brokers' logs.
+    """
+    if time.time_ns() - after.committed_ns > max_age_seconds * 1e9 or through - after.changelog_offset > most:
+        return None
+    place = TopicPartition(changelog, partition)
+    consumer = AIOKafkaConsumer(**client_config(kafka, client_id), enable_auto_commit=False)
+    found: dict[bytes, None] = {}
+    try:
+        async with asyncio.timeout(_SECONDS):
+            await consumer.start()
+            consumer.assign([place])
+            start = after.changelog_offset + 1
+            if (await consumer.beginning_offsets([place]))[place] > start:
+                return None
+            if (await consumer.end_offsets([place]))[place] <= through:
+                return None
+            consumer.seek(place, start)
+            while await consumer.position(place) <= through:
+                for batch in (await consumer.getmany(place, timeout_ms=_POLL_MS, max_records=_RECORDS)).values():
+                    found.update(dict.fromkeys(record.key for record in batch if len(record.key or b"") == KEY_BYTES))
+    except (KafkaError, TimeoutError) as error:
+        logger.warning(
+            "%s/%d: changes cannot be read, the mirror copies the partition: %r", changelog, partition, error
+        )
+        return None
+    finally:
+        await consumer.stop()
+    return list(found)

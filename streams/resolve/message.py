@@ -1,0 +1,119 @@
+"""One record of ``kv-events``, read into a frozen value: whose it is, where it stands in its stream, what it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+import msgspec
+
+from kvatlas.bridge.model import records
+
+#: Sequence or incarnation that a message does not carry.
+ABSENT: Final = -1
+
+RawHeaders = Mapping[str, bytes] | Iterable[tuple[str, bytes]] | None
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A ``kv-events`` record.
+
+    Attributes:
+        pod: pod id, the record's key.
+        value: the record's value: an engine's payload, a ``KeyedBatch`` or a ``Control``, as ``content`` says.
+        content: content type, ``records.CONTENT_...``.
+        sequence: publisher's counter; :data:`ABSENT` on control records.
+        incarnation: incarnation of the pod when the bridge received it; :data:`ABSENT` when nobody says.
+        engine: adapter that reads the payload.
+        model: model name, part of every block key.
+        receive_ns: the bridge's wall clock, ns since the epoch.
+        store: shared store that the pod mounts, empty for the deployment's default.
+        announcements: ``copies`` or ``presence``, empty for the deployment's default.
+        partition: ``kv-events`` partition.
+        offset: ``kv-events`` offset.
+        headers: all headers as received.
+        error: why the record cannot be used, empty when it can.
+    """
+
+    pod: str
+    value: bytes
+    content: str = records.CONTENT_ENGINE
+    sequence: int = ABSENT
+    incarnation: int = ABSENT
+    engine: str = "vllm"
+    model: str = ""
+    receive_ns: int = 0
+    store: str = ""
+    announcements: str = ""
+    partition: int = -1
+    offset: int = -1
+    headers: Mapping[str, bytes] = {}
+    error: str = ""
+
+
+def parse_message(
+    key: bytes | None, value: bytes | None, headers: RawHeaders, partition: int = -1, offset: int = -1
+) -> Message:
+    """Read a ``kv-events`` record.
+
+    Never raises: a record without a pod id or with a header that is no number comes back with ``error`` set, and
+    :meth:`kvatlas.streams.resolve.resolver.Resolver.apply` dead-letters it.
+    """
+    found = dict(headers.items() if isinstance(headers, Mapping) else headers or ())
+    get = found.get
+    pod = (key or b"").decode(errors="replace")
+    error = "" if pod else "the record has no key, so no pod id"
+    try:
+        sequence = _number(get(records.H_SEQUENCE))
+        incarnation = _number(get(records.H_INCARNATION))
+        receive_ns = _number(get(records.H_RECEIVE_NS))
+    except ValueError:
+        (sequence, incarnation, receive_ns), bad = _readable_numbers(found)
+        error = error or bad
+    if not error and incarnation > records.INCARNATION_MAX:
+        error = f"header {records.H_INCARNATION!r} is above {records.INCARNATION_MAX}"
+    content = _text(get(records.H_CONTENT_TYPE)) or records.CONTENT_ENGINE
+    if not error and sequence == ABSENT and content != records.CONTENT_CONTROL:
+        error = f"header {records.H_SEQUENCE!r} is missing: the message's place in its stream is unknown"
+    return Message(
+        pod=pod,
+        value=bytes(value or b""),
+        content=content,
+        sequence=sequence,
+        incarnation=incarnation,
+        engine=_text(get(records.H_ENGINE)) or "vllm",
+        model=_text(get(records.H_MODEL)),
+        receive_ns=max(receive_ns, 0),
+        store=_text(get(records.H_STORE)),
+        announcements=_text(get(records.H_ANNOUNCEMENTS)),
+        partition=partition,
+        offset=offset,
+        headers=found,
+        error=error,
+    )
+
+
+def _readable_numbers(headers: Mapping[str, bytes]) -> tuple[list[int], str]:
+    """Return sequence, incarnation and receive time as far as they are numbers, and what is wrong with the first."""
+    numbers, error = [], ""
+    for name in (records.H_SEQUENCE, records.H_INCARNATION, records.H_RECEIVE_NS):
+        try:
+            numbers.append(_number(headers.get(name)))
+        except ValueError:
+            numbers.append(ABSENT)
+            error = error or f"header {name!r} is {headers[name]!r}; expected a decimal number of at most 63 bits"
+    return numbers, error
+
+
+def _text(value: bytes | None) -> str:
+    return value.decode(errors="replace") if value else ""
+
+
+def _number(value: bytes | None) -> int:
+    """Return a header's number; a sequence must fit the columns of ``kv-blocks``."""
+    if value is None:
+        return ABSENT
+    number = int(value)
+    if not 0 <= number < 1 << 63:
+        raise ValueError(number)
+    return number

@@ -1,0 +1,384 @@
+"""Resolve: one ``kv-events`` message into changes of ``engine_blocks`` and block updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, Literal
+
+import msgspec
+
+from kvatlas.bridge.errors import WireError
+from kvatlas.bridge.model import records
+from kvatlas.bridge.model.adapters import adapter
+from kvatlas.bridge.model.block_key import KEY_BYTES, root_key
+from kvatlas.bridge.model.events import Cleared, Event, Kind, Limits, Removed, Stored, Tier
+from kvatlas.streams.index.view import View
+from kvatlas.streams.resolve import engine_blocks as eb
+from kvatlas.streams.resolve.effects import DeadLetter, Effects
+from kvatlas.streams.resolve.engine_blocks import PodState
+from kvatlas.streams.resolve.message import ABSENT, Message, parse_message
+from kvatlas.streams.resolve.pod_blocks import PodBlocks, RefusedError
+
+__all__ = ["Message", "ResolveOptions", "Resolver", "parse_message", "pod_record"]
+
+START: Final = "start"
+GAP: Final = "gap"
+RESTART: Final = "restart"
+GONE: Final = "gone"
+CONTROLS: Final = frozenset({START, GAP, RESTART, GONE})
+
+KeyedEvent = records.KeyedStored | records.KeyedRemoved | records.KeyedCleared
+
+_EMPTY: Final[list[bytes]] = []
+_ROOTS: Final = 65_536
+#: The year 2262, where ns no longer fit 63 bits.
+_LATEST_SECONDS: Final = 9.2e9
+
+
+class ResolveOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What a deployment decides about the meaning of events.
+
+    Attributes:
+        block_size_tokens: canonical block size.
+        announcements: ``copies``: an engine announces every copy of a block and every eviction of one; ``presence``:
+            it announces a block once. A message's header wins.
+        clears: what AllBlocksCleared ends: ``all`` tiers or the ``gpu`` alone.
+        strict_gaps: an unrepaired gap ends the pod's epoch instead of making older entries suspect.
+        orphan_blocks: blocks that wait for an unknown parent, per pod, at most.
+        owners: when to keep which engine keys stand for one block key of a pod: ``auto``, once a pod's events may
+            name one block twice, or ``always``.
+        store: shared store of pods that do not say which they mount.
+        limits: bounds of one message.
+    """
+
+    block_size_tokens: int = 16
+    announcements: Literal["copies", "presence"] = "copies"
+    clears: Literal["all", "gpu"] = "all"
+    strict_gaps: bool = False
+    orphan_blocks: int = 8192
+    owners: Literal["auto", "always"] = "auto"
+    store: str = "default"
+    limits: Limits = Limits()
+
+
+Clock = Callable[[], int]
+
+
+class Resolver:
+    """Applies messages one by one; keeps nothing between them but caches of pure functions.
+
+    Args:
+        options: what the deployment decided.
+        partitions: partitions of ``kv-blocks``.
+        clock: wall clock, ns since the epoch.
+    """
+
+    def __init__(self, options: ResolveOptions, partitions: int, clock: Clock) -> None:
+        self._options = options
+        self._partitions = partitions
+        self._clock = clock
+        self._roots: dict[tuple[str, str | None, str | None], bytes] = {}
+
+    def effects(self) -> Effects:
+        """Return empty effects for one flush."""
+        return Effects(self._partitions)
+
+    def apply(self, view: View, message: Message, effects: Effects) -> None:
+        """Apply one message.
+
+        Args:
+            view: the ``engine_blocks`` partition of the pod.
+            message: from :func:`~kvatlas.streams.resolve.message.parse_message`.
+            effects: gathers what is to be written elsewhere.
+
+        What cannot be applied goes to ``effects.dead``, event by event; nothing is raised for it. A message that was
+        applied before, or is of an ended incarnation, changes nothing.
+        """
+        effects.receive_ns = max(effects.receive_ns, message.receive_ns)
+        try:
+            if message.error:
+                raise WireError(message.error)
+            if message.content == records.CONTENT_CONTROL:
+                self._control(view, message, effects)
+            elif message.content in (records.CONTENT_ENGINE, records.CONTENT_KEYS):
+                self._stream(view, message, effects)
+            else:
+                raise WireError(f"content type {message.content!r} is not known here")
+        except WireError as error:
+            _bury(effects, message, message.value, str(error))
+            effects.counts["messages_dead"] += 1
+
+    # --- where the pod stands -------------------------------------------------------------------------------------
+
+    def _load(self, view: View, pod: str, ref: bytes) -> PodState | None:
+        value = view.get(eb.state_key(ref))
+        state = None if value is None else eb.decode_state(value)
+        if state is not None and state.pod != pod:
+            raise WireError(f"pod ids {pod!r} and {state.pod!r} have the same 64-bit reference; rename one of them")
+        return state
+
+    def _save(self, view: View, ref: bytes, state: PodState, message: Message, effects: Effects) -> None:
+        state.receive_ns = max(state.receive_ns, message.receive_ns)
+        state.events_partition, state.events_offset = message.partition, message.offset
+        view.put(eb.state_key(ref), eb.encode_state(state))
+        effects.changed(state.pod, lambda: pod_record(state, self._clock()))
+
+    def _control(self, view: View, message: Message, effects: Effects) -> None:
+        control = records.decode(records.Control, message.value)
+        if control.type not in CONTROLS:
+            raise WireError(f"control record of type {control.type!r}; known types: {', '.join(sorted(CONTROLS))}")
+        if not 0 <= control.incarnation <= records.INCARNATION_MAX:
+            raise WireError(f"control record of incarnation {control.incarnation}; expected 32 bits")
+        ref = records.pod_ref(message.pod).to_bytes(8, "big")
+        state = self._load(view, message.pod, ref)
+        if state is not None and control.incarnation <= state.incarnation:
+            effects.counts["controls_late"] += 1
+            return
+        if state is None:
+            state = PodState(eb.SCHEMA_VERSION, message.pod)
+        effects.counts[f"control_{control.type}"] += 1
+        self._raise_epoch(state, control.incarnation, 0, effects, gap=control.type == GAP)
+        state.last_sequence = max(control.last_lost, ABSENT) if control.type == GAP else ABSENT
+        state.state = records.GONE if control.type == GONE else records.LIVE
+        if control.type == GAP:
+            _note_lost(state, control.first_lost, control.last_lost)
+        self._describe(state, message)
+        self._save(view, ref, state, message, effects)
+
+    def _raise_epoch(self, state: PodState, incarnation: int, clears: int, effects: Effects, *, gap: bool) -> None:
+        """Begin an epoch. After a gap older entries are suspect (or gone, when gaps are strict), else they are gone."""
+        first = state.incarnation == 0 and state.last_sequence == ABSENT
+        state.incarnation, state.clears = incarnation, clears
+        if gap:
+            state.suspect_before = state.epoch
+        if not gap or self._options.strict_gaps or first:
+            state.valid_from = state.epoch
+            self._drop_orphans(state, effects)
+        effects.urgent = True
+        effects.counts["epochs_raised"] += 1
+
+    def _drop_orphans(self, state: PodState, effects: Effects) -> None:
+        effects.counts["orphans_dropped"] += state.orphans
+        state.orphans = 0
+        state.orphans_since = state.epoch
+
+    def _describe(self, state: PodState, message: Message) -> None:
+        state.model = message.model or state.model
+        state.engine = message.engine or state.engine
+        state.store = message.store or state.store
+
+    def _admit(self, state: PodState | None, message: Message, effects: Effects) -> PodState | None:
+        """Return the state that a message goes on from; None when it was applied before or came too late."""
+        incarnation = message.incarnation
+        if state is None:
+            state = PodState(eb.SCHEMA_VERSION, message.pod)
+            self._raise_epoch(state, max(incarnation, 0), 0, effects, gap=False)
+        elif incarnation > state.incarnation:
+            # Its control record was lost with the log's retention: nothing older can be trusted.
+            self._raise_epoch(state, incarnation, 0, effects, gap=False)
+            state.last_sequence = ABSENT
+        elif incarnation not in (ABSENT, state.incarnation):
+            effects.counts["messages_late"] += 1
+            return None
+        elif message.sequence <= state.last_sequence:
+            effects.counts["messages_repeated"] += 1
+            return None
+        elif state.last_sequence != ABSENT and message.sequence > state.last_sequence + 1:
+            _note_lost(state, state.last_sequence + 1, message.sequence - 1)
+            effects.counts["holes"] += 1
+            self._raise_epoch(state, state.incarnation, state.clears + 1, effects, gap=True)
+        state.state = records.LIVE
+        state.last_sequence = message.sequence
+        self._describe(state, message)
+        return state
+
+    # --- messages of the stream -----------------------------------------------------------------------------------
+
+    def _stream(self, view: View, message: Message, effects: Effects) -> None:
+        number = records.pod_ref(message.pod)
+        ref = number.to_bytes(8, "big")
+        state = self._admit(self._load(view, message.pod, ref), message, effects)
+        if state is None:
+            return
+        effects.counts["messages"] += 1
+        state.aliasing = state.aliasing or self._options.owners == "always"
+        updates = effects.of(number, state.epoch, message.sequence)
+        blocks = PodBlocks(
+            view,
+            number,
+            state,
+            updates,
+            effects.counts,
+            store_ref=records.store_ref(state.store or self._options.store),
+            copies=(message.announcements or self._options.announcements) != "presence",
+            canonical_tokens=self._options.block_size_tokens,
+            orphan_blocks=self._options.orphan_blocks,
+        )
+        try:
+            if message.content == records.CONTENT_KEYS:
+                self._keyed_batch(view, message, state, blocks, effects)
+            else:
+                self._batch(view, message, state, blocks, effects)
+        finally:
+            # Also for a message that cannot be read: its sequence is taken, so the next one leaves no hole.
+            updates.epoch = state.epoch
+            self._save(view, ref, state, message, effects)
+
+    def _batch(self, view: View, message: Message, state: PodState, blocks: PodBlocks, effects: Effects) -> None:
+        batch = adapter(message.engine)(message.value, self._options.limits)
+        state.last_event_ns = _nanoseconds(batch.timestamp)
+        state.dp_rank = batch.dp_rank or 0
+        for rejected in batch.rejected:
+            _bury(effects, message, rejected.raw, rejected.reason)
+        effects.counts["events_dead"] += len(batch.rejected)
+        planned = [
+            (event, _EMPTY if isinstance(event, Cleared) else blocks.table_keys(event)) for event in batch.events
+        ]
+        view.prefetch(_wanted(planned, blocks))
+        for event, table_keys in planned:
+            try:
+                self._event(event, table_keys, state, blocks, effects)
+            except (WireError, RefusedError) as error:
+                effects.counts["events_dead"] += 1
+                _bury(effects, message, msgspec.msgpack.encode(event), f"{type(error).__name__}: {error}")
+        blocks.finish()
+
+    def _event(
+        self, event: Event, table_keys: list[bytes], state: PodState, blocks: PodBlocks, effects: Effects
+    ) -> None:
+        if isinstance(event, Stored):
+            effects.counts["blocks_stored"] += len(event.keys)
+            if event.tier == Tier.SHARED and not state.store:
+                state.store = self._options.store
+            blocks.stored(event, table_keys, self._root(state.model, event))
+        elif isinstance(event, Removed):
+            effects.counts["blocks_removed"] += len(event.keys)
+            blocks.removed(event, table_keys)
+        else:
+            self._clear(state, blocks, effects)
+
+    def _clear(self, state: PodState, blocks: PodBlocks, effects: Effects) -> None:
+        effects.counts["clears"] += 1
+        effects.counts["epochs_raised"] += 1
+        effects.urgent = True
+        state.clears += 1
+        if self._options.clears == "gpu":
+            state.gpu_valid_from = state.epoch
+        else:
+            state.valid_from = state.epoch
+        self._drop_orphans(state, effects)
+        blocks.epoch_rose()
+
+    def _root(self, model: str, event: Stored) -> bytes:
+        name = (model, event.lora, event.cache_salt)
+        root = self._roots.get(name)
+        if root is None:
+            if len(self._roots) >= _ROOTS:
+                self._roots.clear()  # salts come and go; a root is cheap to make again
+            root = self._roots[name] = root_key(*name)
+        return root
+
+    def _keyed_batch(self, view: View, message: Message, state: PodState, blocks: PodBlocks, effects: Effects) -> None:
+        batch = records.decode(records.KeyedBatch, message.value)
+        state.last_event_ns = _nanoseconds(batch.timestamp)
+        state.dp_rank = batch.dp_rank or 0
+        for event in batch.events:
+            try:
+                self._keyed_event(view, event, state, blocks, effects)
+            except (WireError, ValueError, OverflowError) as error:
+                effects.counts["events_dead"] += 1
+                _bury(effects, message, msgspec.msgpack.encode(event), f"{type(error).__name__}: {error}")
+
+    def _keyed_event(self, view: View, event: KeyedEvent, state: PodState, blocks: PodBlocks, effects: Effects) -> None:
+        if isinstance(event, records.KeyedCleared):
+            self._clear(state, blocks, effects)
+            return
+        if not 0 <= event.group <= self._options.limits.group_max:
+            raise WireError(f"group is {event.group}; expected 0 to {self._options.limits.group_max}")
+        if isinstance(event, records.KeyedRemoved):
+            removed = Removed(keys=event.engine_keys, tier=Tier(event.tier), group=event.group)
+            self._event(removed, blocks.table_keys(removed), state, blocks, effects)
+            return
+        if event.window_tokens < 0 or event.block_size_tokens < 0:
+            raise WireError(f"window or block size is negative: {event.window_tokens}, {event.block_size_tokens}")
+        width = event.keys_per_block * KEY_BYTES
+        if width < 0 or len(event.block_keys) != width * len(event.engine_keys):
+            raise WireError(
+                f"block_keys has {len(event.block_keys)} bytes for {len(event.engine_keys)} engine keys "
+                f"of {event.keys_per_block} block keys each"
+            )
+        stored = Stored(
+            keys=event.engine_keys,
+            parent=event.parent,
+            block_size_tokens=event.block_size_tokens,
+            tier=Tier(event.tier),
+            group=event.group,
+            kind=Kind(event.kind),
+            window_tokens=event.window_tokens,
+            lookahead=event.lookahead,
+        )
+        if not width:
+            # Without keys and without tokens: known blocks gain a tier, unknown ones stay unknown.
+            self._event(stored, _EMPTY, state, blocks, effects)
+            return
+        effects.counts["blocks_stored"] += len(stored.keys)
+        if stored.tier == Tier.SHARED and not state.store:
+            state.store = self._options.store
+        table_keys = blocks.table_keys(stored)
+        view.prefetch(table_keys)
+        keys = [event.block_keys[at : at + width] for at in range(0, len(event.block_keys), width)]
+        blocks.keyed(stored, table_keys, keys)
+
+
+def pod_record(state: PodState, now_ns: int) -> records.PodRecord:
+    """Return what ``kv-pods`` is told of a pod by the resolve agent."""
+    main = state.groups.get(0) or next(iter(state.groups.values()), records.GroupSpec())
+    return records.PodRecord(
+        pod=state.pod,
+        writer=records.WRITER_STREAMS,
+        state=state.state,
+        epoch=state.epoch,
+        valid_from=state.valid_from,
+        gpu_valid_from=state.gpu_valid_from,
+        suspect_before=state.suspect_before,
+        model=state.model,
+        engine=state.engine,
+        block_size_tokens=main.block_size_tokens,
+        dp_rank=state.dp_rank,
+        last_sequence=state.last_sequence,
+        last_event_ns=state.last_event_ns,
+        receive_ns=state.receive_ns,
+        first_lost=state.first_lost,
+        last_lost=state.last_lost,
+        lost=state.lost,
+        groups=dict(state.groups),
+        store=state.store,
+        events_partition=state.events_partition,
+        events_offset=state.events_offset,
+        updated_ns=now_ns,
+    )
+
+
+def _wanted(planned: list[tuple[Event, list[bytes]]], blocks: PodBlocks) -> list[bytes]:
+    """Return the table keys that a message will read first."""
+    wanted: list[bytes] = []
+    for event, table_keys in planned:
+        wanted += table_keys
+        if isinstance(event, Stored) and event.parent is not None:
+            wanted.append(blocks.table_key(event.group, event.parent))
+    return wanted
+
+
+def _bury(effects: Effects, message: Message, raw: bytes, reason: str) -> None:
+    effects.dead.append(DeadLetter(message.pod, raw, reason, message.partition, message.offset, message.headers))
+
+
+def _note_lost(state: PodState, first: int, last: int) -> None:
+    state.first_lost, state.last_lost = first, last
+    if 0 <= first <= last:
+        state.lost += last - first + 1
+
+
+def _nanoseconds(seconds: float) -> int:
+    """Return an engine's clock in ns; 0 for what is no time of day (an engine may send anything)."""
+    return int(seconds * 1e9) if 0 <= seconds < _LATEST_SECONDS else 0

@@ -1,0 +1,119 @@
+"""The sweep of the ``engine_blocks`` table: what is dead in it, slice by slice.
+
+The resolve agent never trusts an entry of an ended epoch, swept or not; the sweep only gives the space back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
+
+from kvatlas.bridge.errors import WireError
+from kvatlas.bridge.model.events import Tier
+from kvatlas.bridge.model.records import GONE, epoch_of
+from kvatlas.streams.index.apply import Swept, Validity
+from kvatlas.streams.resolve import engine_blocks as eb
+
+_KIND_AT = eb.POD_BYTES
+
+
+def sweep_engine_blocks(
+    items: Iterable[tuple[bytes, bytes]],
+    valid: Validity,
+    gone: Collection[int] = (),
+    *,
+    forget: Mapping[int, int] = MappingProxyType({}),
+) -> Swept:
+    """Find dead entries in a slice of the ``engine_blocks`` table.
+
+    Args:
+        items: (key, value) pairs as they are in the table now.
+        valid: pod ref -> (valid_from, gpu_valid_from); entries of a pod that is not in it stay.
+        gone: references of pods that were removed for good: all their entries are dead, but their states stay, so
+            that what is late of them is still known to be late.
+        forget: pod ref -> incarnation in which it was last seen, long ago: its state and what it knew of shared tiers
+            go too, unless it came back.
+    """
+    puts: dict[bytes, bytes] = {}
+    deletes: list[bytes] = []
+    seen = dropped = 0
+    for key, value in items:
+        kind = key[_KIND_AT : _KIND_AT + 1]
+        if kind == eb.KIND_STATE:
+            last = forget.get(int.from_bytes(key[:_KIND_AT], "big"))
+            if last is not None and _over(value, last):
+                deletes.append(key)
+                dropped += 1
+            continue
+        seen += 1
+        ref = int.from_bytes(key[:_KIND_AT], "big")
+        if ref in gone:
+            deletes.append(key)
+            dropped += 1
+            continue
+        last = forget.get(ref)
+        bounds = valid.get(ref) if last is None else (epoch_of(last + 1), 0)
+        if bounds is None:
+            continue
+        if last is not None and kind == eb.KIND_BLOCK and _only_shared(value):
+            deletes.append(key)
+            dropped += 1
+            continue
+        alive = _alive(kind, value, bounds)
+        if alive == value:
+            continue
+        dropped += 1
+        if alive is None:
+            deletes.append(key)
+        else:
+            puts[key] = alive
+    return Swept(puts, deletes, seen, dropped)
+
+
+def _over(value: bytes, incarnation: int) -> bool:
+    """Tell whether a pod's state says that it is gone and has not been back since an incarnation."""
+    try:
+        state = eb.decode_state(value)
+    except WireError:
+        return False
+    return state.state == GONE and state.incarnation <= incarnation
+
+
+def _only_shared(value: bytes) -> bool:
+    try:
+        return set(eb.decode_block(value).tiers) == {int(Tier.SHARED)}
+    except WireError:
+        return False
+
+
+def _alive(kind: bytes, value: bytes, bounds: tuple[int, int]) -> bytes | None:
+    """Return what is left of an entry, None for nothing. What cannot be read is left for resolve to report."""
+    try:
+        if kind == eb.KIND_BLOCK:
+            return _live_block(value, bounds)
+        if kind == eb.KIND_OWNERS:
+            owners = eb.decode_owners(value)
+            left = [owner for owner in owners if _live(owner.tier, owner.epoch, bounds)]
+            return value if len(left) == len(owners) else (eb.encode_record(left) if left else None)
+        if kind == eb.KIND_WAITING:
+            return value if eb.decode_waiting(value).epoch >= bounds[0] else None
+    except WireError:
+        pass
+    return value
+
+
+def _live_block(value: bytes, bounds: tuple[int, int]) -> bytes | None:
+    block = eb.decode_block(value)
+    tiers = {tier: held for tier, held in block.tiers.items() if _live(tier, held[1], bounds)}
+    if len(tiers) == len(block.tiers) and tiers:
+        return value
+    if not tiers and (not block.link.finals or block.link.epoch < bounds[0]):
+        return None
+    if len(tiers) == len(block.tiers):
+        return value
+    block.tiers = tiers
+    return eb.encode_block(block)
+
+
+def _live(tier: int, epoch: int, bounds: tuple[int, int]) -> bool:
+    return tier == Tier.SHARED or (epoch >= bounds[0] and (tier != Tier.GPU or epoch >= bounds[1]))

@@ -1,0 +1,1 @@
+"""What a worker offers to others: the lookup service and its announcement on kv-workers."""

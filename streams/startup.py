@@ -1,0 +1,102 @@
+"""What a worker finds out before it starts: its topics, its id, the address it is reached at."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+import uuid
+from pathlib import Path
+from typing import Any, Final
+
+from aiokafka import AIOKafkaConsumer
+from aiokafka.errors import KafkaError
+from mode import get_logger
+
+from kvatlas.bridge.kafka.config import client_config
+from kvatlas.bridge.kafka.follower import partitions_of
+from kvatlas.bridge.model import records
+from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.streams.errors import StoreError, TopicsError
+from kvatlas.streams.options import WorkerSettings
+
+logger = get_logger(__name__)
+
+_TOPICS_WAIT_SECONDS: Final = 60.0
+
+
+async def discover(settings: WorkerSettings, kafka: KafkaSettings, client_id: str) -> dict[str, int]:
+    """Return topic (without prefix) -> partitions of every topic of a worker, waiting until they all exist.
+
+    Raises:
+        TopicsError: some do not exist after a minute, Kafka is not reachable, or their partition counts disagree.
+    """
+    changelogs = {topic.name: topic for topic in records.changelog_topics(settings.versioned_app)}
+    blocks = settings.blocks_topic
+    names = [t.name for t in records.TOPICS if t.name != records.BLOCKS] + [blocks, *changelogs]
+    consumer = AIOKafkaConsumer(**client_config(kafka, client_id))
+    counts: dict[str, int] = {}
+    deadline = time.monotonic() + _TOPICS_WAIT_SECONDS
+    try:
+        await _until_reachable(consumer, deadline)
+        while True:
+            for name in names:
+                if not counts.get(name):
+                    counts[name] = len(await partitions_of(consumer, kafka.topic(name)))
+            missing = [kafka.topic(name) for name, count in counts.items() if not count]
+            if not missing:
+                break
+            if time.monotonic() > deadline:
+                raise TopicsError(f"topics {', '.join(missing)} do not exist; create them with `kvatlas topics`")
+            await asyncio.sleep(0.5)
+    finally:
+        await consumer.stop()
+    engine, index = changelogs
+    for source, changelog in ((records.EVENTS, engine), (blocks, index)):
+        if counts[source] != counts[changelog]:
+            raise TopicsError(
+                f"{kafka.topic(source)} has {counts[source]} partitions and "
+                f"{kafka.topic(changelog)} {counts[changelog]}; they must be equal: make the changelog anew"
+            )
+    return counts
+
+
+async def _until_reachable(consumer: Any, deadline: float) -> None:
+    while True:
+        try:
+            await consumer.start()
+        except KafkaError as error:
+            if time.monotonic() > deadline:
+                raise TopicsError(f"Kafka is not reachable: {error!r}") from error
+            logger.warning("Kafka is not reachable yet: %s", error)
+            await asyncio.sleep(1.0)
+        else:
+            return
+
+
+def worker_id(folder: Path) -> str:
+    """Return the id of the worker that lives in a state folder, making one at first use.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+    path = folder / "worker-id"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.exists() and (found := path.read_text(encoding="utf-8").strip()):
+            return found
+        made = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
+        path.write_text(made + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StoreError(f"state folder {folder} cannot be used: {error.strerror}; choose another state_dir") from error
+    return made
+
+
+def advertised(listen: str, advertise: str, port: int) -> str:
+    """Return the host:port that scorers are told."""
+    if advertise:
+        return advertise if advertise.rpartition(":")[2].isdigit() and ":" in advertise else f"{advertise}:{port}"
+    host = listen.rpartition(":")[0].strip("[]")
+    if host in ("", "0.0.0.0", "::"):  # noqa: S104 # compared, not bound
+        host = socket.gethostname()
+    return f"{host}:{port}"

@@ -1,0 +1,1 @@
+"""Local state of a partition and its changelog: RocksDB, cache, claims, restore; no Faust."""

@@ -1,0 +1,97 @@
+"""Who may write a partition's changelog: claims in the changelog itself, and a lease in the group.
+
+A worker that is frozen (stopped, swapped out, cut off) past its session goes on where it was when it continues, also
+between the check that a partition is its own and the write that follows. Kafka's group cannot stop that write. So
+every owner begins with a claim: a meta record with a higher epoch than any before it, written to the end of the
+changelog and read back. Each record batch begins with the meta record of its writer; whoever reads the changelog
+(restore, standby) drops the batches of writers that an earlier claim has replaced. The writer itself sees by the
+offset of its own batch whether somebody else wrote in between, and reads what it was: a higher claim ends it, an
+older writer's batch is dropped, and its keys are written once more, since compaction keeps the last value of a key.
+
+The :class:`Lease` tells when this worker cannot be sure any more that the group still counts it in: it then writes
+nothing, and answers lookups flagged as a standby does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+from kvatlas.streams.errors import FencedError
+from kvatlas.streams.state.changelog import META_KEY, Meta, decode_meta
+
+
+class Filter:
+    """Drops the records of replaced writers, in the order of the changelog.
+
+    Args:
+        meta: what the state reflects so far.
+
+    Attributes:
+        meta: the newest meta record that counts.
+        dropping: the records that follow come from a writer that was replaced.
+    """
+
+    def __init__(self, meta: Meta) -> None:
+        self.meta = meta
+        self.dropping = False
+
+    def writer(self, found: Meta) -> bool:
+        """Take a meta record; returns whether its writer counts."""
+        mine = self.meta
+        self.dropping = found.epoch < mine.epoch or (found.epoch == mine.epoch and found.owner != mine.owner)
+        if not self.dropping:
+            self.meta = found
+        return not self.dropping
+
+
+def examine(records: Iterable[tuple[bytes, bytes | None]], mine: Meta, where: str) -> set[bytes]:
+    """Return the keys that replaced writers wrote between two batches of ours.
+
+    Args:
+        records: key and value in changelog order, our own batch (or a repeated send of it) among them.
+        mine: epoch and owner of this worker.
+        where: the changelog partition, for the error.
+
+    Raises:
+        FencedError: another worker has claimed the partition.
+    """
+    keys: set[bytes] = set()
+    ours = True
+    for key, value in records:
+        if key != META_KEY:
+            if not ours:
+                keys.add(key)
+            continue
+        found = decode_meta(value or b"")
+        if found.epoch > mine.epoch:
+            raise FencedError(f"{where}: another worker took over while this one stood still; it starts anew")
+        ours = (found.epoch, found.owner) == (mine.epoch, mine.owner)
+    return keys
+
+
+class Lease:
+    """Until when the group surely counts this worker in.
+
+    Args:
+        seconds: the group's session timeout.
+        clock: monotonic, seconds; it goes on while the process stands still.
+    """
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._seconds = seconds
+        self._clock = clock
+        self._until = 0.0
+
+    def now(self) -> float:
+        """Return the time, to be noted before a heartbeat is sent."""
+        return self._clock()
+
+    def renew(self, began: float) -> None:
+        """Take note that a heartbeat sent at ``began`` was accepted."""
+        self._until = max(self._until, began + self._seconds)
+
+    @property
+    def valid(self) -> bool:
+        """Return whether the broker cannot have given our partitions away."""
+        return self._clock() < self._until

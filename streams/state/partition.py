@@ -1,0 +1,369 @@
+"""Local state of one partition of a table: a RocksDB database, a write-through cache in front, offsets inside.
+
+A worker is the only writer of the partitions it owns, so the cache is coherent as long as every write goes through
+:meth:`PartitionState.write`. One RocksDB ``WriteBatch`` holds the values, the offset of the changelog that they
+reflect (under Faust's own key, so that Faust's recovery knows it) and the meta record with the source offset.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import itertools
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import rocksdict
+from faust.stores import rocksdb
+from mode import get_logger
+
+from kvatlas.bridge.errors import VersionError
+from kvatlas.streams.errors import GoneError
+from kvatlas.streams.state.cache import BytesCache
+from kvatlas.streams.state.changelog import META_KEY, Meta, decode_meta, encode_meta
+from kvatlas.streams.state.claims import Filter
+from kvatlas.streams.state.database import RocksBudget, open_database
+
+logger = get_logger(__name__)
+
+#: Where Faust looks for the changelog offset that the local state reflects.
+OFFSET_KEY: Final[bytes] = rocksdb.Store.offset_key
+RESERVED: Final = frozenset({OFFSET_KEY, META_KEY})
+
+#: RocksDB lets go of the interpreter, so larger reads and writes run beside the event loop; for fewer keys the
+#: way to a thread and back costs more than it frees.
+_APART_KEYS: Final = 256
+
+
+class Role(enum.Enum):
+    """What a worker may say about a partition of a table."""
+
+    RESTORING = "restoring"
+    """Assigned, but behind its changelog: it answers nothing."""
+    STANDBY = "standby"
+    """A copy, possibly behind: answers are flagged."""
+    ACTIVE = "active"
+    """Assigned and caught up."""
+
+
+class Ahead(NamedTuple):
+    """What was applied to a partition and is not in its database yet.
+
+    Attributes:
+        layers: key -> value, None where it was removed; the newest layer first.
+        source_offset: last source record that is in it.
+        receive_ns: newest receive time in it, bridge clock.
+    """
+
+    layers: tuple[Mapping[bytes, bytes | None], ...]
+    source_offset: int
+    receive_ns: int
+
+
+class Reflected(NamedTuple):
+    """What the answers from a partition reflect: last source record, and newest receive time (ns, bridge clock)."""
+
+    source_offset: int
+    receive_ns: int
+
+
+class _Closed:
+    """What stands where a closed database was: who still works on the partition learns that it is gone."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __getattr__(self, name: str) -> Any:
+        raise GoneError(f"{self._path}: the partition went to another worker or is closed")
+
+
+class _Users:
+    """The threads that are in a database, which must not be closed under them."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._changed = threading.Condition()
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self._count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._count -= 1
+            self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def none(self) -> Iterator[None]:
+        """Wait until no thread is there, and let none in until the block ends."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._count)
+            yield
+
+
+class PartitionState:
+    """One partition of a table on this worker.
+
+    Attributes:
+        partition: its number.
+        cache: values read or written lately.
+        role: what may be said about it.
+        changelog_offset: last changelog record in the state, None for none.
+        meta: source offset and times that the state reflects.
+        ahead: what was applied and is not committed yet, None for nothing.
+        lock: held by whoever commits; there is one at a time.
+        foreign: keys that replaced writers wrote to the changelog; their true values have to be written once more.
+    """
+
+    def __init__(
+        self,
+        partition: int,
+        path: Path,
+        budget: RocksBudget,
+        cache_bytes: int,
+        threads: ThreadPoolExecutor | None = None,
+    ) -> None:
+        self.partition = partition
+        self.path = path
+        self.cache = BytesCache(cache_bytes)
+        self.role = Role.RESTORING
+        self.lock = asyncio.Lock()
+        self.ahead: Ahead | None = None
+        self.foreign: set[bytes] = set()
+        self._dropping = False
+        self._budget = budget
+        self._threads = threads
+        self._users = _Users()
+        self._db: Any = _Closed(path)
+        self._open()
+
+    def _open(self) -> None:
+        self._db = open_database(self.path, self._budget, replace_damaged=True)
+        offset = self._db.get(OFFSET_KEY)
+        self.changelog_offset: int | None = None if offset is None else int(offset)
+        self.meta = Meta()
+        found = self._db.get(META_KEY)
+        if found is not None:
+            try:
+                self.meta = decode_meta(found)
+            except VersionError as error:
+                logger.warning("%s: %s; the state is rebuilt from its changelog", self.path, error)
+                self.wipe()
+
+    # --- reading --------------------------------------------------------------------------------------------------
+
+    def get(self, key: bytes) -> bytes | None:
+        """Return a value from the cache or the database."""
+        value = self.cache.get(key)
+        if value is None:
+            value = self._db.get(key)
+            if value is not None:
+                self.cache.put(key, value)
+        return value
+
+    def fetch(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Return values straight from the database in one multi-get; the caller looked into the cache."""
+        values: list[bytes | None] = self._db.get(list(keys))
+        return values
+
+    async def fetch_apart(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Return values straight from the database like :meth:`fetch`, in a thread when there are many keys.
+
+        Only for the partition's writer: what comes back must not be older than what it knows.
+        """
+        if self._threads is None or len(keys) < _APART_KEYS:
+            return self.fetch(keys)
+        work = self._threads.submit(self._using, self.fetch, keys)
+        try:
+            return await asyncio.wrap_future(work)
+        except asyncio.CancelledError:
+            wait([work])
+            raise
+
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Return the values of keys in order: cache first, one multi-get for the rest."""
+        get = self.cache.get
+        values = [get(key) for key in keys]
+        missing = [number for number, value in enumerate(values) if value is None]
+        if missing:
+            put = self.cache.put
+            for number, value in zip(missing, self.fetch([keys[number] for number in missing]), strict=True):
+                if value is not None:
+                    values[number] = value
+                    put(keys[number], value)
+        return values
+
+    @property
+    def reflected(self) -> Reflected:
+        """Return what answers from here reflect: what was applied, committed or not."""
+        ahead, meta = self.ahead, self.meta
+        if ahead is None:
+            return Reflected(meta.source_offset, meta.receive_ns)
+        return Reflected(ahead.source_offset, max(ahead.receive_ns, meta.receive_ns))
+
+    def answer(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Return the values of keys in order as of what was applied, committed or not."""
+        ahead = self.ahead
+        if ahead is None:
+            return self.get_many(keys)
+        values: list[bytes | None] = [None] * len(keys)
+        rest: list[int] = []
+        for number, key in enumerate(keys):
+            for layer in ahead.layers:
+                if key in layer:
+                    values[number] = layer[key]
+                    break
+            else:
+                rest.append(number)
+        if rest:
+            for number, value in zip(rest, self.get_many([keys[number] for number in rest]), strict=True):
+                values[number] = value
+        return values
+
+    def items(self, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
+        """Yield entries in key order from ``start``, ours alone (no reserved keys)."""
+        for key, value in self._db.items(from_key=start or None):
+            if key not in RESERVED:
+                yield key, value
+
+    async def items_apart(self, start: bytes, most: int) -> list[tuple[bytes, bytes]]:
+        """Return the first entries from ``start`` like :meth:`items`, read beside the event loop.
+
+        Between two of them there may be any number that were removed, each of which RocksDB has to step over.
+        """
+
+        def read() -> list[tuple[bytes, bytes]]:
+            return list(itertools.islice(self.items(start), most))
+
+        if self._threads is None:
+            return read()
+        return await asyncio.wrap_future(self._threads.submit(self._using, read))
+
+    def size_bytes(self) -> int:
+        """Return the bytes of its files and memtables, as RocksDB estimates them."""
+        total = 0
+        for name in ("rocksdb.total-sst-files-size", "rocksdb.cur-size-all-mem-tables"):
+            total += self._db.property_int_value(name) or 0
+        return total
+
+    def entries(self) -> int:
+        """Return RocksDB's estimate of the number of keys."""
+        return int(self._db.property_int_value("rocksdb.estimate-num-keys") or 0)
+
+    # --- writing --------------------------------------------------------------------------------------------------
+
+    def write(self, writes: Mapping[bytes, bytes | None], changelog_offset: int, meta: Meta) -> None:
+        """Write a flush: values, changelog offset and meta record in one batch, then the cache."""
+        self._db.write(self._batch(writes, changelog_offset, meta))
+        self._took(writes, changelog_offset, meta)
+
+    async def write_apart(self, writes: Mapping[bytes, bytes | None], changelog_offset: int, meta: Meta) -> None:
+        """Write a flush like :meth:`write`, in a thread when it is large; only for whoever holds ``lock``.
+
+        Until it returns, readers may see a part of the flush and never a value that was not true.
+        """
+        if self._threads is None or len(writes) < _APART_KEYS:
+            self.write(writes, changelog_offset, meta)
+            return
+        work = self._threads.submit(self._using, self._write_batch, self._batch(writes, changelog_offset, meta))
+        try:
+            await asyncio.wrap_future(work)
+        except asyncio.CancelledError:
+            wait([work])
+            if not work.cancelled() and work.exception() is None:
+                self._took(writes, changelog_offset, meta)
+            raise
+        self._took(writes, changelog_offset, meta)
+
+    @staticmethod
+    def _batch(writes: Mapping[bytes, bytes | None], changelog_offset: int, meta: Meta) -> Any:
+        batch = _batch_of(writes)
+        batch.put(META_KEY, encode_meta(meta))
+        batch.put(OFFSET_KEY, b"%d" % changelog_offset)
+        return batch
+
+    def _took(self, writes: Mapping[bytes, bytes | None], changelog_offset: int, meta: Meta) -> None:
+        self.changelog_offset = changelog_offset
+        self.meta = meta
+        self.cache.apply(dict(writes) if not isinstance(writes, dict) else writes)
+
+    def _write_batch(self, batch: Any) -> None:
+        self._db.write(batch)
+
+    def _using(self, work: Callable[..., Any], *args: Any) -> Any:
+        with self._users:
+            return work(*args)
+
+    def load(self, records: Iterable[tuple[bytes, bytes | None]], changelog_offset: int) -> None:
+        """Write what the changelog says (restore, standby): values and the changelog offset in one batch.
+
+        Batches of writers that another has replaced are dropped; while one is being read, the changelog offset stays
+        where it was, so that a restart begins before it. The cache takes over only what it already holds: a restore
+        must not push hot entries out.
+        """
+        writers = Filter(self.meta)
+        writers.dropping = self._dropping
+        latest: dict[bytes, bytes | None] = {}
+        for key, value in records:
+            if key == META_KEY:
+                if writers.writer(decode_meta(value or b"")):
+                    latest[key] = value
+            elif writers.dropping:
+                self.foreign.add(key)
+            else:
+                latest[key] = value
+        self._dropping = writers.dropping
+        offset = self.changelog_offset if writers.dropping else changelog_offset
+        batch = _batch_of(latest)
+        if offset is not None:
+            batch.put(OFFSET_KEY, b"%d" % offset)
+        self._db.write(batch)
+        self.changelog_offset = offset
+        found = latest.pop(META_KEY, None)
+        if found is not None:
+            self.meta = decode_meta(found)
+        young, old = self.cache.young, self.cache.old
+        if young or old:
+            self.cache.apply({key: value for key, value in latest.items() if key in young or key in old})
+
+    def set_changelog_offset(self, offset: int) -> None:
+        """Store the changelog offset alone: the records up to it changed nothing here."""
+        self._db.put(OFFSET_KEY, b"%d" % offset)
+        self.changelog_offset = offset
+
+    def wipe(self) -> None:
+        """Throw the local state away and start empty."""
+        self.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.cache.clear()
+        self.foreign.clear()
+        self._dropping = False
+        self._open()
+
+    def close(self) -> None:
+        """Close the database; a rocksdict handle must not stay referenced anywhere, or its lock stays."""
+        with self._users.none():
+            if isinstance(self._db, _Closed):
+                return
+            try:
+                self._db.close()
+            except Exception as error:  # noqa: BLE001 # rocksdict raises bare Exception, such as for a full disk
+                logger.warning("%s: not closed cleanly, as after a crash: %s", self.path, error)
+            self._db = _Closed(self.path)
+
+
+def _batch_of(writes: Mapping[bytes, bytes | None]) -> Any:
+    """Return a RocksDB batch of writes; None removes."""
+    batch = rocksdict.WriteBatch(raw_mode=True)
+    put, delete = batch.put, batch.delete
+    for key, value in writes.items():
+        if value is None:
+            delete(key)
+        else:
+            put(key, value)
+    return batch

@@ -1,0 +1,1 @@
+"""Periodic work beside the streams: sweeps, counts, idle changelogs, gauges."""

@@ -1,0 +1,87 @@
+"""Keeping idle changelogs: an owner that has nothing to write still looks now and then that it is the only writer.
+
+A writer learns from the offset of its own batch whether somebody else wrote before it (``fence``). A partition
+without traffic would not learn it before compaction has acted on what the other wrote, so its owner writes a batch
+without entries from time to time, two small records.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from aiokafka.errors import KafkaError
+from mode import get_logger
+
+from kvatlas.bridge.errors import KvatlasError
+from kvatlas.streams.errors import FencedError
+from kvatlas.streams.faust_app.table import BulkTable
+from kvatlas.streams.state.partition import PartitionState, Role
+
+logger = get_logger(__name__)
+
+INTERVAL_SECONDS: Final = 60.0
+
+
+class Keeper:
+    """Writes to the changelogs of partitions that are idle, or that have entries to be written again.
+
+    Args:
+        tables: the worker's.
+        may_commit: whether this worker is sure to own its partitions.
+        on_fenced: told when another worker has taken a partition over.
+        interval_seconds: a changelog that was not written for so long is idle.
+        clock: wall clock, ns since the epoch.
+    """
+
+    def __init__(
+        self,
+        tables: Iterable[BulkTable],
+        *,
+        may_commit: Callable[[], bool],
+        on_fenced: Callable[[BaseException], None],
+        interval_seconds: float = INTERVAL_SECONDS,
+        clock: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self._tables = list(tables)
+        self._may_commit = may_commit
+        self._on_fenced = on_fenced
+        self._interval = interval_seconds
+        self._clock = clock
+
+    async def run(self) -> None:
+        """Keep until cancelled."""
+        while True:
+            await asyncio.sleep(self._interval / 12)
+            try:
+                await self.look()
+            except FencedError as error:
+                self._on_fenced(error)
+                return
+            except (KvatlasError, KafkaError) as error:
+                logger.warning("idle changelogs cannot be written, tried again: %s", error)
+
+    async def look(self) -> int:
+        """Look at all partitions once; returns how many were written.
+
+        Raises:
+            FencedError: another worker owns a partition that this one took for its own.
+            ChangelogError: Kafka did not acknowledge.
+        """
+        written = 0
+        for table in self._tables:
+            for partition, state in list(table.store.states.items()):
+                if not self._due(state):
+                    continue
+                async with state.lock:
+                    if not self._due(state) or not self._may_commit() or table.store.states.get(partition) is not state:
+                        continue
+                    await table.commit(partition, table.view(partition), state.meta.source_offset, 0)
+                    written += 1
+        return written
+
+    def _due(self, state: PartitionState) -> bool:
+        idle = self._clock() - state.meta.written_ns > self._interval * 1e9
+        return state.role is Role.ACTIVE and (idle or bool(state.foreign))

@@ -1,0 +1,77 @@
+"""Tests of the keeper of idle changelogs, on a table of memory."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+from kvatlas.streams.errors import FencedError
+from kvatlas.streams.state.changelog import Meta
+from kvatlas.streams.state.partition import Role
+from kvatlas.streams.upkeep.keeper import Keeper
+
+SECOND = 1_000_000_000
+
+
+class Table:
+    """Notes commits; fails as told."""
+
+    def __init__(self, **states: Any) -> None:
+        self.store = SimpleNamespace(states=dict(enumerate(states.values())))
+        self.commits: list[tuple[int, int]] = []
+        self.failure: Exception | None = None
+
+    def view(self, partition: int) -> int:
+        return partition
+
+    async def commit(self, partition: int, view: int, source_offset: int, receive_ns: int) -> None:
+        assert view == partition
+        assert receive_ns == 0
+        assert self.store.states[partition].lock.locked()
+        if self.failure is not None:
+            raise self.failure
+        self.commits.append((partition, source_offset))
+
+
+def state(role: Role, written_s: int, foreign: set[bytes] | None = None) -> Any:
+    return SimpleNamespace(
+        role=role, meta=Meta(7, 0, written_s * SECOND), foreign=foreign or set(), lock=asyncio.Lock()
+    )
+
+
+def keeper_of(table: Any, *, sure: bool = True) -> tuple[Keeper, list[BaseException]]:
+    fenced: list[BaseException] = []
+    keeper = Keeper(
+        [table], may_commit=lambda: sure, on_fenced=fenced.append, interval_seconds=0.12, clock=lambda: 1000 * SECOND
+    )
+    return keeper, fenced
+
+
+async def test_only_idle_and_active_partitions_are_written() -> None:
+    """Not one that was written lately or is no owner's; but one with entries to be written again."""
+    table = Table(
+        idle=state(Role.ACTIVE, 900),
+        busy=state(Role.ACTIVE, 1000),
+        copy=state(Role.STANDBY, 1),
+        spoilt=state(Role.ACTIVE, 1000, {b"k"}),
+    )
+    keeper, _ = keeper_of(table)
+    assert await keeper.look() == 2
+    assert table.commits == [(0, 7), (3, 7)]
+
+
+async def test_nothing_is_written_while_the_group_may_have_others_write() -> None:
+    """A worker that is not sure of its partitions leaves their changelogs alone."""
+    table = Table(idle=state(Role.ACTIVE, 900))
+    assert await keeper_of(table, sure=False)[0].look() == 0
+    assert table.commits == []
+
+
+async def test_a_claim_of_another_worker_is_told() -> None:
+    """The keeper ends and hands the error on, so that the app starts anew."""
+    table = Table(idle=state(Role.ACTIVE, 900))
+    table.failure = FencedError("taken over")
+    keeper, fenced = keeper_of(table)
+    await keeper.run()
+    assert fenced == [table.failure]
