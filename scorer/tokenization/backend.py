@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from types import MappingProxyType
+from typing import NamedTuple, Protocol
 
 from kvatlas.scorer.tokenization import files
+from kvatlas.scorer.tokenization.arguments import UNKNOWN, EngineArguments
 from kvatlas.scorer.tokenization.chat import ChatRenderer
 from kvatlas.scorer.tokenization.encoder import Encoder
-from kvatlas.scorer.tokenization.errors import NoTokenizerError
+from kvatlas.scorer.tokenization.errors import NoTokenizerError, TokenizeInputError
+from kvatlas.scorer.tokenization.harmony import HarmonyRenderer
+from kvatlas.scorer.tokenization.media import has_media, widened
 from kvatlas.scorer.tokenization.records import ChatInput, Encoded, Truncation
+from kvatlas.scorer.tokenization.renderers import renderer_of
 from kvatlas.scorer.tokenization.text_cache import TextCache
+from kvatlas.scorer.tokenization.tokenizer_class import Transformers
 
 
 class Engine(Protocol):
@@ -31,6 +37,9 @@ class Engine(Protocol):
 
     def encode_chat(self, chat: ChatInput, truncation: Truncation | None) -> Encoded:
         """Render a chat and tokenize it; the template brings the special tokens."""
+
+    def text(self, ids: bytes) -> str:
+        """Return the text of packed token ids, empty where that cannot be told."""
 
     def close(self) -> None:
         """Give back what the engine holds; calls under way still end well."""
@@ -60,28 +69,73 @@ class Backend(Protocol):
         """Give back connections."""
 
 
+class Making(NamedTuple):
+    """What engines from folders share.
+
+    Attributes:
+        cache: tokens of known text.
+        renderer: renders templates.
+        harmony: renders gpt-oss chats.
+        transformers: major version of transformers that the engines have.
+        arguments: command lines of the engines by model.
+    """
+
+    cache: TextCache
+    renderer: ChatRenderer
+    harmony: HarmonyRenderer
+    transformers: Transformers = "5"
+    arguments: Mapping[str, EngineArguments] = MappingProxyType({})
+
+
 class FolderEngine:
     """A tokenizer from a folder of files, on this machine."""
 
-    def __init__(self, folder: Path, cache: TextCache, renderer: ChatRenderer) -> None:
+    def __init__(self, folder: Path, making: Making, arguments: EngineArguments = UNKNOWN) -> None:
         loaded = files.read(folder)
-        self._templates = loaded.templates
+        self._templates = dict(loaded.templates)
+        if arguments.chat_template is not None:
+            self._templates = {"default": arguments.chat_template}
         self._special_tokens = loaded.special_tokens
-        self._renderer = renderer
+        self._arguments = arguments
+        self._render_as = renderer_of(loaded, arguments)
+        self._renderer = making.renderer
+        self._harmony = making.harmony
         self.size_bytes = len(loaded.tokenizer)
-        self._encoder = Encoder(loaded, cache)
+        self._encoder = Encoder(loaded, making.cache, making.transformers)
 
     def encode(self, text: str, *, add_special_tokens: bool, truncation: Truncation | None, offsets: bool) -> Encoded:
         """Tokenize one text."""
         return self._encoder.encode(text, add_special_tokens=add_special_tokens, truncation=truncation, offsets=offsets)
 
+    def text(self, ids: bytes) -> str:
+        """Return the text of token ids."""
+        if self._render_as.kind == "harmony":
+            return self._harmony.text(Encoded(ids).list())
+        return self._encoder.text(ids)
+
     def render(self, chat: ChatInput) -> str:
         """Render a chat as text."""
-        return self._renderer.render(chat, self._templates, self._special_tokens)
+        if self._render_as.refused:
+            raise TokenizeInputError(self._render_as.refused)
+        if self._render_as.kind == "harmony":
+            return self._harmony.text(self._harmony_chat(chat).list())
+        return self._renderer.render(chat, self._templates, self._special_tokens, self._arguments)
 
     def encode_chat(self, chat: ChatInput, truncation: Truncation | None) -> Encoded:
         """Render a chat and tokenize it; the template brings the special tokens."""
-        return self.encode(self.render(chat), add_special_tokens=False, truncation=truncation, offsets=False)
+        if self._render_as.kind == "harmony":
+            return self._harmony_chat(chat)  # the engine cuts such prompts as little
+        text = self.render(chat)
+        special = chat.add_special_tokens
+        if not has_media(chat.messages):
+            return self.encode(text, add_special_tokens=special, truncation=truncation, offsets=False)
+        encoded = self.encode(text, add_special_tokens=special, truncation=None, offsets=False)
+        return Encoded(widened(encoded.ids, chat, self._encoder.is_placeholder))
+
+    def _harmony_chat(self, chat: ChatInput) -> Encoded:
+        effort = self._arguments.effort_of(chat.reasoning_effort)
+        with_tools = not self._arguments.hides_tools(chat)
+        return Encoded(self._harmony.encode(chat, effort, with_tools=with_tools))
 
     def close(self) -> None:
         """Drop the known text of this tokenizer."""
@@ -94,13 +148,10 @@ class LocalBackend:
     name = "local"
     waits = False
 
-    def __init__(
-        self, folders: Mapping[str, Path], root: Path | None, cache: TextCache, renderer: ChatRenderer
-    ) -> None:
-        self._renderer = renderer
+    def __init__(self, folders: Mapping[str, Path], root: Path | None, making: Making) -> None:
         self._folders = dict(folders)
         self._root = root
-        self._cache = cache
+        self._making = making
 
     def load(self, model: str) -> FolderEngine:
         """Load the tokenizer in a model's folder.
@@ -109,7 +160,7 @@ class LocalBackend:
             NoTokenizerError: no folder is named for the model and the root has none of its name.
             BadModelError: the folder's files are missing or no good.
         """
-        return FolderEngine(self._folder(model), self._cache, self._renderer)
+        return FolderEngine(self._folder(model), self._making, self._making.arguments.get(model, UNKNOWN))
 
     def close(self) -> None:
         """Nothing is held."""
@@ -121,8 +172,12 @@ class LocalBackend:
         if self._root is None:
             raise NoTokenizerError(f"no folder is named for model {model!r} (setting models, MODEL=DIR), and no root")
         root = self._root.resolve()
-        folder = (root / model).resolve()
-        # Model names come from requests and must not lead out of the root.
-        if not folder.is_relative_to(root) or folder == root or not folder.is_dir():
+        try:
+            folder = (root / model).resolve()
+            # Model names come from requests and must not lead out of the root.
+            found = folder.is_relative_to(root) and folder != root and folder.is_dir()
+        except (OSError, ValueError):  # longer than a file's name may be, or with a NUL inside
+            found = False
+        if not found:
             raise NoTokenizerError(f"{self._root} has no folder for model {model!r}")
         return folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -14,6 +14,7 @@ from jinja2 import Template
 from jinja2.exceptions import TemplateError as JinjaTemplateError
 
 from kvatlas.scorer.tokenization import content_format, messages
+from kvatlas.scorer.tokenization.arguments import UNKNOWN, EngineArguments
 from kvatlas.scorer.tokenization.errors import (
     NoTemplateError,
     PromptLimitError,
@@ -28,12 +29,18 @@ from kvatlas.scorer.tokenization.sandbox import LimitReached, TemplateEnvironmen
 _COMPILED: Final = 128
 #: Put at the end of the message to continue and looked for in the text; its blank shows whether templates trim.
 _MARK: Final = "KVATLAS_CONTINUE_HERE "
-_RESERVED: Final = frozenset({"messages", "chat_template", "tokenize"})
+#: What a rendering is about, which no further argument may replace.
+_RESERVED: Final = frozenset({"messages", "chat_template"})
+#: Arguments of the rendering itself, which no template sees.
+_NOT_FOR_TEMPLATES: Final = frozenset({"tokenize"})
+#: What vLLM gives every template.
+_ALWAYS: Final = {"cohere_format": "cmd4"}
 
 
 @dataclass(frozen=True, slots=True)
 class _Compiled:
     template: Template
+    source: str
     form: content_format.Format
     knows_developer: bool
 
@@ -47,55 +54,71 @@ class ChatRenderer:
         self._lock = threading.Lock()
         self._compiled: OrderedDict[str, _Compiled] = OrderedDict()
 
-    def render(self, chat: ChatInput, templates: Mapping[str, str], special_tokens: Mapping[str, str]) -> str:
+    def render(
+        self,
+        chat: ChatInput,
+        templates: Mapping[str, str],
+        special_tokens: Mapping[str, str],
+        arguments: EngineArguments = UNKNOWN,
+    ) -> str:
         """Render one chat.
 
         Args:
             chat: messages and how to render them.
             templates: the model's templates by name.
             special_tokens: template variable -> token text.
+            arguments: what the model's engine was started with.
 
         Raises:
             NoTemplateError: there is no template to use.
             TemplateError: the template is broken or refuses the messages.
             TemplateLimitError: rendering took too long or too much.
             PromptLimitError: there are too many messages, or the request's template is too long.
-            TokenizeInputError: the messages make no sense.
+            TokenizeInputError: the messages make no sense, or the engine refuses such requests.
         """
         if len(chat.messages) > self._settings.max_messages:
             raise PromptLimitError(
                 f"{len(chat.messages)} messages; the limit is {self._settings.max_messages} (setting max_messages)"
             )
+        if not chat.messages:
+            raise TokenizeInputError("messages: must not be empty")
         if reserved := _RESERVED & chat.kwargs.keys():
             raise TokenizeInputError(f"template arguments {sorted(reserved)} are not for requests to set")
         if chat.add_generation_prompt and chat.continue_final_message:
             raise TokenizeInputError("add_generation_prompt and continue_final_message exclude each other")
-        source = self._choose(chat, templates)
-        compiled = self._compile(source)
-        given = self._settings.content_format
-        conversation = messages.prepare(chat.messages, compiled.form if given == "auto" else given)
-        if not compiled.knows_developer:
-            conversation = messages.developer_as_system(conversation)
-        final = _mark_final(conversation, source) if chat.continue_final_message else None
-        variables: dict[str, Any] = {
-            **special_tokens,
-            "documents": None,
-            "tools": None,
-            **chat.kwargs,
-            "messages": conversation,
-            "add_generation_prompt": chat.add_generation_prompt,
-        }
-        if chat.tools is not None:
-            variables["tools"] = chat.tools
-        if chat.documents is not None:
-            variables["documents"] = chat.documents
+        arguments.check_tools(chat)
+        tools = None if arguments.hides_tools(chat) else chat.tools
+        compiled = self._compile(self._choose(chat, templates, with_tools=tools is not None))
+        conversation = self._conversation(chat, compiled, arguments)
+        final = _mark_final(conversation, compiled.source) if chat.continue_final_message else None
+        variables = {**special_tokens, **template_variables(chat, tools, arguments), "messages": conversation}
         text = self._run(compiled.template, variables)
         return text if final is None else _cut_at_mark(text, final)
 
-    def _choose(self, chat: ChatInput, templates: Mapping[str, str]) -> str:
+    def _conversation(self, chat: ChatInput, compiled: _Compiled, arguments: EngineArguments) -> list[dict[str, Any]]:
+        given = arguments.content_format or self._settings.content_format
+        conversation = messages.prepare(chat.messages, compiled.form if given == "auto" else given)
+        if not compiled.knows_developer:
+            conversation = messages.developer_as_system(conversation)
+        inline = any(message["role"] == "system" for message in conversation[1:])
+        if chat.systems_first and inline and not self._takes_later_systems(compiled):
+            conversation = messages.systems_in_front(conversation)
+        return conversation
+
+    def _takes_later_systems(self, compiled: _Compiled) -> bool:
+        """Whether a template takes system messages behind others, tried out as vLLM does."""
+        roles = ("system", "user", "system", "user")
+        probe = {"messages": [{"role": role, "content": "t"} for role in roles], "add_generation_prompt": False}
+        try:
+            self._run(compiled.template, {"tools": None, "documents": None, **probe})
+        except TemplateError:
+            return False
+        return True
+
+    def _choose(self, chat: ChatInput, templates: Mapping[str, str], *, with_tools: bool) -> str:
         wanted = chat.chat_template
         if wanted is None:
-            if chat.tools is not None and "tool_use" in templates:
+            if with_tools and "tool_use" in templates:
                 return templates["tool_use"]
             if "default" in templates:
                 return templates["default"]
@@ -123,10 +146,11 @@ class ChatRenderer:
         except JinjaTemplateError as error:
             line = f" (line {error.lineno})" if hasattr(error, "lineno") else ""
             raise TemplateError(f"the chat template does not compile: {error}{line}") from error
-        except (RecursionError, OverflowError, MemoryError) as error:
+        except (RecursionError, OverflowError, MemoryError, SyntaxError, ValueError) as error:
+            # The last two come from Python's own compiler, for what Jinja lets through.
             raise TemplateError(f"the chat template does not compile: {type(error).__name__}") from error
-        developer = '"developer"' in source or "'developer'" in source
-        compiled = _Compiled(template, form, developer)
+        developer = "developer" in source
+        compiled = _Compiled(template, source, form, developer)
         with self._lock:
             self._compiled[source] = compiled
             while len(self._compiled) > _COMPILED:
@@ -158,6 +182,34 @@ class ChatRenderer:
         finally:
             budget.ends_at = float("inf")
         return "".join(chunks)
+
+
+def template_variables(
+    chat: ChatInput, tools: Sequence[Mapping[str, Any]] | None, arguments: EngineArguments
+) -> dict[str, Any]:
+    """Return what a template may read beside the messages: the engine's defaults, then the request's arguments.
+
+    Null and the text ``auto`` count as absent on every level.
+    """
+    effort = arguments.effort_of(chat.reasoning_effort)
+    own: dict[str, Any] = {
+        "add_generation_prompt": chat.add_generation_prompt,
+        "continue_final_message": chat.continue_final_message,
+        "documents": chat.documents,
+        "reasoning_effort": effort,
+    }
+    if effort is not None and "enable_thinking" not in chat.kwargs:
+        own["enable_thinking"] = effort != "none"
+    found = {"documents": None, "tools": None, **_ALWAYS}
+    for level in (arguments.template_kwargs, chat.kwargs, own):
+        found.update({name: value for name, value in level.items() if _is_set(value)})
+    if tools is not None:
+        found["tools"] = messages.normal_tools(tools)
+    return {name: value for name, value in found.items() if name not in _NOT_FOR_TEMPLATES}
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None and not (isinstance(value, str) and value == "auto")
 
 
 def _mark_final(conversation: list[dict[str, Any]], source: str) -> str:

@@ -16,6 +16,7 @@ from kvatlas.scorer.tokenization.errors import BadModelError, TokenizeInputError
 from kvatlas.scorer.tokenization.files import TOKENIZER_FILE, ModelFiles
 from kvatlas.scorer.tokenization.records import Encoded, Truncation
 from kvatlas.scorer.tokenization.text_cache import TextCache
+from kvatlas.scorer.tokenization.tokenizer_class import Transformers, set_post_processor, tokenizer_document
 
 _owners = itertools.count(1)
 #: Two texts that have no token in common with usual special tokens, to see what a post-processor puts around them.
@@ -29,17 +30,24 @@ class Encoder:
         BadModelError: ``tokenizer.json`` is not one.
     """
 
-    def __init__(self, files: ModelFiles, cache: TextCache) -> None:
+    def __init__(self, files: ModelFiles, cache: TextCache, transformers: Transformers = "5") -> None:
         self._cache = cache
         self._owner = next(_owners)
-        self._tokenizer = _load(files)
-        self._left = files.config.get("truncation_side") == "left"
+        try:
+            document = tokenizer_document(files, transformers)
+        except msgspec.MsgspecError as error:
+            raise BadModelError(f"{files.folder / TOKENIZER_FILE} is not a tokenizer: {error}") from error
+        self._tokenizer = _load(files, document)
+        set_post_processor(self._tokenizer, files, transformers)
+        # Engines that generate keep the end of a prompt, whatever the tokenizer's configuration says.
+        self._left = True
         split_special = bool(files.config.get("split_special_tokens"))
         self._tokenizer.encode_special_tokens = split_special
         try:
-            self.cut_rule = cuts.rule_of(files.tokenizer, _added(self._tokenizer), split_special_tokens=split_special)
+            self.cut_rule = cuts.rule_of(document, _added(self._tokenizer), split_special_tokens=split_special)
         except msgspec.MsgspecError as error:
             raise BadModelError(f"{files.folder / TOKENIZER_FILE} is not a tokenizer: {error}") from error
+        self._placeholders = _named_placeholders(files) or frozenset(self._tokenizer.get_added_tokens_decoder())
         self._frame = self._find_frame()
 
     def encode(
@@ -71,6 +79,18 @@ class Encoder:
             room = max(0, truncation.tokens - (len(before) + len(after)) // 4)
             ids = _slice(ids, room, left=self._left)
         return Encoded(ids=_truncated(before + ids + after, truncation, left=self._left), known_bytes=known_bytes)
+
+    def text(self, ids: bytes) -> str:
+        """Return the text that token ids stand for, special tokens included; unknown ids leave nothing."""
+        values = array("I", ids)
+        if sys.byteorder == "big":
+            values.byteswap()
+        found: str = self._tokenizer.decode(list(values), skip_special_tokens=False)
+        return found
+
+    def is_placeholder(self, token: int) -> bool:
+        """Whether a token can stand for a multimodal item: one that the model names, else any added one."""
+        return token in self._placeholders
 
     def forget(self) -> None:
         """Drop the known text of this tokenizer; called when it is unloaded."""
@@ -137,9 +157,19 @@ class Encoder:
         return _pack(before), _pack(after)
 
 
-def _load(files: ModelFiles) -> Tokenizer:
+def _named_placeholders(files: ModelFiles) -> frozenset[int]:
+    """Return the tokens that ``config.json`` names as those of items, such as ``image_token_id``."""
+    named = (
+        value
+        for name, value in files.model_config.items()
+        if name.endswith(("_token_id", "_token_index")) and name.startswith(("image_", "video_", "audio_"))
+    )
+    return frozenset(value for value in named if isinstance(value, int))
+
+
+def _load(files: ModelFiles, document: str) -> Tokenizer:
     try:
-        tokenizer = Tokenizer.from_str(files.tokenizer)
+        tokenizer = Tokenizer.from_str(document)
     except Exception as error:  # the library raises bare Exception
         raise BadModelError(f"{files.folder / TOKENIZER_FILE} is not a tokenizer: {error}") from error
     # Whatever was saved with it; engines set both for each request.

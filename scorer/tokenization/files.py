@@ -8,13 +8,15 @@
     chat_template.jinja               the template; wins over the one in the config
     chat_template.json                {"chat_template": ...}, as processors save it; after the .jinja file
     additional_chat_templates/*.jinja further templates by name
+    config.json                       the model's type, which decides who renders its chats (optional)
+    tekken.json, tokenizer.model.v*   say that the model has Mistral's own format; not read
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +28,9 @@ SPECIAL_TOKENS_FILE: Final = "special_tokens_map.json"
 TEMPLATE_FILE: Final = "chat_template.jinja"
 PROCESSOR_TEMPLATE_FILE: Final = "chat_template.json"
 TEMPLATE_FOLDER: Final = "additional_chat_templates"
+MODEL_CONFIG_FILE: Final = "config.json"
+#: Their presence makes vLLM render with mistral-common.
+_MISTRAL_FILES: Final = ("tekken.json", "tokenizer.model.v*")
 
 #: Everything a tokenizer needs, as patterns for a hub.
 PATTERNS: Final = (
@@ -35,6 +40,8 @@ PATTERNS: Final = (
     TEMPLATE_FILE,
     PROCESSOR_TEMPLATE_FILE,
     f"{TEMPLATE_FOLDER}/*.jinja",
+    MODEL_CONFIG_FILE,
+    *_MISTRAL_FILES,
 )
 
 #: Names under which templates may use special tokens, and under which configs list them.
@@ -60,6 +67,8 @@ class ModelFiles:
         templates: chat templates by name; ``default`` is the one without a name.
         special_tokens: template variable -> token text, such as ``bos_token``.
         added_tokens: tokens the config adds to those in ``tokenizer.json``, as they stand there, by id.
+        model_config: ``config.json``, empty when absent.
+        mistral_format: the folder has the tokenizer in Mistral's own format too.
     """
 
     folder: Path
@@ -68,6 +77,8 @@ class ModelFiles:
     templates: Mapping[str, str]
     special_tokens: Mapping[str, str]
     added_tokens: tuple[Mapping[str, Any], ...]
+    model_config: Mapping[str, Any] = field(default_factory=dict)
+    mistral_format: bool = False
 
 
 def read(folder: Path) -> ModelFiles:
@@ -91,6 +102,8 @@ def read(folder: Path) -> ModelFiles:
         templates=_templates(folder, config),
         special_tokens=_special_tokens({**config, **legacy}),
         added_tokens=_added_tokens(folder, config),
+        model_config=_json(folder / MODEL_CONFIG_FILE),
+        mistral_format=any(True for pattern in _MISTRAL_FILES for _ in folder.glob(pattern)),
     )
 
 

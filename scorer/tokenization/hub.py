@@ -16,10 +16,9 @@ from huggingface_hub.errors import (
 )
 
 from kvatlas.scorer.tokenization import files
-from kvatlas.scorer.tokenization.backend import FolderEngine
-from kvatlas.scorer.tokenization.chat import ChatRenderer
+from kvatlas.scorer.tokenization.arguments import UNKNOWN
+from kvatlas.scorer.tokenization.backend import FolderEngine, Making
 from kvatlas.scorer.tokenization.errors import BackendError, NoTokenizerError
-from kvatlas.scorer.tokenization.text_cache import TextCache
 
 
 class HubBackend:
@@ -28,14 +27,11 @@ class HubBackend:
     name = "hub"
     waits = False
 
-    def __init__(
-        self, *, models: Sequence[str], folder: str, revision: str, cache: TextCache, renderer: ChatRenderer
-    ) -> None:
+    def __init__(self, *, models: Sequence[str], folder: str, revision: str, making: Making) -> None:
         self._models = models
         self._folder = folder or None
         self._revision = revision
-        self._cache = cache
-        self._renderer = renderer
+        self._making = making
 
     def load(self, model: str) -> FolderEngine:
         """Fetch and load a model's tokenizer.
@@ -51,7 +47,7 @@ class HubBackend:
             folder = huggingface_hub.snapshot_download(
                 model, revision=self._revision, cache_dir=self._folder, allow_patterns=list(files.PATTERNS)
             )
-        except HFValidationError as error:
+        except (HFValidationError, ValueError) as error:
             raise NoTokenizerError(f"{model!r} is not the name of a hub model") from error
         except (RepositoryNotFoundError, RevisionNotFoundError) as error:
             raise NoTokenizerError(f"the hub has no model {model!r} at revision {self._revision!r}") from error
@@ -62,7 +58,7 @@ class HubBackend:
             ) from error
         except (HfHubHTTPError, OSError) as error:
             raise BackendError(f"the hub did not give {model!r}: {error}") from error
-        return FolderEngine(Path(folder), self._cache, self._renderer)
+        return FolderEngine(Path(folder), self._making, self._making.arguments.get(model, UNKNOWN))
 
     def close(self) -> None:
         """Nothing is held."""

@@ -32,7 +32,7 @@ _KNOWN_FIELDS: Final = frozenset(
     {"type", "uuid", "closed", "detail", "file", "image_pil", "name", *_TEXT_FIELDS.values(), *_MODALITIES}
 )
 #: Changes with every request of one client, which would make all prompts different; vLLM leaves it out too.
-_BILLING_LINE: Final = "x-anthropic-billing-header"
+BILLING_LINE: Final = "x-anthropic-billing-header"
 
 
 def prepare(messages: Sequence[Mapping[str, Any]], form: Format) -> list[dict[str, Any]]:
@@ -64,6 +64,47 @@ def developer_as_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [merged, *(message for message in renamed if message["role"] != "system")]
 
 
+def is_media(part: Any) -> bool:
+    """Whether a content part is a picture, sound or video."""
+    if not isinstance(part, Mapping):
+        return False
+    kind = part.get("type")
+    return kind in _MODALITIES or (not kind and any(name in part for name in _MODALITIES))
+
+
+def systems_in_front(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages with the text of all system messages in the first one, joined without a separator."""
+    texts = [_plain(message["content"]) for message in messages if message["role"] == "system"]
+    others = [message for message in messages if message["role"] != "system"]
+    return [{"role": "system", "content": "".join(texts)}, *others]
+
+
+def normal_tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return tools as vLLM hands them to templates: known fields in its order, defaults filled in, others left out.
+
+    Raises:
+        TokenizeInputError: a tool is no function.
+    """
+    return [_tool(f"tools[{number}]", tool) for number, tool in enumerate(tools)]
+
+
+def _tool(where: str, tool: Any) -> dict[str, Any]:
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or tool.get("type", "function") not in (None, "function"):
+        raise TokenizeInputError(f"{where} must be an object of type function, with a function")
+    deferred = tool.get("defer_loading")
+    inner: dict[str, Any] = {name: function.get(name) for name in ("name", "description", "parameters")}
+    if function.get("strict") is not None:
+        inner["strict"] = function["strict"]
+    loading = function.get("defer_loading")
+    if loading is not None or deferred is not None:
+        inner["defer_loading"] = deferred if loading is None else loading
+    found: dict[str, Any] = {"type": "function", "function": inner}
+    if deferred is not None:
+        found["defer_loading"] = deferred
+    return found
+
+
 def _message(number: int, message: Mapping[str, Any], form: Format) -> dict[str, Any]:
     role = message.get("role")
     if not isinstance(role, str):
@@ -77,11 +118,11 @@ def _message(number: int, message: Mapping[str, Any], form: Format) -> dict[str,
             found["tool_call_id"] = message["tool_call_id"]
         if isinstance(found["content"], list) and all(part.get("type") == "text" for part in found["content"]):
             found["content"] = _plain(found["content"])
-    elif role == "developer":
-        found["tools"] = message.get("tools")
     for field in ("name", "task"):
         if isinstance(message.get(field), str):
             found[field] = message[field]
+    if role == "developer":
+        found["tools"] = message.get("tools")
     return found
 
 
@@ -97,7 +138,8 @@ def _content(where: str, role: str, content: Any, form: Format) -> str | list[An
     if role == "system":
         parts = _without_billing(parts)
     prepared = [ready for n, part in enumerate(parts) if (ready := _part(f"{where}[{n}]", part, form)) is not None]
-    return prepared if form == "openai" else "\n".join(prepared)
+    # In a text, parts without any vanish together with their line.
+    return prepared if form == "openai" else "\n".join(text for text in prepared if text)
 
 
 def _part(where: str, part: Any, form: Format) -> Any:
@@ -149,19 +191,33 @@ def _tool_call(where: str, call: Any) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments) if arguments else {}
-        except ValueError:
+        except (ValueError, RecursionError):
             # Part of the history: refusing it would refuse every later turn too, and the engine does not.
             arguments = {}
     if not isinstance(arguments, Mapping):
         arguments = {}
-    return {**call, "function": {**function, "arguments": dict(arguments)}}
+    inner = {"arguments": dict(arguments), **_first(function, "name"), **_rest(function, "arguments", "name")}
+    return {
+        **_first(call, "id"),
+        "function": inner,
+        "type": "function",
+        **_rest(call, "id", "function", "type"),
+    }
+
+
+def _first(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {name: fields[name]} if name in fields else {}
+
+
+def _rest(fields: Mapping[str, Any], *known: str) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in known}
 
 
 def _without_billing(parts: Sequence[Any]) -> list[Any]:
     kept = []
     for part in parts:
         text = part if isinstance(part, str) else part.get("text") if isinstance(part, Mapping) else None
-        if not (isinstance(text, str) and text.startswith(_BILLING_LINE)):
+        if not (isinstance(text, str) and text.startswith(BILLING_LINE)):
             kept.append(part)
         elif rest := text.partition("\n")[2]:
             kept.append(rest if isinstance(part, str) else {**part, "text": rest})

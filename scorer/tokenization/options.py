@@ -18,6 +18,28 @@ class TokenizerSettings(Section, frozen=True, kw_only=True):
         tuple[str, ...], Meta(description="MODEL=DIR: folder with the model's tokenizer.json; wins over the root")
     ] = ()
     root: Annotated[str, Meta(description="folder that holds one folder per model, by model name")] = ""
+    engine_args: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="MODEL=ARGUMENTS: the command line of the model's engine; --chat-template, "
+            "--default-chat-template-kwargs, --chat-template-content-format, --reasoning-effort-map and the flags of "
+            "tools and tokenizer mode are taken from it"
+        ),
+    ] = ()
+    transformers: Annotated[
+        Literal["4", "5"],
+        Meta(
+            description="major version of transformers in the engines: 4 applies add_bos_token and add_eos_token for "
+            "the classes that do so"
+        ),
+    ] = "5"
+    harmony_date: Annotated[
+        str,
+        Meta(
+            description="date in the system text of gpt-oss chats, YYYY-MM-DD, as the engine's VLLM_SYSTEM_START_DATE; "
+            "empty: today"
+        ),
+    ] = ""
     hub: Annotated[bool, Meta(description="fetch tokenizers of unknown models from the Hugging Face hub")] = False
     hub_models: Annotated[
         tuple[str, ...], Meta(description="models that may be fetched from the hub, shell patterns; all when empty")
@@ -44,7 +66,7 @@ class TokenizerSettings(Section, frozen=True, kw_only=True):
     max_prompt_bytes: Annotated[int, Meta(description="longest prompt, UTF-8 bytes", ge=1)] = 16 * 2**20
     max_messages: Annotated[int, Meta(description="most messages of one chat", ge=1)] = 10_000
     max_template_bytes: Annotated[int, Meta(description="longest chat template of a request", ge=1)] = 256 * 2**10
-    request_templates: Annotated[bool, Meta(description="accept chat templates that requests bring")] = True
+    request_templates: Annotated[bool, Meta(description="accept chat templates that requests bring")] = False
     template_seconds: Annotated[float, Meta(description="longest rendering of a chat template", gt=0)] = 2.0
     content_format: Annotated[
         Literal["auto", "string", "openai"],

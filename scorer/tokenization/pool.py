@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +15,8 @@ from typing import Final, Self, TypeVar
 
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.scorer.errors import UnknownModelError
-from kvatlas.scorer.tokenization.backend import Backend, Engine, LocalBackend
+from kvatlas.scorer.tokenization.arguments import engine_arguments
+from kvatlas.scorer.tokenization.backend import Backend, Engine, LocalBackend, Making
 from kvatlas.scorer.tokenization.chat import ChatRenderer
 from kvatlas.scorer.tokenization.errors import (
     BackendError,
@@ -23,11 +25,13 @@ from kvatlas.scorer.tokenization.errors import (
     PromptLimitError,
     TokenizeInputError,
 )
+from kvatlas.scorer.tokenization.harmony import HarmonyRenderer
 from kvatlas.scorer.tokenization.hub import HubBackend
 from kvatlas.scorer.tokenization.loaded import Loaded
 from kvatlas.scorer.tokenization.options import TokenizerSettings
-from kvatlas.scorer.tokenization.records import ChatInput, Encoded, Rendered, Truncation
+from kvatlas.scorer.tokenization.records import ChatInput, Encoded, Rendered, Truncation, cut
 from kvatlas.scorer.tokenization.remote import RemoteBackend
+from kvatlas.scorer.tokenization.requests import EngineRequest
 from kvatlas.scorer.tokenization.text_cache import TextCache
 
 #: Loads and calls that wait for a network; they cost no processor time here.
@@ -55,8 +59,14 @@ class TokenizerPool:
     ) -> None:
         self._settings = settings
         self.cache = TextCache(settings.prefix_cache_bytes)
-        renderer = ChatRenderer(settings, now)
-        self._backends = tuple(backends if backends is not None else backends_of(settings, self.cache, renderer))
+        making = Making(
+            self.cache,
+            ChatRenderer(settings, now),
+            HarmonyRenderer(settings.harmony_date, now),
+            settings.transformers,
+            engine_arguments(settings.engine_args),
+        )
+        self._backends = tuple(backends if backends is not None else backends_of(settings, making))
         self._loading = ThreadPoolExecutor(_LOADING_THREADS, "tokenizer-load")
         self._waiting = ThreadPoolExecutor(_WAITING_THREADS, "tokenizer-wait")
         self._working = ThreadPoolExecutor(settings.threads or os.cpu_count() or 1, "tokenizer")
@@ -119,6 +129,38 @@ class TokenizerPool:
         encoded, backend = await self._ask(model, lambda engine: engine.encode_chat(chat, truncate))
         return Encoded(encoded.ids, backend, encoded.offsets, encoded.known_bytes)
 
+    async def tokens_of(self, model: str, request: EngineRequest) -> Encoded:
+        """Return the token ids that the engine makes of a request's prompt; ``backend`` is empty for given ids.
+
+        Args:
+            model: whose tokenizer; the request's own name may be an alias or an adapter.
+            request: what :func:`~kvatlas.scorer.tokenization.requests.read` made of a body.
+
+        Raises:
+            UnknownModelError: no backend knows the model.
+            InputError: the request, the template or the limits refuse it.
+            BadModelError: the model's files are no good.
+            BackendError: no backend that may know the model answered.
+        """
+        if request.tokens is not None:
+            return Encoded(cut(request.tokens, request.truncation))
+        if request.chat is not None:
+            chat = replace(request.chat, places=request.multimodal)
+            return await self.encode_chat(model, chat, request.truncation)
+        return await self.encode(
+            model, request.text or "", add_special_tokens=request.add_special_tokens, truncate=request.truncation
+        )
+
+    async def text_of(self, model: str, ids: bytes) -> str:
+        """Return the text of token ids, special tokens included; empty where no tokenizer here can tell.
+
+        Raises:
+            UnknownModelError: no backend knows the model.
+            BadModelError: the model's files are no good.
+            BackendError: no backend that may know the model answered.
+        """
+        return (await self._ask(model, lambda engine: engine.text(ids)))[0]
+
     async def load(self, model: str) -> str:
         """Load a model's tokenizer now and return the backend that has it.
 
@@ -177,7 +219,7 @@ class TokenizerPool:
             raise PromptLimitError(f"prompt of {size} bytes; the limit is {limit} (setting max_prompt_bytes)")
 
 
-def backends_of(settings: TokenizerSettings, cache: TextCache, renderer: ChatRenderer) -> list[Backend]:
+def backends_of(settings: TokenizerSettings, making: Making) -> list[Backend]:
     """Build the backends that the settings turn on, in their order.
 
     Raises:
@@ -187,15 +229,14 @@ def backends_of(settings: TokenizerSettings, cache: TextCache, renderer: ChatRen
     for name in settings.order:
         if name == "local":
             root = Path(settings.root) if settings.root else None
-            found.append(LocalBackend(_folders(settings.models), root, cache, renderer))
+            found.append(LocalBackend(_folders(settings.models), root, making))
         elif name == "hub" and settings.hub:
             found.append(
                 HubBackend(
                     models=settings.hub_models,
                     folder=settings.hub_cache,
                     revision=settings.hub_revision,
-                    cache=cache,
-                    renderer=renderer,
+                    making=making,
                 )
             )
         elif name == "remote" and settings.remote:

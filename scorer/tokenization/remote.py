@@ -60,7 +60,14 @@ class RemoteEngine:
 
     def encode_chat(self, chat: ChatInput, truncation: Truncation | None) -> Encoded:
         """Render a chat and tokenize it, both over there."""
+        if chat.add_special_tokens or chat.places:
+            raise TokenizeInputError(
+                "add_special_tokens and multimodal of chats have no place in requests to another tokenizer service"
+            )
         kwargs = {**chat.kwargs, **({"documents": chat.documents} if chat.documents is not None else {})}
+        if chat.reasoning_effort is not None:
+            kwargs = {"enable_thinking": chat.reasoning_effort != "none", **kwargs}
+            kwargs["reasoning_effort"] = chat.reasoning_effort
         request = pb.RenderChatCompletionRequest(
             model_name=self._model,
             messages=[convert.to_message(message) for message in chat.messages],
@@ -74,6 +81,10 @@ class RemoteEngine:
             request.chat_template_kwargs = json.dumps(kwargs, ensure_ascii=False)
         answer = self.ask(self._stub.RenderChatCompletion, request)
         return Encoded(_packed(answer.token_ids[_cut(truncation)]))
+
+    def text(self, ids: bytes) -> str:  # noqa: ARG002 - the other service tells texts of no tokens
+        """Return nothing: what tokens stand for is known over there alone."""
+        return ""
 
     def ask(self, method: Any, request: Any) -> Any:
         """Call the other service.
@@ -136,10 +147,9 @@ class RemoteBackend:
 
 
 def _cut(truncation: Truncation | None) -> slice:
-    """The other service's tokenizer settings are not known here, so ``side`` None means the end, the usual default."""
     if truncation is None:
         return slice(None)
-    if truncation.side == "left":
+    if truncation.side != "right":
         return slice(-truncation.tokens, None) if truncation.tokens else slice(0)
     return slice(truncation.tokens)
 

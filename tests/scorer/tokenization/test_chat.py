@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from kvatlas.scorer.tokenization import messages
-from kvatlas.scorer.tokenization.backend import FolderEngine
+from kvatlas.scorer.tokenization.backend import FolderEngine, Making
 from kvatlas.scorer.tokenization.chat import ChatRenderer
 from kvatlas.scorer.tokenization.errors import (
     NoTemplateError,
@@ -22,6 +22,7 @@ from kvatlas.scorer.tokenization.errors import (
     TemplateLimitError,
     TokenizeInputError,
 )
+from kvatlas.scorer.tokenization.harmony import HarmonyRenderer
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.tokenization.records import ChatInput
 from kvatlas.scorer.tokenization.text_cache import TextCache
@@ -81,7 +82,7 @@ def reference() -> PreTrainedTokenizerFast:
 
 
 def _renderer(**settings: Any) -> ChatRenderer:
-    return ChatRenderer(TokenizerSettings(**settings), datetime.now)
+    return ChatRenderer(TokenizerSettings(**{"request_templates": True, **settings}), datetime.now)
 
 
 def _reference(tokenizer: PreTrainedTokenizerFast, template: str, chat: Mapping[str, Any], form: Any) -> str:
@@ -128,7 +129,7 @@ def test_most_cases_are_rendered(reference: PreTrainedTokenizerFast) -> None:
 
 def test_tokens_equal_transformers(reference: PreTrainedTokenizerFast) -> None:
     """Chat token ids are those of transformers: the template's special tokens and no second beginning token."""
-    engine = FolderEngine(DATA / "tokenizer", TextCache(2**20), _renderer())
+    engine = FolderEngine(DATA / "tokenizer", Making(TextCache(2**20), _renderer(), HarmonyRenderer("", datetime.now)))
     chat = ChatInput([SYSTEM, USER, CALL, RESULT], tools=[WEATHER])
     encoded = engine.encode_chat(chat, None)
     wanted = reference.apply_chat_template(
@@ -266,8 +267,8 @@ def test_limits_and_senseless_input() -> None:
         _renderer(max_messages=1).render(ChatInput([USER, USER]), {"default": "d"}, {})
     with pytest.raises(PromptLimitError, match="max_template_bytes"):
         _renderer(max_template_bytes=3).render(ChatInput([USER], chat_template="{{ 1 }}"), {}, {})
-    with pytest.raises(TokenizeInputError, match="tokenize"):
-        _renderer().render(ChatInput([USER], kwargs={"tokenize": True}), {"default": "d"}, {})
+    with pytest.raises(TokenizeInputError, match="chat_template"):
+        _renderer().render(ChatInput([USER], kwargs={"chat_template": "x"}), {"default": "d"}, {})
     with pytest.raises(TokenizeInputError, match="exclude"):
         _renderer().render(ChatInput([USER], continue_final_message=True), {"default": "d"}, {})
     with pytest.raises(TokenizeInputError, match="role"):

@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import AsyncIterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tokenizers import Tokenizer
 
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.scorer.errors import UnknownModelError
-from kvatlas.scorer.tokenization.backend import FolderEngine, LocalBackend
+from kvatlas.scorer.tokenization.backend import FolderEngine, LocalBackend, Making
 from kvatlas.scorer.tokenization.chat import ChatRenderer
 from kvatlas.scorer.tokenization.errors import (
     BackendError,
@@ -26,6 +27,7 @@ from kvatlas.scorer.tokenization.errors import (
     PromptLimitError,
     TokenizeInputError,
 )
+from kvatlas.scorer.tokenization.harmony import HarmonyRenderer
 from kvatlas.scorer.tokenization.hub import HubBackend
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.tokenization.pool import TokenizerPool
@@ -48,12 +50,16 @@ def _pool(**settings: Any) -> TokenizerPool:
     return TokenizerPool(TokenizerSettings(**{"models": (f"m={FOLDER}",), **settings}))
 
 
+def _making(settings: TokenizerSettings) -> Making:
+    return Making(TextCache(2**20), ChatRenderer(settings), HarmonyRenderer("", datetime.now))
+
+
 class _Slow(LocalBackend):
     """A local backend that counts its loads and takes time for them."""
 
     def __init__(self, name: str = "slow") -> None:
         settings = TokenizerSettings()
-        super().__init__({}, FOLDER.parent, TextCache(2**20), ChatRenderer(settings))
+        super().__init__({}, FOLDER.parent, _making(settings))
         self.name = name  # type: ignore[misc]
         self.loads: list[str] = []
 
@@ -85,7 +91,7 @@ async def test_offsets_point_into_the_text() -> None:
 
 @pytest.mark.parametrize("offsets", [True, False])
 async def test_truncation(offsets: bool) -> None:
-    """A named side slices the finished ids; without one the tokenizer's own side is cut and its specials are kept."""
+    """A named side slices the finished ids; without one the end is kept, with the tokenizer's specials."""
     full = PLAIN.encode(TEXT).ids
     async with _pool() as pool:
         for tokens in (0, 1, 7, len(full), len(full) + 5):
@@ -94,7 +100,7 @@ async def test_truncation(offsets: bool) -> None:
                 encoded = await pool.encode("m", TEXT, truncate=cut, offsets=offsets)
                 assert encoded.list() == wanted
                 assert encoded.offsets is None or len(encoded.offsets) == len(wanted)
-        # This tokenizer's configuration cuts on the left.
+        # Engines that generate keep the end.
         own = await pool.encode("m", TEXT, truncate=Truncation(5), offsets=offsets)
         assert own.list() == [full[0], *full[-4:]]
         with pytest.raises(TokenizeInputError, match="truncation"):
@@ -207,9 +213,7 @@ def test_hub_without_a_network_says_what_to_do(tmp_path: Path, monkeypatch: pyte
     """A hub that cannot be reached is a retriable error; names the settings do not allow are never asked for."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     settings = TokenizerSettings()
-    backend = HubBackend(
-        models=["good/*"], folder=str(tmp_path), revision="main", cache=TextCache(0), renderer=ChatRenderer(settings)
-    )
+    backend = HubBackend(models=["good/*"], folder=str(tmp_path), revision="main", making=_making(settings))
     with pytest.raises(BackendError, match="cannot be reached") as caught:
         backend.load("good/model")
     assert caught.value.retriable
