@@ -164,4 +164,5 @@ def shown(value: Any) -> str:
     """Return what a value is, for people."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return {str: "text", dict: "an object", list: "an array"}.get(type(value), "a number")
+    names = ((str, "text"), (dict, "an object"), (list, "an array"))
+    return next((name for kind, name in names if isinstance(value, kind)), "a number")

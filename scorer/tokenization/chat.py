@@ -200,7 +200,7 @@ def template_variables(
     }
     if effort is not None and "enable_thinking" not in chat.kwargs:
         own["enable_thinking"] = effort != "none"
-    found = {"documents": None, "tools": None, **_ALWAYS}
+    found: dict[str, Any] = {"documents": None, "tools": None, **_ALWAYS}
     for level in (arguments.template_kwargs, chat.kwargs, own):
         found.update({name: value for name, value in level.items() if _is_set(value)})
     if tools is not None:

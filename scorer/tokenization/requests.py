@@ -89,7 +89,7 @@ def shape_of(path: str) -> Shape | None:
     ending = path.partition("?")[0].strip("/").removesuffix("/render")
     for prefix in ("inference/v1/", "v1/"):
         ending = ending.removeprefix(prefix)
-    return ending if ending in SHAPES else None  # type: ignore[return-value]  # one of them
+    return next((shape for shape in SHAPES if shape == ending), None)
 
 
 def shape_of_body(body: Any) -> Shape:
