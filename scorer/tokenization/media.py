@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from kvatlas.bridge.block_key import TOKEN_BYTES
+from kvatlas.bridge.model.block_key import TOKEN_BYTES
 from kvatlas.scorer.tokenization.errors import TokenizeInputError
 from kvatlas.scorer.tokenization.messages import is_media
 from kvatlas.scorer.tokenization.records import ChatInput
