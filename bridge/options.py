@@ -1,182 +1,15 @@
-"""Settings of the bridge, and endpoint specs: where an engine publishes and what is known of it beforehand."""
+"""Settings of the bridge."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Literal
 
-import msgspec
 from msgspec import Meta
 
+from kvatlas.bridge.engines.spec import EngineSpec, parse_bind, parse_engine
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.bridge.model.adapters import ADAPTERS
 from kvatlas.bridge.model.events import Limits
 from kvatlas.bridge.runtime.settings import Section
-
-COPIES: Final = "copies"
-PRESENCE: Final = "presence"
-
-
-class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One engine endpoint: one data-parallel rank, hence one ordered stream.
-
-    Attributes:
-        live: ZMQ address of the PUB socket; empty for engines that connect to us.
-        replay: ZMQ address of the ROUTER socket, empty when there is none.
-        pod: pod name when the engine's topic does not say; empty for host:port.
-        model: model name when the topic does not say.
-        engine: adapter that reads its payloads.
-        rank: data-parallel rank by position, 0 for single-rank engines.
-        ranks: ranks of the engine.
-        store: shared store that the pod mounts.
-        bound: whether the engine connected to us (``live`` is then a name, not an address).
-        announcements: ``copies`` or ``presence``: whether every copy of a block is announced and removed on its own;
-            empty for the deployment's default.
-    """
-
-    live: str
-    replay: str = ""
-    pod: str = ""
-    model: str = ""
-    engine: str = "vllm"
-    rank: int = 0
-    ranks: int = 1
-    store: str = ""
-    announcements: str = ""
-    bound: bool = False
-
-    @property
-    def key(self) -> str:
-        """What tells endpoints apart."""
-        return self.live
-
-    @property
-    def fallback_pod(self) -> str:
-        """Pod name when neither topic nor spec says one: the address without its scheme."""
-        return self.pod or self.live.partition("://")[2]
-
-
-def parse_engine(text: str) -> list[EngineSpec]:
-    """Read ``tcp://HOST:PORT[,tcp://HOST:REPLAY][,pod=NAME][,model=NAME][,engine=NAME][,dp=N][,store=NAME]...``.
-
-    Returns:
-        One spec per data-parallel rank; rank ``r`` listens on both ports plus ``r``, as vLLM does it.
-
-    Raises:
-        SettingsError: the text is no such spec; says which part.
-    """
-    addresses, options = _split(text, _OPTIONS)
-    if not 1 <= len(addresses) <= 2:
-        raise SettingsError(f"engine {text!r}: expected one or two addresses, live and replay; found {len(addresses)}")
-    return engine_specs(text, addresses[0], addresses[1] if len(addresses) > 1 else "", options)
-
-
-def parse_bind(text: str) -> tuple[EngineSpec, int]:
-    """Read ``tcp://HOST_OR_*:PORT[,replay_port=PORT][,model=NAME][,engine=NAME][,store=NAME][,announcements=...]``.
-
-    Returns:
-        What holds for every engine that connects (``live`` is the address to bind), and the port of their replay
-        sockets, 0 for none.
-
-    Raises:
-        SettingsError: the text is no such address; says which part.
-    """
-    addresses, options = _split(text, _BIND_OPTIONS)
-    if len(addresses) != 1:
-        raise SettingsError(f"bind {text!r}: expected one address; found {len(addresses)}")
-    scheme, _, rest = addresses[0].partition("://")
-    host, _, port = rest.rpartition(":")
-    if scheme == "tcp" and not (host and (port == "*" or (port.isdecimal() and int(port) < 65536))):
-        raise SettingsError(f"bind {text!r}: expected tcp://*:PORT or tcp://HOST:PORT to bind")
-    replay_port = options.pop("replay_port", "0")
-    if scheme not in ("tcp", "ipc") or not replay_port.isdecimal() or int(replay_port) > 65535:
-        raise SettingsError(f"bind {text!r}: expected tcp:// or ipc://, and replay_port a port")
-    common = engine_specs(text, "tcp://bound:1", "", options)[0]
-    return msgspec.structs.replace(common, live=addresses[0], bound=True), int(replay_port)
-
-
-def _split(text: str, names: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
-    """Split a spec into its addresses and its ``name=value`` parts."""
-    addresses: list[str] = []
-    options: dict[str, str] = {}
-    for raw in text.split(","):
-        part = raw.strip()
-        name, equals, value = part.partition("=")
-        if "://" in part and not (equals and name.isidentifier()):
-            addresses.append(part)
-        elif equals and name in names:
-            options[name] = value
-        else:
-            raise SettingsError(f"engine {text!r}: {part!r} is neither an address nor one of {', '.join(names)}=")
-    return addresses, options
-
-
-_OPTIONS: Final = ("pod", "model", "engine", "dp", "store", "announcements")
-_BIND_OPTIONS: Final = ("model", "engine", "store", "announcements", "replay_port")
-
-
-def engine_specs(where: str, live: str, replay: str, options: dict[str, str]) -> list[EngineSpec]:
-    """Build the specs of one engine, one per rank.
-
-    Args:
-        where: named in errors.
-        live: address of rank 0's PUB socket.
-        replay: address of rank 0's ROUTER socket, empty for none.
-        options: the ``name=value`` parts of a spec.
-
-    Raises:
-        SettingsError: an address or an option is not valid.
-    """
-    engine = options.get("engine", "vllm")
-    if engine not in ADAPTERS:
-        raise SettingsError(f"engine {where!r}: engine={engine!r}; known engines: {', '.join(sorted(ADAPTERS))}")
-    announcements = options.get("announcements", "")
-    if announcements not in ("", COPIES, PRESENCE):
-        raise SettingsError(f"engine {where!r}: announcements={announcements!r}; expected {COPIES} or {PRESENCE}")
-    ranks = options.get("dp", "1")
-    if not ranks.isdecimal() or not 1 <= int(ranks) <= 1024:
-        raise SettingsError(f"engine {where!r}: dp={ranks!r}; expected the number of ranks, 1 to 1024")
-    for address in filter(None, (live, replay)):
-        _check_address(where, address)
-        _check_address(where, _offset(address, int(ranks) - 1))
-    lives, replays = ({_offset(address, rank) for rank in range(int(ranks))} for address in (live, replay))
-    if replay and lives & replays:
-        raise SettingsError(
-            f"engine {where!r}: with {ranks} rank(s) {min(lives & replays)} is a live and a replay address; rank r is "
-            "at both ports plus r, so put them further apart"
-        )
-    return [
-        EngineSpec(
-            live=_offset(live, rank),
-            replay=_offset(replay, rank) if replay else "",
-            pod=options.get("pod", ""),
-            model=options.get("model", ""),
-            engine=engine,
-            rank=rank,
-            ranks=int(ranks),
-            store=options.get("store", ""),
-            announcements=announcements,
-        )
-        for rank in range(int(ranks))
-    ]
-
-
-def _check_address(where: str, address: str) -> None:
-    scheme, separator, rest = address.partition("://")
-    if not separator or scheme not in ("tcp", "ipc", "inproc") or not rest:
-        raise SettingsError(f"engine {where!r}: address {address!r}; expected tcp://HOST:PORT or ipc://PATH")
-    if scheme == "tcp":
-        host, colon, port = rest.rpartition(":")
-        if not colon or not host or "*" in host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise SettingsError(f"engine {where!r}: address {address!r}; expected tcp://HOST:PORT to connect to")
-
-
-def _offset(address: str, rank: int) -> str:
-    if rank == 0:
-        return address
-    if address.startswith("tcp://"):
-        head, _, port = address.rpartition(":")
-        return f"{head}:{int(port) + rank}"
-    return f"{address}_dp{rank}"  # vLLM's rule for sockets without ports
 
 
 class BridgeSettings(Section, frozen=True, kw_only=True):
@@ -293,8 +126,3 @@ class BridgeSettings(Section, frozen=True, kw_only=True):
     def limits(self) -> Limits:
         """Return the bounds on what one message may hold."""
         return Limits(message_bytes=self.message_bytes)
-
-
-def describe(spec: EngineSpec) -> dict[str, Any]:
-    """Return a spec as plain values, for logs and files."""
-    return msgspec.structs.asdict(spec)

@@ -22,7 +22,7 @@ from grpc_reflection.v1alpha import reflection
 
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import records, topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.bridge.runtime.tasks import end_tasks
 from kvatlas.bridge.runtime.telemetry import Telemetry
@@ -143,7 +143,7 @@ class ScorerService:
         self._telemetry = Telemetry(settings.telemetry_listen)
         self._decided = Follower(
             kafka,
-            records.DECISIONS,
+            topics.DECISIONS,
             self._take_decision,
             client_id=f"kvatlas-scorer-{settings.name}",
             from_end=True,
@@ -164,7 +164,7 @@ class ScorerService:
             client_id=f"kvatlas-scorer-{self._settings.name}",
             clock_ns=self._clock_ns,
             lookups=lambda workers: self._lookups(name, workers),
-            block_size_tokens=self._settings.block_size_tokens if name == records.BASE_VERSION else 0,
+            block_size_tokens=self._settings.block_size_tokens if name == topics.BASE_VERSION else 0,
         )
 
     def _lookups(self, index_version: str, workers: WorkerTable) -> Lookups:
@@ -317,7 +317,7 @@ class ScorerService:
             producer = await self._started_producer()
             # With its acknowledgement: what Kafka refuses later is lost as well, and counted.
             await producer.send_and_wait(
-                self._kafka.topic(records.DECISIONS), value=records.encode(record), key=record.request_id.encode()
+                self._kafka.topic(topics.DECISIONS), value=records.encode(record), key=record.request_id.encode()
             )
         except (KafkaError, OSError) as error:
             metrics.DECISIONS_LOST.inc()

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import topics
 from kvatlas.bridge.runtime.settings import Section
 
 MIB = 1024 * 1024
@@ -24,7 +24,7 @@ class WorkerSettings(Section, frozen=True, kw_only=True):
             description="index version that this worker keeps, see `kvatlas reindex`",
             pattern=r"^[a-z0-9][a-z0-9-]{0,31}$",
         ),
-    ] = records.BASE_VERSION
+    ] = topics.BASE_VERSION
     role: Annotated[
         Literal["all", "resolve", "index"],
         Meta(description="agents of this worker; one deployment runs either only `all` or the two others"),
@@ -132,12 +132,12 @@ class WorkerSettings(Section, frozen=True, kw_only=True):
     @property
     def versioned_app(self) -> str:
         """Name that this index version's consumer groups and changelogs begin with."""
-        return records.version_app(self.app, self.index_version)
+        return topics.version_app(self.app, self.index_version)
 
     @property
     def blocks_topic(self) -> str:
         """Topic of this index version's block updates, before the deployment's prefix."""
-        return records.blocks_topic(self.index_version)
+        return topics.blocks_topic(self.index_version)
 
     def __post_init__(self) -> None:
         """Check settings against each other.

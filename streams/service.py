@@ -15,9 +15,9 @@ from faust.types import TP
 from mode import get_logger
 
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.bridge.kafka.config import lost_right
 from kvatlas.bridge.kafka.follower import TopicFollower
-from kvatlas.bridge.model import records
+from kvatlas.bridge.kafka.rights import lost_right
+from kvatlas.bridge.model import topics
 from kvatlas.bridge.model.block_key import KEY_VERSION
 from kvatlas.bridge.model.records import WorkerRecord
 from kvatlas.bridge.runtime.settings import KafkaSettings
@@ -103,7 +103,7 @@ class WorkerService:
         await self._serve()
         self._telemetry.add_check("partitions", lambda: None if self.ready.is_set() else "partitions are not restored")
         await self._telemetry.start()
-        for topic, apply in ((records.PODS, self.pods.apply), (records.WORKERS, self._workers.apply)):
+        for topic, apply in ((topics.PODS, self.pods.apply), (topics.WORKERS, self._workers.apply)):
             follower = TopicFollower(self._kafka, self._kafka.topic(topic), apply, f"kvatlas-worker-{self.worker_id}")
             await follower.start()
             self._followers.append(follower)
@@ -207,7 +207,7 @@ class WorkerService:
         app.roles_listener = self._roles_changed
         self._announcer = Announcer(
             app.aiokafka_producer,
-            (self._kafka.topic(records.WORKERS), self._partitions[records.WORKERS]),
+            (self._kafka.topic(topics.WORKERS), self._partitions[topics.WORKERS]),
             self._describe,
             interval_seconds=self._settings.announce_seconds,
             expiry_seconds=self._settings.announce_expiry_seconds,

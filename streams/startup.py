@@ -15,7 +15,7 @@ from mode import get_logger
 
 from kvatlas.bridge.kafka.config import client_config
 from kvatlas.bridge.kafka.follower import partitions_of
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.streams.errors import StoreError, TopicsError
 from kvatlas.streams.options import WorkerSettings
@@ -31,9 +31,9 @@ async def discover(settings: WorkerSettings, kafka: KafkaSettings, client_id: st
     Raises:
         TopicsError: some do not exist after a minute, Kafka is not reachable, or their partition counts disagree.
     """
-    changelogs = {topic.name: topic for topic in records.changelog_topics(settings.versioned_app)}
+    changelogs = {topic.name: topic for topic in topics.changelog_topics(settings.versioned_app)}
     blocks = settings.blocks_topic
-    names = [t.name for t in records.TOPICS if t.name != records.BLOCKS] + [blocks, *changelogs]
+    names = [t.name for t in topics.TOPICS if t.name != topics.BLOCKS] + [blocks, *changelogs]
     consumer = AIOKafkaConsumer(**client_config(kafka, client_id))
     counts: dict[str, int] = {}
     deadline = time.monotonic() + _TOPICS_WAIT_SECONDS
@@ -52,7 +52,7 @@ async def discover(settings: WorkerSettings, kafka: KafkaSettings, client_id: st
     finally:
         await consumer.stop()
     engine, index = changelogs
-    for source, changelog in ((records.EVENTS, engine), (blocks, index)):
+    for source, changelog in ((topics.EVENTS, engine), (blocks, index)):
         if counts[source] != counts[changelog]:
             raise TopicsError(
                 f"{kafka.topic(source)} has {counts[source]} partitions and "

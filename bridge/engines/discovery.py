@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
+from kvatlas.bridge.engines.spec import EngineSpec, parse_engine
 from kvatlas.bridge.errors import SettingsError, UnresolvedError
-from kvatlas.bridge.options import BridgeSettings, EngineSpec, parse_engine
+from kvatlas.bridge.options import BridgeSettings
 
 log = logging.getLogger(__name__)
 

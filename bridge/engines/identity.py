@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from kvatlas.bridge.model.records import pod_name
-from kvatlas.bridge.options import EngineSpec
+from kvatlas.bridge.engines.spec import EngineSpec
+from kvatlas.bridge.model.pod_ids import pod_name
 
 _PREFIX: Final = "kv"
 _NAME_BYTES_MAX: Final = 512

@@ -14,8 +14,9 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from kvatlas.bridge.engines.spec import EngineSpec, engine_specs
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.bridge.options import BridgeSettings, EngineSpec, engine_specs
+from kvatlas.bridge.options import BridgeSettings
 
 _WATCH_SECONDS: Final = 240
 _CONNECT_SECONDS: Final = 10

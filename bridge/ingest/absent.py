@@ -10,7 +10,7 @@ import msgspec
 
 from kvatlas.bridge.ingest.recovered import Recovered
 from kvatlas.bridge.ingest.shared import Shared
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import epochs, pod_ids, records, topics
 from kvatlas.bridge.model.records import Control
 
 _REASON: Final = "not listed by discovery since this bridge has the pod"
@@ -41,7 +41,7 @@ class Absent:
             del self._since[pod]
         for pod, known in list(shared.recovered.items()):
             record = known.record
-            if record.state == records.GONE or not shared.owns(records.pod_partition(pod, shared.partitions)):
+            if record.state == records.GONE or not shared.owns(pod_ids.pod_partition(pod, shared.partitions)):
                 continue
             silent = now_seconds - self._since.setdefault(pod, now_seconds)
             if record.endpoint not in listed and silent >= settings.gone_seconds:
@@ -57,7 +57,7 @@ class Absent:
     def _gone(self, known: Recovered) -> None:
         record, shared = known.record, self._shared
         log.info("pod %s at %s: %s", record.pod, record.endpoint, _REASON)
-        incarnation = shared.next_incarnation(records.incarnation_of(record.epoch))
+        incarnation = shared.next_incarnation(epochs.incarnation_of(record.epoch))
         control = Control(type="gone", incarnation=incarnation, reason=_REASON)
-        fixed = [(records.H_ENGINE, record.engine.encode()), (records.H_MODEL, record.model.encode())]
+        fixed = [(topics.H_ENGINE, record.engine.encode()), (topics.H_MODEL, record.model.encode())]
         shared.recovered[record.pod] = Recovered(shared.put_gone(record, control, fixed))

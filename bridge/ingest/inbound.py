@@ -7,10 +7,10 @@ import logging
 import msgspec
 
 from kvatlas.bridge.engines.identity import parse_topic
+from kvatlas.bridge.engines.spec import EngineSpec, parse_bind
 from kvatlas.bridge.ingest.shared import Shared, open_socket
 from kvatlas.bridge.ingest.stream import PodStream
 from kvatlas.bridge.model.adapters.fields import peek_rank
-from kvatlas.bridge.options import EngineSpec, parse_bind
 
 log = logging.getLogger(__name__)
 

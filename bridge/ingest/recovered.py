@@ -13,8 +13,9 @@ from xxhash import xxh3_64_intdigest
 from kvatlas.bridge.errors import LogError, WireError
 from kvatlas.bridge.ingest.strip import KnownBlocks
 from kvatlas.bridge.ingest.tracker import DIGESTS, Position
-from kvatlas.bridge.kafka.config import client_config, lost_right
-from kvatlas.bridge.model import records
+from kvatlas.bridge.kafka.config import client_config
+from kvatlas.bridge.kafka.rights import lost_right
+from kvatlas.bridge.model import epochs, pod_ids, records, topics
 from kvatlas.bridge.model.records import Control, KeyedBatch, PodRecord
 from kvatlas.bridge.runtime.settings import KafkaSettings
 
@@ -40,7 +41,7 @@ def read_ts(payload: bytes) -> float | None:
 
 def apply_control(record: PodRecord, control: Control) -> PodRecord:
     """Return a pod's record after a turn of its stream."""
-    epoch = records.epoch_of(control.incarnation)
+    epoch = epochs.epoch_of(control.incarnation)
     changes: dict[str, Any] = {"epoch": epoch}
     if control.type == "gap":
         changes["suspect_before"] = epoch
@@ -78,7 +79,7 @@ class Recovered(msgspec.Struct):
         record = self.record
         # Behind a gap the clock is that of the last message before it.
         ts = 0.0 if record.last_sequence == record.last_lost else record.last_event_ns / 1e9
-        incarnation = records.incarnation_of(record.epoch)
+        incarnation = epochs.incarnation_of(record.epoch)
         return Position(incarnation, record.last_sequence, ts, tuple(self.digests[-DIGESTS:]))
 
 
@@ -106,14 +107,14 @@ def fold(
         return
     incarnation, sequence, receive_ns = numbers
     pod = key.decode(errors="replace")
-    known = pods.setdefault(pod, Recovered(PodRecord(pod=pod, writer=records.WRITER_BRIDGE)))
+    known = pods.setdefault(pod, Recovered(PodRecord(pod=pod, writer=pod_ids.WRITER_BRIDGE)))
     record = known.record
-    if headers.get(records.H_CONTENT_TYPE) == records.CONTENT_CONTROL.encode():
+    if headers.get(topics.H_CONTENT_TYPE) == topics.CONTENT_CONTROL.encode():
         try:
             control = records.decode(Control, value)
         except WireError:
             return
-        if control.incarnation > records.incarnation_of(record.epoch):
+        if control.incarnation > epochs.incarnation_of(record.epoch):
             if control.type != "gap":
                 known.digests.clear()
                 known.blocks = None
@@ -121,19 +122,19 @@ def fold(
             known.ahead = True
         return
     ts = read_ts(value)
-    if headers.get(records.H_CONTENT_TYPE) == records.CONTENT_KEYS.encode():
+    if headers.get(topics.H_CONTENT_TYPE) == topics.CONTENT_KEYS.encode():
         try:
             batch = records.decode(KeyedBatch, value)
         except WireError:
             return
         ts = batch.timestamp
-        if known_blocks and incarnation >= records.incarnation_of(record.valid_from):
+        if known_blocks and incarnation >= epochs.incarnation_of(record.valid_from):
             if known.blocks is None:
                 known.blocks = KnownBlocks(known_blocks)
             known.blocks.learn(batch)
-    if incarnation != records.incarnation_of(record.epoch) or sequence < record.last_sequence:
+    if incarnation != epochs.incarnation_of(record.epoch) or sequence < record.last_sequence:
         return
-    if headers.get(records.H_CONTENT_TYPE) == records.CONTENT_ENGINE.encode():
+    if headers.get(topics.H_CONTENT_TYPE) == topics.CONTENT_ENGINE.encode():
         known.digests.append((sequence, xxh3_64_intdigest(value)))
     known.ahead = known.ahead or sequence > record.last_sequence
     known.record = msgspec.structs.replace(
@@ -148,7 +149,7 @@ def fold(
 
 def _numbers(headers: dict[str, bytes]) -> tuple[int, int, int] | None:
     """Return incarnation, sequence and receive time (ns) from a record's headers; None where one is no number."""
-    wanted = ((records.H_INCARNATION, b"0"), (records.H_SEQUENCE, b"-1"), (records.H_RECEIVE_NS, b"0"))
+    wanted = ((topics.H_INCARNATION, b"0"), (topics.H_SEQUENCE, b"-1"), (topics.H_RECEIVE_NS, b"0"))
     try:
         incarnation, sequence, receive_ns = (int(headers.get(name, default)) for name, default in wanted)
     except (TypeError, ValueError):
@@ -182,11 +183,11 @@ async def recover(
     newest: dict[int, int] = {}
     try:
         await consumer.start()
-        heads = [TopicPartition(settings.topic(records.PODS), number) for number in partitions]
+        heads = [TopicPartition(settings.topic(topics.PODS), number) for number in partitions]
         async for message in _to_end(consumer, heads, {}):
             # The last one on the log, not the latest by its clock, which may have been put back since.
             newest[message.partition] = _take_record(pods, message) or newest.get(message.partition, 0)
-        starts = await _starts(consumer, settings.topic(records.EVENTS), partitions, pods, newest)
+        starts = await _starts(consumer, settings.topic(topics.EVENTS), partitions, pods, newest)
         if known_blocks and starts:
             for place, end in (await consumer.end_offsets(list(starts))).items():
                 starts[place] = max(min(starts[place], end - known_records), 0)
@@ -251,7 +252,7 @@ def _take_record(pods: dict[str, Recovered], message: Any) -> int:
     """Take a record of ``kv-pods``; returns when a bridge wrote it (ns), 0 for what no bridge wrote."""
     key = (message.key or b"").decode(errors="replace")
     writer, _, pod = key.partition("|")
-    if writer != records.WRITER_BRIDGE:
+    if writer != pod_ids.WRITER_BRIDGE:
         return 0
     if message.value is None:
         pods.pop(pod, None)

@@ -14,7 +14,7 @@ from kvatlas.bridge.engines.subscriber import Connection, Receive, Subscriber
 from kvatlas.bridge.ingest.recovered import Recovered, apply_control
 from kvatlas.bridge.ingest.tracker import Holding
 from kvatlas.bridge.kafka.producer import Acknowledge, Item, Publisher
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.records import Control, PodRecord
 from kvatlas.bridge.options import BridgeSettings
 
@@ -81,44 +81,42 @@ class Shared:
         value = (
             frames[-1] if len(frames) == 3 else msgspec.msgpack.encode([frame[:_DLQ_BYTES] for frame in frames[:16]])
         )
-        headers = [(records.H_REASON, reason.encode()), (records.H_ORIGIN, origin.encode())]
-        number = records.pod_partition(pod, self.partitions)
+        headers = [(topics.H_REASON, reason.encode()), (topics.H_ORIGIN, origin.encode())]
+        number = pod_ids.pod_partition(pod, self.partitions)
         item = Item(pod.encode(), value[:_DLQ_BYTES], headers, None, self._cut)
-        self.publisher.send(self.topic(records.DLQ), number, item)
+        self.publisher.send(self.topic(topics.DLQ), number, item)
 
     def _cut(self, item: Item, _reason: str) -> None:
         """Keep less of what is too large even for the DLQ."""
         if item.value:
-            number = records.pod_partition(item.key.decode(), self.partitions)
-            self.publisher.send(
-                self.topic(records.DLQ), number, item._replace(value=item.value[: len(item.value) // 4])
-            )
+            number = pod_ids.pod_partition(item.key.decode(), self.partitions)
+            self.publisher.send(self.topic(topics.DLQ), number, item._replace(value=item.value[: len(item.value) // 4]))
 
     def put_record(self, record: PodRecord) -> None:
         """Put a pod's record on ``kv-pods``."""
         value = records.encode(msgspec.structs.replace(record, updated_ns=self.now_ns()))
-        key = records.pod_key(records.WRITER_BRIDGE, record.pod)
-        number = records.pod_partition(record.pod, self.partitions)
-        self.publisher.send(self.topic(records.PODS), number, Item(key, value, [], None))
+        key = pod_ids.pod_key(pod_ids.WRITER_BRIDGE, record.pod)
+        number = pod_ids.pod_partition(record.pod, self.partitions)
+        self.publisher.send(self.topic(topics.PODS), number, Item(key, value, [], None))
 
-    def put_control(self, pod: str, control: Control, fixed: records.Headers, acknowledged: Acknowledge) -> None:
+    def put_control(self, pod: str, control: Control, fixed: topics.Headers, acknowledged: Acknowledge) -> None:
         """Put a turn of a pod's stream on ``kv-events``, in order with its messages; ``fixed`` says whose it is."""
         headers = [
-            (records.H_CONTENT_TYPE, records.CONTENT_CONTROL.encode()),
-            (records.H_INCARNATION, b"%d" % control.incarnation),
-            (records.H_RECEIVE_NS, b"%d" % self.now_ns()),
+            (topics.H_CONTENT_TYPE, topics.CONTENT_CONTROL.encode()),
+            (topics.H_INCARNATION, b"%d" % control.incarnation),
+            (topics.H_RECEIVE_NS, b"%d" % self.now_ns()),
             *fixed,
         ]
-        number = records.pod_partition(pod, self.partitions)
+        number = pod_ids.pod_partition(pod, self.partitions)
         # A pod's end is made of nothing that could come again.
         origin = None if control.type == "gone" else control
         item = Item(pod.encode(), records.encode(control), headers, acknowledged, None, origin)
-        self.publisher.send(self.topic(records.EVENTS), number, item)
+        self.publisher.send(self.topic(topics.EVENTS), number, item)
 
-    def put_gone(self, record: PodRecord, control: Control, fixed: records.Headers) -> PodRecord:
+    def put_gone(self, record: PodRecord, control: Control, fixed: topics.Headers) -> PodRecord:
         """Record that a pod is gone, on both topics; returns its record from then on."""
         final = apply_control(record, control)
-        number = records.pod_partition(record.pod, self.partitions)
+        number = pod_ids.pod_partition(record.pod, self.partitions)
 
         def acknowledged(offset: int) -> None:
             self.put_record(msgspec.structs.replace(final, events_partition=number, events_offset=offset))

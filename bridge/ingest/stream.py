@@ -13,15 +13,15 @@ import msgspec
 
 from kvatlas.bridge.engines.identity import Identity, identify
 from kvatlas.bridge.engines.replay_client import replay
+from kvatlas.bridge.engines.spec import EngineSpec
 from kvatlas.bridge.ingest.recovered import Recovered, apply_control, event_ns, read_ts
 from kvatlas.bridge.ingest.shared import Shared, open_socket
 from kvatlas.bridge.ingest.strip import KnownBlocks, Stripper
 from kvatlas.bridge.ingest.tracker import Forward, Message, Output, Position, Tracker, Turn
 from kvatlas.bridge.kafka.producer import Item
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.adapters.fields import count_events, peek_rank
 from kvatlas.bridge.model.records import Control, PodRecord
-from kvatlas.bridge.options import EngineSpec
 from kvatlas.bridge.runtime.tasks import end_tasks
 
 _SEQUENCE_MAX: Final = 1 << 48
@@ -98,7 +98,7 @@ class PodStream:
         self._turns: deque[Control] = deque()  # not acknowledged yet
         self._era = 0  # pods held before this one; acknowledgements of theirs say nothing of it
         self._partition = 0
-        self._fixed: records.Headers = []
+        self._fixed: topics.Headers = []
         self._stripper: Stripper | None = None
         self._key = b""
         self._topic = b""
@@ -220,7 +220,7 @@ class PodStream:
         if size <= shared.settings.message_bytes and tracker.accept(sequence, payload):
             self._forward(Message(sequence, topic, payload, now), tracker.incarnation)
             return
-        self._take(tracker.live(self._message(sequence, topic, payload, now, records.SOURCE_LIVE)))
+        self._take(tracker.live(self._message(sequence, topic, payload, now, topics.SOURCE_LIVE)))
         if tracker.request is not None:
             self._wake.set()
 
@@ -269,7 +269,7 @@ class PodStream:
         """Take a pod, or wait for it while another stream or another bridge holds it."""
         shared = self._shared
         self._topic = topic
-        partition = records.pod_partition(found.pod_id, shared.partitions)
+        partition = pod_ids.pod_partition(found.pod_id, shared.partitions)
         other = shared.claims.get(found.pod_id)
         if not shared.owns(partition):
             self._waiting = found
@@ -288,17 +288,17 @@ class PodStream:
         if known is None and (logged := shared.recovered.pop(found.pod_id, None)) is not None:
             known = Handover(logged.record, logged.position(), logged.blocks)
         if known is None:
-            known = Handover(PodRecord(pod=found.pod_id, writer=records.WRITER_BRIDGE), Position(), None)
+            known = Handover(PodRecord(pod=found.pod_id, writer=pod_ids.WRITER_BRIDGE), Position(), None)
         shared.claims[found.pod_id] = self
         self._waiting, self._identity, self._partition = None, found, partition
         self._key = found.pod_id.encode()
-        content = records.CONTENT_KEYS if shared.settings.strip_tokens else records.CONTENT_ENGINE
+        content = topics.CONTENT_KEYS if shared.settings.strip_tokens else topics.CONTENT_ENGINE
         self._fixed = [
-            (records.H_CONTENT_TYPE, content.encode()),
-            (records.H_ENGINE, self.spec.engine.encode()),
-            (records.H_MODEL, found.model.encode()),
+            (topics.H_CONTENT_TYPE, content.encode()),
+            (topics.H_ENGINE, self.spec.engine.encode()),
+            (topics.H_MODEL, found.model.encode()),
         ]
-        for name, value in ((records.H_STORE, self.spec.store), (records.H_ANNOUNCEMENTS, self.spec.announcements)):
+        for name, value in ((topics.H_STORE, self.spec.store), (topics.H_ANNOUNCEMENTS, self.spec.announcements)):
             if value:
                 self._fixed.append((name, value.encode()))
         self.record = msgspec.structs.replace(
@@ -369,11 +369,11 @@ class PodStream:
     def _send(self, message: Message, value: bytes, incarnation: int) -> None:
         shared = self._shared
         headers = [
-            (records.H_SEQUENCE, b"%d" % message.sequence),
-            (records.H_ENGINE_TOPIC, message.topic),
-            (records.H_RECEIVE_NS, b"%d" % message.receive_ns),
-            (records.H_SOURCE, message.source.encode()),
-            (records.H_INCARNATION, b"%d" % incarnation),
+            (topics.H_SEQUENCE, b"%d" % message.sequence),
+            (topics.H_ENGINE_TOPIC, message.topic),
+            (topics.H_RECEIVE_NS, b"%d" % message.receive_ns),
+            (topics.H_SOURCE, message.source.encode()),
+            (topics.H_INCARNATION, b"%d" % incarnation),
             *self._fixed,
         ]
         era = self._era
@@ -387,7 +387,7 @@ class PodStream:
                 shared.observe(message.receive_ns)
 
         item = Item(self._key, value, headers, acknowledged, self._refused, message)
-        shared.publisher.send(shared.topic(records.EVENTS), self._partition, item)
+        shared.publisher.send(shared.topic(topics.EVENTS), self._partition, item)
 
     def _refused(self, item: Item, reason: str) -> None:
         """Record a message that Kafka never takes as lost; what waits behind it goes under the epoch after that."""
@@ -395,8 +395,8 @@ class PodStream:
         assert isinstance(message, Message)
         origin = f"{self.spec.live} message {message.sequence}"
         shared.dead_letter(pod, [b"", b"", item.value], f"refused: {reason}", origin)
-        number = records.pod_partition(pod, shared.partitions)
-        behind = shared.publisher.withdraw(shared.topic(records.EVENTS), number, item.key)
+        number = pod_ids.pod_partition(pod, shared.partitions)
+        behind = shared.publisher.withdraw(shared.topic(topics.EVENTS), number, item.key)
         holder = shared.claims.get(pod)
         # Without a holder the pod's next bridge goes on before this message, and finds it too large as well.
         if holder is not None and behind is not None:
@@ -547,7 +547,7 @@ class PodStream:
                 asked.foreign = True
                 return False
             message = self._message(
-                sequence, topic or self._topic, payload, self._shared.now_ns(), records.SOURCE_REPLAY
+                sequence, topic or self._topic, payload, self._shared.now_ns(), topics.SOURCE_REPLAY
             )
             self._take(tracker.replayed(message))
             return asked.answers(self.tracker)  # a restart asks again from the start

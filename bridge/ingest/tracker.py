@@ -33,7 +33,7 @@ from typing import Final, Literal, NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
-from kvatlas.bridge.model.records import SOURCE_LIVE, SOURCE_REPLAY
+from kvatlas.bridge.model.topics import SOURCE_LIVE, SOURCE_REPLAY
 
 #: Messages whose digest is remembered, a power of two; 32 KiB per pod.
 DIGESTS: Final = 4096

@@ -7,10 +7,9 @@ import ssl
 from pathlib import Path
 from typing import Any
 
-from aiokafka.errors import GroupAuthorizationFailedError, KafkaError, TopicAuthorizationFailedError
 from aiokafka.helpers import create_ssl_context
 
-from kvatlas.bridge.errors import RightsError, SettingsError
+from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.runtime.settings import KafkaSettings
 
 
@@ -34,36 +33,6 @@ def client_config(settings: KafkaSettings, client_id: str) -> dict[str, Any]:
         config["sasl_plain_username"] = settings.sasl_username
         config["sasl_plain_password"] = password(settings)
     return config
-
-
-def lost_right(error: BaseException | None, settings: KafkaSettings) -> RightsError | None:
-    """Return what an error says of missing rights, looking through its causes; None where it says nothing of them."""
-    refusal = refusal_in(error)
-    if refusal is None:
-        return None
-    kind = "group" if isinstance(refusal, GroupAuthorizationFailedError) else "topic"
-    names = ", ".join(sorted(_names(refusal)))
-    return RightsError(
-        f"Kafka at {settings.brokers} refuses {kind} {names or '(it does not say which)'} to "
-        f"{settings.sasl_username or 'this account'}: give back the rights that docs/security.md lists "
-        "(`kvatlas topics --acls` prints the commands)"
-    )
-
-
-def refusal_in(error: BaseException | None) -> KafkaError | None:
-    """Return Kafka's refusal of a topic or group to the account among an error and its causes."""
-    while error is not None:
-        if isinstance(error, TopicAuthorizationFailedError | GroupAuthorizationFailedError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _names(error: KafkaError) -> list[str]:
-    found: list[str] = []
-    for argument in error.args:
-        found += [argument] if isinstance(argument, str) else map(str, argument or ())
-    return found
 
 
 def pace_metadata(client: Any, seconds: float = 0.2) -> None:

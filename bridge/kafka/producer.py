@@ -26,8 +26,9 @@ from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError, ProducerClosed, RecordListTooLargeError
 
 from kvatlas.bridge.errors import KvatlasError, LogError
-from kvatlas.bridge.kafka.config import client_config, lost_right, pace_metadata
-from kvatlas.bridge.model.records import Headers
+from kvatlas.bridge.kafka.config import client_config, pace_metadata
+from kvatlas.bridge.kafka.rights import lost_right
+from kvatlas.bridge.model.topics import Headers
 from kvatlas.bridge.runtime.settings import KafkaSettings
 
 _RETRY_SECONDS: Final = 0.5

@@ -1,11 +1,7 @@
-"""Records of ours on Kafka: topics, headers and values, each defined once, here.
+"""Values of our records on Kafka, each defined once, here.
 
 Every value but the engine's own message is msgpack with the schema version first (``"v"`` in a map). A reader that
 meets a version it does not know raises :class:`VersionError`; the caller dead-letters that record and goes on.
-
-Epochs are 64 bits: ``incarnation << 32 | clears``. The bridge owns the incarnation (raised by an engine restart, a
-gap that could not be repaired, a removal; it starts from the clock, so it grows even when every topic is lost). The
-resolve agent owns the clears inside an incarnation. Both parts only grow, so the whole does.
 """
 
 from __future__ import annotations
@@ -13,148 +9,19 @@ from __future__ import annotations
 from typing import Any, Final, TypeVar
 
 import msgspec
-import xxhash
 
 from kvatlas.bridge.errors import VersionError, WireError
+from kvatlas.bridge.model.topics import BASE_VERSION
 
 SCHEMA_VERSION: Final = 1
 
 # --- topics -----------------------------------------------------------------------------------------------------
 
 
-class Topic(msgspec.Struct, frozen=True):
-    """How one topic is declared.
-
-    Attributes:
-        name: the topic's name (before the deployment's prefix).
-        by: what it is partitioned by: ``pod`` or ``block``.
-        cleanup: Kafka's ``cleanup.policy``.
-        retention_hours: how long records stay; 0 keeps them (compacted topics).
-        max_message_bytes: largest record batch.
-    """
-
-    name: str
-    by: str
-    cleanup: str = "delete"
-    retention_hours: int = 0
-    max_message_bytes: int = 32 * 1024 * 1024
-
-
-EVENTS: Final = "kv-events"
-DLQ: Final = "kv-events-dlq"
-PODS: Final = "kv-pods"
-BLOCKS: Final = "kv-blocks"
-WORKERS: Final = "kv-workers"
-DECISIONS: Final = "kv-decisions"
-
-TOPICS: Final = (
-    Topic(EVENTS, "pod", retention_hours=24),
-    Topic(DLQ, "pod", retention_hours=24 * 7),
-    Topic(PODS, "pod", cleanup="compact"),
-    Topic(BLOCKS, "block", retention_hours=6),
-    Topic(WORKERS, "pod", cleanup="compact"),
-    Topic(DECISIONS, "pod", retention_hours=24),
-)
-
-
-def changelog_topics(app: str) -> tuple[Topic, Topic]:
-    """Return the changelogs of an app's tables: ``engine_blocks`` by pod, ``block_index`` by block."""
-    return (
-        Topic(f"{app}-engine_blocks-changelog", "pod", cleanup="compact"),
-        Topic(f"{app}-block_index-changelog", "block", cleanup="compact"),
-    )
-
-
-#: The index version that a deployment begins with; its topics have no suffix.
-BASE_VERSION: Final = "base"
-
-
-def blocks_topic(version: str) -> str:
-    """Return the topic of an index version's block updates: ``kv-blocks``, or ``kv-blocks.<version>``."""
-    return BLOCKS if version == BASE_VERSION else f"{BLOCKS}.{version}"
-
-
-def version_app(app: str, version: str) -> str:
-    """Return the app name of an index version: its consumer groups and changelogs begin with it."""
-    return app if version == BASE_VERSION else f"{app}.{version}"
-
-
-def version_topics(app: str, version: str) -> tuple[Topic, Topic, Topic]:
-    """Return the topics that belong to one index version alone: two changelogs and its block updates.
-
-    The first is by pod and has as many partitions as ``kv-events``; the others are by block.
-    """
-    blocks = next(topic for topic in TOPICS if topic.name == BLOCKS)
-    engine, index = changelog_topics(version_app(app, version))
-    return engine, index, msgspec.structs.replace(blocks, name=blocks_topic(version))
-
-
 # --- headers of kv-events and kv-events-dlq -----------------------------------------------------------------------
 
-H_SEQUENCE: Final = "sequence"  # decimal text, the publisher's counter
-H_ENGINE_TOPIC: Final = "engine_topic"  # the ZMQ topic frame as received
-H_RECEIVE_NS: Final = "receive_ns"  # decimal text, the bridge's wall clock in ns
-H_SOURCE: Final = "source"  # live | replay
-H_CONTENT_TYPE: Final = "content_type"  # see below
-H_INCARNATION: Final = "incarnation"  # decimal text, high half of the epoch
-H_ENGINE: Final = "engine"  # adapter name
-H_MODEL: Final = "model"  # model name
-H_STORE: Final = "store"  # shared store that the pod mounts; absent for the deployment's default
-H_ANNOUNCEMENTS: Final = "announcements"  # copies | presence; absent for the deployment's default
-H_REASON: Final = "reason"  # DLQ: why
-H_ORIGIN: Final = "origin"  # DLQ: topic/partition/offset it came from, or the endpoint
-
-SOURCE_LIVE: Final = "live"
-SOURCE_REPLAY: Final = "replay"
-
-CONTENT_ENGINE: Final = "engine"  # the engine's message, byte for byte
-CONTENT_KEYS: Final = "keys"  # token-free: the bridge computed the block keys (KeyedBatch)
-CONTENT_CONTROL: Final = "control"  # a Control record of ours, in order with the pod's messages
-
-Headers = list[tuple[str, bytes]]
 
 # --- identity -----------------------------------------------------------------------------------------------------
-
-_CLEARS_BITS: Final = 32
-#: Half of a 64-bit epoch; unix seconds reach it in the year 2106.
-INCARNATION_MAX: Final = (1 << 32) - 1
-
-
-def epoch_of(incarnation: int, clears: int = 0) -> int:
-    """Return the epoch of an incarnation after so many clears."""
-    return incarnation << _CLEARS_BITS | clears
-
-
-def incarnation_of(epoch: int) -> int:
-    """Return the high half of an epoch."""
-    return epoch >> _CLEARS_BITS
-
-
-def clears_of(epoch: int) -> int:
-    """Return the low half of an epoch."""
-    return epoch & 0xFFFFFFFF
-
-
-def pod_ref(pod_id: str) -> int:
-    """Return the 64-bit reference that stands for a pod id in block updates and index entries."""
-    return xxhash.xxh3_64_intdigest(pod_id.encode())
-
-
-def store_ref(store: str) -> int:
-    """Return the reference of a shared store; its blocks belong to no pod but to all that mount it."""
-    return xxhash.xxh3_64_intdigest(b"\x00store\x00" + store.encode())
-
-
-def pod_partition(pod_id: str, partitions: int) -> int:
-    """Return the partition of every by-pod topic that carries a pod's records."""
-    return (pod_ref(pod_id) >> 32) % partitions
-
-
-def pod_name(pod: str, dp_rank: int | None, dp_size: int = 1) -> str:
-    """Return the pod id: one pod id is one ordered event stream."""
-    if dp_rank is None or (dp_rank == 0 and dp_size <= 1):
-        return pod
-    return f"{pod}@dp{dp_rank}"
 
 
 # --- values -------------------------------------------------------------------------------------------------------
@@ -242,23 +109,9 @@ class PodRecord(msgspec.Struct, frozen=True, kw_only=True):
     updated_ns: int = 0
 
 
-WRITER_BRIDGE: Final = "bridge"
-WRITER_STREAMS: Final = "streams"
-
-
-def streams_writer(version: str) -> str:
-    """Return the writer in pod keys of an index version's resolve agents; each version counts clears on its own."""
-    return WRITER_STREAMS if version == BASE_VERSION else f"{WRITER_STREAMS}.{version}"
-
-
 LIVE: Final = "live"
 STALE: Final = "stale"
 GONE: Final = "gone"
-
-
-def pod_key(writer: str, pod_id: str) -> bytes:
-    """Return the Kafka key of a pod record: ``<writer>|<pod id>``; each writer compacts on its own."""
-    return f"{writer}|{pod_id}".encode()
 
 
 def merge_pod(bridge: PodRecord | None, streams: PodRecord | None) -> PodRecord:

@@ -20,8 +20,9 @@ from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener
 from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.errors import LogError
-from kvatlas.bridge.kafka.config import client_config, lost_right
-from kvatlas.bridge.model import records
+from kvatlas.bridge.kafka.config import client_config
+from kvatlas.bridge.kafka.rights import lost_right
+from kvatlas.bridge.model import topics
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.bridge.runtime.tasks import end_tasks
@@ -81,7 +82,7 @@ class Ownership(ConsumerRebalanceListener):  # type: ignore[misc]
             rebalance_timeout_ms=max(session, 10_000),
             auto_offset_reset="latest",
         )
-        self._consumer.subscribe([self._kafka.topic(records.EVENTS)], listener=self)
+        self._consumer.subscribe([self._kafka.topic(topics.EVENTS)], listener=self)
         try:
             await self._consumer.start()
         except KafkaError as error:

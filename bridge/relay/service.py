@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from kvatlas.bridge.engines.discovery import discover, read_engines
 from kvatlas.bridge.engines.kubernetes import PodWatch
+from kvatlas.bridge.engines.spec import EngineSpec
 from kvatlas.bridge.errors import EngineError, KvatlasError
 from kvatlas.bridge.ingest.absent import Absent
 from kvatlas.bridge.ingest.inbound import Inbound
@@ -22,8 +23,8 @@ from kvatlas.bridge.ingest.metrics import BridgeCollector
 from kvatlas.bridge.ingest.recovered import recover
 from kvatlas.bridge.ingest.stream import PodStream, Shared
 from kvatlas.bridge.kafka.producer import Publisher
-from kvatlas.bridge.model import records
-from kvatlas.bridge.options import BridgeSettings, EngineSpec
+from kvatlas.bridge.model import pod_ids, records, topics
+from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.relay.ownership import Ownership
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.bridge.runtime.tasks import end_tasks
@@ -121,7 +122,7 @@ class BridgeService:
         await publisher.start()
         shared = self._shared = Shared(settings, publisher, self._kafka.topic, self._clock)
         shared.observe = self.observe
-        shared.partitions = await publisher.partitions(self._kafka.topic(records.EVENTS))
+        shared.partitions = await publisher.partitions(self._kafka.topic(topics.EVENTS))
         self._ownership = Ownership(settings, self._kafka, shared.partitions, self._gained, self._lost)
         shared.owns, publisher.may_send = self._ownership.owns, self._ownership.leased
         self.registry.register(BridgeCollector(self.streams, shared))
@@ -202,16 +203,16 @@ class BridgeService:
         assert self._publisher is not None
         shared, streams = self._shared, self.streams.values()
         for stream in streams:
-            if stream.record is not None and records.pod_partition(stream.pod, shared.partitions) in partitions:
+            if stream.record is not None and pod_ids.pod_partition(stream.pod, shared.partitions) in partitions:
                 stream.write_record()
                 stream.hand_over()
         for pod in list(shared.recovered):
-            if records.pod_partition(pod, shared.partitions) in partitions:
+            if pod_ids.pod_partition(pod, shared.partitions) in partitions:
                 del shared.recovered[pod]
         if self._ownership is not None and self._ownership.leased():
             await self._publisher.flush(2.0)
         for number in partitions:
-            for name in (records.EVENTS, records.PODS):
+            for name in (topics.EVENTS, topics.PODS):
                 self._publisher.discard(self._kafka.topic(name), number)
 
     def _open(self, spec: EngineSpec) -> None:

@@ -18,15 +18,16 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from kvatlas.bridge.kafka.config import client_config
 from kvatlas.bridge.kafka.follower import partitions_of
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.block_key import KEY_BYTES, partition_of
 from kvatlas.bridge.model.events import Tier
 from kvatlas.bridge.model.records import PodRecord
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.streams.errors import StreamsError
 from kvatlas.streams.index.apply import apply_blocks
+from kvatlas.streams.index.blocks_record import decode_blocks
 from kvatlas.streams.index.columns import NOT_ANSWERED, read_index
-from kvatlas.streams.index.holders import decode_blocks, holders
+from kvatlas.streams.index.holders import holders
 from kvatlas.streams.index.view import DictView
 from kvatlas.streams.resolve.effects import Effects
 from kvatlas.streams.resolve.message import parse_message
@@ -66,7 +67,7 @@ class PodAudit(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def audit(
-    kafka: KafkaSettings, truth: Truth, *, app: str = "kvatlas", version: str = records.BASE_VERSION
+    kafka: KafkaSettings, truth: Truth, *, app: str = "kvatlas", version: str = topics.BASE_VERSION
 ) -> list[PodAudit]:
     """Compare the index that the workers serve with a truth. The log must have been drained.
 
@@ -80,10 +81,10 @@ async def audit(
         StreamsError: a partition is not answered by any worker.
     """
     pods, workers = PodBook(version), WorkerBook(version=version)
-    await read_topic(kafka, records.PODS, lambda key, value, _: pods.apply(key, value))
-    await read_topic(kafka, records.WORKERS, lambda key, value, _: workers.apply(key, value))
+    await read_topic(kafka, topics.PODS, lambda key, value, _: pods.apply(key, value))
+    await read_topic(kafka, topics.WORKERS, lambda key, value, _: workers.apply(key, value))
     keys: set[bytes] = {key for tiers in truth.values() for held in tiers.values() for key in held}
-    changelog = records.changelog_topics(records.version_app(app, version))[1].name
+    changelog = topics.changelog_topics(topics.version_app(app, version))[1].name
 
     def note(key: bytes | None, value: bytes | None, _: int) -> None:
         if key is not None and value is not None and len(key) == KEY_BYTES:
@@ -102,7 +103,7 @@ def compare(index: Mapping[bytes, bytes], truth: Truth, pods: Sequence[PodRecord
         truth: pod id -> tier name -> keys.
         pods: merged pod records, for names and epochs.
     """
-    known = {records.pod_ref(pod.pod): pod for pod in pods}
+    known = {pod_ids.pod_ref(pod.pod): pod for pod in pods}
     held: dict[str, dict[str, set[bytes]]] = {}
     suspect: set[tuple[str, str, bytes]] = set()
     for key, value in index.items():
@@ -208,8 +209,8 @@ async def fold_events(kafka: KafkaSettings, options: ResolveOptions) -> Truth:
         for value in effects.encode().get(0, ()):
             apply_blocks(index, decode_blocks(value), counts)
 
-    await read_records(kafka, records.EVENTS, apply)
-    known = {records.pod_ref(pod): record for pod, record in pods.items()}
+    await read_records(kafka, topics.EVENTS, apply)
+    known = {pod_ids.pod_ref(pod): record for pod, record in pods.items()}
     truth: dict[str, dict[str, set[bytes]]] = {pod: {} for pod in pods}
     for key, value in index.values.items():
         if len(key) != KEY_BYTES:

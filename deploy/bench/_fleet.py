@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from aiokafka import AIOKafkaProducer
 
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.adapters.fields import encode_batch
 from kvatlas.bridge.model.records import Control
 from kvatlas.bridge.runtime.settings import KafkaSettings
@@ -39,12 +39,12 @@ class _LogPublisher:
         """Say that a new process is there."""
         first = self._incarnation == FIRST_INCARNATION
         control = Control(type="start" if first else "restart", incarnation=self._incarnation)
-        self._put(records.encode(control), records.CONTENT_CONTROL, 0)
+        self._put(records.encode(control), topics.CONTENT_CONTROL, 0)
 
     def publish(self, events: Sequence[Mapping[str, Any]], *, timestamp: float, dp_rank: int | None = 0) -> int:
         """Write one batch and return its sequence."""
         self._sequence += 1
-        self._put(encode_batch(timestamp, list(events), dp_rank), records.CONTENT_ENGINE, self._sequence)
+        self._put(encode_batch(timestamp, list(events), dp_rank), topics.CONTENT_ENGINE, self._sequence)
         return self._sequence
 
     def close(self) -> None:
@@ -52,12 +52,12 @@ class _LogPublisher:
 
     def _put(self, value: bytes, content: str, sequence: int) -> None:
         headers = [
-            (records.H_SEQUENCE, str(sequence).encode()),
-            (records.H_INCARNATION, str(self._incarnation).encode()),
-            (records.H_RECEIVE_NS, str(time.time_ns()).encode()),
-            (records.H_ENGINE, b"vllm"),
-            (records.H_MODEL, self._model.encode()),
-            (records.H_CONTENT_TYPE, content.encode()),
+            (topics.H_SEQUENCE, str(sequence).encode()),
+            (topics.H_INCARNATION, str(self._incarnation).encode()),
+            (topics.H_RECEIVE_NS, str(time.time_ns()).encode()),
+            (topics.H_ENGINE, b"vllm"),
+            (topics.H_MODEL, self._model.encode()),
+            (topics.H_CONTENT_TYPE, content.encode()),
         ]
         self._sink.put((self._pod, value, headers))
 
@@ -72,7 +72,7 @@ class LogFleet:
     """
 
     def __init__(self, kafka: KafkaSettings, partitions: int, settings: SimSettings) -> None:
-        self._topic = kafka.topic(records.EVENTS)
+        self._topic = kafka.topic(topics.EVENTS)
         self._partitions = partitions
         self._sink: queue.SimpleQueue[_RECORD] = queue.SimpleQueue()
         self._random = random.Random(settings.seed)  # noqa: S311 # traffic, not secrets
@@ -128,7 +128,7 @@ class LogFleet:
                 key, value, headers = self._sink.get_nowait()
             except queue.Empty:
                 break
-            partition = records.pod_partition(key.decode(), self._partitions)
+            partition = pod_ids.pod_partition(key.decode(), self._partitions)
             pending.append(await producer.send(self._topic, value, key=key, headers=headers, partition=partition))
         for sent in pending:
             await sent

@@ -17,13 +17,14 @@ import numpy as np
 from aiokafka import AIOKafkaProducer
 
 from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import epochs, pod_ids, topics
 from kvatlas.bridge.model.events import Tier
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.kafka import KafkaNode
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.streams import metrics
-from kvatlas.streams.index.holders import OP_ADD, OP_REMOVE, Run, encode_blocks, pack_holder
+from kvatlas.streams.index.blocks_record import OP_ADD, OP_REMOVE, Run, encode_blocks
+from kvatlas.streams.index.holders import pack_holder
 from kvatlas.streams.options import WorkerSettings
 from kvatlas.streams.service import WorkerService
 
@@ -52,12 +53,12 @@ def broker(args: argparse.Namespace) -> Iterator[tuple[str, Path]]:
             yield node.bootstrap, folder
 
 
-async def topics(bootstrap: str, partitions: int, app: str = "kvatlas") -> KafkaSettings:
+async def fresh_topics(bootstrap: str, partitions: int, app: str = "kvatlas") -> KafkaSettings:
     """Make fresh topics; returns how to reach them."""
     kafka = KafkaSettings(
         brokers=bootstrap, topic_prefix=f"bench-{os.getpid()}-{time.time_ns() % 10**9}-", partitions=partitions
     )
-    await ensure_topics(kafka, (*records.TOPICS, *records.changelog_topics(app)))
+    await ensure_topics(kafka, (*topics.TOPICS, *topics.changelog_topics(app)))
     return kafka
 
 
@@ -128,8 +129,8 @@ class Load:
         self._updates_per_record = updates_per_record
         self._random = random.Random(seed)  # noqa: S311 # load, not secrets
         self._numbers = np.random.default_rng(seed)
-        self.refs = [records.pod_ref(f"bench-{number}") for number in range(pods)]
-        self.epoch = records.epoch_of(1_700_000_000)
+        self.refs = [pod_ids.pod_ref(f"bench-{number}") for number in range(pods)]
+        self.epoch = epochs.epoch_of(1_700_000_000)
         self.sequence = 0
         self._partitions = partitions
 
@@ -180,7 +181,7 @@ class Load:
 
 def count_updates(made: Sequence[tuple[int, bytes]]) -> int:
     """Return the updates in encoded records."""
-    from kvatlas.streams.index.holders import decode_blocks  # noqa: PLC0415
+    from kvatlas.streams.index.blocks_record import decode_blocks  # noqa: PLC0415
 
     return sum(len(decode_blocks(value).ops) for _, value in made)
 

@@ -16,11 +16,11 @@ from typing import Any, Final, NamedTuple
 import grpc
 import numpy as np
 
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.bench import _rig, _serving
 from kvatlas.scorer.v1 import scorer_pb2 as pb
-from kvatlas.streams.index.holders import OP_ADD, OP_REMOVE
+from kvatlas.streams.index.blocks_record import OP_ADD, OP_REMOVE
 
 _TOKENS: Final = 8_192
 _SLOW_MS: Final = 2.0
@@ -126,7 +126,7 @@ async def _pour(plan: _Plan, stop: Event, sent: Any) -> None:
     kafka, beside = plan.kafka, plan.beside
     load = _rig.Load(len(beside), kafka.partitions, seed=time.time_ns() % 1_000_000)
     load.epoch, load.sequence = plan.epoch, plan.sequence
-    topic = kafka.topic(records.BLOCKS)
+    topic = kafka.topic(topics.BLOCKS)
     half = max(int(plan.per_second * _TICK_SECONDS) // 2, 1)
     places = [0] * len(beside)
     number = 0

@@ -19,7 +19,7 @@ from typing import Any, Final
 import numpy as np
 
 from kvatlas.bridge.errors import KvatlasError
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.block_key import block_keys, root_key
 from kvatlas.bridge.model.records import PodRecord
 from kvatlas.bridge.runtime.settings import KafkaSettings
@@ -122,19 +122,19 @@ async def fill(kafka: KafkaSettings, load: _rig.Load, beside: Sequence[np.ndarra
             name = pod_name(number)
             record = PodRecord(
                 pod=name,
-                writer=records.WRITER_STREAMS,
+                writer=pod_ids.WRITER_STREAMS,
                 model=MODEL,
                 block_size_tokens=BLOCK_TOKENS,
                 epoch=load.epoch,
                 valid_from=load.epoch,
             )
             await target.send(
-                kafka.topic(records.PODS), records.encode(record), key=records.pod_key(records.WRITER_STREAMS, name)
+                kafka.topic(topics.PODS), records.encode(record), key=pod_ids.pod_key(pod_ids.WRITER_STREAMS, name)
             )
         for number, more in enumerate(beside):
             for part in (prompt, more):
                 pending = [
-                    await target.send(kafka.topic(records.BLOCKS), value, partition=partition)
+                    await target.send(kafka.topic(topics.BLOCKS), value, partition=partition)
                     for partition, value in load.records(part, number)
                 ]
                 for sent in await asyncio.gather(*pending):

@@ -23,7 +23,7 @@ import zmq.asyncio
 from aiokafka import AIOKafkaProducer
 
 from kvatlas.bridge.engines.publisher import EnginePublisher
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import topics
 from kvatlas.bridge.model.adapters.fields import encode_batch
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.relay.service import BridgeService
@@ -159,7 +159,7 @@ def _engines(pods: int, messages: int, rate: float) -> Iterator[tuple[list[str],
 
 async def _topics(brokers: str) -> KafkaSettings:
     kafka = KafkaSettings(brokers=brokers, topic_prefix=f"bench-{time.time_ns()}-", partitions=8)
-    await ensure_topics(kafka, [topic for topic in records.TOPICS if topic.by == "pod"])
+    await ensure_topics(kafka, [topic for topic in topics.TOPICS if topic.by == "pod"])
     return kafka
 
 
@@ -204,7 +204,7 @@ async def _baseline(args: argparse.Namespace, brokers: str) -> float:
             start, done = time.monotonic(), 0
             while done < messages and time.monotonic() - start < 8:
                 topic, _, payload = await socket.recv_multipart()
-                await producer.send_and_wait(kafka.topic(records.EVENTS), payload, key=topic)
+                await producer.send_and_wait(kafka.topic(topics.EVENTS), payload, key=topic)
                 done += 1
             took = time.monotonic() - start
         socket.close(linger=0)

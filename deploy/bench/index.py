@@ -12,11 +12,12 @@ from typing import Any, Final
 import faust
 from faust.types import TP
 
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import pod_ids, topics
 from kvatlas.bridge.model.adapters.fields import encode_batch
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.bench import _rig
-from kvatlas.streams.index.holders import HOLDER_BYTES, OP_ADD, add_holder, decode_blocks, remove_holder
+from kvatlas.streams.index.blocks_record import OP_ADD, decode_blocks
+from kvatlas.streams.index.holders import HOLDER_BYTES, add_holder, remove_holder
 
 HELP: Final = "block updates/s into the index (beside a stock faust.Table), and blocks/s through resolve and index"
 
@@ -60,8 +61,8 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 async def _index(bootstrap: str, folder: Path, args: argparse.Namespace) -> tuple[float, list[tuple[str, float, str]]]:
-    kafka = await _rig.topics(bootstrap, args.partitions)
-    topic = kafka.topic(records.BLOCKS)
+    kafka = await _rig.fresh_topics(bootstrap, args.partitions)
+    topic = kafka.topic(topics.BLOCKS)
     load = _rig.Load(_PODS, args.partitions)
     keys = load.keys(int(_BLOCKS * args.scale))
     start = _rig.applied("index")
@@ -110,18 +111,18 @@ async def _baseline(
 
     With one update a record it is what Faust's users write; with our records it lacks our table alone.
     """
-    kafka = await _rig.topics(bootstrap, args.partitions, app="stock")
+    kafka = await _rig.fresh_topics(bootstrap, args.partitions, app="stock")
     keys = _rig.Load(_PODS, args.partitions).keys(int(_BLOCKS * args.scale))
     whole = _rig.Load(_PODS, args.partitions)
     filled = [record for pod in range(_PODS) for record in whole.records(keys, pod)]
     load = _rig.Load(_PODS, args.partitions, seed=8, updates_per_record=updates_per_record)
     made = load.churn(keys, _BASELINE_UPDATES)
     async with _rig.producer(kafka) as target:
-        await _rig.send(target, kafka.topic(records.BLOCKS), made)
+        await _rig.send(target, kafka.topic(topics.BLOCKS), made)
     expected = _rig.count_updates(made)
     app = _stock_app(kafka, folder)
     table = app.Table("block_index", key_type=bytes, value_type=bytes)
-    topic = app.topic(kafka.topic(records.BLOCKS), value_type=bytes, value_serializer="raw")
+    topic = app.topic(kafka.topic(topics.BLOCKS), value_type=bytes, value_serializer="raw")
     progress = {"updates": 0, "began": 0.0}
 
     async def apply(stream: Any) -> None:
@@ -189,12 +190,12 @@ def _stock_app(kafka: KafkaSettings, folder: Path) -> Any:
 
 
 async def _resolve_index(bootstrap: str, folder: Path, args: argparse.Namespace) -> float:
-    kafka = await _rig.topics(bootstrap, args.partitions)
+    kafka = await _rig.fresh_topics(bootstrap, args.partitions)
     blocks = int(_ENGINE_BLOCKS * args.scale)
     start = _rig.applied("index")
     async with _rig.producer(kafka) as target:
         pending = [
-            await target.send(kafka.topic(records.EVENTS), value, key=key, headers=headers, partition=partition)
+            await target.send(kafka.topic(topics.EVENTS), value, key=key, headers=headers, partition=partition)
             for key, value, headers, partition in engine_messages(blocks, 8, kafka.partitions)
         ]
         await asyncio.gather(*pending)
@@ -236,11 +237,11 @@ def engine_messages(
             )
         value = encode_batch(time.time(), events, 0)
         headers = [
-            (records.H_SEQUENCE, str(number // pods).encode()),
-            (records.H_INCARNATION, str(incarnation).encode()),
-            (records.H_RECEIVE_NS, str(time.time_ns()).encode()),
-            (records.H_ENGINE, b"vllm"),
-            (records.H_MODEL, b"bench"),
-            (records.H_CONTENT_TYPE, records.CONTENT_ENGINE.encode()),
+            (topics.H_SEQUENCE, str(number // pods).encode()),
+            (topics.H_INCARNATION, str(incarnation).encode()),
+            (topics.H_RECEIVE_NS, str(time.time_ns()).encode()),
+            (topics.H_ENGINE, b"vllm"),
+            (topics.H_MODEL, b"bench"),
+            (topics.H_CONTENT_TYPE, topics.CONTENT_ENGINE.encode()),
         ]
-        yield pod.encode(), value, headers, records.pod_partition(pod, partitions)
+        yield pod.encode(), value, headers, pod_ids.pod_partition(pod, partitions)

@@ -19,7 +19,7 @@ import redis.asyncio as aioredis
 
 from kvatlas.bridge.engines.publisher import EnginePublisher
 from kvatlas.bridge.errors import KvatlasError
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import epochs, pod_ids
 from kvatlas.bridge.model.adapters.fields import encode_batch
 from kvatlas.bridge.model.block_key import block_keys, pack_tokens, root_key
 from kvatlas.bridge.model.events import Kind, Tier
@@ -28,7 +28,8 @@ from kvatlas.scorer.library.backends.base import Backend
 from kvatlas.scorer.library.backends.memory import MemoryBackend
 from kvatlas.scorer.library.backends.redis import RedisBackend
 from kvatlas.scorer.library.indexer import Indexer
-from kvatlas.streams.index.holders import OP_ADD, BlocksRecord, Run, decode_blocks, encode_blocks, pack_holder
+from kvatlas.streams.index.blocks_record import OP_ADD, BlocksRecord, Run, decode_blocks, encode_blocks
+from kvatlas.streams.index.holders import pack_holder
 
 HELP: Final = "the index as a library: add, lookup, score 8,192 tokens, raw engine messages"
 
@@ -36,7 +37,7 @@ _MODEL: Final = "bench"
 _KEYS: Final = 10_000
 _BATCH: Final = 64
 _SIZE: Final = 16
-_EPOCH: Final = records.epoch_of(5)
+_EPOCH: Final = epochs.epoch_of(5)
 _CASES: Final = ("memory-add", "memory-lookup", "memory-score-8192", "redis-score-8192", "events", "mirror")
 
 
@@ -81,7 +82,7 @@ def _keys(count: int, seed: int = 1) -> list[bytes]:
 
 
 def _record(pod: str, sequence: int, keys: list[bytes]) -> BlocksRecord:
-    ref = records.pod_ref(pod)
+    ref = pod_ids.pod_ref(pod)
     holders = pack_holder(ref, 0, Tier.GPU, Kind.FULL, 0, _EPOCH) * len(keys)
     runs = [Run(ref, _EPOCH, sequence, sequence, len(keys))]
     return decode_blocks(encode_blocks(runs, b"".join(keys), bytes([OP_ADD]) * len(keys), holders, 0))

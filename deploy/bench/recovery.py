@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.bench import _rig
 from kvatlas.streams import metrics
@@ -50,11 +50,11 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 async def _fill(bootstrap: str, args: argparse.Namespace) -> KafkaSettings:
-    kafka = await _rig.topics(bootstrap, args.partitions)
+    kafka = await _rig.fresh_topics(bootstrap, args.partitions)
     load = _rig.Load(1, args.partitions)
     async with _rig.producer(kafka) as target:
         made = load.records(load.keys(int(_ENTRIES * args.scale)), 0)
-        await _rig.send(target, kafka.topic(records.BLOCKS), made)
+        await _rig.send(target, kafka.topic(topics.BLOCKS), made)
     return kafka
 
 

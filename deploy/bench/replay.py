@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import pod_ids, topics
 from kvatlas.bridge.model.adapters.fields import encode_batch
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.bench import _rig
@@ -43,11 +43,11 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 async def _measure(args: argparse.Namespace, bootstrap: str, folder: Path) -> list[dict[str, Any]]:
-    kafka = await _rig.topics(bootstrap, args.partitions)
+    kafka = await _rig.fresh_topics(bootstrap, args.partitions)
     count = max(1, round(_MESSAGES * args.scale))
     await _fill(kafka, args.partitions, count)
     async with LogReader(kafka) as reader:
-        span = await reader.range(records.EVENTS, EARLIEST, LATEST)
+        span = await reader.range(topics.EVENTS, EARLIEST, LATEST)
         began = time.perf_counter()
         read = sum([len(chunk) async for chunk in reader.read(span)])
         plain = read / (time.perf_counter() - began)
@@ -93,23 +93,23 @@ def _row(case: str, rates: tuple[float, float], unit: str, baseline: float | Non
 async def _fill(kafka: KafkaSettings, partitions: int, count: int) -> None:
     """Send messages of one stored event of 8 blocks; every fourth also removes the blocks of an older one."""
     rng = random.Random(1)  # noqa: S311 - the same load each run
-    topic = kafka.topic(records.EVENTS)
+    topic = kafka.topic(topics.EVENTS)
     async with _rig.producer(kafka) as producer:
         for number in range(count):
             pod = f"pod-{number % _PODS}"
             sequence = number // _PODS
             headers = [
-                (records.H_SEQUENCE, str(sequence).encode()),
-                (records.H_INCARNATION, b"1"),
-                (records.H_MODEL, _MODEL.encode()),
-                (records.H_ENGINE, b"vllm"),
-                (records.H_CONTENT_TYPE, records.CONTENT_ENGINE.encode()),
+                (topics.H_SEQUENCE, str(sequence).encode()),
+                (topics.H_INCARNATION, b"1"),
+                (topics.H_MODEL, _MODEL.encode()),
+                (topics.H_ENGINE, b"vllm"),
+                (topics.H_CONTENT_TYPE, topics.CONTENT_ENGINE.encode()),
             ]
             await producer.send(
                 topic,
                 _payload(rng, number, sequence),
                 key=pod.encode(),
-                partition=records.pod_partition(pod, partitions),
+                partition=pod_ids.pod_partition(pod, partitions),
                 headers=headers,
             )
         await producer.flush()

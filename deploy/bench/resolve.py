@@ -13,8 +13,8 @@ from kvatlas.bridge.model.adapters.fields import encode_batch
 from kvatlas.bridge.model.adapters.vllm import decode
 from kvatlas.bridge.model.events import Limits
 from kvatlas.streams.index.apply import apply_blocks
+from kvatlas.streams.index.blocks_record import BlocksRecord, decode_blocks
 from kvatlas.streams.index.columns import answer_columns
-from kvatlas.streams.index.holders import BlocksRecord, decode_blocks
 from kvatlas.streams.index.view import DictView
 from kvatlas.streams.resolve.effects import Effects
 from kvatlas.streams.resolve.message import Message

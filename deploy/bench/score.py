@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     cases = args.case or _CASES
     blocks = max(int(args.blocks * args.scale), 20_000)
     with _rig.broker(args) as (bootstrap, folder):
-        kafka = asyncio.run(_rig.topics(bootstrap, args.partitions))
+        kafka = asyncio.run(_rig.fresh_topics(bootstrap, args.partitions))
         load = _rig.Load(_serving.PODS, args.partitions)
         with _serving.scoring_worker(kafka, folder) as addresses:
             beside = _serving.others(load, blocks)

@@ -29,7 +29,7 @@ from aiokafka.protocol.types import Array, Boolean, Bytes, Int16, Int32, Schema,
 
 from kvatlas.bridge.errors import RightsError, SettingsError
 from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.embedded import CLUSTER_ID_PREFIX
 from kvatlas.deploy.brokers.errors import BrokerUnavailableError
@@ -63,32 +63,32 @@ class Right(NamedTuple):
 
 #: Service or tool -> topic (``engine_blocks``, ``block_index``: the changelogs) -> operations.
 TOPIC_RIGHTS: Final[dict[str, dict[str, tuple[str, ...]]]] = {
-    "bridge": {records.EVENTS: ("Read", "Write"), records.DLQ: ("Write",), records.PODS: ("Read", "Write")},
+    "bridge": {topics.EVENTS: ("Read", "Write"), topics.DLQ: ("Write",), topics.PODS: ("Read", "Write")},
     "worker": {
-        records.EVENTS: ("Read",),
-        records.DLQ: ("Write",),
-        records.PODS: ("Read", "Write"),
-        records.BLOCKS: ("Read", "Write"),
-        records.WORKERS: ("Read", "Write"),
-        records.DECISIONS: ("Describe",),
+        topics.EVENTS: ("Read",),
+        topics.DLQ: ("Write",),
+        topics.PODS: ("Read", "Write"),
+        topics.BLOCKS: ("Read", "Write"),
+        topics.WORKERS: ("Read", "Write"),
+        topics.DECISIONS: ("Describe",),
         "engine_blocks": ("Read", "Write"),
         "block_index": ("Read", "Write"),
     },
-    "scorer": {records.PODS: ("Read",), records.WORKERS: ("Read",), records.DECISIONS: ("Read", "Write")},
-    "top": {records.PODS: ("Read",), records.WORKERS: ("Read",), records.BLOCKS: ("Describe",)},
+    "scorer": {topics.PODS: ("Read",), topics.WORKERS: ("Read",), topics.DECISIONS: ("Read", "Write")},
+    "top": {topics.PODS: ("Read",), topics.WORKERS: ("Read",), topics.BLOCKS: ("Describe",)},
     "audit": {
-        records.EVENTS: ("Read",),
-        records.PODS: ("Read",),
-        records.WORKERS: ("Read",),
+        topics.EVENTS: ("Read",),
+        topics.PODS: ("Read",),
+        topics.WORKERS: ("Read",),
         "block_index": ("Read",),
     },
-    "replay": {topic.name: ("Read",) for topic in records.TOPICS},
-    "at": {records.EVENTS: ("Read",)},
-    "diff": {records.EVENTS: ("Read",)},
-    "why": {records.EVENTS: ("Read",), records.DECISIONS: ("Read",)},
-    "whatif": {records.DECISIONS: ("Read",)},
+    "replay": {topic.name: ("Read",) for topic in topics.TOPICS},
+    "at": {topics.EVENTS: ("Read",)},
+    "diff": {topics.EVENTS: ("Read",)},
+    "why": {topics.EVENTS: ("Read",), topics.DECISIONS: ("Read",)},
+    "whatif": {topics.DECISIONS: ("Read",)},
     "topics": dict.fromkeys(
-        (*(topic.name for topic in records.TOPICS), "engine_blocks", "block_index"),
+        (*(topic.name for topic in topics.TOPICS), "engine_blocks", "block_index"),
         ("Create", "Describe", "DescribeConfigs"),
     ),
 }
@@ -99,7 +99,7 @@ def rights_of(
     kafka: KafkaSettings,
     *,
     app: str = "kvatlas",
-    version: str = records.BASE_VERSION,
+    version: str = topics.BASE_VERSION,
     groups: Sequence[str] = (),
 ) -> list[Right]:
     """Return what a service or tool needs.
@@ -111,8 +111,8 @@ def rights_of(
         version: index version of a worker.
         groups: consumer groups that it joins, without the prefix.
     """
-    engine, index, blocks = (topic.name for topic in records.version_topics(app, version))
-    names = {"engine_blocks": engine, "block_index": index, records.BLOCKS: blocks}
+    engine, index, blocks = (topic.name for topic in topics.version_topics(app, version))
+    names = {"engine_blocks": engine, "block_index": index, topics.BLOCKS: blocks}
     wanted = [
         Right("topic", kafka.topic(names.get(name, name)), operations) for name, operations in TOPIC_RIGHTS[who].items()
     ]

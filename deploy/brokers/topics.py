@@ -18,7 +18,7 @@ from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 
 from kvatlas.bridge.errors import LogError
 from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.model.records import Topic
+from kvatlas.bridge.model.topics import Topic
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers import embedded
 from kvatlas.deploy.brokers.errors import BrokerUnavailableError, TopicMismatchError

@@ -7,7 +7,7 @@ import asyncio
 import signal
 from typing import Final
 
-from kvatlas.bridge.model.records import DLQ, EVENTS, PODS, TOPICS
+from kvatlas.bridge.model.topics import DLQ, EVENTS, PODS, TOPICS
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.relay.service import BridgeService
 from kvatlas.bridge.runtime.interpreter import settle_interpreter

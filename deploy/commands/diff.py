@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.cli.common import add_sections, load_sections
 from kvatlas.deploy.commands.at import (
@@ -100,9 +100,9 @@ async def _both(args: argparse.Namespace, kafka: KafkaSettings, folder: Path) ->
         await asyncio.to_thread(shutil.copytree, folder / "first", folder / "second")
         after = PastIndex(folder / "second", options, time.time_ns)
         after.resume(offsets, names)
-        ends = await reader.range(records.EVENTS, first, second)
+        ends = await reader.range(topics.EVENTS, first, second)
         bounds = {part: (offsets.get(part, start), end) for part, (start, end) in ends.bounds.items()}
-        span = Range(records.EVENTS, {part: (start, max(start, end)) for part, (start, end) in bounds.items()})
+        span = Range(topics.EVENTS, {part: (start, max(start, end)) for part, (start, end) in bounds.items()})
         await advance(reader, after, span, progress_to_stderr("second moment"))
     before = PastIndex(folder / "first", options, time.time_ns)
     before.resume(offsets, names)
@@ -115,7 +115,7 @@ async def _check_order(reader: LogReader, args: argparse.Namespace, first: Momen
     Raises:
         SettingsError: it is, in some partition.
     """
-    ends = [(await reader.range(records.EVENTS, EARLIEST, moment)).bounds for moment in (first, second)]
+    ends = [(await reader.range(topics.EVENTS, EARLIEST, moment)).bounds for moment in (first, second)]
     if any(ends[1][partition][1] < end for partition, (_, end) in ends[0].items()):
         raise SettingsError(f"{args.second} is before {args.first}; give the earlier moment first")
 
@@ -124,9 +124,9 @@ def compare(before: PastIndex, after: PastIndex) -> list[PodChange]:
     """Return the changes of every pod that is in either state, by name."""
     old, new = before.pods(), after.pods()
     changes = {name: PodChange(pod=name) for name in sorted({*old, *new})}
-    by_ref = {records.pod_ref(name).to_bytes(POD_BYTES, "big"): changes[name] for name in changes}
+    by_ref = {pod_ids.pod_ref(name).to_bytes(POD_BYTES, "big"): changes[name] for name in changes}
     valid_old, valid_new = _validity(old), _validity(new)
-    gone = {records.pod_ref(name) for name, record in new.items() if record.state == records.GONE}
+    gone = {pod_ids.pod_ref(name) for name, record in new.items() if record.state == records.GONE}
     for key, was, now in differences(_entries(before, valid_old), _entries(after, valid_new, gone)):
         if is_meta(key):
             continue
@@ -147,7 +147,7 @@ def compare(before: PastIndex, after: PastIndex) -> list[PodChange]:
 
 
 def _validity(pods: dict[str, records.PodRecord]) -> dict[int, tuple[int, int]]:
-    return {records.pod_ref(name): (record.valid_from, record.gpu_valid_from) for name, record in pods.items()}
+    return {pod_ids.pod_ref(name): (record.valid_from, record.gpu_valid_from) for name, record in pods.items()}
 
 
 def _entries(

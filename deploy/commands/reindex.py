@@ -12,7 +12,8 @@ from typing import Any, Final
 
 import msgspec
 
-from kvatlas.bridge.model.records import WORKERS, IndexCatalog
+from kvatlas.bridge.model.records import IndexCatalog
+from kvatlas.bridge.model.topics import WORKERS
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.cli import common
 from kvatlas.deploy.history.log import LogReader

@@ -16,7 +16,7 @@ from typing import Final
 import msgspec
 
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import pod_ids, topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.cli.common import add_sections, at_least, file_error, load_sections, token_ids
 from kvatlas.deploy.history.capture import CaptureWriter, capture_topic, read_capture
@@ -29,7 +29,7 @@ from kvatlas.deploy.history.summary import TYPES
 from kvatlas.deploy.history.window import Window, range_of
 
 HELP: Final = "read, filter, save or play back the event log"
-_TOPICS: Final = (records.EVENTS, records.BLOCKS, records.DECISIONS, records.PODS, records.WORKERS, records.DLQ)
+_TOPICS: Final = (topics.EVENTS, topics.BLOCKS, topics.DECISIONS, topics.PODS, topics.WORKERS, topics.DLQ)
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 
 
@@ -111,7 +111,7 @@ async def _replay(args: argparse.Namespace, kafka: KafkaSettings) -> Counter[str
     since, until = (parse_moment(text, now_ms, sequences=True) for text in (args.since, args.until))
     chosen = Filter(wanted(args), args.block_size_tokens)
     counts: Counter[str] = Counter()
-    topic = args.topic or (records.EVENTS if args.source is None else capture_topic(args.source))
+    topic = args.topic or (topics.EVENTS if args.source is None else capture_topic(args.source))
     _check_filters(args, topic)
     if args.source is not None:
         source = _from_file(args.source, topic, Window(topic, since, until, args.pod))
@@ -119,9 +119,9 @@ async def _replay(args: argparse.Namespace, kafka: KafkaSettings) -> Counter[str
         return counts
     async with LogReader(kafka) as reader:
         only = None
-        if args.pod and topic in (records.EVENTS, records.PODS):
+        if args.pod and topic in (topics.EVENTS, topics.PODS):
             count = len(await reader.partitions(topic))
-            only = {records.pod_partition(pod, count) for pod in args.pod}
+            only = {pod_ids.pod_partition(pod, count) for pod in args.pod}
         span = await range_of(reader, topic, since, until, pods=args.pod, only=only)
         # The order of time costs a merge of the partitions; a mere count is the same in any order.
         source = _unordered(reader, span) if args.count and not args.limit else reader.read_in_time(span)
@@ -175,7 +175,7 @@ async def _consume(
     if args.target is None:
         await _print(args, topic, matching)
     elif args.target.startswith(SCHEME):
-        if topic != records.EVENTS:
+        if topic != topics.EVENTS:
             raise SettingsError(f"--to {args.target}: only kv-events can be played at a subscriber")
         with Playback(args.target, args.speed) as playback:
             print(f"playing at {playback.endpoint}", file=sys.stderr, flush=True)
@@ -221,7 +221,7 @@ async def _matching(
     async for record in source:
         counts["read"] += 1
         rows: list[str] | None = None
-        if record.topic == records.EVENTS:
+        if record.topic == topics.EVENTS:
             message = chosen.message(record)
             if message is None:
                 continue

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvatlas.bridge.errors import LogError, SettingsError
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.rights import check_rights, rights_of
 from kvatlas.deploy.cli.common import add_sections, async_stop_event, at_least, load_sections
@@ -64,7 +64,7 @@ async def _run(args: argparse.Namespace, kafka: KafkaSettings) -> int:
     stop = async_stop_event()
     await check_rights(kafka, rights_of("top", kafka))
     async with LogReader(kafka) as reader:  # what follows the topics would wait for those that are missing
-        for topic in (records.PODS, records.WORKERS):
+        for topic in (topics.PODS, topics.WORKERS):
             await reader.partitions(topic)
     async with Watch(kafka, args.scorer_metrics) as watch:
         picture = await watch.look()

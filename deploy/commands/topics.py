@@ -12,7 +12,7 @@ from typing import Final
 import msgspec
 
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.bridge.model.records import TOPICS, Topic, changelog_topics
+from kvatlas.bridge.model.topics import TOPICS, Topic, changelog_topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.rights import TOPIC_RIGHTS, contact, default_groups, rights_of
 from kvatlas.deploy.brokers.topics import ensure_topics

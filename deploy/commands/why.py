@@ -13,7 +13,7 @@ from typing import Any, Final
 import msgspec
 
 from kvatlas.bridge.errors import KvatlasError, WireError
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import records, topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.cli.common import add_sections, at_least, load_sections
 from kvatlas.deploy.commands.at import (
@@ -99,7 +99,7 @@ async def _why(
 async def _find(reader: LogReader, request_id: str) -> tuple[records.DecisionRecord, records.DecisionRecord | None]:
     decision: records.DecisionRecord | None = None
     outcome: records.DecisionRecord | None = None
-    async for chunk in reader.read(await reader.range(records.DECISIONS, EARLIEST, LATEST)):
+    async for chunk in reader.read(await reader.range(topics.DECISIONS, EARLIEST, LATEST)):
         for record in chunk:
             if record.key != request_id.encode() or not record.value:
                 continue
@@ -113,7 +113,7 @@ async def _find(reader: LogReader, request_id: str) -> tuple[records.DecisionRec
                 decision = found
     if decision is None:
         raise KvatlasError(
-            f"no decision about request {request_id!r} is on {records.DECISIONS}; routers report them with "
+            f"no decision about request {request_id!r} is on {topics.DECISIONS}; routers report them with "
             "ReportDecision, and the topic keeps them for its retention"
         )
     return decision, outcome

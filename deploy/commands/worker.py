@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import topics
 from kvatlas.bridge.runtime.interpreter import settle_interpreter
 from kvatlas.bridge.runtime.logs import configure_logging
 from kvatlas.bridge.runtime.settings import KafkaSettings
@@ -97,11 +97,11 @@ def shifted(address: str, number: int) -> str:
     return f"{host}:{int(port) + number}" if host and port.isdigit() and int(port) else address
 
 
-def topics_of(settings: WorkerSettings) -> tuple[records.Topic, ...]:
+def topics_of(settings: WorkerSettings) -> tuple[topics.Topic, ...]:
     """Return the topics that a worker makes where they are missing; `kvatlas reindex` makes those of new versions."""
-    if settings.index_version == records.BASE_VERSION:
-        return (*records.TOPICS, *records.changelog_topics(settings.app))
-    return tuple(topic for topic in records.TOPICS if topic.name != records.BLOCKS)
+    if settings.index_version == topics.BASE_VERSION:
+        return (*topics.TOPICS, *topics.changelog_topics(settings.app))
+    return tuple(topic for topic in topics.TOPICS if topic.name != topics.BLOCKS)
 
 
 async def _serve(settings: WorkerSettings, kafka: KafkaSettings, scorer: dict[str, Any] | None) -> int:

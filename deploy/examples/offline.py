@@ -12,7 +12,7 @@ import asyncio
 from pathlib import Path
 
 from kvatlas.bridge.errors import KvatlasError
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import topics
 from kvatlas.bridge.model.adapters import vllm
 from kvatlas.bridge.model.block_key import TOKEN_BYTES
 from kvatlas.bridge.model.events import Limits, Stored
@@ -39,9 +39,9 @@ async def show(capture: Path, prompts: int) -> None:
 
 def _prompts(payload: bytes, headers: dict[str, bytes]) -> list[tuple[str, str | None, bytes]]:
     """Return the prompts that begin in a message: (model, cache salt, packed tokens)."""
-    if headers.get(records.H_CONTENT_TYPE, b"engine") != records.CONTENT_ENGINE.encode():
+    if headers.get(topics.H_CONTENT_TYPE, b"engine") != topics.CONTENT_ENGINE.encode():
         return []
-    model = headers.get(records.H_MODEL, b"").decode()
+    model = headers.get(topics.H_MODEL, b"").decode()
     events = vllm.decode(payload, Limits()).events
     return [
         (model, event.cache_salt, event.tokens)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from kvatlas.bridge.model import block_key, records
+from kvatlas.bridge.model import block_key, pod_ids, records
 from kvatlas.bridge.model.events import Tier
 from kvatlas.deploy.history.rebuild import PastIndex
 from kvatlas.scorer.scoring.walk import Fleet, Weights, walk
@@ -52,8 +52,8 @@ def score(past: PastIndex, model: str, question: Question) -> dict[str, Any]:
 def explain(past: PastIndex, model: str, question: Question) -> list[dict[str, Any]]:
     """Return, block by block, who held it as of the state and whether that counted."""
     pods = past.pods()
-    by_ref = {records.pod_ref(name): record for name, record in pods.items()}
-    stores = {records.store_ref(record.store): record.store for record in pods.values() if record.store}
+    by_ref = {pod_ids.pod_ref(name): record for name, record in pods.items()}
+    stores = {pod_ids.store_ref(record.store): record.store for record in pods.values() if record.store}
     rows = []
     for number, key in enumerate(_keys(past, model, question)):
         found = []

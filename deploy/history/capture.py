@@ -21,7 +21,7 @@ from typing import Final, Self
 import msgspec
 
 from kvatlas.bridge.errors import SettingsError, WireError
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import topics
 from kvatlas.deploy.history.log import Record
 
 FORMAT: Final = "kvatlas-capture"
@@ -77,7 +77,7 @@ def capture_topic(path: Path) -> str:
     Raises:
         WireError: as :func:`read_capture`.
     """
-    return next((record.topic for record in read_capture(path)), records.EVENTS)
+    return next((record.topic for record in read_capture(path)), topics.EVENTS)
 
 
 _Row = tuple[str, int, int, int, bytes | None, bytes | None, list[tuple[str, bytes]]]

@@ -13,10 +13,10 @@ from typing import Final
 import msgspec
 
 from kvatlas.bridge.errors import WireError
-from kvatlas.bridge.model import block_key, records
+from kvatlas.bridge.model import block_key, pod_ids, records, topics
 from kvatlas.deploy.history.log import Record
 from kvatlas.deploy.history.summary import REMOVED, STORED, Message, MessageLine, read_message
-from kvatlas.streams.index.holders import OP_ADD, OP_REMOVE, decode_blocks
+from kvatlas.streams.index.blocks_record import OP_ADD, OP_REMOVE, decode_blocks
 from kvatlas.streams.index.view import DictView
 from kvatlas.streams.resolve.effects import Effects
 from kvatlas.streams.resolve.message import parse_message
@@ -44,12 +44,12 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
 
 #: Topic -> flags of ``kvatlas replay`` that its records can be filtered by.
 FILTERS: Final = {
-    records.EVENTS: frozenset({"pod", "model", "type", "key", "tokens"}),
-    records.BLOCKS: frozenset({"pod", "type", "key", "tokens"}),
-    records.DECISIONS: frozenset({"pod", "model", "key", "tokens"}),
-    records.PODS: frozenset({"pod", "model"}),
-    records.DLQ: frozenset({"pod"}),
-    records.WORKERS: frozenset[str](),
+    topics.EVENTS: frozenset({"pod", "model", "type", "key", "tokens"}),
+    topics.BLOCKS: frozenset({"pod", "type", "key", "tokens"}),
+    topics.DECISIONS: frozenset({"pod", "model", "key", "tokens"}),
+    topics.PODS: frozenset({"pod", "model"}),
+    topics.DLQ: frozenset({"pod"}),
+    topics.WORKERS: frozenset[str](),
 }
 
 
@@ -67,7 +67,7 @@ class Filter:
     def __init__(self, wanted: Wanted, block_size_tokens: int = 16) -> None:
         self._wanted = wanted
         self._pods = {pod.encode() for pod in wanted.pods}
-        self._pod_refs = {records.pod_ref(pod) for pod in wanted.pods}
+        self._pod_refs = {pod_ids.pod_ref(pod) for pod in wanted.pods}
         self._models = {model.encode() for model in wanted.models}
         self._views: dict[str, DictView] = {}
         self._resolver = Resolver(ResolveOptions(block_size_tokens=block_size_tokens), 1, lambda: 0)
@@ -80,7 +80,7 @@ class Filter:
         if wanted.keys and not self._touches(record):
             return None
         headers = dict(record.headers)
-        if self._models and headers.get(records.H_MODEL) not in self._models:
+        if self._models and headers.get(topics.H_MODEL) not in self._models:
             return None
         found = read_message(record, headers)
         return found if not wanted.types or found.has_type(wanted.types) else None
@@ -106,13 +106,13 @@ class Filter:
 
     def other(self, record: Record) -> bool:
         """Tell whether a record of any topic but ``kv-events`` matches, by what :data:`FILTERS` has for it."""
-        if record.topic == records.BLOCKS:
+        if record.topic == topics.BLOCKS:
             return self.blocks(record)
-        if record.topic == records.DECISIONS:
+        if record.topic == topics.DECISIONS:
             return self.decision(record)
-        if record.topic == records.PODS:
+        if record.topic == topics.PODS:
             return self._pod(record)
-        return not self._pods or record.topic != records.DLQ or record.key in self._pods
+        return not self._pods or record.topic != topics.DLQ or record.key in self._pods
 
     def _pod(self, record: Record) -> bool:
         if self._pods and (record.key or b"").rpartition(b"|")[2] not in self._pods:

@@ -12,7 +12,8 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.errors import KvatlasError, LogError
-from kvatlas.bridge.kafka.config import client_config, lost_right
+from kvatlas.bridge.kafka.config import client_config
+from kvatlas.bridge.kafka.rights import lost_right
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.rights import account, contact
 from kvatlas.deploy.history.fetch import RangeFetcher, RecordBatch

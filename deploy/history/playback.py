@@ -11,7 +11,7 @@ import zmq
 
 from kvatlas.bridge.engines.publisher import binds
 from kvatlas.bridge.errors import EngineError, SettingsError
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import topics
 from kvatlas.deploy.history.log import Record
 
 SCHEME: Final = "zmq://"
@@ -83,7 +83,7 @@ class Playback:
         began: tuple[float, int] | None = None
         async for record in source:
             headers = dict(record.headers)
-            if headers.get(records.H_CONTENT_TYPE, b"engine") != records.CONTENT_ENGINE.encode():
+            if headers.get(topics.H_CONTENT_TYPE, b"engine") != topics.CONTENT_ENGINE.encode():
                 continue
             now_ms = _time_ms(record, headers)
             if began is None:
@@ -99,12 +99,12 @@ class Playback:
 
 
 def _time_ms(record: Record, headers: dict[str, bytes]) -> int:
-    received = headers.get(records.H_RECEIVE_NS, b"")
+    received = headers.get(topics.H_RECEIVE_NS, b"")
     return int(received) // 1_000_000 if received.isdigit() else record.timestamp_ms
 
 
 def _frames(record: Record, headers: dict[str, bytes]) -> list[bytes]:
     pod = record.key or b""
-    topic = headers.get(records.H_ENGINE_TOPIC) or b"kv@" + pod + b"@" + headers.get(records.H_MODEL, b"")
-    sequence = int(headers.get(records.H_SEQUENCE, b"0")).to_bytes(_SEQUENCE_BYTES, "big")
+    topic = headers.get(topics.H_ENGINE_TOPIC) or b"kv@" + pod + b"@" + headers.get(topics.H_MODEL, b"")
+    sequence = int(headers.get(topics.H_SEQUENCE, b"0")).to_bytes(_SEQUENCE_BYTES, "big")
     return [topic, sequence, record.value or b""]

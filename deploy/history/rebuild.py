@@ -19,12 +19,12 @@ from typing import Any, Final
 import msgspec
 
 from kvatlas.bridge.errors import LogError, WireError
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.history.log import LogReader, Range, Record
 from kvatlas.deploy.history.moment import Moment
 from kvatlas.streams.index.apply import apply_blocks
-from kvatlas.streams.index.holders import decode_blocks
+from kvatlas.streams.index.blocks_record import decode_blocks
 from kvatlas.streams.resolve.engine_blocks import decode_state, state_key
 from kvatlas.streams.resolve.message import parse_message
 from kvatlas.streams.resolve.resolver import ResolveOptions, Resolver, pod_record
@@ -108,7 +108,7 @@ class PastIndex:
         """Return the pods' records as they were, by pod id."""
         found = {}
         for name in sorted(self._names):
-            value = self.engine_blocks.get(state_key(records.pod_ref(name).to_bytes(8, "big")))
+            value = self.engine_blocks.get(state_key(pod_ids.pod_ref(name).to_bytes(8, "big")))
             if value is not None:
                 found[name] = pod_record(decode_state(value), self._clock())
         return found
@@ -200,9 +200,9 @@ async def rebuild(
     Raises:
         LogError: the log does not answer.
     """
-    whole = await reader.range(records.EVENTS, Moment(edge="earliest"), until)
+    whole = await reader.range(topics.EVENTS, Moment(edge="earliest"), until)
     ends = {partition: end for partition, (_, end) in whole.bounds.items()}
-    base = nearest(snapshots, kafka.brokers, kafka.topic(records.EVENTS), options, ends) if snapshots else None
+    base = nearest(snapshots, kafka.brokers, kafka.topic(topics.EVENTS), options, ends) if snapshots else None
     starts: dict[int, int] = {}
     if base is not None:
         shutil.copytree(base, folder, dirs_exist_ok=True)
@@ -212,7 +212,7 @@ async def rebuild(
         past.resume(starts, load_snapshot(base).pods)
     past.begins = {part: first for part, (first, _) in whole.bounds.items() if first > starts.get(part, 0)}
     bounds = {part: (max(first, starts.get(part, first)), end) for part, (first, end) in whole.bounds.items()}
-    await advance(reader, past, Range(records.EVENTS, bounds), progress)
+    await advance(reader, past, Range(topics.EVENTS, bounds), progress)
     return past
 
 

@@ -9,21 +9,22 @@ from typing import Any
 import msgspec
 
 from kvatlas.bridge.errors import WireError
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import records, topics
 from kvatlas.bridge.model.events import Tier
 from kvatlas.deploy.history.log import Record
 from kvatlas.deploy.history.summary import MessageLine
-from kvatlas.streams.index.holders import HOLDER, OP_ADD, decode_blocks
+from kvatlas.streams.index.blocks_record import OP_ADD, decode_blocks
+from kvatlas.streams.index.holders import HOLDER
 
 _PLACE = f"{'time':<13}{'where':>12}  "
 #: Topic -> the line above its rows.
 HEADS = {
-    records.EVENTS: f"{_PLACE}{'pod':<20}{'sequence':>9} {'event':<11}{'blocks':>7}{'tokens':>8}  what",
-    records.BLOCKS: f"{_PLACE}{'added':>7}{'removed':>9}  {'tiers':<20}pod reference, epoch: sequences (updates)",
-    records.DECISIONS: f"{_PLACE}{'request':<24}{'kind':<10}{'pod':<20}{'predicted':>10}{'real':>6}  what",
-    records.PODS: f"{_PLACE}{'pod':<20}{'writer':<16}{'state':<7}{'epoch':>14}{'sequence':>10}{'lost':>6}  model",
-    records.WORKERS: f"{_PLACE}{'worker':<24}{'serves':>7}{'standby':>8}{'restoring':>10}  endpoint",
-    records.DLQ: f"{_PLACE}{'pod':<20}{'bytes':>8}  reason",
+    topics.EVENTS: f"{_PLACE}{'pod':<20}{'sequence':>9} {'event':<11}{'blocks':>7}{'tokens':>8}  what",
+    topics.BLOCKS: f"{_PLACE}{'added':>7}{'removed':>9}  {'tiers':<20}pod reference, epoch: sequences (updates)",
+    topics.DECISIONS: f"{_PLACE}{'request':<24}{'kind':<10}{'pod':<20}{'predicted':>10}{'real':>6}  what",
+    topics.PODS: f"{_PLACE}{'pod':<20}{'writer':<16}{'state':<7}{'epoch':>14}{'sequence':>10}{'lost':>6}  model",
+    topics.WORKERS: f"{_PLACE}{'worker':<24}{'serves':>7}{'standby':>8}{'restoring':>10}  endpoint",
+    topics.DLQ: f"{_PLACE}{'pod':<20}{'bytes':>8}  reason",
 }
 
 
@@ -94,16 +95,16 @@ def _worker_row(found: dict[str, Any]) -> str:
 
 
 def _dlq_row(found: dict[str, Any]) -> str:
-    reason, origin = (found["headers"].get(name, "") for name in (records.H_REASON, records.H_ORIGIN))
+    reason, origin = (found["headers"].get(name, "") for name in (topics.H_REASON, topics.H_ORIGIN))
     return f"{found['key']:<20}{found['bytes']:>8}  {reason} ({origin})"
 
 
 _ROWS = {
-    records.BLOCKS: _block_row,
-    records.DECISIONS: _decision_row,
-    records.PODS: _pod_row,
-    records.WORKERS: _worker_row,
-    records.DLQ: _dlq_row,
+    topics.BLOCKS: _block_row,
+    topics.DECISIONS: _decision_row,
+    topics.PODS: _pod_row,
+    topics.WORKERS: _worker_row,
+    topics.DLQ: _dlq_row,
 }
 
 
@@ -131,15 +132,15 @@ def describe(record: Record) -> dict[str, Any]:
 
 def _value(record: Record) -> dict[str, Any]:
     value = record.value or b""
-    if record.topic == records.BLOCKS:
+    if record.topic == topics.BLOCKS:
         return _blocks(value)
-    if record.topic == records.PODS:
+    if record.topic == topics.PODS:
         return {"pod": msgspec.to_builtins(records.decode(records.PodRecord, value), str_keys=True)}
-    if record.topic == records.WORKERS and record.key == records.CATALOG_KEY:
+    if record.topic == topics.WORKERS and record.key == records.CATALOG_KEY:
         return {"catalog": msgspec.to_builtins(records.decode(records.IndexCatalog, value), str_keys=True)}
-    if record.topic == records.WORKERS:
+    if record.topic == topics.WORKERS:
         return {"worker": msgspec.to_builtins(records.decode(records.WorkerRecord, value), str_keys=True)}
-    if record.topic == records.DECISIONS:
+    if record.topic == topics.DECISIONS:
         decision = records.decode(records.DecisionRecord, value)
         fields = msgspec.to_builtins(msgspec.structs.replace(decision, keys=b""), str_keys=True)
         return {"decision": {**fields, "keys": None, "blocks": len(decision.keys) // 16}}

@@ -13,14 +13,14 @@ from typing import Any, Final
 import msgspec
 
 from kvatlas.bridge.errors import WireError
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import records, topics
 from kvatlas.bridge.model.events import tier_of
 from kvatlas.deploy.history.log import Record
 
 HashValue = int | bytes
 
-_CONTROL: Final = records.CONTENT_CONTROL.encode()
-_KEYS: Final = records.CONTENT_KEYS.encode()
+_CONTROL: Final = topics.CONTENT_CONTROL.encode()
+_KEYS: Final = topics.CONTENT_KEYS.encode()
 _U64: Final = 0xFFFFFFFFFFFFFFFF
 
 
@@ -172,10 +172,10 @@ class Message(msgspec.Struct, frozen=True, gc=False):
             offset=record.offset,
             timestamp_ms=record.timestamp_ms,
             pod=(record.key or b"").decode(errors="replace"),
-            sequence=number_of(get(records.H_SEQUENCE)),
-            incarnation=number_of(get(records.H_INCARNATION)),
-            source=get(records.H_SOURCE, b"").decode(errors="replace"),
-            model=get(records.H_MODEL, b"").decode(errors="replace"),
+            sequence=number_of(get(topics.H_SEQUENCE)),
+            incarnation=number_of(get(topics.H_INCARNATION)),
+            source=get(topics.H_SOURCE, b"").decode(errors="replace"),
+            model=get(topics.H_MODEL, b"").decode(errors="replace"),
             engine_time=self.engine_time,
             events=events,
         )
@@ -192,7 +192,7 @@ def read_message(record: Record, headers: dict[str, bytes] | None = None) -> Mes
         headers = dict(record.headers)
     value = record.value or b""
     try:
-        content = headers.get(records.H_CONTENT_TYPE)
+        content = headers.get(topics.H_CONTENT_TYPE)
         if content == _CONTROL:
             return Message(record, headers, 0.0, (records.decode(records.Control, value),))
         if content == _KEYS:

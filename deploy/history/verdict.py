@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from kvatlas.bridge.model import block_key, records
+from kvatlas.bridge.model import block_key, pod_ids, records
 from kvatlas.bridge.model.events import Tier
 from kvatlas.deploy.history.rebuild import PastIndex
 from kvatlas.streams.index.holders import Holder, holders
@@ -34,11 +34,11 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 def leading(past: PastIndex, keys: list[bytes]) -> dict[str, int]:
     """Return, per pod, how many leading blocks of a prompt it held as of a state."""
     pods = past.pods()
-    by_ref = {records.pod_ref(name): record for name, record in pods.items()}
+    by_ref = {pod_ids.pod_ref(name): record for name, record in pods.items()}
     by_store: dict[int, list[str]] = {}
     for name, record in pods.items():
         if record.store:
-            by_store.setdefault(records.store_ref(record.store), []).append(name)
+            by_store.setdefault(pod_ids.store_ref(record.store), []).append(name)
     walking = set(pods)
     found = dict.fromkeys(pods, 0)
     for key in keys:

@@ -11,8 +11,9 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.errors import LogError
-from kvatlas.bridge.kafka.config import client_config, lost_right
-from kvatlas.bridge.model import records
+from kvatlas.bridge.kafka.config import client_config
+from kvatlas.bridge.kafka.rights import lost_right
+from kvatlas.bridge.model import records, topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.history.top_scorers import ScorerRow, Scorers
 from kvatlas.scorer.lookups.pods import PodTable
@@ -180,7 +181,7 @@ class Watch:
         layout = self._workers.layout
         if layout is None:
             return {}
-        topic = self._kafka.topic(records.blocks_topic(self._versions.used.name))
+        topic = self._kafka.topic(topics.blocks_topic(self._versions.used.name))
         try:
             found = await self._consumer.end_offsets(
                 [TopicPartition(topic, part) for part in range(layout.partition_count)]

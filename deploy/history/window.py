@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import pod_ids, topics
 from kvatlas.deploy.history.log import LogReader, Range, Record, find_record
 from kvatlas.deploy.history.moment import LATEST, Moment
 from kvatlas.deploy.history.summary import number_of
@@ -22,7 +22,7 @@ class Reached:
         if record.key != self._pod:
             return False
         headers = dict(record.headers)
-        sequence, incarnation = (number_of(headers.get(name)) for name in (records.H_SEQUENCE, records.H_INCARNATION))
+        sequence, incarnation = (number_of(headers.get(name)) for name in (topics.H_SEQUENCE, topics.H_INCARNATION))
         if self._incarnation >= 0 and incarnation != self._incarnation:
             return incarnation > self._incarnation
         return sequence >= self._wanted
@@ -36,7 +36,7 @@ def reached(moment: Moment, pods: Sequence[str], topic: str) -> Reached | None:
     """
     if moment.sequence is None:
         return None
-    if len(pods) != 1 or topic != records.EVENTS:
+    if len(pods) != 1 or topic != topics.EVENTS:
         raise SettingsError("a moment by sequence needs exactly one --pod and the topic kv-events")
     return Reached(pods[0], moment.sequence, moment.incarnation)
 
@@ -59,7 +59,7 @@ async def range_of(
     first, last = (reached(moment, pods, topic) for moment in (since, until))
     if first is None and last is None:
         return await reader.range(topic, since, until, only)
-    partition = records.pod_partition(pods[0], len(await reader.partitions(topic)))
+    partition = pod_ids.pod_partition(pods[0], len(await reader.partitions(topic)))
     if first is not None:
         since = await _found(reader, topic, partition, Moment(edge="earliest"), first)
     if last is not None:

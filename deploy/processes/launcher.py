@@ -25,7 +25,7 @@ import msgspec
 
 from kvatlas.bridge.errors import KvatlasError, SettingsError
 from kvatlas.bridge.model import block_key
-from kvatlas.bridge.model.records import TOPICS, changelog_topics
+from kvatlas.bridge.model.topics import TOPICS, changelog_topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers import embedded
 from kvatlas.deploy.brokers.topics import ensure_topics

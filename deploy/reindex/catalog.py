@@ -18,8 +18,9 @@ from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError, for_code
 
 from kvatlas.bridge.errors import LogError
 from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.model import records
-from kvatlas.bridge.model.records import BASE_VERSION, CATALOG_KEY, IndexCatalog, IndexVersion
+from kvatlas.bridge.model import pod_ids, records, topics
+from kvatlas.bridge.model.records import CATALOG_KEY, IndexCatalog, IndexVersion
+from kvatlas.bridge.model.topics import BASE_VERSION
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.deploy.reindex.errors import ReindexError
@@ -39,7 +40,7 @@ async def read_catalog(kafka: KafkaSettings) -> IndexCatalog:
         LogError: Kafka does not answer, or the topics are missing.
     """
     table = WorkerTable(lambda: 0)
-    follower = Follower(kafka, records.WORKERS, table.apply, client_id=_CLIENT_ID)
+    follower = Follower(kafka, topics.WORKERS, table.apply, client_id=_CLIENT_ID)
     follower.start()
     try:
         await follower.wait(_READ_SECONDS)
@@ -55,7 +56,7 @@ async def write_catalog(kafka: KafkaSettings, catalog: IndexCatalog, now_ns: int
         LogError: Kafka did not acknowledge it.
     """
     made = msgspec.structs.replace(catalog, updated_ns=max(now_ns, catalog.updated_ns + 1))
-    await _send(kafka, records.WORKERS, {CATALOG_KEY: records.encode(made)})
+    await _send(kafka, topics.WORKERS, {CATALOG_KEY: records.encode(made)})
     return made
 
 
@@ -95,8 +96,8 @@ async def start_version(
                 f"partitions; `kvatlas reindex drop {name}` first, or choose another name"
             )
         return catalog
-    engine, index, blocks = records.version_topics(app, name)
-    by_pod = msgspec.structs.replace(kafka, partitions=await _partitions(kafka, records.EVENTS))
+    engine, index, blocks = topics.version_topics(app, name)
+    by_pod = msgspec.structs.replace(kafka, partitions=await _partitions(kafka, topics.EVENTS))
     await ensure_topics(by_pod, [engine])
     await ensure_topics(msgspec.structs.replace(kafka, partitions=partitions), [index, blocks])
     versions = {**catalog.versions, name: made}
@@ -117,13 +118,13 @@ async def drop_version(kafka: KafkaSettings, app: str, name: str, now_ns: int) -
         raise ReindexError(f"index version {name} answers queries; `kvatlas reindex switch` to another one first")
     rest = {known: version for known, version in catalog.versions.items() if known != name}
     await write_catalog(kafka, msgspec.structs.replace(catalog, versions=rest), now_ns)
-    topics = [kafka.topic(topic.name) for topic in records.version_topics(app, name)]
+    names = [kafka.topic(topic.name) for topic in topics.version_topics(app, name)]
     async with admin_of(kafka) as admin:
-        reply = await admin.delete_topics(topics)
+        reply = await admin.delete_topics(names)
     for topic, code in reply.topic_error_codes:
         if code not in (0, UnknownTopicOrPartitionError.errno):
             raise LogError(f"topic {topic} could not be deleted: {for_code(code).__name__}; try `reindex drop` again")
-    await _forget_pods(kafka, records.streams_writer(name))
+    await _forget_pods(kafka, pod_ids.streams_writer(name))
 
 
 async def _forget_pods(kafka: KafkaSettings, writer: str) -> None:
@@ -135,13 +136,13 @@ async def _forget_pods(kafka: KafkaSettings, writer: str) -> None:
         if key is not None and key.startswith(start):
             found.add(key) if value else found.discard(key)
 
-    follower = Follower(kafka, records.PODS, note, client_id=_CLIENT_ID)
+    follower = Follower(kafka, topics.PODS, note, client_id=_CLIENT_ID)
     follower.start()
     try:
         await follower.wait(_READ_SECONDS)
     finally:
         await follower.stop()
-    await _send(kafka, records.PODS, dict.fromkeys(found))
+    await _send(kafka, topics.PODS, dict.fromkeys(found))
 
 
 async def _send(kafka: KafkaSettings, topic: str, values: dict[bytes, bytes | None] | dict[bytes, bytes]) -> None:
@@ -152,7 +153,7 @@ async def _send(kafka: KafkaSettings, topic: str, values: dict[bytes, bytes | No
         await producer.start()
         for key, value in values.items():
             place = key.decode().rpartition("|")[2]
-            partition = records.pod_partition(place, count)
+            partition = pod_ids.pod_partition(place, count)
             await producer.send_and_wait(kafka.topic(topic), value, key=key, partition=partition)
     except (KafkaError, OSError) as error:
         raise LogError(f"{kafka.topic(topic)} on {kafka.brokers} was not written: {error!r}") from error

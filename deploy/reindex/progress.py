@@ -12,7 +12,7 @@ from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.errors import LogError
 from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import records, topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.reindex.catalog import admin_of
 from kvatlas.scorer.lookups.follow import Follower
@@ -69,7 +69,7 @@ class ProgressReader:
         self._clock_ns = clock_ns
         self._tables: dict[str, WorkerTable] = {}
         self._newest: dict[bytes | None, bytes | None] = {}
-        self._follower = Follower(kafka, records.WORKERS, self._apply, client_id=_CLIENT_ID)
+        self._follower = Follower(kafka, topics.WORKERS, self._apply, client_id=_CLIENT_ID)
         self._consumer: Any = AIOKafkaConsumer(**client_config(kafka, _CLIENT_ID), enable_auto_commit=False)
 
     async def __aenter__(self) -> ProgressReader:
@@ -110,7 +110,7 @@ class ProgressReader:
     @property
     def catalog(self) -> records.IndexCatalog:
         """The catalog as it was read last."""
-        return self._table(records.BASE_VERSION).catalog
+        return self._table(topics.BASE_VERSION).catalog
 
     async def look(self, version: str) -> Progress:
         """Return the state of a version now.
@@ -121,9 +121,9 @@ class ProgressReader:
         table = self._table(version)
         layout = table.layout
         now = self._clock_ns()
-        app = records.version_app(self._app, version)
-        end, total, events_lag = await self._lag(records.EVENTS, (app, f"{app}-resolve"))
-        _, _, blocks_lag = await self._lag(records.blocks_topic(version), (app, f"{app}-index"))
+        app = topics.version_app(self._app, version)
+        end, total, events_lag = await self._lag(topics.EVENTS, (app, f"{app}-resolve"))
+        _, _, blocks_lag = await self._lag(topics.blocks_topic(version), (app, f"{app}-index"))
         return Progress(
             version=version,
             active=version == self.catalog.active,

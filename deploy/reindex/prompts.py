@@ -13,7 +13,7 @@ from typing import Final
 import msgspec
 
 from kvatlas.bridge.errors import WireError
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import topics
 from kvatlas.bridge.model.adapters import adapter
 from kvatlas.bridge.model.block_key import TOKEN_BYTES
 from kvatlas.bridge.model.events import Limits, Stored
@@ -49,7 +49,7 @@ class Chains:
     def add(self, record: Record) -> Iterator[Prompt]:
         """Take a ``kv-events`` record in; yields the prompts that its stored events end."""
         message = parse_message(record.key, record.value, record.headers, record.partition, record.offset)
-        if message.error or message.content != records.CONTENT_ENGINE:
+        if message.error or message.content != topics.CONTENT_ENGINE:
             return
         try:
             batch = adapter(message.engine)(message.value, Limits())
@@ -99,7 +99,7 @@ async def recent_prompts(reader: LogReader, messages: int, count: int, rng: rand
     Raises:
         LogError: Kafka does not answer.
     """
-    whole = await reader.range(records.EVENTS, Moment(edge="earliest"), Moment(edge="latest"))
+    whole = await reader.range(topics.EVENTS, Moment(edge="earliest"), Moment(edge="latest"))
     each = max(1, messages // max(1, len(whole.bounds)))
     span = Range(whole.topic, {number: (max(first, end - each), end) for number, (first, end) in whole.bounds.items()})
     chains = Chains()

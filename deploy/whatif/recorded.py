@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from kvatlas.bridge.errors import SettingsError, WireError
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import records, topics
 from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.model.records import DecisionRecord
 from kvatlas.deploy.history.log import LogReader
@@ -43,7 +43,7 @@ async def read_decisions(reader: LogReader, since: Moment, until: Moment) -> lis
         LogError: Kafka does not answer, or the topic does not exist.
     """
     found = []
-    async for chunk in reader.read(await reader.range(records.DECISIONS, since, until)):
+    async for chunk in reader.read(await reader.range(topics.DECISIONS, since, until)):
         for record in chunk:
             try:
                 found.append(records.decode(DecisionRecord, record.value or b""))

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from kvatlas.bridge.model.block_key import KEY_BYTES
-from kvatlas.bridge.model.records import GONE, DecisionRecord, PodRecord, pod_ref
+from kvatlas.bridge.model.pod_ids import pod_ref
+from kvatlas.bridge.model.records import GONE, DecisionRecord, PodRecord
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.scoring.decisions import OUTCOME
 from kvatlas.scorer.scoring.fleet import Weights

@@ -13,13 +13,16 @@ from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Final
 
+from kvatlas.bridge.model.epochs import epoch_of
 from kvatlas.bridge.model.events import Kind, Tier
-from kvatlas.bridge.model.records import WRITER_STREAMS, PodRecord, epoch_of, pod_key, pod_ref
+from kvatlas.bridge.model.pod_ids import WRITER_STREAMS, pod_key, pod_ref
+from kvatlas.bridge.model.records import PodRecord
 from kvatlas.scorer.errors import InputError, UnknownPodError
 from kvatlas.scorer.library.backends.base import Backend
 from kvatlas.scorer.library.backends.errors import IndexLostError
 from kvatlas.scorer.lookups.pods import PodTable
-from kvatlas.streams.index.holders import OP_ADD, OP_REMOVE, BlocksRecord, Run, pack_holder
+from kvatlas.streams.index.blocks_record import OP_ADD, OP_REMOVE, BlocksRecord, Run
+from kvatlas.streams.index.holders import pack_holder
 
 _NS: Final = 1_000_000_000
 

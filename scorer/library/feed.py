@@ -18,12 +18,13 @@ from typing import Final, cast
 
 import zmq
 
+from kvatlas.bridge.engines.spec import EngineSpec
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.ingest.recovered import Recovered
 from kvatlas.bridge.ingest.stream import PodStream, Shared
 from kvatlas.bridge.kafka.producer import Item, Publisher
-from kvatlas.bridge.model import records
-from kvatlas.bridge.options import BridgeSettings, EngineSpec
+from kvatlas.bridge.model import pod_ids, records, topics
+from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.runtime.tasks import end_tasks
 from kvatlas.scorer.library.backends.base import Backend
 from kvatlas.scorer.library.feed_apply import Applier
@@ -56,11 +57,11 @@ class Inbox:
 
     def send(self, topic: str, partition: int, item: Item) -> None:  # noqa: ARG002 - the publisher's signature
         """Take a record that the stream would send to ``topic``."""
-        if topic == records.EVENTS:
+        if topic == topics.EVENTS:
             self.items.append(item)
             self.pending_bytes += len(item.value) + _OVERHEAD_BYTES
             self._feed.wake()
-        elif topic == records.PODS:
+        elif topic == topics.PODS:
             self._feed.pods.apply(item.key, item.value)
         else:
             self._feed.counts["messages_dead"] += 1
@@ -213,7 +214,7 @@ class Feed:
         epoch = await self.applier.forget(name)
         if epoch:
             # Were the engine added again at once, its incarnation must still lie above all that were used.
-            record = records.PodRecord(pod=name, writer=records.WRITER_BRIDGE, epoch=epoch)
+            record = records.PodRecord(pod=name, writer=pod_ids.WRITER_BRIDGE, epoch=epoch)
             self.recovered[record.pod] = Recovered(record)
 
     @property
@@ -297,7 +298,7 @@ def _message(spec: EngineSpec, item: Item) -> Message:
     """Return what is to be applied of a record that an engine's stream sent."""
     headers = item.headers
     if spec.store:
-        headers = [*headers, (records.H_STORE, spec.store.encode())]
+        headers = [*headers, (topics.H_STORE, spec.store.encode())]
     if spec.announcements:
-        headers = [*headers, (records.H_ANNOUNCEMENTS, spec.announcements.encode())]
+        headers = [*headers, (topics.H_ANNOUNCEMENTS, spec.announcements.encode())]
     return parse_message(item.key, item.value, headers)

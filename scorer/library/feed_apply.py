@@ -27,13 +27,13 @@ from xxhash import xxh3_64_intdigest
 
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.ingest.recovered import Recovered
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import pod_ids, records
 from kvatlas.scorer.library.backends.base import Backend, Losable
 from kvatlas.scorer.library.backends.errors import BackendError, IndexLostError
 from kvatlas.scorer.library.restate import restated
 from kvatlas.scorer.library.saved_state import FeedState, Kept, KeptView, Lasting, recovered_of
 from kvatlas.scorer.lookups.pods import PodTable
-from kvatlas.streams.index.holders import decode_blocks
+from kvatlas.streams.index.blocks_record import decode_blocks
 from kvatlas.streams.index.view import DictView
 from kvatlas.streams.resolve.effects import Effects
 from kvatlas.streams.resolve.message import Message
@@ -116,12 +116,12 @@ class Applier:
         if known is None:
             return None
         self._digests[kept.pod] = deque(kept.digests, _DIGESTS)
-        self.pods.put(records.WRITER_BRIDGE, kept.pod, known.record)
+        self.pods.put(pod_ids.WRITER_BRIDGE, kept.pod, known.record)
         if kept.streams:
-            self.pods.apply(records.pod_key(records.WRITER_STREAMS, kept.pod), kept.streams)
+            self.pods.apply(pod_ids.pod_key(pod_ids.WRITER_STREAMS, kept.pod), kept.streams)
         self._valid[kept.pod] = (known.record.valid_from, known.record.gpu_valid_from)
         if kept.position and isinstance(self._backend, Losable):
-            self._backend.positions[records.pod_ref(kept.pod)] = kept.position
+            self._backend.positions[pod_ids.pod_ref(kept.pod)] = kept.position
         return known
 
     def close(self) -> None:
@@ -193,12 +193,12 @@ class Applier:
             before = self.pods.merged.get(pod)
             received = before.receive_ns if before is not None else 0
             self.pods.put(
-                records.WRITER_STREAMS, pod, msgspec.structs.replace(record, last_sequence=-1, receive_ns=received)
+                pod_ids.WRITER_STREAMS, pod, msgspec.structs.replace(record, last_sequence=-1, receive_ns=received)
             )
 
     def _tell(self, effects: Effects) -> None:
         for pod, record in effects.pods.items():
-            self.pods.put(records.WRITER_STREAMS, pod, record)
+            self.pods.put(pod_ids.WRITER_STREAMS, pod, record)
             valid = (record.valid_from, record.gpu_valid_from)
             before = self._valid.get(pod)
             if before != valid:
@@ -223,21 +223,21 @@ class Applier:
 
     def _kept(self, pod: str) -> Kept:
         parts = self.pods.parts(pod)
-        bridge, streams = parts.get(records.WRITER_BRIDGE), parts.get(records.WRITER_STREAMS)
+        bridge, streams = parts.get(pod_ids.WRITER_BRIDGE), parts.get(pod_ids.WRITER_STREAMS)
         backend = self._backend
         return Kept(
             pod,
             records.encode(bridge) if bridge is not None else b"",
             records.encode(streams) if streams is not None else b"",
             list(self._digests.get(pod, ())),
-            backend.positions.get(records.pod_ref(pod), b"") if isinstance(backend, Losable) else b"",
+            backend.positions.get(pod_ids.pod_ref(pod), b"") if isinstance(backend, Losable) else b"",
         )
 
     async def forget(self, pod: str) -> int:
         """Forget a pod that has left; returns the epoch that it came to."""
         record = self.pods.merged.get(pod)
-        for writer in (records.WRITER_BRIDGE, records.WRITER_STREAMS):
-            self.pods.apply(records.pod_key(writer, pod), None)
+        for writer in (pod_ids.WRITER_BRIDGE, pod_ids.WRITER_STREAMS):
+            self.pods.apply(pod_ids.pod_key(writer, pod), None)
         view = self._views.pop(pod, None)
         if self._state is not None:
             self._state.drop(pod, view)
@@ -247,7 +247,7 @@ class Applier:
         if record is None:
             return 0
         with contextlib.suppress(BackendError):  # only room is lost: nobody reads entries of an ended epoch
-            await self._backend.drop_epoch(records.pod_ref(pod), record.epoch)
+            await self._backend.drop_epoch(pod_ids.pod_ref(pod), record.epoch)
         return record.epoch
 
     # --- an index that forgot -------------------------------------------------------------------------------------
@@ -300,7 +300,7 @@ class Applier:
             await self._to_sweep.wait()
             self._to_sweep.clear()
             pods, self._sweeps = list(self._sweeps), {}
-            valid = {records.pod_ref(pod): self._valid[pod] for pod in pods if pod in self._valid}
+            valid = {pod_ids.pod_ref(pod): self._valid[pod] for pod in pods if pod in self._valid}
             for pod in pods:
                 await self._sweep_view(pod, valid)
             try:

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
+from kvatlas.bridge.engines.spec import EngineSpec, parse_engine
 from kvatlas.bridge.model.records import PodRecord
-from kvatlas.bridge.options import EngineSpec, parse_engine
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.scorer.errors import InputError, NotReadyError, UnknownPodError
 from kvatlas.scorer.library.approximate import Approximate

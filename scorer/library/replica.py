@@ -28,7 +28,7 @@ from aiokafka.errors import KafkaError
 from kvatlas.bridge.errors import LogError, SettingsError, WireError
 from kvatlas.bridge.kafka.config import client_config
 from kvatlas.bridge.kafka.follower import partitions_of
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.block_key import KEY_BYTES, partition_of
 from kvatlas.bridge.model.records import PodRecord
 from kvatlas.bridge.runtime.settings import KafkaSettings
@@ -39,7 +39,7 @@ from kvatlas.scorer.library.backends.memory import MemoryBackend
 from kvatlas.scorer.lookups.follow import Follower
 from kvatlas.scorer.lookups.pods import PodTable
 from kvatlas.streams.index.apply import apply_blocks, is_meta
-from kvatlas.streams.index.holders import decode_blocks
+from kvatlas.streams.index.blocks_record import decode_blocks
 from kvatlas.streams.state.local_table import LocalTable
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ class Replica:
                 f"a replica of the log is in memory or in RocksDB; for {backend.name} see `kvatlas worker --mirror`"
             )
         self.counts: Counter[str] = Counter()
-        self.version = records.BASE_VERSION
+        self.version = topics.BASE_VERSION
         self._catalog = records.IndexCatalog()
         self._sizes: dict[str, int] = {}
         self._kafka = kafka
@@ -141,7 +141,7 @@ class Replica:
         self._table: Any = None
         self._changed = asyncio.Event()
         self._moving = False
-        self._workers = Follower(kafka, records.WORKERS, self._worker, client_id=_CLIENT_ID)
+        self._workers = Follower(kafka, topics.WORKERS, self._worker, client_id=_CLIENT_ID)
         self._followers: list[Follower] = []
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
@@ -151,7 +151,7 @@ class Replica:
         Raises:
             LogError: Kafka cannot be reached, or not be read to its end in time.
         """
-        await self._begins(records.WORKERS)
+        await self._begins(topics.WORKERS)
         self._workers.start()
         await self._workers.wait(timeout_seconds)
         self._table = None if isinstance(self._backend, MemoryBackend) else self._backend.table  # type: ignore[attr-defined]
@@ -161,16 +161,16 @@ class Replica:
 
     async def _read(self, version: str, timeout_seconds: float) -> None:
         """Begin to read an index version; its blocks come in the background."""
-        begins = await self._begins(records.blocks_topic(version))
+        begins = await self._begins(topics.blocks_topic(version))
         self.version = version
         self._take_block_size()
         self._pods.read_version(version)
         start_at = {} if self._table is None else self._resume(self._table, begins)
         self._views = [PartitionView(self._store, number) for number in range(len(begins))]
-        pods = Follower(self._kafka, records.PODS, self._pods.apply, client_id=_CLIENT_ID)
+        pods = Follower(self._kafka, topics.PODS, self._pods.apply, client_id=_CLIENT_ID)
         blocks = Follower(
             self._kafka,
-            records.blocks_topic(version),
+            topics.blocks_topic(version),
             self._blocks,
             client_id=_CLIENT_ID,
             start_at=start_at,
@@ -197,7 +197,7 @@ class Replica:
         count = table.get(_COUNT)
         stands = {number: table.get(_LOG + number.to_bytes(2, "big")) for number in begins}
         found = {number: int.from_bytes(value, "big") for number, value in stands.items() if value is not None}
-        version = table.get(_VERSION) or records.BASE_VERSION.encode()
+        version = table.get(_VERSION) or topics.BASE_VERSION.encode()
         kept = count is not None and int.from_bytes(count, "big") == len(begins) and version == self.version.encode()
         if kept and all(found.get(number, 0) >= begin for number, begin in begins.items()):
             self.counts["resumed"] += 1
@@ -318,12 +318,12 @@ class Replica:
         """Give back the room of epochs that ended since the last time: the workers' sweeps are not on the log."""
         known, before = dict(self._pods.merged), self._swept
         valid = {
-            records.pod_ref(name): _bounds(pod)
+            pod_ids.pod_ref(name): _bounds(pod)
             for name, pod in known.items()
             if name not in before or _bounds(before[name]) != _bounds(pod)
         }
         # Of a pod that nobody knows any more everything is dead; should it come back now, its epochs lie above.
-        valid |= {records.pod_ref(name): (before[name].epoch + 1, 0) for name in before.keys() - known.keys()}
+        valid |= {pod_ids.pod_ref(name): (before[name].epoch + 1, 0) for name in before.keys() - known.keys()}
         if valid:
             self.counts["holders_swept"] += await self._backend.drop_epochs(valid)
         self._swept = known

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import Final
 
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import pod_ids
 from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.model.chain import split_keys
-from kvatlas.streams.index.holders import OP_ADD, BlocksRecord, Run
+from kvatlas.streams.index.blocks_record import OP_ADD, BlocksRecord, Run
 from kvatlas.streams.index.view import DictView
 from kvatlas.streams.resolve import engine_blocks as eb
 from kvatlas.streams.resolve.effects import PodUpdates
@@ -49,7 +49,7 @@ def restated(pod: str, view: DictView, options: ResolveOptions) -> list[BlocksRe
         view: its ``engine_blocks``.
         options: as its events were resolved with.
     """
-    ref = records.pod_ref(pod)
+    ref = pod_ids.pod_ref(pod)
     prefix = ref.to_bytes(8, "big")
     value = view.get(eb.state_key(prefix))
     if value is None:
@@ -71,7 +71,7 @@ def _updates(ref: int, view: DictView, state: PodState, options: ResolveOptions)
         state,
         updates,
         Counter(),
-        store_ref=records.store_ref(state.store or options.store),
+        store_ref=pod_ids.store_ref(state.store or options.store),
         copies=True,
         canonical_tokens=options.block_size_tokens,
         orphan_blocks=0,

@@ -23,7 +23,7 @@ import msgspec
 import rocksdict
 
 from kvatlas.bridge.ingest.recovered import Recovered
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import pod_ids, records
 from kvatlas.bridge.model.records import PodRecord
 from kvatlas.scorer.library.backends.errors import BackendError
 from kvatlas.streams.errors import StoreError
@@ -168,10 +168,10 @@ def recovered_of(kept: Kept) -> Recovered | None:
     applied = streams.last_sequence if streams is not None else -1
     last = streams.last_event_ns if streams is not None else 0
     record = msgspec.structs.replace(
-        merged, writer=records.WRITER_BRIDGE, last_sequence=applied, last_event_ns=last, state=records.STALE
+        merged, writer=pod_ids.WRITER_BRIDGE, last_sequence=applied, last_event_ns=last, state=records.STALE
     )
     return Recovered(record, list(kept.digests))
 
 
 def _ref(pod: str) -> bytes:
-    return records.pod_ref(pod).to_bytes(8, "big")
+    return pod_ids.pod_ref(pod).to_bytes(8, "big")

@@ -8,8 +8,8 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from kvatlas.bridge.engines.spec import EngineSpec
 from kvatlas.bridge.model.records import PodRecord
-from kvatlas.bridge.options import EngineSpec
 from kvatlas.scorer.errors import NotReadyError
 from kvatlas.scorer.library.answers import Explained, Scored
 from kvatlas.scorer.library.backends.base import Stats

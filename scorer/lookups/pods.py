@@ -13,17 +13,9 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 
 from kvatlas.bridge.errors import WireError
-from kvatlas.bridge.model.records import (
-    BASE_VERSION,
-    GONE,
-    WRITER_BRIDGE,
-    WRITER_STREAMS,
-    PodRecord,
-    decode,
-    merge_pod,
-    pod_ref,
-    streams_writer,
-)
+from kvatlas.bridge.model.pod_ids import WRITER_BRIDGE, WRITER_STREAMS, pod_ref, streams_writer
+from kvatlas.bridge.model.records import GONE, PodRecord, decode, merge_pod
+from kvatlas.bridge.model.topics import BASE_VERSION
 from kvatlas.scorer.scoring.walk import Fleet
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import records, topics
 from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.scorer.api.core import Index
@@ -63,8 +63,8 @@ class VersionReader:
         self._block_size_tokens = block_size_tokens
         self.lookups = lookups(self.workers)
         self._followers = {
-            "pods": Follower(kafka, records.PODS, self.pods.apply, client_id=client_id),
-            "workers": Follower(kafka, records.WORKERS, self.workers.apply, client_id=client_id),
+            "pods": Follower(kafka, topics.PODS, self.pods.apply, client_id=client_id),
+            "workers": Follower(kafka, topics.WORKERS, self.workers.apply, client_id=client_id),
         }
         self._started = False
 
@@ -136,7 +136,7 @@ class Versions:
             pinned: stay with this version; empty follows the catalog.
             use: called with the reader that requests go to from now on.
         """
-        self.used = make(pinned or records.BASE_VERSION)
+        self.used = make(pinned or topics.BASE_VERSION)
         self.readers = {self.used.name: self.used}
         self._make = make
         self._pinned = bool(pinned)

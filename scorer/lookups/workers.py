@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from kvatlas.bridge.errors import WireError
 from kvatlas.bridge.model.block_key import KEY_VERSION
-from kvatlas.bridge.model.records import BASE_VERSION, CATALOG_KEY, IndexCatalog, WorkerRecord, decode
+from kvatlas.bridge.model.records import CATALOG_KEY, IndexCatalog, WorkerRecord, decode
+from kvatlas.bridge.model.topics import BASE_VERSION
 
 log = logging.getLogger(__name__)
 

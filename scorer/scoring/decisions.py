@@ -17,7 +17,8 @@ from typing import Final
 
 from kvatlas.bridge.errors import WireError
 from kvatlas.bridge.model.block_key import KEY_BYTES
-from kvatlas.bridge.model.records import GONE, DecisionRecord, PodRecord, decode, pod_ref
+from kvatlas.bridge.model.pod_ids import pod_ref
+from kvatlas.bridge.model.records import GONE, DecisionRecord, PodRecord, decode
 from kvatlas.scorer.errors import UnknownPodError
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.scoring.remembered import Remembered

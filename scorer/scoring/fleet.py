@@ -13,7 +13,8 @@ from typing import Final, NamedTuple
 import msgspec
 
 from kvatlas.bridge.model.events import Kind, Tier
-from kvatlas.bridge.model.records import GONE, PodRecord, pod_ref, store_ref
+from kvatlas.bridge.model.pod_ids import pod_ref, store_ref
+from kvatlas.bridge.model.records import GONE, PodRecord
 from kvatlas.streams.index.holders import HOLDER
 
 #: Tier of a holder that only a recent decision vouches for. Lives in memory, never on the wire.

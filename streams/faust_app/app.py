@@ -13,7 +13,7 @@ from mode import get_logger
 from yarl import URL
 
 from kvatlas.bridge.kafka.config import password, ssl_context
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import pod_ids, topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.streams.faust_app.consumer import SourceConsumer, SourceTransport, Waiting
 from kvatlas.streams.faust_app.recovery import BulkTableManager
@@ -199,13 +199,13 @@ def build_app(
     app.flows, app.sources = {}, {}
     budget = RocksBudget(settings.rocksdb_cache_bytes, settings.write_buffer_bytes)
     engine_changelog, index_changelog = (
-        kafka.topic(topic.name) for topic in records.changelog_topics(settings.versioned_app)
+        kafka.topic(topic.name) for topic in topics.changelog_topics(settings.versioned_app)
     )
     output = Output(
         app.aiokafka_producer,
         (kafka.topic(settings.blocks_topic), partitions[settings.blocks_topic]),
-        (kafka.topic(records.DLQ), partitions[records.DLQ]),
-        kafka.topic(records.EVENTS),
+        (kafka.topic(topics.DLQ), partitions[topics.DLQ]),
+        kafka.topic(topics.EVENTS),
     )
     parts = _Parts(app, settings, kafka, partitions, output, budget, clock, on_crash)
     tables: dict[str, str] = {}
@@ -254,13 +254,13 @@ def _table(parts: _Parts, name: str, changelog: str) -> BulkTable:
 
 def _add_resolve(parts: _Parts, table: BulkTable) -> None:
     app, settings, kafka, partitions = parts.app, parts.settings, parts.kafka, parts.partitions
-    source = kafka.topic(records.EVENTS)
+    source = kafka.topic(topics.EVENTS)
     options = resolve_options(settings)
     publisher = PodPublisher(
         app.aiokafka_producer,
-        (kafka.topic(records.PODS), partitions[records.PODS]),
+        (kafka.topic(topics.PODS), partitions[topics.PODS]),
         settings.pod_record_interval_seconds,
-        writer=records.streams_writer(settings.index_version),
+        writer=pod_ids.streams_writer(settings.index_version),
     )
 
     def make_stage(partition: int) -> ResolveStage:

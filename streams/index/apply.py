@@ -19,9 +19,10 @@ from types import MappingProxyType
 from typing import Final, NamedTuple
 
 from kvatlas.bridge.model.block_key import KEY_BYTES
+from kvatlas.bridge.model.epochs import incarnation_of
 from kvatlas.bridge.model.events import Tier
-from kvatlas.bridge.model.records import incarnation_of
-from kvatlas.streams.index.holders import HOLDER, HOLDER_BYTES, OP_ADD, BlocksRecord, Run, add_holder, remove_holder
+from kvatlas.streams.index.blocks_record import OP_ADD, BlocksRecord, Run
+from kvatlas.streams.index.holders import HOLDER, HOLDER_BYTES, add_holder, remove_holder
 from kvatlas.streams.index.view import View
 
 META_PREFIX: Final = b"\x00pod"

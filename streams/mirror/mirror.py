@@ -24,7 +24,7 @@ from typing import Final
 from mode import get_logger
 from redis.exceptions import RedisError
 
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import pod_ids, records
 from kvatlas.bridge.model.block_key import KEY_BYTES, partition_of
 from kvatlas.streams import metrics
 from kvatlas.streams.mirror.layout import MirrorLayout, Position, token
@@ -124,7 +124,7 @@ class Mirror:
         return keys
 
     def _partition(self, pod: str) -> int:
-        return records.pod_partition(pod, self._layout.partitions)
+        return pod_ids.pod_partition(pod, self._layout.partitions)
 
     # --- the task -------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.streams.faust_app.table import BulkTable
 from kvatlas.streams.mirror.changes import changed_keys
@@ -43,7 +43,7 @@ def worker_mirror(
     Raises:
         SettingsError: the server's address or the password file cannot be used.
     """
-    changelog = kafka.topic(records.changelog_topics(settings.versioned_app)[1].name)
+    changelog = kafka.topic(topics.changelog_topics(settings.versioned_app)[1].name)
 
     async def changed(partition: int, after: Position, through: int) -> list[bytes] | None:
         return await changed_keys(

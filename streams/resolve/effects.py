@@ -15,8 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kvatlas.bridge.model.block_key import KEY_BYTES
-from kvatlas.bridge.model.records import PodRecord, incarnation_of
-from kvatlas.streams.index.holders import HOLDER_BYTES, OP_ADD, OP_REMOVE, Run, encode_blocks
+from kvatlas.bridge.model.epochs import incarnation_of
+from kvatlas.bridge.model.records import PodRecord
+from kvatlas.streams.index.blocks_record import OP_ADD, OP_REMOVE, Run, encode_blocks
+from kvatlas.streams.index.holders import HOLDER_BYTES
 
 #: Updates in one ``kv-blocks`` record at most: 41 bytes each, far under the topic's largest record.
 RECORD_UPDATES: Final = 65_536

@@ -28,8 +28,9 @@ import msgspec
 
 from kvatlas.bridge.errors import VersionError, WireError
 from kvatlas.bridge.model.chain import Tail
+from kvatlas.bridge.model.epochs import epoch_of
 from kvatlas.bridge.model.events import Tier
-from kvatlas.bridge.model.records import LIVE, GroupSpec, epoch_of
+from kvatlas.bridge.model.records import LIVE, GroupSpec
 
 SCHEMA_VERSION: Final = 1
 

@@ -7,7 +7,7 @@ from typing import Final
 
 import msgspec
 
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import epochs, topics
 
 #: Sequence or incarnation that a message does not carry.
 ABSENT: Final = -1
@@ -37,7 +37,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     pod: str
     value: bytes
-    content: str = records.CONTENT_ENGINE
+    content: str = topics.CONTENT_ENGINE
     sequence: int = ABSENT
     incarnation: int = ABSENT
     engine: str = "vllm"
@@ -64,28 +64,28 @@ def parse_message(
     pod = (key or b"").decode(errors="replace")
     error = "" if pod else "the record has no key, so no pod id"
     try:
-        sequence = _number(get(records.H_SEQUENCE))
-        incarnation = _number(get(records.H_INCARNATION))
-        receive_ns = _number(get(records.H_RECEIVE_NS))
+        sequence = _number(get(topics.H_SEQUENCE))
+        incarnation = _number(get(topics.H_INCARNATION))
+        receive_ns = _number(get(topics.H_RECEIVE_NS))
     except ValueError:
         (sequence, incarnation, receive_ns), bad = _readable_numbers(found)
         error = error or bad
-    if not error and incarnation > records.INCARNATION_MAX:
-        error = f"header {records.H_INCARNATION!r} is above {records.INCARNATION_MAX}"
-    content = _text(get(records.H_CONTENT_TYPE)) or records.CONTENT_ENGINE
-    if not error and sequence == ABSENT and content != records.CONTENT_CONTROL:
-        error = f"header {records.H_SEQUENCE!r} is missing: the message's place in its stream is unknown"
+    if not error and incarnation > epochs.INCARNATION_MAX:
+        error = f"header {topics.H_INCARNATION!r} is above {epochs.INCARNATION_MAX}"
+    content = _text(get(topics.H_CONTENT_TYPE)) or topics.CONTENT_ENGINE
+    if not error and sequence == ABSENT and content != topics.CONTENT_CONTROL:
+        error = f"header {topics.H_SEQUENCE!r} is missing: the message's place in its stream is unknown"
     return Message(
         pod=pod,
         value=bytes(value or b""),
         content=content,
         sequence=sequence,
         incarnation=incarnation,
-        engine=_text(get(records.H_ENGINE)) or "vllm",
-        model=_text(get(records.H_MODEL)),
+        engine=_text(get(topics.H_ENGINE)) or "vllm",
+        model=_text(get(topics.H_MODEL)),
         receive_ns=max(receive_ns, 0),
-        store=_text(get(records.H_STORE)),
-        announcements=_text(get(records.H_ANNOUNCEMENTS)),
+        store=_text(get(topics.H_STORE)),
+        announcements=_text(get(topics.H_ANNOUNCEMENTS)),
         partition=partition,
         offset=offset,
         headers=found,
@@ -96,7 +96,7 @@ def parse_message(
 def _readable_numbers(headers: Mapping[str, bytes]) -> tuple[list[int], str]:
     """Return sequence, incarnation and receive time as far as they are numbers, and what is wrong with the first."""
     numbers, error = [], ""
-    for name in (records.H_SEQUENCE, records.H_INCARNATION, records.H_RECEIVE_NS):
+    for name in (topics.H_SEQUENCE, topics.H_INCARNATION, topics.H_RECEIVE_NS):
         try:
             numbers.append(_number(headers.get(name)))
         except ValueError:

@@ -8,7 +8,7 @@ from typing import Final, Literal
 import msgspec
 
 from kvatlas.bridge.errors import WireError
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import epochs, pod_ids, records, topics
 from kvatlas.bridge.model.adapters import adapter
 from kvatlas.bridge.model.block_key import KEY_BYTES, root_key
 from kvatlas.bridge.model.events import Cleared, Event, Kind, Limits, Removed, Stored, Tier
@@ -98,9 +98,9 @@ class Resolver:
         try:
             if message.error:
                 raise WireError(message.error)
-            if message.content == records.CONTENT_CONTROL:
+            if message.content == topics.CONTENT_CONTROL:
                 self._control(view, message, effects)
-            elif message.content in (records.CONTENT_ENGINE, records.CONTENT_KEYS):
+            elif message.content in (topics.CONTENT_ENGINE, topics.CONTENT_KEYS):
                 self._stream(view, message, effects)
             else:
                 raise WireError(f"content type {message.content!r} is not known here")
@@ -127,9 +127,9 @@ class Resolver:
         control = records.decode(records.Control, message.value)
         if control.type not in CONTROLS:
             raise WireError(f"control record of type {control.type!r}; known types: {', '.join(sorted(CONTROLS))}")
-        if not 0 <= control.incarnation <= records.INCARNATION_MAX:
+        if not 0 <= control.incarnation <= epochs.INCARNATION_MAX:
             raise WireError(f"control record of incarnation {control.incarnation}; expected 32 bits")
-        ref = records.pod_ref(message.pod).to_bytes(8, "big")
+        ref = pod_ids.pod_ref(message.pod).to_bytes(8, "big")
         state = self._load(view, message.pod, ref)
         if state is not None and control.incarnation <= state.incarnation:
             effects.counts["controls_late"] += 1
@@ -195,7 +195,7 @@ class Resolver:
     # --- messages of the stream -----------------------------------------------------------------------------------
 
     def _stream(self, view: View, message: Message, effects: Effects) -> None:
-        number = records.pod_ref(message.pod)
+        number = pod_ids.pod_ref(message.pod)
         ref = number.to_bytes(8, "big")
         state = self._admit(self._load(view, message.pod, ref), message, effects)
         if state is None:
@@ -209,13 +209,13 @@ class Resolver:
             state,
             updates,
             effects.counts,
-            store_ref=records.store_ref(state.store or self._options.store),
+            store_ref=pod_ids.store_ref(state.store or self._options.store),
             copies=(message.announcements or self._options.announcements) != "presence",
             canonical_tokens=self._options.block_size_tokens,
             orphan_blocks=self._options.orphan_blocks,
         )
         try:
-            if message.content == records.CONTENT_KEYS:
+            if message.content == topics.CONTENT_KEYS:
                 self._keyed_batch(view, message, state, blocks, effects)
             else:
                 self._batch(view, message, state, blocks, effects)
@@ -335,7 +335,7 @@ def pod_record(state: PodState, now_ns: int) -> records.PodRecord:
     main = state.groups.get(0) or next(iter(state.groups.values()), records.GroupSpec())
     return records.PodRecord(
         pod=state.pod,
-        writer=records.WRITER_STREAMS,
+        writer=pod_ids.WRITER_STREAMS,
         state=state.state,
         epoch=state.epoch,
         valid_from=state.valid_from,

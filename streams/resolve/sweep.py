@@ -9,8 +9,9 @@ from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 
 from kvatlas.bridge.errors import WireError
+from kvatlas.bridge.model.epochs import epoch_of
 from kvatlas.bridge.model.events import Tier
-from kvatlas.bridge.model.records import GONE, epoch_of
+from kvatlas.bridge.model.records import GONE
 from kvatlas.streams.index.apply import Swept, Validity
 from kvatlas.streams.resolve import engine_blocks as eb
 

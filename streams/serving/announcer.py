@@ -13,7 +13,7 @@ from aiokafka.errors import KafkaError
 from mode import get_logger
 
 from kvatlas.bridge.errors import WireError
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.records import WorkerRecord
 
 logger = get_logger(__name__)
@@ -22,7 +22,7 @@ logger = get_logger(__name__)
 class WorkerBook:
     """What ``kv-workers`` says: who owns which partition of ``kv-blocks``, in one index version."""
 
-    def __init__(self, clock: Callable[[], int] = time.time_ns, version: str = records.BASE_VERSION) -> None:
+    def __init__(self, clock: Callable[[], int] = time.time_ns, version: str = topics.BASE_VERSION) -> None:
         self._version = version
         self._records: dict[str, WorkerRecord] = {}
         self._clock = clock
@@ -130,5 +130,5 @@ class Announcer:
         await self._send(self._describe().worker, None)
 
     async def _send(self, worker: str, value: bytes | None) -> None:
-        partition = records.pod_partition(worker, self._partitions)
+        partition = pod_ids.pod_partition(worker, self._partitions)
         await (await self._producer().send(self._topic, value, key=worker.encode(), partition=partition))

@@ -16,7 +16,7 @@ from aiokafka.errors import KafkaError
 from mode import get_logger
 
 from kvatlas.bridge.errors import KvatlasError
-from kvatlas.bridge.kafka.config import refusal_in
+from kvatlas.bridge.kafka.rights import refusal_in
 from kvatlas.streams.errors import UncertainError
 from kvatlas.streams.tasks.hole import Hole
 

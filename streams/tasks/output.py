@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import pod_ids, topics
 from kvatlas.streams.resolve.effects import DeadLetter, PodUpdates, encode
 
 _GATHER_SECONDS: Final = 0.01
@@ -110,12 +110,12 @@ class Output:
         producer = self._producer()
         pending = []
         for letter in letters:
-            headers = [(name, value) for name, value in letter.headers.items() if name != records.H_REASON]
+            headers = [(name, value) for name, value in letter.headers.items() if name != topics.H_REASON]
             headers += [
-                (records.H_REASON, letter.reason.encode()[:4096]),
-                (records.H_ORIGIN, f"{self._events}/{letter.partition}/{letter.offset}".encode()),
+                (topics.H_REASON, letter.reason.encode()[:4096]),
+                (topics.H_ORIGIN, f"{self._events}/{letter.partition}/{letter.offset}".encode()),
             ]
-            partition = records.pod_partition(letter.pod, self._dlq_partitions)
+            partition = pod_ids.pod_partition(letter.pod, self._dlq_partitions)
             pending.append(
                 await producer.send(
                     self._dlq, letter.raw, key=letter.pod.encode(), partition=partition, headers=headers
@@ -130,8 +130,8 @@ class Output:
             KafkaError: not acknowledged.
         """
         headers = [
-            (records.H_REASON, reason.encode()[:4096]),
-            (records.H_ORIGIN, f"{self._blocks}/{partition}/{offset}".encode()),
+            (topics.H_REASON, reason.encode()[:4096]),
+            (topics.H_ORIGIN, f"{self._blocks}/{partition}/{offset}".encode()),
         ]
         target = partition % self._dlq_partitions
         await (await self._producer().send(self._dlq, value, partition=target, headers=headers))

@@ -11,7 +11,7 @@ from aiokafka.errors import KafkaError
 from mode import get_logger
 
 from kvatlas.bridge.errors import WireError
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import epochs, pod_ids, records, topics
 from kvatlas.bridge.model.records import PodRecord
 
 logger = get_logger(__name__)
@@ -33,7 +33,7 @@ class PodPublisher:
         topic: tuple[str, int],
         interval_seconds: float,
         *,
-        writer: str = records.WRITER_STREAMS,
+        writer: str = pod_ids.WRITER_STREAMS,
     ) -> None:
         self._writer = writer
         self._producer = producer
@@ -92,8 +92,8 @@ class PodPublisher:
         """
         self._waiting.pop(pod, None)
         self._sent_at.pop(pod, None)
-        partition = records.pod_partition(pod, self._partitions)
-        key = records.pod_key(self._writer, pod)
+        partition = pod_ids.pod_partition(pod, self._partitions)
+        key = pod_ids.pod_key(self._writer, pod)
         await (await self._producer().send(self._topic, None, key=key, partition=partition))
 
     def forget(self) -> None:
@@ -104,8 +104,8 @@ class PodPublisher:
         return await self._producer().send(
             self._topic,
             records.encode(record),
-            key=records.pod_key(self._writer, pod),
-            partition=records.pod_partition(pod, self._partitions),
+            key=pod_ids.pod_key(self._writer, pod),
+            partition=pod_ids.pod_partition(pod, self._partitions),
         )
 
 
@@ -120,8 +120,8 @@ class PodBook:
         on_changed: told the pod id of every record taken over.
     """
 
-    def __init__(self, version: str = records.BASE_VERSION) -> None:
-        self._streams = records.streams_writer(version)
+    def __init__(self, version: str = topics.BASE_VERSION) -> None:
+        self._streams = pod_ids.streams_writer(version)
         self._records: dict[tuple[str, str], PodRecord] = {}
         self.bad = 0
         self.on_changed: Callable[[str], None] | None = None
@@ -132,7 +132,7 @@ class PodBook:
         if not pod:
             self.bad += 1
             return None
-        if writer not in (records.WRITER_BRIDGE, self._streams):
+        if writer not in (pod_ids.WRITER_BRIDGE, self._streams):
             return None
         if value is None:
             self._records.pop((writer, pod), None)
@@ -153,7 +153,7 @@ class PodBook:
 
     def merged(self, pod: str) -> PodRecord | None:
         """Return what both writers know of a pod, None when neither knows it."""
-        bridge = self._records.get((records.WRITER_BRIDGE, pod))
+        bridge = self._records.get((pod_ids.WRITER_BRIDGE, pod))
         streams = self._records.get((self._streams, pod))
         return None if bridge is None and streams is None else records.merge_pod(bridge, streams)
 
@@ -164,7 +164,7 @@ class PodBook:
 
     def validity(self) -> dict[int, tuple[int, int]]:
         """Return pod ref -> (valid_from, gpu_valid_from), for the sweep."""
-        return {records.pod_ref(pod.pod): (pod.valid_from, pod.gpu_valid_from) for pod in self.pods()}
+        return {pod_ids.pod_ref(pod.pod): (pod.valid_from, pod.gpu_valid_from) for pod in self.pods()}
 
     def gone_since(self, before_ns: int) -> dict[int, int]:
         """Return pod ref -> incarnation, of pods that were gone before a time (ns since the epoch) and are since.
@@ -173,14 +173,14 @@ class PodBook:
         """
         found = {}
         for (writer, name), record in self._records.items():
-            if writer != records.WRITER_BRIDGE or record.state != records.GONE or record.updated_ns >= before_ns:
+            if writer != pod_ids.WRITER_BRIDGE or record.state != records.GONE or record.updated_ns >= before_ns:
                 continue
             pod = self.merged(name)
             assert pod is not None
             if max(pod.updated_ns, pod.receive_ns) < before_ns:
-                found[records.pod_ref(name)] = records.incarnation_of(pod.epoch)
+                found[pod_ids.pod_ref(name)] = epochs.incarnation_of(pod.epoch)
         return found
 
     def names(self) -> dict[int, str]:
         """Return pod ref -> pod id."""
-        return {records.pod_ref(pod): pod for _, pod in self._records}
+        return {pod_ids.pod_ref(pod): pod for _, pod in self._records}

@@ -16,7 +16,7 @@ from kvatlas.bridge.model.records import PodRecord
 from kvatlas.streams import metrics
 from kvatlas.streams.faust_app.table import BulkTable, PartitionView
 from kvatlas.streams.index.apply import apply_blocks, table_keys_of
-from kvatlas.streams.index.holders import BlocksRecord, decode_blocks
+from kvatlas.streams.index.blocks_record import BlocksRecord, decode_blocks
 from kvatlas.streams.options import WorkerSettings
 from kvatlas.streams.resolve.effects import DeadLetter, Effects
 from kvatlas.streams.resolve.message import parse_message

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import pod_ids, records
 from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.model.events import Tier
 from kvatlas.streams import metrics
@@ -83,7 +83,7 @@ class Census:
     async def take(self) -> None:
         """Count once."""
         pods = self._pods()
-        valid = {records.pod_ref(pod.pod): (pod.valid_from, pod.gpu_valid_from) for pod in pods}
+        valid = {pod_ids.pod_ref(pod.pod): (pod.valid_from, pod.gpu_valid_from) for pod in pods}
         active = [number for number, state in self._states().items() if state.role is Role.ACTIVE]
         whole: Counter[tuple[int, int]] = Counter()
         for number in active:
@@ -133,9 +133,9 @@ class Census:
 def _named(whole: Mapping[tuple[int, int], int], pods: Iterable[records.PodRecord]) -> Holdings:
     names: dict[int, str] = {}
     for pod in pods:
-        names[records.pod_ref(pod.pod)] = pod.pod
+        names[pod_ids.pod_ref(pod.pod)] = pod.pod
         if pod.store:
-            names[records.store_ref(pod.store)] = f"store:{pod.store}"
+            names[pod_ids.store_ref(pod.store)] = f"store:{pod.store}"
     holdings: Holdings = {}
     for (ref, tier), blocks in sorted(whole.items()):
         if ref in names:

@@ -12,7 +12,7 @@ import pytest
 from kvatlas.bridge.ingest.shared import Shared
 from kvatlas.bridge.ingest.stream import PodStream
 from kvatlas.bridge.kafka.producer import Item, Publisher
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import pod_ids, records
 from kvatlas.bridge.options import BridgeSettings
 
 
@@ -57,7 +57,7 @@ class MemoryLog:
 
     def pod(self, name: str) -> records.PodRecord:
         """Return a pod's newest record."""
-        key = records.pod_key(records.WRITER_BRIDGE, name)
+        key = pod_ids.pod_key(pod_ids.WRITER_BRIDGE, name)
         return records.decode(records.PodRecord, [item.value for _, item in self.records if item.key == key][-1])
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from kvatlas.bridge.engines.spec import EngineSpec, parse_engine
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.bridge.options import BridgeSettings, EngineSpec, parse_engine
+from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.relay.service import BridgeService
 from kvatlas.bridge.runtime.settings import KafkaSettings
 

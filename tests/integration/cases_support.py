@@ -16,7 +16,7 @@ import msgspec
 from pipeline_support import Service
 from streams_support import PARTITIONS, WorkerProcess, make_topics, producing
 
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.block_key import block_keys, pack_tokens, partition_of, root_key
 from kvatlas.bridge.model.records import Control
 from kvatlas.bridge.runtime.settings import KafkaSettings
@@ -144,9 +144,9 @@ class Pipeline:
 
     async def _send(self, batch: Sequence[Record]) -> None:
         async with producing(self.kafka) as producer:
-            topic = self.kafka.topic(records.EVENTS)
+            topic = self.kafka.topic(topics.EVENTS)
             for key, value, headers in batch:
-                partition = records.pod_partition(key.decode(), PARTITIONS)
+                partition = pod_ids.pod_partition(key.decode(), PARTITIONS)
                 await producer.send(topic, value, key=key, headers=headers, partition=partition)
             await producer.flush()
 
@@ -260,10 +260,10 @@ class World:
         number = self._next.get(pod, 0) if sequence is None else sequence
         self._next[pod] = max(number + 1, self._next.get(pod, 0))
         fields = {
-            records.H_SEQUENCE: number,
-            records.H_INCARNATION: self._incarnation.setdefault(pod, 1),
-            records.H_MODEL: model or self.model,
-            records.H_RECEIVE_NS: time.time_ns(),
+            topics.H_SEQUENCE: number,
+            topics.H_INCARNATION: self._incarnation.setdefault(pod, 1),
+            topics.H_MODEL: model or self.model,
+            topics.H_RECEIVE_NS: time.time_ns(),
         }
         return (pod + self._suffix).encode(), payload, [(name, str(value).encode()) for name, value in fields.items()]
 
@@ -272,7 +272,7 @@ class World:
         incarnation = self._incarnation[pod] = self._incarnation.get(pod, 1) + 1
         self._next[pod] = lost[1] + 1 if kind == "gap" else 0
         value = records.encode(Control(type=kind, incarnation=incarnation, first_lost=lost[0], last_lost=lost[1]))
-        headers = [(records.H_CONTENT_TYPE, records.CONTENT_CONTROL.encode())]
+        headers = [(topics.H_CONTENT_TYPE, topics.CONTENT_CONTROL.encode())]
         self.subject.send([((pod + self._suffix).encode(), value, headers)])
 
     # --- what is asked --------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 
 from aiokafka import AIOKafkaProducer
 
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.audit.audit import PodAudit, audit
 from kvatlas.deploy.bench._fleet import LogFleet
@@ -28,7 +28,7 @@ PARTITIONS = 4
 async def make_topics(brokers: str, prefix: str, partitions: int = PARTITIONS) -> KafkaSettings:
     """Make a deployment's topics."""
     kafka = KafkaSettings(brokers=brokers, topic_prefix=prefix, partitions=partitions)
-    await ensure_topics(kafka, (*records.TOPICS, *records.changelog_topics("kvatlas")))
+    await ensure_topics(kafka, (*topics.TOPICS, *topics.changelog_topics("kvatlas")))
     return kafka
 
 

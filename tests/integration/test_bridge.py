@@ -17,7 +17,7 @@ from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from kvatlas.bridge.engines.publisher import EnginePublisher
 from kvatlas.bridge.ingest.recovered import recover
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import epochs, pod_ids, records, topics
 from kvatlas.bridge.model.adapters.fields import encode_batch
 from kvatlas.bridge.model.block_key import block_keys, pack_tokens, root_key
 from kvatlas.bridge.options import BridgeSettings
@@ -30,7 +30,7 @@ _CLEAR = [{"type": "AllBlocksCleared"}]
 
 async def _setup(brokers: str, prefix: str) -> KafkaSettings:
     kafka = KafkaSettings(brokers=brokers, topic_prefix=prefix, partitions=2)
-    await ensure_topics(kafka, [topic for topic in records.TOPICS if topic.by == "pod"])
+    await ensure_topics(kafka, [topic for topic in topics.TOPICS if topic.by == "pod"])
     return kafka
 
 
@@ -62,7 +62,7 @@ def _sequences(messages: list[Any], pod: str) -> list[tuple[int, int]]:
 
 async def _until(kafka: KafkaSettings, pod: str, count: int) -> list[Any]:
     deadline = time.monotonic() + 90
-    while len(_sequences(messages := await _read(kafka, records.EVENTS), pod)) < count:
+    while len(_sequences(messages := await _read(kafka, topics.EVENTS), pod)) < count:
         assert time.monotonic() < deadline, f"{len(_sequences(messages, pod))} of {count} messages of {pod} arrived"
         await asyncio.sleep(0.1)
     return messages
@@ -146,9 +146,9 @@ async def test_what_no_replay_can_fill_is_recorded_as_lost(brokers: str, topic_p
     found = _sequences(messages, "pod-x")
     assert [sequence for _, sequence in found] == [0, 2]
     assert found[1][0] > found[0][0]
-    pods = [records.decode(records.PodRecord, message.value) for message in await _read(kafka, records.PODS)]
+    pods = [records.decode(records.PodRecord, message.value) for message in await _read(kafka, topics.PODS)]
     assert (pods[-1].first_lost, pods[-1].last_lost, pods[-1].lost, pods[-1].last_sequence) == (1, 1, 1, 2)
-    assert pods[-1].suspect_before == records.epoch_of(found[1][0])
+    assert pods[-1].suspect_before == epochs.epoch_of(found[1][0])
 
 
 async def test_an_engine_that_overtook_us_while_we_were_away_is_a_restart(brokers: str, topic_prefix: str) -> None:
@@ -191,7 +191,7 @@ async def test_malformed_frames_are_dead_lettered_and_harm_nothing(brokers: str,
     await bridge.stop()
     engine.close()
     assert [sequence for _, sequence in _sequences(messages, "pod-x")] == [0, 2]
-    reasons = {dict(message.headers)["reason"].split(b":")[0] for message in await _read(kafka, records.DLQ)}
+    reasons = {dict(message.headers)["reason"].split(b":")[0] for message in await _read(kafka, topics.DLQ)}
     assert reasons == {b"sequence frame size", b"wrong number of frames", b"oversized"}
 
 
@@ -305,7 +305,7 @@ async def test_stripped_messages_hold_keys_and_no_tokens(brokers: str, topic_pre
         await asyncio.sleep(0.5)
         engine.publish(stored(number), timestamp=float(number))
         deadline = time.monotonic() + 90
-        while len(pairs(messages := await _read(kafka, records.EVENTS))) <= number:
+        while len(pairs(messages := await _read(kafka, topics.EVENTS))) <= number:
             assert time.monotonic() < deadline, len(messages)
             await asyncio.sleep(0.1)
         await bridge.stop()
@@ -342,7 +342,7 @@ async def test_an_endpoint_file_is_followed_without_restart(brokers: str, topic_
     await _true(lambda: not bridge.streams)
     await bridge.stop()
     engine.close()
-    last = (await _read(kafka, records.EVENTS))[-1]
+    last = (await _read(kafka, topics.EVENTS))[-1]
     assert records.decode(records.Control, last.value).type == "gone"
 
 
@@ -361,8 +361,8 @@ async def test_a_stop_sends_what_was_accepted(brokers: str, topic_prefix: str) -
     assert bridge.acknowledged < 50
     await bridge.stop()
     engine.close()
-    assert [sequence for _, sequence in _sequences(await _read(kafka, records.EVENTS), "pod-x")] == list(range(50))
-    assert records.decode(records.PodRecord, (await _read(kafka, records.PODS))[-1].value).last_sequence == 49
+    assert [sequence for _, sequence in _sequences(await _read(kafka, topics.EVENTS), "pod-x")] == list(range(50))
+    assert records.decode(records.PodRecord, (await _read(kafka, topics.PODS))[-1].value).last_sequence == 49
 
 
 async def test_a_silent_pod_is_stale_until_it_is_heard(brokers: str, topic_prefix: str) -> None:
@@ -385,7 +385,7 @@ async def test_a_silent_pod_is_stale_until_it_is_heard(brokers: str, topic_prefi
     engine.publish(_CLEAR, timestamp=1.0)
 
     async def states(pod: str) -> list[str]:
-        found = [records.decode(records.PodRecord, message.value) for message in await _read(kafka, records.PODS)]
+        found = [records.decode(records.PodRecord, message.value) for message in await _read(kafka, topics.PODS)]
         return [key for key, _ in itertools.groupby(record.state for record in found if record.pod == pod)]
 
     async def until(expected: list[str]) -> None:
@@ -422,7 +422,7 @@ async def test_an_engine_that_connected_and_left_is_gone(brokers: str, topic_pre
     await bridge.stop()
     engines[1].close()
     found = {}
-    for message in await _read(kafka, records.PODS):
+    for message in await _read(kafka, topics.PODS):
         record = records.decode(records.PodRecord, message.value)
         found[record.pod] = record.state
     assert found == {"pod-a": "gone", "pod-b": "live"}
@@ -454,7 +454,7 @@ async def test_an_address_that_another_pod_has_now_is_the_other_pods(
             await asyncio.sleep(0.05)
     await bridge.stop()
     engine.close()
-    controls = [m for m in await _read(kafka, records.EVENTS) if dict(m.headers)["content_type"] == b"control"]
+    controls = [m for m in await _read(kafka, topics.EVENTS) if dict(m.headers)["content_type"] == b"control"]
     found = [(m.key, records.decode(records.Control, m.value).type) for m in controls]
     assert sorted(found) == [(b"pod-a", "gone"), (b"pod-a", "start"), (b"pod-b", "start")]
 
@@ -462,27 +462,27 @@ async def test_an_address_that_another_pod_has_now_is_the_other_pods(
 async def test_a_quiet_pod_costs_no_reading_of_all_that_others_said(brokers: str, topic_prefix: str) -> None:
     """Positions are read from the last minute of the log and the records; what only the log says is not missed."""
     kafka = await _setup(brokers, topic_prefix)
-    names = [f"pod-{n}" for n in range(100) if records.pod_partition(f"pod-{n}", 2) == 0]
+    names = [f"pod-{n}" for n in range(100) if pod_ids.pod_partition(f"pod-{n}", 2) == 0]
     quiet, busy, unknown = names[:3]
     now = time.time_ns()
 
     def event(pod: str, sequence: int, age_seconds: float) -> dict[str, Any]:
         headers = [("content_type", b"engine"), ("incarnation", b"5"), ("sequence", b"%d" % sequence)]
         at = {"partition": 0, "timestamp_ms": int(now / 1e6 - age_seconds * 1000)}
-        return {"topic": kafka.topic(records.EVENTS), "key": pod.encode(), "value": b"x", "headers": headers, **at}
+        return {"topic": kafka.topic(topics.EVENTS), "key": pod.encode(), "value": b"x", "headers": headers, **at}
 
     def record(pod: str, sequence: int, offset: int, age_seconds: float) -> dict[str, Any]:
         value = records.PodRecord(
             pod=pod,
-            writer=records.WRITER_BRIDGE,
-            epoch=records.epoch_of(5),
+            writer=pod_ids.WRITER_BRIDGE,
+            epoch=epochs.epoch_of(5),
             last_sequence=sequence,
             events_partition=0,
             events_offset=offset,
             updated_ns=int(now - age_seconds * 1e9),
         )
-        key = records.pod_key(records.WRITER_BRIDGE, pod)
-        return {"topic": kafka.topic(records.PODS), "key": key, "value": records.encode(value), "partition": 0}
+        key = pod_ids.pod_key(pod_ids.WRITER_BRIDGE, pod)
+        return {"topic": kafka.topic(topics.PODS), "key": key, "value": records.encode(value), "partition": 0}
 
     started = {"type": "start", "incarnation": 5}
     control = event(unknown, -1, 2.0) | {
@@ -512,7 +512,7 @@ async def test_a_message_too_large_for_the_topic_is_lost_and_the_pod_goes_on(bro
     kafka = await _setup(brokers, topic_prefix)
     admin = AIOKafkaAdminClient(bootstrap_servers=brokers)
     await admin.start()
-    for name in (records.EVENTS, records.DLQ):
+    for name in (topics.EVENTS, topics.DLQ):
         small = ConfigResource(ConfigResourceType.TOPIC, kafka.topic(name), {"max.message.bytes": "4096"})
         await admin.alter_configs([small])
     await admin.close()
@@ -535,7 +535,7 @@ async def test_a_message_too_large_for_the_topic_is_lost_and_the_pod_goes_on(bro
     found = _sequences(messages, "pod-x")
     assert [sequence for _, sequence in found] == [n for n in range(200) if n != 100]
     assert all((incarnation >= gap.incarnation) == (sequence > 100) for incarnation, sequence in found)
-    (dead,) = await _read(kafka, records.DLQ)
+    (dead,) = await _read(kafka, topics.DLQ)
     assert dict(dead.headers)["reason"].startswith(b"refused: ")
     assert payload[:1] == dead.value[:1]
     assert (await recover(kafka, [0, 1]))["pod-x"].record.lost == 1

@@ -20,7 +20,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from kvatlas.bridge.engines.publisher import EnginePublisher
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import records, topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.kafka import KafkaNode
 from kvatlas.deploy.brokers.topics import ensure_topics
@@ -138,7 +138,7 @@ class Found:
 async def _read(kafka: KafkaSettings) -> Found:
     found = Found()
     async with AIOKafkaConsumer(bootstrap_servers=kafka.brokers, enable_auto_commit=False) as consumer:
-        places = [TopicPartition(kafka.topic(records.EVENTS), number) for number in range(_PARTITIONS)]
+        places = [TopicPartition(kafka.topic(topics.EVENTS), number) for number in range(_PARTITIONS)]
         consumer.assign(places)
         await consumer.seek_to_beginning(*places)
         ends = await consumer.end_offsets(places)
@@ -192,7 +192,7 @@ async def _chaos(kafka: KafkaSettings, bridge: Bridge, node: KafkaNode, pods: li
 async def test_every_message_is_on_the_log_once_or_recorded_as_lost(own_kafka: KafkaNode, topic_prefix: str) -> None:
     """After kills, restarts and floods each message is there once or recorded as lost; full buffers lose nothing."""
     kafka = KafkaSettings(brokers=own_kafka.bootstrap, topic_prefix=topic_prefix, partitions=_PARTITIONS)
-    await ensure_topics(kafka, [topic for topic in records.TOPICS if topic.by == "pod"])
+    await ensure_topics(kafka, [topic for topic in topics.TOPICS if topic.by == "pod"])
     pods = [Pod(number) for number in range(_PODS)]
     bridge = Bridge(kafka, pods)
     try:

@@ -11,7 +11,7 @@ from typing import Any
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from kvatlas.bridge.engines.publisher import EnginePublisher
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
 
@@ -21,7 +21,7 @@ _PODS, _KILLS = 5, 3
 async def _log(kafka: KafkaSettings) -> dict[str, list[tuple[int, int]]]:
     """Return per pod the (incarnation, sequence) on the log in order, first occurrences only."""
     async with AIOKafkaConsumer(bootstrap_servers=kafka.brokers, enable_auto_commit=False) as consumer:
-        places = [TopicPartition(kafka.topic(records.EVENTS), number) for number in range(kafka.partitions)]
+        places = [TopicPartition(kafka.topic(topics.EVENTS), number) for number in range(kafka.partitions)]
         consumer.assign(places)
         await consumer.seek_to_beginning(*places)
         ends = await consumer.end_offsets(places)
@@ -39,7 +39,7 @@ async def _log(kafka: KafkaSettings) -> dict[str, list[tuple[int, int]]]:
 async def test_a_killed_bridge_loses_and_doubles_nothing(brokers: str, topic_prefix: str) -> None:
     """After several SIGKILLs under traffic every sequence is on the log once per incarnation, in order."""
     kafka = KafkaSettings(brokers=brokers, topic_prefix=topic_prefix, partitions=3)
-    await ensure_topics(kafka, [topic for topic in records.TOPICS if topic.by == "pod"])
+    await ensure_topics(kafka, [topic for topic in topics.TOPICS if topic.by == "pod"])
     engines = [EnginePublisher("tcp://127.0.0.1:*", "tcp://127.0.0.1:*", topic=f"kv@pod-{n}@m") for n in range(_PODS)]
     for engine in engines:
         engine.start()

@@ -12,7 +12,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from kvatlas.bridge.engines.publisher import EnginePublisher
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import records, topics
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.relay.service import BridgeService
 from kvatlas.bridge.runtime.settings import KafkaSettings
@@ -67,7 +67,7 @@ class Log:
 
     def _take(self, record: Any) -> None:
         headers, key = dict(record.headers), record.key.decode()
-        if record.topic == self._kafka.topic(records.PODS):
+        if record.topic == self._kafka.topic(topics.PODS):
             found = records.decode(records.PodRecord, record.value)
             self.pods[found.pod] = found
         elif headers["content_type"] == b"control":
@@ -79,7 +79,7 @@ class Log:
     async def __aenter__(self) -> Log:
         self._consumer = AIOKafkaConsumer(bootstrap_servers=self._kafka.brokers, enable_auto_commit=False)
         await self._consumer.start()
-        names = [self._kafka.topic(name) for name in (records.EVENTS, records.PODS)]
+        names = [self._kafka.topic(name) for name in (topics.EVENTS, topics.PODS)]
         places = [TopicPartition(name, number) for name in names for number in range(_PARTITIONS)]
         self._consumer.assign(places)
         await self._consumer.seek_to_beginning(*places)
@@ -94,7 +94,7 @@ async def test_pods_of_a_cluster_come_and_go(
 ) -> None:
     """A pod is heard once it is ready, through a cut watch and an expired one; one that left is recorded as gone."""
     kafka = KafkaSettings(brokers=brokers, topic_prefix=topic_prefix, partitions=_PARTITIONS)
-    await ensure_topics(kafka, [topic for topic in records.TOPICS if topic.by == "pod"])
+    await ensure_topics(kafka, [topic for topic in topics.TOPICS if topic.by == "pod"])
     settings = BridgeSettings(
         kubernetes_selector="app=vllm",
         kubernetes_config=api.kubeconfig(tmp_path),

@@ -14,7 +14,7 @@ from typing import Any
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from kvatlas.bridge.engines.publisher import EnginePublisher
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import topics
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.relay.service import BridgeService
 from kvatlas.bridge.runtime.settings import KafkaSettings
@@ -26,7 +26,7 @@ _PODS, _PARTITIONS = 8, 4
 async def _log(kafka: KafkaSettings) -> tuple[dict[str, list[tuple[int, int]]], set[bytes]]:
     """Return per pod the (incarnation, sequence) on the log in order, repetitions too; and who produced how."""
     async with AIOKafkaConsumer(bootstrap_servers=kafka.brokers, enable_auto_commit=False) as consumer:
-        places = [TopicPartition(kafka.topic(records.EVENTS), number) for number in range(kafka.partitions)]
+        places = [TopicPartition(kafka.topic(topics.EVENTS), number) for number in range(kafka.partitions)]
         consumer.assign(places)
         await consumer.seek_to_beginning(*places)
         ends = await consumer.end_offsets(places)
@@ -65,7 +65,7 @@ async def _traffic(engines: list[EnginePublisher], seconds: float) -> int:
 async def test_another_bridge_takes_over_the_pods_of_a_killed_one(brokers: str, topic_prefix: str) -> None:
     """Two bridges share the pods; after SIGKILL of one the other repairs by replay, and nothing is lost or doubled."""
     kafka = KafkaSettings(brokers=brokers, topic_prefix=topic_prefix, partitions=_PARTITIONS)
-    await ensure_topics(kafka, [topic for topic in records.TOPICS if topic.by == "pod"])
+    await ensure_topics(kafka, [topic for topic in topics.TOPICS if topic.by == "pod"])
     engines = [EnginePublisher("tcp://127.0.0.1:*", "tcp://127.0.0.1:*", topic=f"kv@pod-{n}@m") for n in range(_PODS)]
     for engine in engines:
         engine.start()
@@ -113,7 +113,7 @@ def _applied(places: list[tuple[int, int]]) -> list[tuple[int, int]]:
 async def test_a_bridge_that_was_frozen_takes_nothing_back(brokers: str, topic_prefix: str) -> None:
     """A bridge that sleeps through its own replacement and an engine's restart puts nothing above the other's log."""
     kafka = KafkaSettings(brokers=brokers, topic_prefix=topic_prefix, partitions=_PARTITIONS)
-    await ensure_topics(kafka, [topic for topic in records.TOPICS if topic.by == "pod"])
+    await ensure_topics(kafka, [topic for topic in topics.TOPICS if topic.by == "pod"])
 
     def engine(number: int, live: str = "tcp://127.0.0.1:*", replay: str = "tcp://127.0.0.1:*") -> EnginePublisher:
         made = EnginePublisher(live, replay, topic=f"kv@pod-{number}@m", bind=True)
@@ -165,7 +165,7 @@ async def test_a_bridge_that_was_frozen_takes_nothing_back(brokers: str, topic_p
 async def test_a_bridge_that_the_group_does_not_hear_writes_nothing(brokers: str, topic_prefix: str) -> None:
     """One that is cut off from its group and sees an engine restart leaves that to the bridge that took the pod."""
     kafka = KafkaSettings(brokers=brokers, topic_prefix=topic_prefix, partitions=_PARTITIONS)
-    await ensure_topics(kafka, [topic for topic in records.TOPICS if topic.by == "pod"])
+    await ensure_topics(kafka, [topic for topic in topics.TOPICS if topic.by == "pod"])
     live, replay = "tcp://127.0.0.1:*", "tcp://127.0.0.1:*"
     ahead_ns = 0
 

@@ -21,7 +21,7 @@ from confluent_kafka.admin import (
 
 from kvatlas.bridge.errors import LogError
 from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.model.records import TOPICS
+from kvatlas.bridge.model.topics import TOPICS
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.errors import BrokerUnavailableError
 from kvatlas.deploy.brokers.kafka import KafkaNode

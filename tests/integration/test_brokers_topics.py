@@ -10,7 +10,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from kvatlas.bridge.errors import LogError
-from kvatlas.bridge.model.records import TOPICS, Topic, changelog_topics
+from kvatlas.bridge.model.topics import TOPICS, Topic, changelog_topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.errors import BrokerUnavailableError, TopicMismatchError
 from kvatlas.deploy.brokers.process import free_ports

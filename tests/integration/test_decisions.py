@@ -14,16 +14,9 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from prometheus_client import REGISTRY
 
 from kvatlas.bridge.model.block_key import block_keys, pack_tokens, partition_of, root_key
-from kvatlas.bridge.model.records import (
-    TOPICS,
-    DecisionRecord,
-    PodRecord,
-    WorkerRecord,
-    decode,
-    encode,
-    pod_key,
-    pod_ref,
-)
+from kvatlas.bridge.model.pod_ids import pod_key, pod_ref
+from kvatlas.bridge.model.records import DecisionRecord, PodRecord, WorkerRecord, decode, encode
+from kvatlas.bridge.model.topics import TOPICS
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.scorer.client import AsyncScorerClient, score_request

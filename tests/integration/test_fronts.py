@@ -13,7 +13,7 @@ import grpc.aio
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from kvatlas.bridge.model.records import TOPICS
+from kvatlas.bridge.model.topics import TOPICS
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.scorer.options import ScorerSettings

@@ -11,6 +11,8 @@ import pytest
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
+from kvatlas.bridge.model import epochs, pod_ids, topics
+
 sys.path.insert(0, str(Path(__file__).parent))
 from streams_support import make_topics, producing
 
@@ -25,11 +27,12 @@ from kvatlas.scorer.library.answers import Scored
 from kvatlas.scorer.library.backends import Backend, MemoryBackend
 from kvatlas.scorer.library.backends.rocks import RocksBackend
 from kvatlas.scorer.library.replica import Replica
-from kvatlas.streams.index.holders import OP_ADD, OP_REMOVE, Run, encode_blocks, pack_holder
+from kvatlas.streams.index.blocks_record import OP_ADD, OP_REMOVE, Run, encode_blocks
+from kvatlas.streams.index.holders import pack_holder
 
 pytestmark = pytest.mark.kafka
-EPOCH = records.epoch_of(5)
-REF = records.pod_ref("a")
+EPOCH = epochs.epoch_of(5)
+REF = pod_ids.pod_ref("a")
 FIRST, SECOND = list(range(16)), list(range(100, 116))
 
 
@@ -37,19 +40,19 @@ class Log:
     """The workers' part: one pod's updates, a block each, with one position in its stream for all of them."""
 
     def __init__(self, kafka: KafkaSettings, producer: AIOKafkaProducer, partitions: int, version: str) -> None:
-        self.topic = kafka.topic(records.blocks_topic(version))
+        self.topic = kafka.topic(topics.blocks_topic(version))
         self._kafka, self._producer, self._partitions = kafka, producer, partitions
         self._sequence = 0
 
     async def pod(self) -> None:
         """Say that the pod lives."""
-        record = PodRecord(pod="a", writer=records.WRITER_BRIDGE, epoch=EPOCH, valid_from=EPOCH, model="m")
-        key = records.pod_key(records.WRITER_BRIDGE, "a")
-        await self._producer.send_and_wait(self._kafka.topic(records.PODS), records.encode(record), key=key)
+        record = PodRecord(pod="a", writer=pod_ids.WRITER_BRIDGE, epoch=EPOCH, valid_from=EPOCH, model="m")
+        key = pod_ids.pod_key(pod_ids.WRITER_BRIDGE, "a")
+        await self._producer.send_and_wait(self._kafka.topic(topics.PODS), records.encode(record), key=key)
 
     async def worker(self, name: str, value: WorkerRecord | IndexCatalog) -> None:
         """Put a record on ``kv-workers``."""
-        topic = self._kafka.topic(records.WORKERS)
+        topic = self._kafka.topic(topics.WORKERS)
         await self._producer.send_and_wait(topic, records.encode(value), key=name.encode())
 
     async def update(self, op: int, key: bytes) -> None:
@@ -86,7 +89,7 @@ async def test_a_hole_in_the_log_leaves_no_ghost(
     """What was removed while Kafka was away, in records that nobody can read any more, is not scored."""
     kafka = await make_topics(brokers, topic_prefix, 2)
     async with producing(kafka) as producer, Indexer.from_kafka(kafka, make(tmp_path / "index")) as indexer:
-        log = Log(kafka, producer, 2, records.BASE_VERSION)
+        log = Log(kafka, producer, 2, topics.BASE_VERSION)
         (first,), (second,) = indexer.block_keys(FIRST, "m"), indexer.block_keys(SECOND, "m")
         await log.pod()
         await log.update(OP_ADD, first)
@@ -108,17 +111,17 @@ async def test_a_hole_in_the_log_leaves_no_ghost(
 async def test_a_replica_moves_with_the_scorers(brokers: str, topic_prefix: str, tmp_path: Path) -> None:
     """The catalog names another version: its log, block size and pods count; what was there before is gone."""
     kafka = await make_topics(brokers, topic_prefix, 2)
-    await ensure_topics(kafka, records.version_topics("kvatlas", "v2"))
+    await ensure_topics(kafka, topics.version_topics("kvatlas", "v2"))
     folder = tmp_path / "index"
     async with producing(kafka) as producer:
-        base, other = Log(kafka, producer, 2, records.BASE_VERSION), Log(kafka, producer, 2, "v2")
+        base, other = Log(kafka, producer, 2, topics.BASE_VERSION), Log(kafka, producer, 2, "v2")
         async with Indexer.from_kafka(kafka, RocksBackend(folder)) as indexer:
             (first,) = indexer.block_keys(FIRST, "m")
             await base.pod()
             await base.update(OP_ADD, first)
             await until(indexer, lambda one, _: bool(one.scores))
-            versions = {records.BASE_VERSION: IndexVersion(), "v2": IndexVersion(block_size_tokens=8)}
-            for size, name in ((16, records.BASE_VERSION), (8, "v2")):
+            versions = {topics.BASE_VERSION: IndexVersion(), "v2": IndexVersion(block_size_tokens=8)}
+            for size, name in ((16, topics.BASE_VERSION), (8, "v2")):
                 record = WorkerRecord(worker=name, endpoint="e", block_size_tokens=size, index_version=name)
                 await base.worker(name, record)
             await base.worker(records.CATALOG_KEY.decode(), IndexCatalog(active="v2", versions=versions, updated_ns=1))
@@ -132,7 +135,7 @@ async def test_a_replica_moves_with_the_scorers(brokers: str, topic_prefix: str,
         async with Indexer.from_kafka(kafka, RocksBackend(folder)) as again:  # begins with the version in use
             assert (again.counts["resumed"], again.counts["updates"]) == (1, 0)
             assert (await again.score_tokens(SECOND, "m")).scores["a"].score == two.scores["a"].score
-            catalog = IndexCatalog(active=records.BASE_VERSION, versions=versions, updated_ns=2)
+            catalog = IndexCatalog(active=topics.BASE_VERSION, versions=versions, updated_ns=2)
             await base.worker(records.CATALOG_KEY.decode(), catalog)
             one, _ = await until(again, lambda one, _: bool(one.scores))
             assert one.block_size_tokens == 16

@@ -11,10 +11,11 @@ from typing import Any
 from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
+from kvatlas.bridge.model import topics
+
 sys.path.insert(0, str(Path(__file__).parent))
 from streams_support import PARTITIONS, WorkerProcess, fleet_of, make_topics, producing
 
-from kvatlas.bridge.model import records
 from kvatlas.deploy.bench._fleet import LogFleet
 from kvatlas.deploy.sim.cache import Request
 from kvatlas.scorer import Indexer
@@ -74,7 +75,7 @@ async def test_a_replica_on_disk_goes_on_where_it_was(brokers: str, topic_prefix
             await until_right(whole, fleet, served)  # so that everything is on the log
         admin = AIOKafkaAdminClient(bootstrap_servers=brokers)
         await admin.start()
-        topic = kafka.topic(records.BLOCKS)
+        topic = kafka.topic(topics.BLOCKS)
         await admin.delete_records(
             {TopicPartition(topic, n): RecordsToDelete(before_offset=-1) for n in range(PARTITIONS)}
         )

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from aiokafka import AIOKafkaProducer
 
-from kvatlas.bridge.model import block_key, records
+from kvatlas.bridge.model import block_key, pod_ids, records, topics
 from kvatlas.bridge.model.adapters.fields import encode_batch
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
@@ -47,8 +47,8 @@ def decision(pod: str, seconds: int, predicted: int) -> records.DecisionRecord:
 def test_why_compares_the_prediction_with_the_log(log, capsys, seconds, reason):  # noqa: F811
     """Before the first message nothing was cached anywhere; at the end the log holds what the engine reported."""
     made = decision("pod-b", seconds, predicted=1000)
-    topic = log[3] + records.DECISIONS
-    partition = records.pod_partition("pod-b", PARTITIONS)
+    topic = log[3] + topics.DECISIONS
+    partition = pod_ids.pod_partition("pod-b", PARTITIONS)
     asyncio.run(_send(log[1], topic, [(b"r-1", records.encode(made), partition)]))
     assert main(["why", "r-1", "--json", *log]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -59,7 +59,7 @@ def test_why_compares_the_prediction_with_the_log(log, capsys, seconds, reason):
 
 async def _stored_and_evicted(settings: KafkaSettings, tokens: list[int]) -> None:
     """Pod `a` stores four blocks and evicts the last two of them 30 s later; pod `b` stores the first one."""
-    await ensure_topics(settings, records.TOPICS)
+    await ensure_topics(settings, topics.TOPICS)
     stored = {"type": "BlockStored", "parent_block_hash": None, "block_size": 16, "lora_id": None, "medium": "GPU"}
     sent: list[tuple[str, int, dict[str, object]]] = [
         ("a", 0, {**stored, "block_hashes": [1, 2, 3, 4], "token_ids": tokens, "lora_name": None}),
@@ -70,17 +70,17 @@ async def _stored_and_evicted(settings: KafkaSettings, tokens: list[int]) -> Non
     await producer.start()
     for number, (pod, seconds, event) in enumerate(sent):
         await producer.send_and_wait(
-            settings.topic(records.EVENTS),
+            settings.topic(topics.EVENTS),
             encode_batch(0.0, [event], 0),
             key=pod.encode(),
-            partition=records.pod_partition(pod, PARTITIONS),
+            partition=pod_ids.pod_partition(pod, PARTITIONS),
             timestamp_ms=(BEGAN + seconds) * 1000,
             headers=[
-                (records.H_SEQUENCE, str(number).encode()),
-                (records.H_INCARNATION, b"1"),
-                (records.H_MODEL, b"m"),
-                (records.H_ENGINE, b"vllm"),
-                (records.H_CONTENT_TYPE, b"engine"),
+                (topics.H_SEQUENCE, str(number).encode()),
+                (topics.H_INCARNATION, b"1"),
+                (topics.H_MODEL, b"m"),
+                (topics.H_ENGINE, b"vllm"),
+                (topics.H_CONTENT_TYPE, b"engine"),
             ],
         )
     await producer.stop()
@@ -110,7 +110,7 @@ def test_why_tells_where_a_lost_hit_went(brokers, topic_prefix, capsys):
             decided_ns=(BEGAN + seconds) * 10**9,
         )
         sent.append((name.encode(), records.encode(made), 0))
-    asyncio.run(_send(brokers, settings.topic(records.DECISIONS), sent))
+    asyncio.run(_send(brokers, settings.topic(topics.DECISIONS), sent))
     for name, (_, _, _, reasons) in expected.items():
         assert main(["why", name, "--after=10", "--brokers", brokers, "--topic-prefix", topic_prefix, "--json"]) == 0
         found = json.loads(capsys.readouterr().out)["verdict"]["reasons"]
@@ -125,8 +125,8 @@ def test_why_of_an_unknown_request_says_how_decisions_get_there(log, capsys):  #
 
 
 async def _announce(settings: KafkaSettings) -> None:
-    await ensure_topics(settings, records.TOPICS)
-    pod = records.PodRecord(pod="p", writer=records.WRITER_STREAMS, last_sequence=7, lost=2, first_lost=3, last_lost=4)
+    await ensure_topics(settings, topics.TOPICS)
+    pod = records.PodRecord(pod="p", writer=pod_ids.WRITER_STREAMS, last_sequence=7, lost=2, first_lost=3, last_lost=4)
     worker = records.WorkerRecord(
         worker="w",
         endpoint="127.0.0.1:1",
@@ -135,9 +135,9 @@ async def _announce(settings: KafkaSettings) -> None:
         partition_count=4,
         expires_ns=time.time_ns() + 600 * 10**9,
     )
-    key = records.pod_key(records.WRITER_STREAMS, "p")
-    await _send(settings.brokers, settings.topic(records.PODS), [(key, records.encode(pod), 0)])
-    await _send(settings.brokers, settings.topic(records.WORKERS), [(b"w", records.encode(worker), 0)])
+    key = pod_ids.pod_key(pod_ids.WRITER_STREAMS, "p")
+    await _send(settings.brokers, settings.topic(topics.PODS), [(key, records.encode(pod), 0)])
+    await _send(settings.brokers, settings.topic(topics.WORKERS), [(b"w", records.encode(worker), 0)])
 
 
 def test_top_once_shows_pods_workers_and_what_nobody_serves(brokers, topic_prefix, capsys):
@@ -156,7 +156,7 @@ def test_top_once_shows_pods_workers_and_what_nobody_serves(brokers, topic_prefi
 def test_whatif_replays_recorded_decisions(brokers, topic_prefix, capsys):
     """Decisions on Kafka run through other policies, beside what the events showed of them."""
     settings = KafkaSettings(brokers=brokers, topic_prefix=topic_prefix, partitions=PARTITIONS)
-    asyncio.run(ensure_topics(settings, records.TOPICS))
+    asyncio.run(ensure_topics(settings, topics.TOPICS))
     sent = []
     for number in range(8):
         # Two prompts of four blocks in turn, spread so that every pod computes both.
@@ -168,7 +168,7 @@ def test_whatif_replays_recorded_decisions(brokers, topic_prefix, capsys):
         )
         outcome = msgspec.structs.replace(made, kind="outcome", keys=b"", real_blocks=4)
         sent += [(b"r", records.encode(record), 0) for record in (made, outcome)]
-    asyncio.run(_send(brokers, settings.topic(records.DECISIONS), sent))
+    asyncio.run(_send(brokers, settings.topic(topics.DECISIONS), sent))
     flags = ["whatif", "recorded", "precise:1", "--decisions", "--brokers", brokers, "--topic-prefix", topic_prefix]
     assert main([*flags, "--blocks", "8", "--delay-ms", "0", "--load-weight", "0", "--json"]) == 0
     rows = {row["policy"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}

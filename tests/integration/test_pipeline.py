@@ -16,7 +16,7 @@ import pytest
 import zmq
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import topics
 from kvatlas.bridge.model.adapters.fields import encode_batch
 from kvatlas.deploy.brokers.kafka import KafkaNode
 from kvatlas.deploy.sim.cache import Request
@@ -212,7 +212,7 @@ async def _dead_letters(pipeline: Pipeline) -> list[Any]:
     consumer = AIOKafkaConsumer(bootstrap_servers=pipeline.brokers, enable_auto_commit=False)
     await consumer.start()
     try:
-        places = [TopicPartition(pipeline.prefix + records.DLQ, number) for number in range(_PARTITIONS)]
+        places = [TopicPartition(pipeline.prefix + topics.DLQ, number) for number in range(_PARTITIONS)]
         consumer.assign(places)
         await consumer.seek_to_beginning(*places)
         ends = await consumer.end_offsets(places)
@@ -264,9 +264,9 @@ def test_garbage_harms_nobody_else_and_is_found_in_the_dead_letters(pipeline: Pi
     expected = 3 + 1 + 1 + 1 + 11
     support.eventually(lambda: len(asyncio.run(_dead_letters(pipeline))) < expected)
     letters = asyncio.run(_dead_letters(pipeline))
-    reasons = [dict(letter.headers)[records.H_REASON].decode() for letter in letters]
+    reasons = [dict(letter.headers)[topics.H_REASON].decode() for letter in letters]
     assert {letter.key for letter in letters} == {b"pod-evil"}
-    assert all(dict(letter.headers)[records.H_ORIGIN] for letter in letters)
+    assert all(dict(letter.headers)[topics.H_ORIGIN] for letter in letters)
     assert all(reasons)
     for part, count in (
         ("wrong number of frames", 3),

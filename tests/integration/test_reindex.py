@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from aiokafka import AIOKafkaProducer
 
+from kvatlas.bridge.model import pod_ids, topics
+
 sys.path.insert(0, str(Path(__file__).parent))
 from streams_support import WorkerProcess, fleet_of, make_topics, producing
 
@@ -76,19 +78,19 @@ async def send_steady(kafka: KafkaSettings, producer: AIOKafkaProducer) -> None:
         "lora_name": None,
     }
     headers = [
-        (records.H_SEQUENCE, b"0"),
-        (records.H_INCARNATION, b"1"),
-        (records.H_MODEL, MODEL.encode()),
-        (records.H_ENGINE, b"vllm"),
-        (records.H_CONTENT_TYPE, records.CONTENT_ENGINE.encode()),
-        (records.H_RECEIVE_NS, str(time.time_ns()).encode()),
+        (topics.H_SEQUENCE, b"0"),
+        (topics.H_INCARNATION, b"1"),
+        (topics.H_MODEL, MODEL.encode()),
+        (topics.H_ENGINE, b"vllm"),
+        (topics.H_CONTENT_TYPE, topics.CONTENT_ENGINE.encode()),
+        (topics.H_RECEIVE_NS, str(time.time_ns()).encode()),
     ]
     await producer.send_and_wait(
-        kafka.topic(records.EVENTS),
+        kafka.topic(topics.EVENTS),
         encode_batch(time.time(), [stored], 0),
         key=STEADY.encode(),
         headers=headers,
-        partition=records.pod_partition(STEADY, kafka.partitions),
+        partition=pod_ids.pod_partition(STEADY, kafka.partitions),
     )
 
 
@@ -232,13 +234,13 @@ async def test_compare_finds_an_index_that_is_wrong(
         assert (await reindex(kafka, "compare", "v2"))[0] == 0
         # As if the version's own resolve agent had seen a clear that never was.
         record = records.PodRecord(
-            pod=STEADY, writer=records.WRITER_STREAMS, epoch=1 << 40, valid_from=1 << 40, model=MODEL
+            pod=STEADY, writer=pod_ids.WRITER_STREAMS, epoch=1 << 40, valid_from=1 << 40, model=MODEL
         )
         await producer.send_and_wait(
-            kafka.topic(records.PODS),
+            kafka.topic(topics.PODS),
             records.encode(record),
-            key=records.pod_key(records.streams_writer("v2"), STEADY),
-            partition=records.pod_partition(STEADY, kafka.partitions),
+            key=pod_ids.pod_key(pod_ids.streams_writer("v2"), STEADY),
+            partition=pod_ids.pod_partition(STEADY, kafka.partitions),
         )
     code, found = await reindex(kafka, "compare", "v2")
     assert code == 1

@@ -15,12 +15,13 @@ import pytest
 import zmq
 from aiokafka import AIOKafkaProducer
 
-from kvatlas.bridge.model import block_key, records
+from kvatlas.bridge.model import block_key, pod_ids, records, topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.deploy.cli.entry import main
 from kvatlas.deploy.history.capture import read_capture
-from kvatlas.streams.index.holders import OP_ADD, Run, encode_blocks, pack_holder
+from kvatlas.streams.index.blocks_record import OP_ADD, Run, encode_blocks
+from kvatlas.streams.index.holders import pack_holder
 
 from .pipeline_support import Service, eventually
 
@@ -37,7 +38,7 @@ def frames(pod: str) -> list[list[bytes]]:
 
 async def _fill(brokers: str, prefix: str) -> None:
     settings = KafkaSettings(brokers=brokers, topic_prefix=prefix, partitions=PARTITIONS)
-    await ensure_topics(settings, records.TOPICS)
+    await ensure_topics(settings, topics.TOPICS)
     producer = AIOKafkaProducer(bootstrap_servers=brokers)
     await producer.start()
     try:
@@ -48,18 +49,18 @@ async def _fill(brokers: str, prefix: str) -> None:
                     continue
                 topic, sequence, payload = messages[number]
                 await producer.send(
-                    settings.topic(records.EVENTS),
+                    settings.topic(topics.EVENTS),
                     payload,
                     key=pod.encode(),
-                    partition=records.pod_partition(pod, PARTITIONS),
+                    partition=pod_ids.pod_partition(pod, PARTITIONS),
                     timestamp_ms=(BEGAN + number) * 1000,
                     headers=[
-                        (records.H_SEQUENCE, str(int.from_bytes(sequence, "big")).encode()),
-                        (records.H_INCARNATION, b"1"),
-                        (records.H_ENGINE_TOPIC, topic),
-                        (records.H_MODEL, b"demo-model"),
-                        (records.H_ENGINE, b"vllm"),
-                        (records.H_CONTENT_TYPE, b"engine"),
+                        (topics.H_SEQUENCE, str(int.from_bytes(sequence, "big")).encode()),
+                        (topics.H_INCARNATION, b"1"),
+                        (topics.H_ENGINE_TOPIC, topic),
+                        (topics.H_MODEL, b"demo-model"),
+                        (topics.H_ENGINE, b"vllm"),
+                        (topics.H_CONTENT_TYPE, b"engine"),
                     ],
                 )
         await producer.flush()
@@ -168,12 +169,12 @@ def test_a_capture_is_played_to_a_bridge(brokers: str, topic_prefix: str, tmp_pa
 def _payloads(flags: list[str], path: Path) -> list[bytes | None]:
     """The engine messages of pod-b on a log, in order."""
     assert main(["replay", *flags, "--pod", "pod-b", "--to", str(path)]) == 0
-    return [record.value for record in read_capture(path) if (records.H_CONTENT_TYPE, b"engine") in record.headers]
+    return [record.value for record in read_capture(path) if (topics.H_CONTENT_TYPE, b"engine") in record.headers]
 
 
 def test_a_range_by_offset(log: list[str], capsys: pytest.CaptureFixture[str]):
     """Offsets may be given for each partition; partitions that are not named are left out."""
-    partition = records.pod_partition("pod-a", PARTITIONS)
+    partition = pod_ids.pod_partition("pod-a", PARTITIONS)
     since, until = f"offset:{partition}:5", f"offset:{partition}:8"
     assert main(["replay", *log, "--since", since, "--until", until, "--json"]) == 0
     assert {(line["partition"], line["offset"]) for line in lines(capsys)} == {(partition, n) for n in (5, 6, 7)}
@@ -205,12 +206,12 @@ async def _send_derived(brokers: str, prefix: str) -> None:
     await producer.start()
     for number, pod in enumerate(("pod-a", "pod-b")):
         key = bytes([number]) * 16
-        run = Run(records.pod_ref(pod), 1, 0, 0, 1)
-        holder = pack_holder(records.pod_ref(pod), 0, 1, 0, 0, 1)
+        run = Run(pod_ids.pod_ref(pod), 1, 0, 0, 1)
+        holder = pack_holder(pod_ids.pod_ref(pod), 0, 1, 0, 0, 1)
         value = encode_blocks([run], key, bytes([OP_ADD]), holder, 0)
-        await producer.send_and_wait(settings.topic(records.BLOCKS), value, partition=0)
+        await producer.send_and_wait(settings.topic(topics.BLOCKS), value, partition=0)
         made = records.DecisionRecord(request_id=f"r-{pod}", pod=pod, model="m", keys=key, decided_ns=1)
-        await producer.send_and_wait(settings.topic(records.DECISIONS), records.encode(made), key=b"r", partition=0)
+        await producer.send_and_wait(settings.topic(topics.DECISIONS), records.encode(made), key=b"r", partition=0)
     await producer.stop()
 
 
@@ -223,7 +224,7 @@ def test_block_updates_and_decisions_are_replayed(log: list[str], capsys: pytest
     assert (block["added"], block["tiers"], block["runs"][0]["pod_ref"]) == (
         1,
         {"gpu": 1},
-        f"{records.pod_ref('pod-b'):016x}",
+        f"{pod_ids.pod_ref('pod-b'):016x}",
     )
     assert main(["replay", *log, "--topic", "kv-decisions", *flags, "--json"]) == 0
     (decision,) = lines(capsys)
@@ -250,7 +251,7 @@ def test_a_capture_is_cut_like_the_log(log: list[str], tmp_path: Path, capsys: p
     """Moments by time, offset and sequence mean the same over a capture as over Kafka."""
     path = tmp_path / "log.kvcap"
     assert main(["replay", *log, "--to", str(path)]) == 0
-    partition = records.pod_partition("pod-a", PARTITIONS)
+    partition = pod_ids.pod_partition("pod-a", PARTITIONS)
     for words in (
         ["--since", f"@{BEGAN + 10}", "--until", f"@{BEGAN + 20}"],
         ["--since", "offset:7", "--until", "offset:9"],

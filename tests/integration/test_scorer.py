@@ -11,7 +11,9 @@ import grpc.aio
 from aiokafka import AIOKafkaProducer
 
 from kvatlas.bridge.model.block_key import block_keys, pack_tokens, partition_of, root_key
-from kvatlas.bridge.model.records import TOPICS, PodRecord, WorkerRecord, encode, pod_key, pod_ref
+from kvatlas.bridge.model.pod_ids import pod_key, pod_ref
+from kvatlas.bridge.model.records import PodRecord, WorkerRecord, encode
+from kvatlas.bridge.model.topics import TOPICS
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.scorer.client import AsyncScorerClient, score_request

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import topics
 from kvatlas.deploy.brokers.kafka import KafkaNode
 from kvatlas.deploy.brokers.rights import Right
 from kvatlas.scorer.client import ScorerClient, score_request
@@ -159,14 +159,14 @@ def eventually_zero(call: Callable[[], subprocess.CompletedProcess[str]]) -> sub
 @pytest.mark.parametrize(
     ("who", "right"),
     [
-        ("bridge", topic(records.EVENTS, "Write")),
-        ("bridge", topic(records.PODS, "Read")),
+        ("bridge", topic(topics.EVENTS, "Write")),
+        ("bridge", topic(topics.PODS, "Read")),
         ("bridge", Right("group", PREFIX + "kvatlas-bridge", ("Read",))),
-        ("worker", topic(records.BLOCKS, "Write")),
+        ("worker", topic(topics.BLOCKS, "Write")),
         ("worker", topic("kvatlas-block_index-changelog", "Read")),
         ("worker", Right("group", PREFIX + "kvatlas", ("Read",))),
-        ("scorer", topic(records.WORKERS, "Read")),
-        ("scorer", topic(records.DECISIONS, "Write")),
+        ("scorer", topic(topics.WORKERS, "Read")),
+        ("scorer", topic(topics.DECISIONS, "Write")),
     ],
 )
 def test_a_service_without_a_right_says_which(accounts, tmp_path, who, right):
@@ -225,9 +225,9 @@ def test_an_account_without_rights_gets_nothing(accounts, tmp_path):
 @pytest.mark.parametrize(
     ("who", "right"),
     [
-        ("bridge", topic(records.EVENTS, "Write")),
-        ("worker", topic(records.BLOCKS, "Write")),
-        ("worker", topic(records.EVENTS, "Read")),
+        ("bridge", topic(topics.EVENTS, "Write")),
+        ("worker", topic(topics.BLOCKS, "Write")),
+        ("worker", topic(topics.EVENTS, "Read")),
     ],
 )
 def test_a_right_that_is_taken_away_ends_the_service(accounts, services, engines, tmp_path, who, right):

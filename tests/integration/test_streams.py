@@ -14,6 +14,8 @@ from pathlib import Path
 import grpc
 import pytest
 
+from kvatlas.bridge.model import pod_ids, topics
+
 sys.path.insert(0, str(Path(__file__).parent))
 from streams_support import (
     PARTITIONS,
@@ -25,7 +27,6 @@ from streams_support import (
     until_true,
 )
 
-from kvatlas.bridge.model import records
 from kvatlas.deploy.audit.audit import fold_events, read_records, read_topic
 from kvatlas.streams.index.columns import NOT_ANSWERED, read_index
 from kvatlas.streams.resolve.resolver import ResolveOptions
@@ -165,8 +166,8 @@ async def test_what_cannot_be_applied_is_dead_lettered_and_stops_nothing(
     workers.append(WorkerProcess(kafka, tmp_path / "w"))
     await workers[0].ready()
     async with producing(kafka) as producer:
-        partition = records.pod_partition("pod-0", PARTITIONS)
-        events, blocks = kafka.topic(records.EVENTS), kafka.topic(records.BLOCKS)
+        partition = pod_ids.pod_partition("pod-0", PARTITIONS)
+        events, blocks = kafka.topic(topics.EVENTS), kafka.topic(topics.BLOCKS)
         await producer.send_and_wait(
             events, b"\xc1garbage", key=b"pod-0", partition=partition, headers=[("sequence", b"0")]
         )
@@ -177,9 +178,9 @@ async def test_what_cannot_be_applied_is_dead_lettered_and_stops_nothing(
         await fleet.flush(producer)
     assert_true(await until_true(kafka, fleet.truth()), 4)
     letters: list[dict[str, bytes]] = []
-    await read_records(kafka, records.DLQ, lambda record: letters.append(dict(record.headers)))
-    assert len({letter[records.H_ORIGIN] for letter in letters}) == 2 + PARTITIONS
-    assert all(letter[records.H_REASON] and letter[records.H_ORIGIN] for letter in letters)
+    await read_records(kafka, topics.DLQ, lambda record: letters.append(dict(record.headers)))
+    assert len({letter[topics.H_ORIGIN] for letter in letters}) == 2 + PARTITIONS
+    assert all(letter[topics.H_REASON] and letter[topics.H_ORIGIN] for letter in letters)
 
 
 async def test_a_clean_stop_withdraws_the_announcement(
@@ -192,7 +193,7 @@ async def test_a_clean_stop_withdraws_the_announcement(
     last: dict[bytes, bytes | None] = {}
 
     async def announced() -> list[bytes | None]:
-        await read_topic(kafka, records.WORKERS, lambda key, value, _: last.__setitem__(key, value))
+        await read_topic(kafka, topics.WORKERS, lambda key, value, _: last.__setitem__(key, value))
         return list(last.values())
 
     async with asyncio.timeout(60):

@@ -16,11 +16,12 @@ import grpc
 import pytest
 from aiokafka import AIOKafkaProducer
 
+from kvatlas.bridge.model import epochs, topics
+
 sys.path.insert(0, str(Path(__file__).parent))
 from streams_support import WorkerProcess, assert_true, fleet_of, make_topics, producing, until_true
 
 from kvatlas.bridge.kafka.follower import TopicFollower
-from kvatlas.bridge.model import records
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.audit.audit import compare, lookup_all, read_topic
 from kvatlas.deploy.bench._fleet import FIRST_INCARNATION, LogFleet
@@ -45,7 +46,7 @@ async def test_the_index_is_true_after_chaos_and_never_credits_an_ended_epoch(
     names = ["a", "b", "c"]
     workers = [WorkerProcess(kafka, tmp_path / name, *flags) for name in names]
     pods = PodBook()
-    follower = TopicFollower(kafka, kafka.topic(records.PODS), pods.apply, "chaos")
+    follower = TopicFollower(kafka, kafka.topic(topics.PODS), pods.apply, "chaos")
     await follower.start()
     checked = kills = 0
     try:
@@ -89,13 +90,13 @@ async def restart_and_check(
     await fleet.flush(producer)
     for _ in range(50):
         found = pods.merged(pod.name)
-        if found is not None and records.incarnation_of(found.valid_from) >= incarnation:
+        if found is not None and epochs.incarnation_of(found.valid_from) >= incarnation:
             break
         await asyncio.sleep(0.1)
     else:
         return 0  # no resolver has this pod right now: nothing is readable, nothing to check
     book = WorkerBook()
-    await read_topic(kafka, records.WORKERS, lambda key, value, _: book.apply(key, value))
+    await read_topic(kafka, topics.WORKERS, lambda key, value, _: book.apply(key, value))
     try:
         index = await lookup_all(before, book)
     except (StreamsError, grpc.aio.AioRpcError):  # a partition that nobody answers for now is allowed

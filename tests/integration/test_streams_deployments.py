@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from aiokafka import AIOKafkaProducer
 
+from kvatlas.bridge.model import epochs, pod_ids, topics
+
 sys.path.insert(0, str(Path(__file__).parent))
 from streams_support import WorkerProcess, assert_true, fleet_of, make_topics, producing, until_true
 
@@ -68,7 +70,7 @@ async def test_resolve_and_index_run_apart(
 async def announced_owners(kafka: KafkaSettings) -> set[str]:
     """Return the workers whose announcements hold now and say that they own partitions."""
     announced: dict[bytes, bytes | None] = {}
-    await read_topic(kafka, records.WORKERS, lambda key, value, _: announced.__setitem__(key, value))
+    await read_topic(kafka, topics.WORKERS, lambda key, value, _: announced.__setitem__(key, value))
     told = [records.decode(records.WorkerRecord, value) for value in announced.values() if value]
     return {record.worker for record in told if record.partitions and record.expires_ns > time.time_ns()}
 
@@ -85,7 +87,7 @@ async def test_a_worker_speaks_tls_and_scram(tmp_path: Path, workers: list[Worke
             sasl_password="a-secret",
             ssl_cafile=str(node.certificate),
         )
-        await ensure_topics(kafka, (*records.TOPICS, *records.changelog_topics("kvatlas")))
+        await ensure_topics(kafka, (*topics.TOPICS, *topics.changelog_topics("kvatlas")))
         secret = tmp_path / "secret"
         secret.write_text("a-secret\n")
         flags = (
@@ -130,10 +132,10 @@ async def test_a_running_worker_sweeps_and_forgets(brokers: str, topic_prefix: s
             await end(producer, kafka, gone.name)
             fleet.pods["pod-1"].clear()
             await fleet.flush(producer)
-            ref = records.pod_ref(gone.name)
+            ref = pod_ids.pod_ref(gone.name)
             app = service._app
             assert app is not None
-            engine, index = app.sources[kafka.topic(records.EVENTS)], service.index_table()
+            engine, index = app.sources[kafka.topic(topics.EVENTS)], service.index_table()
 
             def left() -> tuple[int, int]:
                 keys = [key for table in (engine, index) for s in table.store.states.values() for key, _ in s.items()]
@@ -148,8 +150,8 @@ async def test_a_running_worker_sweeps_and_forgets(brokers: str, topic_prefix: s
                 await asyncio.sleep(0.2)
             assert_true(await until_true(kafka, fleet.truth()), 3)
         last: dict[bytes, bytes | None] = {}
-        await read_topic(kafka, records.PODS, lambda key, value, _: last.__setitem__(key, value))
-        assert last[records.pod_key(records.WRITER_STREAMS, gone.name)] is None
+        await read_topic(kafka, topics.PODS, lambda key, value, _: last.__setitem__(key, value))
+        assert last[pod_ids.pod_key(pod_ids.WRITER_STREAMS, gone.name)] is None
     finally:
         await service.stop()
 
@@ -157,29 +159,29 @@ async def test_a_running_worker_sweeps_and_forgets(brokers: str, topic_prefix: s
 async def end(producer: AIOKafkaProducer, kafka: KafkaSettings, pod: str) -> None:
     """Say that a pod is gone for good, as the bridge does: on its stream, and in the bridge's record of it."""
     incarnation = 1_800_000_000
-    partition = records.pod_partition(pod, kafka.partitions)
+    partition = pod_ids.pod_partition(pod, kafka.partitions)
     control = Control(type="gone", incarnation=incarnation)
     headers = [
-        (records.H_INCARNATION, str(incarnation).encode()),
-        (records.H_RECEIVE_NS, str(time.time_ns()).encode()),
-        (records.H_CONTENT_TYPE, records.CONTENT_CONTROL.encode()),
-        (records.H_SEQUENCE, b"0"),
+        (topics.H_INCARNATION, str(incarnation).encode()),
+        (topics.H_RECEIVE_NS, str(time.time_ns()).encode()),
+        (topics.H_CONTENT_TYPE, topics.CONTENT_CONTROL.encode()),
+        (topics.H_SEQUENCE, b"0"),
     ]
     await producer.send_and_wait(
-        kafka.topic(records.EVENTS), records.encode(control), key=pod.encode(), partition=partition, headers=headers
+        kafka.topic(topics.EVENTS), records.encode(control), key=pod.encode(), partition=partition, headers=headers
     )
-    epoch = records.epoch_of(incarnation)
+    epoch = epochs.epoch_of(incarnation)
     record = PodRecord(
         pod=pod,
-        writer=records.WRITER_BRIDGE,
+        writer=pod_ids.WRITER_BRIDGE,
         state=records.GONE,
         epoch=epoch,
         valid_from=epoch,
         updated_ns=time.time_ns(),
     )
     await producer.send_and_wait(
-        kafka.topic(records.PODS),
+        kafka.topic(topics.PODS),
         records.encode(record),
-        key=records.pod_key(records.WRITER_BRIDGE, pod),
+        key=pod_ids.pod_key(pod_ids.WRITER_BRIDGE, pod),
         partition=partition,
     )

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 from aiokafka import AIOKafkaProducer
 
+from kvatlas.bridge.model import topics
+
 sys.path.insert(0, str(Path(__file__).parent))
 from streams_support import PARTITIONS, WorkerProcess, assert_true, fleet_of, make_topics, producing, until_true
 from test_streams import lookup, wait_roles
 
-from kvatlas.bridge.model import records
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.streams import metrics
 from kvatlas.streams.options import WorkerSettings
@@ -37,7 +38,7 @@ def workers() -> Iterator[list[WorkerProcess]]:
 
 
 def index_changelog(kafka: KafkaSettings) -> str:
-    return kafka.topic(records.changelog_topics("kvatlas")[1].name)
+    return kafka.topic(topics.changelog_topics("kvatlas")[1].name)
 
 
 async def settled(service: WorkerService, restarts: float) -> None:

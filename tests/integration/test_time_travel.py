@@ -13,10 +13,11 @@ import pytest
 from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
+from kvatlas.bridge.model import pod_ids, topics
+
 sys.path.insert(0, str(Path(__file__).parent))
 from streams_support import WorkerProcess, assert_true, fleet_of, make_topics, producing, until_true
 
-from kvatlas.bridge.model import records
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.audit.audit import read_records, read_topic
 from kvatlas.deploy.cli.entry import main
@@ -111,7 +112,7 @@ async def _delete_beginning(flags: list[str], records_deleted: int) -> None:
     admin = AIOKafkaAdminClient(bootstrap_servers=flags[1])
     await admin.start()
     try:
-        partition = TopicPartition(flags[3] + records.EVENTS, records.pod_partition("pod-a", PARTITIONS))
+        partition = TopicPartition(flags[3] + topics.EVENTS, pod_ids.pod_partition("pod-a", PARTITIONS))
         await admin.delete_records({partition: RecordsToDelete(before_offset=records_deleted)})
     finally:
         await admin.close()
@@ -123,7 +124,7 @@ def test_a_log_that_lost_its_beginning_is_said_so(log, capsys):  # noqa: F811
     assert "begins at" not in capsys.readouterr().err
     asyncio.run(_delete_beginning(log, 5))
     assert main(["at", "latest", "pods", *log]) == 0
-    assert f"kv-events begins at {records.pod_partition('pod-a', PARTITIONS)}/5" in capsys.readouterr().err
+    assert f"kv-events begins at {pod_ids.pod_partition('pod-a', PARTITIONS)}/5" in capsys.readouterr().err
 
 
 def test_pods_and_explain_of_the_past(log, tmp_path, capsys):  # noqa: F811
@@ -166,7 +167,7 @@ def test_diff_counts_what_came_and_went(log, capsys):  # noqa: F811
 
 async def _in_changelog(kafka: KafkaSettings) -> None:
     """Wait until the changelog of engine_blocks reflects all of kv-events; the index has it before."""
-    name = records.changelog_topics("kvatlas")[0].name
+    name = topics.changelog_topics("kvatlas")[0].name
     deadline = time.monotonic() + 90
     while True:
         reflected: dict[int, int] = {}
@@ -187,7 +188,7 @@ async def _live_tables(kafka: KafkaSettings) -> tuple[dict[bytes, bytes], dict[b
     """The worker's tables, as their changelogs have them: block_index without positions, engine_blocks."""
     await _in_changelog(kafka)
     tables: list[dict[bytes, bytes]] = []
-    for topic in reversed(records.changelog_topics("kvatlas")):
+    for topic in reversed(topics.changelog_topics("kvatlas")):
         table: dict[bytes, bytes] = {}
 
         def note(key: bytes | None, value: bytes | None, _: int, table: dict[bytes, bytes] = table) -> None:
@@ -205,7 +206,7 @@ async def _live_tables(kafka: KafkaSettings) -> tuple[dict[bytes, bytes], dict[b
 async def _offsets(kafka: KafkaSettings) -> Moment:
     """The end of kv-events now."""
     async with LogReader(kafka) as reader:
-        span = await reader.range(records.EVENTS, EARLIEST, LATEST)
+        span = await reader.range(topics.EVENTS, EARLIEST, LATEST)
         return Moment(offsets={partition: end for partition, (_, end) in span.bounds.items()})
 
 

@@ -11,7 +11,8 @@ import grpc
 import grpc.aio
 
 from kvatlas.bridge.model.block_key import block_keys, pack_tokens, partition_of, root_key
-from kvatlas.bridge.model.records import PodRecord, WorkerRecord, encode, pod_ref
+from kvatlas.bridge.model.pod_ids import pod_ref
+from kvatlas.bridge.model.records import PodRecord, WorkerRecord, encode
 from kvatlas.scorer.api.core import Core
 from kvatlas.scorer.api.grpc_server import ScorerFront
 from kvatlas.scorer.api.security import Guard

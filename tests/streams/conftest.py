@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 import msgspec
 import pytest
 
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import pod_ids, records
 from kvatlas.bridge.model.block_key import block_keys, pack_tokens, partition_of, root_key
 from kvatlas.bridge.model.events import Tier
 from kvatlas.streams.index.apply import apply_blocks
-from kvatlas.streams.index.holders import Holder, decode_blocks, holders
+from kvatlas.streams.index.blocks_record import decode_blocks
+from kvatlas.streams.index.holders import Holder, holders
 from kvatlas.streams.index.view import DictView
 from kvatlas.streams.resolve import engine_blocks as eb
 from kvatlas.streams.resolve.effects import DeadLetter
@@ -111,7 +112,7 @@ class World:
     # --- the reader's side
 
     def state(self, pod: str) -> eb.PodState:
-        value = self.engine.get(eb.state_key(records.pod_ref(pod).to_bytes(8, "big")))
+        value = self.engine.get(eb.state_key(pod_ids.pod_ref(pod).to_bytes(8, "big")))
         assert value is not None
         return eb.decode_state(value)
 
@@ -120,7 +121,7 @@ class World:
 
     def holders(self, key: bytes) -> list[Holder]:
         """Return a key's holders that exist by the pods' records, as a scorer sees them."""
-        by_ref = {records.pod_ref(pod): record for pod, record in self.pods.items()}
+        by_ref = {pod_ids.pod_ref(pod): record for pod, record in self.pods.items()}
         found = []
         for holder in holders(self.value(key)):
             pod = by_ref.get(holder.pod_ref)
@@ -135,19 +136,19 @@ class World:
 
     def where(self, pod: str, key: bytes) -> set[tuple[int, int]]:
         """Return the (tier, group) pairs under which a pod holds a block."""
-        ref = records.pod_ref(pod)
+        ref = pod_ids.pod_ref(pod)
         return {(holder.tier, holder.group) for holder in self.holders(key) if holder.pod_ref == ref}
 
     def held(self, pod: str, keys: Sequence[bytes]) -> list[bool]:
         return [bool(self.where(pod, key)) for key in keys]
 
     def suspect(self, pod: str, key: bytes) -> bool:
-        ref = records.pod_ref(pod)
+        ref = pod_ids.pod_ref(pod)
         return any(h.epoch < self.pods[pod].suspect_before for h in self.holders(key) if h.pod_ref == ref)
 
     def resolves(self, pod: str, engine_key: int, group: int = 0) -> bool:
         """Tell whether an engine key stands for something that a live tier holds."""
-        prefix = eb.block_prefix(records.pod_ref(pod).to_bytes(8, "big"), group)
+        prefix = eb.block_prefix(pod_ids.pod_ref(pod).to_bytes(8, "big"), group)
         value = self.engine.get(prefix + engine_key.to_bytes(8, "big"))
         state = self.state(pod)
         return value is not None and any(

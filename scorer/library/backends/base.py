@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 import msgspec
 
 from kvatlas.streams.index.apply import Validity
-from kvatlas.streams.index.holders import BlocksRecord
+from kvatlas.streams.index.blocks_record import BlocksRecord
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,7 +11,7 @@ from kvatlas.scorer.errors import InputError
 from kvatlas.scorer.library.backends.base import Stats, slices
 from kvatlas.scorer.library.backends.sketch import FrequencySketch
 from kvatlas.streams.index.apply import Validity, apply_blocks, is_meta, sweep_index
-from kvatlas.streams.index.holders import BlocksRecord
+from kvatlas.streams.index.blocks_record import BlocksRecord
 
 #: What one entry costs beside its bytes: key and value objects, and their places in the ordered dict (measured).
 ENTRY_OVERHEAD_BYTES: Final = 220

@@ -16,13 +16,13 @@ import msgspec
 from redis.exceptions import RedisError
 
 from kvatlas.bridge.model.block_key import KEY_VERSION, partition_of
-from kvatlas.bridge.model.records import WRITER_BRIDGE, pod_key
+from kvatlas.bridge.model.pod_ids import WRITER_BRIDGE, pod_key
 from kvatlas.bridge.runtime.tasks import end_tasks
 from kvatlas.scorer.library.backends.base import Stats
 from kvatlas.scorer.library.backends.errors import BackendError, ReadOnlyError, SchemaError
 from kvatlas.scorer.lookups.pods import PodTable
 from kvatlas.streams.index.apply import Validity
-from kvatlas.streams.index.holders import BlocksRecord
+from kvatlas.streams.index.blocks_record import BlocksRecord
 from kvatlas.streams.mirror.layout import MirrorLayout, Names, Position, position_of
 from kvatlas.streams.mirror.redis_link import connect, where
 

@@ -21,11 +21,11 @@ from typing import Any, Final, TypeVar
 
 from redis.exceptions import RedisError
 
-from kvatlas.bridge.model.records import incarnation_of
+from kvatlas.bridge.model.epochs import incarnation_of
 from kvatlas.scorer.library.backends.base import Stats, slices
 from kvatlas.scorer.library.backends.errors import BackendError, IndexLostError
 from kvatlas.streams.index.apply import Validity, block_keys_of, sweep_index
-from kvatlas.streams.index.holders import BlocksRecord
+from kvatlas.streams.index.blocks_record import BlocksRecord
 from kvatlas.streams.mirror.redis_link import connect, escaped, where
 
 SCHEMA: Final = 1

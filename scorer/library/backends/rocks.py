@@ -13,7 +13,7 @@ from kvatlas.scorer.library.backends.base import Stats
 from kvatlas.scorer.library.backends.errors import BackendError
 from kvatlas.streams.errors import StoreError
 from kvatlas.streams.index.apply import Validity, apply_blocks, sweep_index
-from kvatlas.streams.index.holders import BlocksRecord
+from kvatlas.streams.index.blocks_record import BlocksRecord
 from kvatlas.streams.state.database import RocksBudget
 from kvatlas.streams.state.local_table import LocalTable
 

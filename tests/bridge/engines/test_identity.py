@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvatlas.bridge.engines.identity import Identity, identify, parse_topic
-from kvatlas.bridge.options import EngineSpec
+from kvatlas.bridge.engines.spec import EngineSpec
 
 _LIVE = "tcp://10.0.0.1:5557"
 

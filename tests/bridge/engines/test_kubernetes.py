@@ -10,8 +10,9 @@ import msgspec
 import pytest
 
 from kvatlas.bridge.engines.kubernetes import PodTable, PodWatch, pod_specs
+from kvatlas.bridge.engines.spec import EngineSpec
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.bridge.options import BridgeSettings, EngineSpec
+from kvatlas.bridge.options import BridgeSettings
 from tests.bridge.engines.kubernetes_api import Api, pod
 
 

@@ -8,13 +8,13 @@ import pytest
 
 from kvatlas.bridge.ingest.absent import Absent
 from kvatlas.bridge.ingest.recovered import Recovered
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import epochs, records
 
 _HERE = "tcp://here:1"
 
 
 def _know(bridge: Any, pod: str, endpoint: str, **changes: Any) -> None:
-    record = records.PodRecord(pod=pod, writer="bridge", endpoint=endpoint, epoch=records.epoch_of(5), **changes)
+    record = records.PodRecord(pod=pod, writer="bridge", endpoint=endpoint, epoch=epochs.epoch_of(5), **changes)
     bridge.shared.recovered[pod] = Recovered(record)
 
 
@@ -31,8 +31,8 @@ async def test_what_left_while_no_bridge_ran_is_gone(bridge: Any) -> None:
     assert [control.type for control in bridge.log.controls("left")] == ["gone"]
     record = bridge.log.pod("left")
     assert (record.state, record.valid_from) == (records.GONE, record.epoch)
-    assert record.epoch > records.epoch_of(5)
-    assert shared.recovered["left"].position().incarnation == records.incarnation_of(record.epoch)
+    assert record.epoch > epochs.epoch_of(5)
+    assert shared.recovered["left"].position().incarnation == epochs.incarnation_of(record.epoch)
 
 
 async def test_what_is_listed_and_silent_is_stale(bridge: Any) -> None:
@@ -57,7 +57,7 @@ async def test_a_bridge_that_takes_every_pod_ends_none_that_it_never_heard(bridg
     absent.look(0.0, [])
     absent.look(31.0, [])
     record = bridge.log.pod("left")
-    assert (record.state, record.epoch) == (records.STALE, records.epoch_of(5))
+    assert (record.state, record.epoch) == (records.STALE, epochs.epoch_of(5))
     assert bridge.log.controls("left") == []
 
 

@@ -7,10 +7,10 @@ from typing import Any
 from prometheus_client import CollectorRegistry, generate_latest
 
 from kvatlas.bridge.engines.publisher import EnginePublisher
+from kvatlas.bridge.engines.spec import parse_engine
 from kvatlas.bridge.ingest.metrics import BridgeCollector
 from kvatlas.bridge.ingest.stream import PodStream
 from kvatlas.bridge.kafka.producer import Publisher
-from kvatlas.bridge.options import parse_engine
 from kvatlas.bridge.runtime.settings import KafkaSettings
 
 _CLEAR = [{"type": "AllBlocksCleared"}]

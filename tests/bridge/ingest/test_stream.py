@@ -14,11 +14,11 @@ import pytest
 import zmq
 
 from kvatlas.bridge.engines.publisher import EnginePublisher
+from kvatlas.bridge.engines.spec import parse_engine
 from kvatlas.bridge.ingest.recovered import Recovered
 from kvatlas.bridge.ingest.stream import PodStream, _Asked
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import epochs, records
 from kvatlas.bridge.model.adapters.fields import encode_batch
-from kvatlas.bridge.options import parse_engine
 
 _CLEAR = [{"type": "AllBlocksCleared"}]
 
@@ -83,7 +83,7 @@ async def test_a_pod_taken_over_goes_on_where_the_log_ends(bridge: Any, engines:
     bridge.shared.owns = lambda _: False
     stream = _open(bridge, engine)
     await bridge.until(lambda: stream.waiting)
-    epoch = records.epoch_of(77)
+    epoch = epochs.epoch_of(77)
     record = records.PodRecord(pod="pod-x", writer="bridge", epoch=epoch, last_sequence=4, last_event_ns=4 * 10**9)
     bridge.shared.recovered["pod-x"] = Recovered(record)
     bridge.shared.owns = lambda _: True
@@ -154,8 +154,8 @@ async def test_a_pod_that_comes_back_is_above_its_end(bridge: Any, engines: list
     again.write_record()
     found = bridge.log.messages("pod-x")
     assert [sequence for _, sequence in found[3:]] == [0, 1, 2]
-    assert {incarnation for incarnation, _ in found[3:]} == {records.incarnation_of(gone.epoch)}
-    assert gone.epoch > records.epoch_of(found[0][0])
+    assert {incarnation for incarnation, _ in found[3:]} == {epochs.incarnation_of(gone.epoch)}
+    assert gone.epoch > epochs.epoch_of(found[0][0])
     assert [control.type for control in bridge.log.controls("pod-x")] == ["start", "gone"]
     assert bridge.log.pod("pod-x").state == records.LIVE
 

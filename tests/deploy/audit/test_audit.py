@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import pod_ids
+from kvatlas.bridge.model.epochs import epoch_of
 from kvatlas.bridge.model.events import Tier
-from kvatlas.bridge.model.records import PodRecord, epoch_of, pod_ref
+from kvatlas.bridge.model.pod_ids import pod_ref
+from kvatlas.bridge.model.records import PodRecord
 from kvatlas.deploy.audit.audit import compare, read_truth
 from kvatlas.streams.errors import StreamsError
 from kvatlas.streams.index.holders import add_holder, pack_holder
@@ -19,7 +21,7 @@ def held(pod: str, clears: int = 0, tier: Tier = Tier.GPU) -> bytes:
 
 
 def record(pod: str, **fields: int) -> PodRecord:
-    return PodRecord(pod=pod, writer=records.WRITER_STREAMS, epoch=epoch_of(1), **fields)
+    return PodRecord(pod=pod, writer=pod_ids.WRITER_STREAMS, epoch=epoch_of(1), **fields)
 
 
 def test_ghosts_and_missing_are_found_per_tier() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
-from kvatlas.bridge.model.records import TOPICS
+from kvatlas.bridge.model.topics import TOPICS
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.embedded import FETCH_MAX_WAIT_MS, PARTITIONS, RETAINED_BYTES_PER_PARTITION, EmbeddedBroker
 from kvatlas.deploy.brokers.errors import BrokerStateError, TopicMismatchError

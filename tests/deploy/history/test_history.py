@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvatlas.bridge.errors import SettingsError, WireError
-from kvatlas.bridge.model import block_key, records
+from kvatlas.bridge.model import block_key, topics
 from kvatlas.bridge.model.adapters import adapter
 from kvatlas.bridge.model.events import Cleared, Limits, Removed, Stored
 from kvatlas.deploy.history.capture import CaptureWriter, read_capture
@@ -29,20 +29,20 @@ def recorded(pod: str) -> list[Record]:
     found = []
     for number, (topic, sequence, payload) in enumerate(msgpack.Unpacker(io.BytesIO(frames), raw=True)):
         headers = (
-            (records.H_SEQUENCE, str(int.from_bytes(sequence, "big")).encode()),
-            (records.H_INCARNATION, b"1"),
-            (records.H_ENGINE_TOPIC, topic),
-            (records.H_MODEL, b"demo-model"),
-            (records.H_ENGINE, b"vllm"),
-            (records.H_CONTENT_TYPE, b"engine"),
+            (topics.H_SEQUENCE, str(int.from_bytes(sequence, "big")).encode()),
+            (topics.H_INCARNATION, b"1"),
+            (topics.H_ENGINE_TOPIC, topic),
+            (topics.H_MODEL, b"demo-model"),
+            (topics.H_ENGINE, b"vllm"),
+            (topics.H_CONTENT_TYPE, b"engine"),
         )
-        found.append(Record(records.EVENTS, 0, number, 1000 + number, pod.encode(), payload, headers))
+        found.append(Record(topics.EVENTS, 0, number, 1000 + number, pod.encode(), payload, headers))
     return found
 
 
 record_strategy = st.builds(
     Record,
-    st.sampled_from([records.EVENTS, records.PODS]),
+    st.sampled_from([topics.EVENTS, topics.PODS]),
     st.integers(0, 100),
     st.integers(0, 2**62),
     st.integers(0, 2**62),
@@ -138,14 +138,14 @@ def test_golden_payloads_of_every_version_have_a_summary():
     golden = json.loads((DATA / "golden_payloads.json").read_text())
     for version, cases in golden.items():
         for case, payload in cases.items():
-            line = message_line(Record(records.EVENTS, 0, 0, 0, b"p", bytes.fromhex(payload), ()))
+            line = message_line(Record(topics.EVENTS, 0, 0, 0, b"p", bytes.fromhex(payload), ()))
             assert line.events, (version, case)
             assert all(event.type != UNREADABLE for event in line.events), (version, case)
 
 
 def test_garbage_is_shown_as_unreadable_with_its_reason():
     """What cannot be read is shown, not skipped."""
-    line = message_line(Record(records.EVENTS, 0, 0, 0, b"p", b"\xc1garbage", ()))
+    line = message_line(Record(topics.EVENTS, 0, 0, 0, b"p", b"\xc1garbage", ()))
     assert [event.type for event in line.events] == [UNREADABLE]
     assert line.events[0].detail
 

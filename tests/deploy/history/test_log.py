@@ -8,7 +8,7 @@ from typing import Any
 
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import topics
 from kvatlas.deploy.history.log import Range, in_time
 
 PARTITIONS, BATCHES, SIZE = 5, 40, 10
@@ -44,10 +44,10 @@ class FullAnswers:
 async def test_partitions_are_read_side_by_side() -> None:
     """Records come in the order of time, and no partition is read far ahead while another is waited for."""
     client = FullAnswers()
-    span = Range(records.EVENTS, dict.fromkeys(range(PARTITIONS), (0, BATCHES * SIZE)))
+    span = Range(topics.EVENTS, dict.fromkeys(range(PARTITIONS), (0, BATCHES * SIZE)))
     taken: Counter[int] = Counter()
     moments, ahead = [], 0
-    async for record in in_time(client, records.EVENTS, span):
+    async for record in in_time(client, topics.EVENTS, span):
         ahead = max(ahead, *(client.given[partition] - taken[partition] for partition in range(PARTITIONS)))
         taken[record.partition] += 1
         moments.append(record.timestamp_ms)

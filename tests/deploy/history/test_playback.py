@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 import zmq
 
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import topics
 from kvatlas.deploy.history.log import Record
 from kvatlas.deploy.history.playback import Playback
 
@@ -17,10 +17,10 @@ async def recorded(*at_ms: int) -> AsyncIterator[Record]:
     """Messages that the bridge received at these times."""
     for number, moment in enumerate(at_ms):
         headers = (
-            (records.H_SEQUENCE, str(number).encode()),
-            (records.H_RECEIVE_NS, str((1_000_000 + moment) * 1_000_000).encode()),
+            (topics.H_SEQUENCE, str(number).encode()),
+            (topics.H_RECEIVE_NS, str((1_000_000 + moment) * 1_000_000).encode()),
         )
-        yield Record(records.EVENTS, 0, number, 0, b"p", b"%d" % number, headers)
+        yield Record(topics.EVENTS, 0, number, 0, b"p", b"%d" % number, headers)
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from kvatlas.bridge.engines.spec import parse_engine
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.bridge.model.records import TOPICS, changelog_topics
-from kvatlas.bridge.options import parse_engine
+from kvatlas.bridge.model.topics import TOPICS, changelog_topics
 from kvatlas.deploy.brokers.topics import topic_config
 from kvatlas.deploy.cli import common
 

@@ -9,7 +9,7 @@ from typing import cast
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import topics
 from kvatlas.bridge.model.adapters.fields import encode_batch
 from kvatlas.bridge.model.block_key import pack_tokens
 from kvatlas.deploy.history.log import Record
@@ -52,7 +52,7 @@ def stored(pod: str, keys: Sequence[int], parent: int | None, tokens: Sequence[i
         "lora_name": None,
         **more,
     }
-    headers = ((records.H_SEQUENCE, b"0"), (records.H_MODEL, b"m"))
+    headers = ((topics.H_SEQUENCE, b"0"), (topics.H_MODEL, b"m"))
     return Record("kv-events", 0, 0, 0, pod.encode(), encode_batch(1.0, [event], 0), headers)
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from kvatlas.bridge.model.records import GONE, DecisionRecord, PodRecord, encode, pod_ref
+from kvatlas.bridge.model.pod_ids import pod_ref
+from kvatlas.bridge.model.records import GONE, DecisionRecord, PodRecord, encode
 from kvatlas.scorer.api.outcomes import HIT, LOST_EVICTION, LOST_STALE, WRONG, judge
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 from kvatlas.streams.index.holders import add_holder, pack_holder

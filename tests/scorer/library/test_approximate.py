@@ -16,7 +16,7 @@ from kvatlas.scorer.errors import InputError, UnknownPodError
 from kvatlas.scorer.library.approximate import PredictedCache
 from kvatlas.scorer.library.backends.errors import BackendError
 from kvatlas.scorer.library.backends.memory import MemoryBackend
-from kvatlas.streams.index.holders import BlocksRecord
+from kvatlas.streams.index.blocks_record import BlocksRecord
 
 PROMPT = list(range(160))
 

@@ -28,7 +28,7 @@ from kvatlas.scorer.library.backends.rocks import RocksBackend
 from kvatlas.scorer.library.metrics import IndexerCollector
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.tokenization.pool import TokenizerPool
-from kvatlas.streams.index.holders import BlocksRecord
+from kvatlas.streams.index.blocks_record import BlocksRecord
 
 DATA = Path(__file__).parents[2] / "data"
 MODEL = "sim-model"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import epochs, pod_ids
 from kvatlas.bridge.model.events import Tier
 from kvatlas.bridge.model.records import PodRecord
 from kvatlas.bridge.runtime.settings import KafkaSettings
@@ -15,14 +15,15 @@ from kvatlas.scorer.library.backends import Backend, MemoryBackend
 from kvatlas.scorer.library.backends.rocks import RocksBackend
 from kvatlas.scorer.library.replica import Replica
 from kvatlas.scorer.lookups.pods import PodTable
-from kvatlas.streams.index.holders import OP_ADD, BlocksRecord, Run, pack_holder
+from kvatlas.streams.index.blocks_record import OP_ADD, BlocksRecord, Run
+from kvatlas.streams.index.holders import pack_holder
 
 KEYS = [b"%016d" % number for number in range(50)]
 
 
 def held(pod: str, incarnation: int) -> bytes:
     """A pod's holder under an epoch."""
-    return pack_holder(records.pod_ref(pod), 0, Tier.GPU, 0, 0, records.epoch_of(incarnation))
+    return pack_holder(pod_ids.pod_ref(pod), 0, Tier.GPU, 0, 0, epochs.epoch_of(incarnation))
 
 
 def pod(name: str, incarnation: int) -> PodRecord:
@@ -30,8 +31,8 @@ def pod(name: str, incarnation: int) -> PodRecord:
     return PodRecord(
         pod=name,
         writer="bridge",
-        epoch=records.epoch_of(incarnation),
-        valid_from=records.epoch_of(incarnation),
+        epoch=epochs.epoch_of(incarnation),
+        valid_from=epochs.epoch_of(incarnation),
         model="m",
     )
 
@@ -45,7 +46,7 @@ async def test_ended_epochs_leave_a_replica(make: Callable[[Path], Backend], tmp
         replica = Replica(KafkaSettings(brokers="127.0.0.1:1"), backend, pods, lambda _: None)
         for name in ("a", "b"):
             pods.put("bridge", name, pod(name, 5))
-            run = Run(records.pod_ref(name), records.epoch_of(5), 0, 0, len(KEYS))
+            run = Run(pod_ids.pod_ref(name), epochs.epoch_of(5), 0, 0, len(KEYS))
             ops = bytes([OP_ADD]) * len(KEYS)
             await backend.apply(BlocksRecord((run,), b"".join(KEYS), ops, held(name, 5) * len(KEYS), 0))
         both = b"".join(sorted([held("a", 5), held("b", 5)]))

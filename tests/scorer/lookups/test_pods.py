@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kvatlas.bridge.model.records import GONE, PodRecord, WorkerRecord, encode, pod_key
+from kvatlas.bridge.model.pod_ids import pod_key
+from kvatlas.bridge.model.records import GONE, PodRecord, WorkerRecord, encode
 from kvatlas.scorer.lookups.pods import PodTable
 from kvatlas.scorer.lookups.workers import Layout, WorkerTable
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvatlas.bridge.model.records import GONE, DecisionRecord, PodRecord, encode, pod_ref
+from kvatlas.bridge.model.pod_ids import pod_ref
+from kvatlas.bridge.model.records import GONE, DecisionRecord, PodRecord, encode
 from kvatlas.scorer.errors import UnknownPodError
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.scoring.decisions import OUTCOME, Decisions

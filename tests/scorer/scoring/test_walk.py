@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvatlas.bridge.model.block_key import block_keys, multimodal_extra, pack_tokens, root_key
+from kvatlas.bridge.model.epochs import epoch_of
 from kvatlas.bridge.model.events import Kind, Tier
-from kvatlas.bridge.model.records import GroupSpec, PodRecord, epoch_of, pod_ref, store_ref
+from kvatlas.bridge.model.pod_ids import pod_ref, store_ref
+from kvatlas.bridge.model.records import GroupSpec, PodRecord
 from kvatlas.scorer.scoring.walk import SPECULATIVE, Fleet, Walk, Weights, walk
 from kvatlas.streams.index.holders import add_holder, holders, pack_holder
 

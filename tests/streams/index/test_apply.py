@@ -7,10 +7,11 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvatlas.bridge.model.epochs import epoch_of
 from kvatlas.bridge.model.events import Tier
-from kvatlas.bridge.model.records import epoch_of
 from kvatlas.streams.index.apply import apply_blocks, is_meta, meta_key, position, sweep_index
-from kvatlas.streams.index.holders import OP_ADD, OP_REMOVE, BlocksRecord, Run, pack_holder
+from kvatlas.streams.index.blocks_record import OP_ADD, OP_REMOVE, BlocksRecord, Run
+from kvatlas.streams.index.holders import pack_holder
 from kvatlas.streams.index.view import DictView
 
 K1, K2 = b"1" * 16, b"2" * 16

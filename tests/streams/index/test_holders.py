@@ -10,19 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvatlas.bridge.errors import VersionError, WireError
-from kvatlas.streams.index.holders import (
-    HOLDER_BYTES,
-    OP_ADD,
-    OP_REMOVE,
-    Holder,
-    Run,
-    add_holder,
-    decode_blocks,
-    encode_blocks,
-    holders,
-    pack_holder,
-    remove_holder,
-)
+from kvatlas.streams.index.blocks_record import OP_ADD, OP_REMOVE, Run, decode_blocks, encode_blocks
+from kvatlas.streams.index.holders import HOLDER_BYTES, Holder, add_holder, holders, pack_holder, remove_holder
 
 # Few and repetitive byte patterns, so that an identity also occurs across the border of two holders.
 refs = st.sampled_from([0, 1, 256, 0x0101010101010101, (1 << 64) - 1])

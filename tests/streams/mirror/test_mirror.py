@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from kvatlas.bridge.model import epochs, pod_ids
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "integration"))
 from redis_support import RedisServer
 
@@ -252,18 +254,18 @@ async def test_commits_during_a_copy_are_not_lost(rig: SimpleNamespace):
 async def test_pods_come_with_their_epochs_and_leave(rig: SimpleNamespace):
     """Records are there by pod, follow changes, and disappear with the pod."""
     worker = rig.worker()
-    name = next(f"pod-{n}" for n in range(99) if records.pod_partition(f"pod-{n}", PARTITIONS) == 1)
-    worker.pods[name] = PodRecord(pod=name, writer="streams", epoch=records.epoch_of(5))
+    name = next(f"pod-{n}" for n in range(99) if pod_ids.pod_partition(f"pod-{n}", PARTITIONS) == 1)
+    worker.pods[name] = PodRecord(pod=name, writer="streams", epoch=epochs.epoch_of(5))
     await worker.mirror.turn()
 
     async def there() -> dict[bytes, bytes]:
         return await worker.client.hgetall(NAMES.pods(1))
 
-    assert records.decode(PodRecord, (await there())[name.encode()]).epoch == records.epoch_of(5)
-    worker.pods[name] = PodRecord(pod=name, writer="streams", epoch=records.epoch_of(6))
+    assert records.decode(PodRecord, (await there())[name.encode()]).epoch == epochs.epoch_of(5)
+    worker.pods[name] = PodRecord(pod=name, writer="streams", epoch=epochs.epoch_of(6))
     worker.mirror.note_pod(name)
     await worker.mirror.turn()
-    assert records.decode(PodRecord, (await there())[name.encode()]).epoch == records.epoch_of(6)
+    assert records.decode(PodRecord, (await there())[name.encode()]).epoch == epochs.epoch_of(6)
     del worker.pods[name]
     worker.mirror.note_pod(name)
     await worker.mirror.turn()

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvatlas.bridge.model.block_key import partition_of
-from kvatlas.bridge.model.records import PodRecord, epoch_of
+from kvatlas.bridge.model.epochs import epoch_of
+from kvatlas.bridge.model.records import PodRecord
 from kvatlas.streams.index.apply import apply_blocks
-from kvatlas.streams.index.holders import OP_ADD, OP_REMOVE, decode_blocks
+from kvatlas.streams.index.blocks_record import OP_ADD, OP_REMOVE, decode_blocks
 from kvatlas.streams.index.view import DictView
 from kvatlas.streams.resolve import effects as module
 from kvatlas.streams.resolve.effects import Effects

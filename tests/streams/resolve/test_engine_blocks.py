@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from kvatlas.bridge.errors import VersionError, WireError
 from kvatlas.bridge.model.chain import Tail
+from kvatlas.bridge.model.epochs import epoch_of
 from kvatlas.bridge.model.events import Tier
-from kvatlas.bridge.model.records import epoch_of
 from kvatlas.streams.resolve import engine_blocks as eb
 from kvatlas.streams.resolve.engine_blocks import Block, Link, Owner, Pending, PodState, Waiting
 from kvatlas.streams.resolve.sweep import sweep_engine_blocks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import epochs, pod_ids, records
 from kvatlas.bridge.model.block_key import block_keys, encode_extra, multimodal_extra, pack_tokens, root_key
 from kvatlas.bridge.model.events import Kind, Tier
 from kvatlas.streams.index.holders import holders
@@ -112,7 +112,7 @@ def test_a_shared_block_is_the_stores_and_outlives_the_pods_epoch(world, make):
     key = w.keys(make.run(1, 16))[0]
     w.send("p", make.stored([1], make.run(1, 16), 16, medium="SHARED_STORAGE"))
     (holder,) = w.holders(key)
-    assert (holder.pod_ref, holder.tier, holder.epoch) == (records.store_ref("default"), SHARED, 0)
+    assert (holder.pod_ref, holder.tier, holder.epoch) == (pod_ids.store_ref("default"), SHARED, 0)
     assert w.pods["p"].store == "default"
     w.send("p", make.cleared)
     assert len(w.holders(key)) == 1
@@ -124,7 +124,7 @@ def test_a_pods_store_is_named_by_the_bridge(world, make):
     """A header names the store; pods of different stores do not share blocks."""
     w = world()
     w.send("p", make.stored([1], make.run(1, 16), 16, medium="OBJ"), store="bucket")
-    assert [h.pod_ref for h in w.holders(w.keys(make.run(1, 16))[0])] == [records.store_ref("bucket")]
+    assert [h.pod_ref for h in w.holders(w.keys(make.run(1, 16))[0])] == [pod_ids.store_ref("bucket")]
     assert w.pods["p"].store == "bucket"
 
 
@@ -416,7 +416,7 @@ def test_a_new_incarnation_without_its_control_record_counts_as_a_restart(world,
     w.send("p", make.stored([1], make.run(1, 16), 16), incarnation=5)
     w.send("p", make.stored([2], make.run(17, 32), 16), sequence=0, incarnation=6)
     assert w.held("p", w.keys(make.run(1, 16))) == [False]
-    assert records.incarnation_of(w.pods["p"].epoch) == 6
+    assert epochs.incarnation_of(w.pods["p"].epoch) == 6
 
 
 def test_a_repeated_control_record_changes_nothing(world, make):

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from aiokafka.errors import KafkaTimeoutError
 
-from kvatlas.bridge.model.records import epoch_of
-from kvatlas.streams.index.holders import decode_blocks, pack_holder
+from kvatlas.bridge.model.epochs import epoch_of
+from kvatlas.streams.index.blocks_record import decode_blocks
+from kvatlas.streams.index.holders import pack_holder
 from kvatlas.streams.resolve.effects import PodUpdates
 from kvatlas.streams.tasks.output import Output
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from kvatlas.bridge.model import records
-from kvatlas.bridge.model.records import PodRecord, epoch_of, pod_ref
+from kvatlas.bridge.model import pod_ids, records
+from kvatlas.bridge.model.epochs import epoch_of
+from kvatlas.bridge.model.pod_ids import pod_ref
+from kvatlas.bridge.model.records import PodRecord
 from kvatlas.streams.tasks.pods import PodBook
 
 HOUR = 3_600_000_000_000
@@ -12,7 +14,7 @@ HOUR = 3_600_000_000_000
 def book_of(*told: PodRecord) -> PodBook:
     book = PodBook()
     for record in told:
-        book.apply(records.pod_key(record.writer, record.pod), records.encode(record))
+        book.apply(pod_ids.pod_key(record.writer, record.pod), records.encode(record))
     return book
 
 
@@ -46,9 +48,9 @@ def test_pods_that_are_gone_for_long_may_be_forgotten() -> None:
 def test_what_is_late_of_a_forgotten_pod_does_not_bring_it_back() -> None:
     """With the streams record gone, the bridge's still ends every older epoch, whatever a late record says."""
     book = book_of(bridge("p", "gone", 1 * HOUR, incarnation=4), streams("p", 1 * HOUR))
-    book.apply(records.pod_key("streams", "p"), None)
+    book.apply(pod_ids.pod_key("streams", "p"), None)
     late = PodRecord(pod="p", writer="streams", epoch=epoch_of(2), valid_from=epoch_of(2), updated_ns=9 * HOUR)
-    book.apply(records.pod_key("streams", "p"), records.encode(late))
+    book.apply(pod_ids.pod_key("streams", "p"), records.encode(late))
     merged = book.merged("p")
     assert merged is not None
     assert (merged.state, merged.valid_from) == ("gone", epoch_of(4))

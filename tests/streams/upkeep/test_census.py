@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from kvatlas.bridge.model.epochs import epoch_of
 from kvatlas.bridge.model.events import Tier
-from kvatlas.bridge.model.records import PodRecord, epoch_of, pod_ref, store_ref
+from kvatlas.bridge.model.pod_ids import pod_ref, store_ref
+from kvatlas.bridge.model.records import PodRecord
 from kvatlas.streams.index.holders import HOLDER
 from kvatlas.streams.state.changelog import Meta
 from kvatlas.streams.state.database import RocksBudget

@@ -12,28 +12,19 @@ from pathlib import Path
 import msgpack
 import pytest
 
-from kvatlas.bridge.model import block_key, records
+from kvatlas.bridge.model import block_key, epochs, pod_ids
 from kvatlas.bridge.model.events import Tier
 from kvatlas.scorer.library.backends import Backend
 from kvatlas.scorer.scoring.walk import Fleet, Weights, walk
-from kvatlas.streams.index.holders import (
-    OP_ADD,
-    OP_REMOVE,
-    BlocksRecord,
-    Run,
-    add_holder,
-    decode_blocks,
-    encode_blocks,
-    pack_holder,
-    remove_holder,
-)
+from kvatlas.streams.index.blocks_record import OP_ADD, OP_REMOVE, BlocksRecord, Run, decode_blocks, encode_blocks
+from kvatlas.streams.index.holders import add_holder, pack_holder, remove_holder
 from kvatlas.streams.index.view import DictView
 from kvatlas.streams.resolve.engine_blocks import decode_state, state_key
 from kvatlas.streams.resolve.message import parse_message
 from kvatlas.streams.resolve.resolver import ResolveOptions, Resolver, pod_record
 
 DATA = Path(__file__).parents[3] / "data" / "captures"
-EPOCH = records.epoch_of(5)
+EPOCH = epochs.epoch_of(5)
 
 
 def key(number: int) -> bytes:
@@ -185,7 +176,7 @@ async def test_the_recorded_streams_give_the_engine_s_own_answers(backend: Backe
         for values in effects.encode().values():
             for value in values:
                 await backend.apply(decode_blocks(value))
-    state = view.get(state_key(records.pod_ref(pod).to_bytes(8, "big")))
+    state = view.get(state_key(pod_ids.pod_ref(pod).to_bytes(8, "big")))
     assert state is not None
     scene = Fleet([pod_record(decode_state(state), 0)], 16).scene("demo-model", Weights())
     truth = json.loads(gzip.decompress((DATA / f"{pod}.truth.json.gz").read_bytes()))

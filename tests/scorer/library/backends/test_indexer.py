@@ -12,12 +12,13 @@ from typing import Any
 import msgspec
 import pytest
 
+from kvatlas.bridge.model import epochs, pod_ids
+
 sys.path.insert(0, str(Path(__file__).parents[3] / "integration"))
 from redis_support import RedisServer
 
 from kvatlas.bridge.engines.publisher import EnginePublisher
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.bridge.model import records
 from kvatlas.bridge.model.events import Tier
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.deploy.sim.cache import Request
@@ -27,7 +28,8 @@ from kvatlas.scorer import Indexer, IndexerOptions
 from kvatlas.scorer.library.backends import Backend
 from kvatlas.scorer.library.backends.redis import RedisBackend
 from kvatlas.scorer.library.backends.rocks import RocksBackend
-from kvatlas.streams.index.holders import OP_ADD, BlocksRecord, Run, pack_holder
+from kvatlas.streams.index.blocks_record import OP_ADD, BlocksRecord, Run
+from kvatlas.streams.index.holders import pack_holder
 
 MODEL = "sim-model"
 OPTIONS = IndexerOptions(bridge=BridgeSettings(replay_backoff_seconds=0.02))
@@ -136,8 +138,8 @@ async def test_entries_of_an_earlier_run_leave_a_lasting_index(make_lasting: Cal
     old = [b"%016d" % number for number in range(20)]
     first = make_lasting()
     await first.start()
-    held = pack_holder(records.pod_ref("one"), 0, Tier.GPU, 0, 0, records.epoch_of(5))
-    run = Run(records.pod_ref("one"), records.epoch_of(5), 3, 3, len(old))
+    held = pack_holder(pod_ids.pod_ref("one"), 0, Tier.GPU, 0, 0, epochs.epoch_of(5))
+    run = Run(pod_ids.pod_ref("one"), epochs.epoch_of(5), 3, 3, len(old))
     await first.apply(BlocksRecord((run,), b"".join(old), bytes([OP_ADD]) * len(old), held * len(old), 0))
     await first.close()
     backend = make_lasting()

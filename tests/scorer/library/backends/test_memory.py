@@ -2,7 +2,7 @@
 
 from kvatlas.scorer.library.backends import MemoryBackend
 from kvatlas.scorer.library.backends.sketch import FrequencySketch
-from kvatlas.streams.index.holders import OP_ADD
+from kvatlas.streams.index.blocks_record import OP_ADD
 
 from .test_conformance import holder, key, record
 

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from kvatlas.bridge.model import block_key, records
+from kvatlas.bridge.model import block_key, epochs, pod_ids, records
 from kvatlas.bridge.model.events import Tier
 from kvatlas.bridge.model.records import PodRecord
 from kvatlas.scorer import Indexer
@@ -21,13 +21,13 @@ from kvatlas.streams.mirror.redis_link import connect
 
 NAMES = Names("mirror")
 TOKENS = list(range(16 * 8))
-EPOCH = records.epoch_of(9)
+EPOCH = epochs.epoch_of(9)
 
 
 async def write_pod(client: Any, epoch: int) -> None:
     """Write the pod's record."""
     pod = PodRecord(pod="one", writer="streams", model="m", block_size_tokens=16, epoch=epoch, valid_from=epoch)
-    number = records.pod_partition("one", 2)
+    number = pod_ids.pod_partition("one", 2)
     await client.hset(NAMES.pods(number), "one", records.encode(pod))
 
 
@@ -41,7 +41,7 @@ async def client(own_redis: Any) -> AsyncIterator[Any]:
         await made.set(NAMES.position(number), Position(1, 1, 1, 1).pack())
         await made.set(NAMES.claim(number), token(1, "w"))
     for key in block_key.block_keys(block_key.root_key("m"), block_key.pack_tokens(TOKENS), 16):
-        await made.set(NAMES.blocks + key, pack_holder(records.pod_ref("one"), 0, Tier.GPU, 0, 0, EPOCH))
+        await made.set(NAMES.blocks + key, pack_holder(pod_ids.pod_ref("one"), 0, Tier.GPU, 0, 0, EPOCH))
     await write_pod(made, EPOCH)
     yield made
     await made.aclose()

@@ -14,7 +14,7 @@ from redis_support import RedisServer
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.scorer.library.backends.errors import BackendError, IndexLostError
 from kvatlas.scorer.library.backends.redis import RedisBackend
-from kvatlas.streams.index.holders import OP_ADD, OP_REMOVE
+from kvatlas.streams.index.blocks_record import OP_ADD, OP_REMOVE
 from kvatlas.streams.mirror.layout import token
 from kvatlas.streams.mirror.server import MirrorServer
 

@@ -12,12 +12,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import epochs
 from kvatlas.bridge.model.events import Tier
 from kvatlas.scorer.library.backends import Backend, MemoryBackend
 from kvatlas.scorer.library.backends.redis import RedisBackend
 from kvatlas.scorer.library.backends.rocks import RocksBackend
-from kvatlas.streams.index.holders import OP_ADD, OP_REMOVE, BlocksRecord, pack_holder
+from kvatlas.streams.index.blocks_record import OP_ADD, OP_REMOVE, BlocksRecord
+from kvatlas.streams.index.holders import pack_holder
 
 from .test_conformance import key, record
 
@@ -50,7 +51,7 @@ class Model:
         self.positions[pod] = at
         for add, number, tier, group, clears in changes:
             holders, who = self.entries[number], (pod, group, int(tier))
-            epoch = records.epoch_of(at[0], clears)
+            epoch = epochs.epoch_of(at[0], clears)
             if holders.get(who, -1) > epoch:
                 continue
             if add:
@@ -120,11 +121,11 @@ def test_a_backend_is_a_dict(kind: str, request: pytest.FixtureRequest, tmp_path
                 (
                     OP_ADD if add else OP_REMOVE,
                     key(number),
-                    pack_holder(pod, group, tier, 0, 0, records.epoch_of(at[0], clears)),
+                    pack_holder(pod, group, tier, 0, 0, epochs.epoch_of(at[0], clears)),
                 )
                 for add, number, tier, group, clears in changes
             ]
-            made = record(pod, at[1], packed, records.epoch_of(at[0], 0))
+            made = record(pod, at[1], packed, epochs.epoch_of(at[0], 0))
             self.log.append((pod, at, changes, made))
             self.put(*self.log[-1])
 
@@ -135,7 +136,7 @@ def test_a_backend_is_a_dict(kind: str, request: pytest.FixtureRequest, tmp_path
 
         @rule(pod=st.integers(0, PODS - 1), clears=st.integers(0, 3), gpu=st.booleans())
         def drop(self, pod: int, clears: int, gpu: bool) -> None:
-            epoch = records.epoch_of(self.sequences[pod][0], clears)
+            epoch = epochs.epoch_of(self.sequences[pod][0], clears)
             bounds = (0, epoch) if gpu else (epoch, 0)
             assert self.runner.run(self.backend.drop_epoch(pod, *bounds)) == self.model.drop(pod, *bounds)
 

@@ -1,0 +1,45 @@
+"""Pod ids: their 64-bit references, partitions and keys on by-pod topics."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import xxhash
+
+from kvatlas.bridge.model.topics import BASE_VERSION
+
+
+def pod_ref(pod_id: str) -> int:
+    """Return the 64-bit reference that stands for a pod id in block updates and index entries."""
+    return xxhash.xxh3_64_intdigest(pod_id.encode())
+
+
+def store_ref(store: str) -> int:
+    """Return the reference of a shared store; its blocks belong to no pod but to all that mount it."""
+    return xxhash.xxh3_64_intdigest(b"\x00store\x00" + store.encode())
+
+
+def pod_partition(pod_id: str, partitions: int) -> int:
+    """Return the partition of every by-pod topic that carries a pod's records."""
+    return (pod_ref(pod_id) >> 32) % partitions
+
+
+def pod_name(pod: str, dp_rank: int | None, dp_size: int = 1) -> str:
+    """Return the pod id: one pod id is one ordered event stream."""
+    if dp_rank is None or (dp_rank == 0 and dp_size <= 1):
+        return pod
+    return f"{pod}@dp{dp_rank}"
+
+
+WRITER_BRIDGE: Final = "bridge"
+WRITER_STREAMS: Final = "streams"
+
+
+def streams_writer(version: str) -> str:
+    """Return the writer in pod keys of an index version's resolve agents; each version counts clears on its own."""
+    return WRITER_STREAMS if version == BASE_VERSION else f"{WRITER_STREAMS}.{version}"
+
+
+def pod_key(writer: str, pod_id: str) -> bytes:
+    """Return the Kafka key of a pod record: ``<writer>|<pod id>``; each writer compacts on its own."""
+    return f"{writer}|{pod_id}".encode()
