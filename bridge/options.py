@@ -6,8 +6,6 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from kvatlas.bridge.engines.spec import EngineSpec, parse_bind, parse_engine
-from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.model.events import Limits
 from kvatlas.bridge.runtime.settings import Section
 
@@ -108,20 +106,6 @@ class BridgeSettings(Section, frozen=True, kw_only=True):
         int, Meta(description="tokens in a canonical block, as the workers have it; for stripped tokens", ge=1, le=4096)
     ] = 16
     listen: Annotated[str, Meta(description="host:port of /metrics, /healthz, /readyz; empty switches it off")] = ""
-
-    def specs(self) -> list[EngineSpec]:
-        """Return the static endpoints.
-
-        Raises:
-            SettingsError: an endpoint is not valid.
-        """
-        if self.bind and self.ownership != "all":
-            raise SettingsError("bridge.bind needs bridge.ownership=all: an engine is heard only where it connects")
-        for text in self.bind:
-            parse_bind(text)
-        for text in self.dns:
-            parse_engine(text)
-        return [spec for text in self.engines for spec in parse_engine(text)]
 
     def limits(self) -> Limits:
         """Return the bounds on what one message may hold."""

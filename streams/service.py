@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import os
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from faust.types import TP
-from mode import get_logger
 
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.kafka.follower import TopicFollower
@@ -42,7 +42,7 @@ from kvatlas.streams.upkeep.gauges import Gauges
 from kvatlas.streams.upkeep.keeper import Keeper
 from kvatlas.streams.upkeep.sweeper import Sweeper
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 _STOP_SECONDS: Final = 4.0
 _RESTART_SECONDS: Final = 1.0

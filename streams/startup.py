@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import time
 import uuid
@@ -11,7 +12,6 @@ from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer
 from aiokafka.errors import KafkaError
-from mode import get_logger
 
 from kvatlas.bridge.kafka.config import client_config
 from kvatlas.bridge.kafka.follower import partitions_of
@@ -20,7 +20,7 @@ from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.streams.errors import StoreError, TopicsError
 from kvatlas.streams.options import WorkerSettings
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 _TOPICS_WAIT_SECONDS: Final = 60.0
 

@@ -12,11 +12,26 @@ from typing import Any
 
 import yaml
 
-from kvatlas.bridge.engines.spec import EngineSpec, parse_engine
+from kvatlas.bridge.engines.spec import EngineSpec, parse_bind, parse_engine
 from kvatlas.bridge.errors import SettingsError, UnresolvedError
 from kvatlas.bridge.options import BridgeSettings
 
 log = logging.getLogger(__name__)
+
+
+def static_specs(settings: BridgeSettings) -> list[EngineSpec]:
+    """Return the endpoints that the settings list; addresses of other sources are checked as well.
+
+    Raises:
+        SettingsError: an endpoint is not valid.
+    """
+    if settings.bind and settings.ownership != "all":
+        raise SettingsError("bridge.bind needs bridge.ownership=all: an engine is heard only where it connects")
+    for text in settings.bind:
+        parse_bind(text)
+    for text in settings.dns:
+        parse_engine(text)
+    return [spec for text in settings.engines for spec in parse_engine(text)]
 
 
 async def discover(settings: BridgeSettings, known: dict[str, list[EngineSpec]] | None = None) -> list[EngineSpec]:
@@ -31,7 +46,7 @@ async def discover(settings: BridgeSettings, known: dict[str, list[EngineSpec]] 
         SettingsError: the file cannot be read; nothing may be concluded from that about the engines.
     """
     known = {} if known is None else known
-    specs = settings.specs()
+    specs = static_specs(settings)
     if settings.engines_file:
         specs += await asyncio.to_thread(read_engines, Path(settings.engines_file))
     for text in settings.dns:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
-from mode import get_logger
 
 from kvatlas.bridge.kafka.config import client_config
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.bridge.runtime.tasks import end_tasks
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 _RETRY_SECONDS: Final = 1.0
 _POLL_MS: Final = 500

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from prometheus_client import CollectorRegistry
 
-from kvatlas.bridge.engines.discovery import discover, read_engines
+from kvatlas.bridge.engines.discovery import discover, read_engines, static_specs
 from kvatlas.bridge.engines.kubernetes import PodWatch
 from kvatlas.bridge.engines.spec import EngineSpec
 from kvatlas.bridge.errors import EngineError, KvatlasError
@@ -53,7 +53,7 @@ class BridgeService:
         Raises:
             SettingsError: an endpoint or the engines file is not valid.
         """
-        settings.specs()
+        static_specs(settings)
         if settings.engines_file:
             read_engines(Path(settings.engines_file))
         self._settings = settings

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, NamedTuple, cast
 
 import faust
 from aiokafka import TopicPartition
 from faust.types import TP
-from mode import get_logger
 from yarl import URL
 
 from kvatlas.bridge.kafka.config import password, ssl_context
@@ -31,7 +31,7 @@ from kvatlas.streams.tasks.output import Output
 from kvatlas.streams.tasks.pods import PodPublisher
 from kvatlas.streams.tasks.stages import IndexStage, ResolveStage
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 ENGINE_BLOCKS: Final = "engine_blocks"
 BLOCK_INDEX: Final = "block_index"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final, NamedTuple
@@ -21,9 +22,8 @@ from typing import Any, ClassVar, Final, NamedTuple
 from aiokafka.errors import IllegalStateError
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
-from mode import get_logger
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 _WATCH_SECONDS: Final = 1.0
 _STUCK_SECONDS: Final = 5.0

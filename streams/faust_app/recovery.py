@@ -10,20 +10,20 @@ of none.
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any, Final
 
 from aiokafka import TopicPartition
 from faust.tables.manager import TableManager
 from faust.tables.recovery import Recovery
 from faust.types import TP
-from mode import get_logger
 
 from kvatlas.bridge.runtime.tasks import end_tasks
 from kvatlas.streams import metrics
 from kvatlas.streams.errors import GoneError, StreamsError
 from kvatlas.streams.state.partition import PartitionState, Role
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 _RETRY_SECONDS: Final = 1.0
 

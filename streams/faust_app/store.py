@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 from faust.stores import rocksdb
 from faust.types import TP
-from mode import get_logger
 
 from kvatlas.streams.errors import StoreError
 from kvatlas.streams.state.database import RocksBudget
 from kvatlas.streams.state.partition import PartitionState, Role
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 _THREADS: Final = 2
 

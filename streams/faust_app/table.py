@@ -20,13 +20,13 @@ the index has applied are dropped by sequence, table writes are sets.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, Final, cast
 
 import faust
 from aiokafka import TopicPartition
-from mode import get_logger
 
 from kvatlas.streams.faust_app.store import BulkStore
 from kvatlas.streams.state.changelog import encode_meta, send_batch
@@ -34,7 +34,7 @@ from kvatlas.streams.state.claims import examine
 from kvatlas.streams.state.database import RocksBudget
 from kvatlas.streams.state.partition import PartitionState
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 _ABSENT: Final = object()
 

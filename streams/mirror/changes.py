@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from typing import Final
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
-from mode import get_logger
 
 from kvatlas.bridge.kafka.config import client_config
 from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.streams.mirror.layout import Position
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 _SECONDS: Final = 20.0
 _POLL_MS: Final = 200

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from mode import get_logger
 from redis.exceptions import RedisError
 
 from kvatlas.bridge.model import pod_ids, records
@@ -32,7 +32,7 @@ from kvatlas.streams.mirror.part import MirrorSource, Part
 from kvatlas.streams.mirror.server import LostError, MirrorServer
 from kvatlas.streams.state.partition import PartitionState, Role
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 _CHUNK: Final = 1_000
 _PIPELINE_KEYS: Final = 8 * _CHUNK

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
 from aiokafka.errors import KafkaError
-from mode import get_logger
 
 from kvatlas.bridge.errors import WireError
 from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.records import WorkerRecord
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class WorkerBook:

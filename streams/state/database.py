@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from pathlib import Path
 from typing import Any, Final
 
 import rocksdict
-from mode import get_logger
 
 from kvatlas.streams.errors import StoreError
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 _BLOOM_BITS: Final = 10
 _BLOCK_BYTES: Final = 8 * 1024

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import enum
 import itertools
+import logging
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,8 +20,6 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import rocksdict
-from faust.stores import rocksdb
-from mode import get_logger
 
 from kvatlas.bridge.errors import VersionError
 from kvatlas.streams.errors import GoneError
@@ -29,10 +28,11 @@ from kvatlas.streams.state.changelog import META_KEY, Meta, decode_meta, encode_
 from kvatlas.streams.state.claims import Filter
 from kvatlas.streams.state.database import RocksBudget, open_database
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 #: Where Faust looks for the changelog offset that the local state reflects.
-OFFSET_KEY: Final[bytes] = rocksdb.Store.offset_key
+#: Faust's own key in a table's database: worker state folders of every version have it.
+OFFSET_KEY: Final = b"__faust\0offset__"
 RESERVED: Final = frozenset({OFFSET_KEY, META_KEY})
 
 #: RocksDB lets go of the interpreter, so larger reads and writes run beside the event loop; for fewer keys the

@@ -8,6 +8,7 @@ same code follows the changelogs of standby partitions for as long as they are s
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -15,7 +16,6 @@ from typing import Any, Final, NamedTuple
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
-from mode import get_logger
 
 from kvatlas.bridge.kafka.config import client_config
 from kvatlas.bridge.runtime.settings import KafkaSettings
@@ -24,7 +24,7 @@ from kvatlas.streams.errors import RestoreError
 from kvatlas.streams.state.changelog import Meta
 from kvatlas.streams.state.partition import PartitionState, Role
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 _FETCH_BYTES: Final = 8 * 1024 * 1024
 _POLL_MS: Final = 500

@@ -8,19 +8,19 @@ and commits, which cost the same for one update as for a thousand, stay few.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final, Protocol
 
 from aiokafka.errors import KafkaError
-from mode import get_logger
 
 from kvatlas.bridge.errors import KvatlasError
 from kvatlas.bridge.kafka.rights import refusal_in
 from kvatlas.streams.errors import UncertainError
 from kvatlas.streams.tasks.hole import Hole
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 _BACKOFF_FIRST_SECONDS: Final = 0.1
 _BACKOFF_MOST_SECONDS: Final = 2.0

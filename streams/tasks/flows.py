@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
-
-from mode import get_logger
 
 from kvatlas.streams import metrics
 from kvatlas.streams.tasks.flow import Flow, Stage
 from kvatlas.streams.tasks.hole import Verdict
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Flows:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from aiokafka.errors import KafkaError
-from mode import get_logger
 
 from kvatlas.bridge.errors import WireError
 from kvatlas.bridge.model import epochs, pod_ids, records, topics
 from kvatlas.bridge.model.records import PodRecord
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class PodPublisher:

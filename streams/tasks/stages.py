@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
-
-from mode import get_logger
 
 from kvatlas.bridge.errors import WireError
 from kvatlas.bridge.model.records import PodRecord
@@ -25,7 +24,7 @@ from kvatlas.streams.state.pending import Pending
 from kvatlas.streams.tasks.output import Output
 from kvatlas.streams.tasks.pods import PodPublisher
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class _Gathered:

@@ -8,19 +8,19 @@ without entries from time to time, two small records.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterable
 from typing import Final
 
 from aiokafka.errors import KafkaError
-from mode import get_logger
 
 from kvatlas.bridge.errors import KvatlasError
 from kvatlas.streams.errors import FencedError
 from kvatlas.streams.faust_app.table import BulkTable
 from kvatlas.streams.state.partition import PartitionState, Role
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 INTERVAL_SECONDS: Final = 60.0
 

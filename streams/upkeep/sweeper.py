@@ -8,11 +8,11 @@ long leaves its state and its positions too, so that pods that come and go under
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final, Protocol
 
 from aiokafka.errors import KafkaError
-from mode import get_logger
 
 from kvatlas.bridge.errors import KvatlasError
 from kvatlas.streams import metrics
@@ -20,7 +20,7 @@ from kvatlas.streams.faust_app.table import BulkTable
 from kvatlas.streams.index.apply import Swept, Validity, sweep_index
 from kvatlas.streams.state.partition import PartitionState, Role
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 _SLICE_ENTRIES: Final = 1_000
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from kvatlas.bridge.engines.discovery import static_specs
 from kvatlas.bridge.engines.spec import EngineSpec, parse_engine
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.options import BridgeSettings
@@ -75,14 +76,14 @@ def test_a_bad_spec_is_refused_by_name(text: str) -> None:
 def test_settings_read_their_engines() -> None:
     """The static list may hold several endpoints of several ranks."""
     settings = BridgeSettings(engines=["tcp://a:1", "tcp://b:1,dp=2"])
-    assert [spec.live for spec in settings.specs()] == ["tcp://a:1", "tcp://b:1", "tcp://b:2"]
+    assert [spec.live for spec in static_specs(settings)] == ["tcp://a:1", "tcp://b:1", "tcp://b:2"]
 
 
 def test_bound_addresses_need_a_bridge_of_their_own() -> None:
     """Bind mode with several bridges is refused before anything starts, and both settings are named."""
     settings = BridgeSettings(bind=["tcp://*:5557"])
     with pytest.raises(SettingsError, match=r"bridge\.bind needs bridge\.ownership=all"):
-        settings.specs()
+        static_specs(settings)
     with pytest.raises(SettingsError, match=r"bridge\.ownership"):
         BridgeService(settings, KafkaSettings(brokers="127.0.0.1:1"))
-    assert BridgeSettings(bind=["tcp://*:5557"], ownership="all").specs() == []
+    assert static_specs(BridgeSettings(bind=["tcp://*:5557"], ownership="all")) == []

@@ -15,6 +15,7 @@ from typing import Any, Final
 import pytest
 import yaml
 
+from kvatlas.bridge.engines.discovery import static_specs
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.deploy.brokers.jars import kafka_version
 from kvatlas.deploy.cli import common, entry
@@ -180,8 +181,8 @@ def test_bridge_finds_the_simulated_pods(services: dict[str, dict[str, Any]]) ->
     ports = [
         (f"tcp://engines:{p}", f"tcp://engines:{p + 1}") for p in range(sim.base_port, sim.base_port + 2 * sim.pods, 2)
     ]
-    assert [(spec.live, spec.replay) for spec in bridge.specs()] == ports
-    assert [spec.pod for spec in bridge.specs()] == [f"{sim.pod_prefix}{number}" for number in range(sim.pods)]
+    assert [(spec.live, spec.replay) for spec in static_specs(bridge)] == ports
+    assert [spec.pod for spec in static_specs(bridge)] == [f"{sim.pod_prefix}{number}" for number in range(sim.pods)]
     assert sim.host == "0.0.0.0"
 
 
