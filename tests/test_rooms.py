@@ -251,7 +251,7 @@ def reached(module: str) -> Iterator[tuple[str, str]]:
 
 
 def test_r3_pure_rooms_reach_no_io() -> None:
-    """Pure code is the same live, in the library and in the tools: no clock, thread, socket, also not through others."""
+    """Pure code is the same live, in the library and in the tools: no clock, thread, socket, nor through others."""
     wrong: set[object] = set()
     for module in modules():
         if below(module, PURE):
