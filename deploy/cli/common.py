@@ -32,7 +32,6 @@ SECTIONS: Final = {
     "worker": ("kvatlas.streams.options", "WorkerSettings"),
     "scorer": ("kvatlas.scorer.options", "ScorerSettings"),
     "tokenizer": ("kvatlas.scorer.tokenization.options", "TokenizerSettings"),
-    "connector": ("kvatlas.connector.options", "ConnectorSettings"),
     "sim": ("kvatlas.deploy.sim.options", "SimSettings"),
 }
 

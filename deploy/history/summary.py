@@ -208,11 +208,6 @@ def read_message(record: Record, headers: dict[str, bytes] | None = None) -> Mes
         return Message(record, headers, 0.0, (), str(error))
 
 
-def message_line(record: Record) -> MessageLine:
-    """Read one ``kv-events`` record; what cannot be read becomes an ``unreadable`` event with the reason."""
-    return read_message(record).line()
-
-
 def _line(event: Any) -> EventLine:
     if isinstance(event, _Stored):
         keys = event.block_hashes

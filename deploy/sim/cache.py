@@ -157,11 +157,6 @@ class PagedCache:
     # --- what is there ------------------------------------------------------------------------------------------
 
     @property
-    def free_blocks(self) -> int:
-        """Slots that could be handed out now."""
-        return len(self._free)
-
-    @property
     def held_blocks(self) -> int:
         """Different blocks that the GPU holds."""
         return len(self._slots_of)

@@ -1,7 +1,7 @@
 """Lookups of a prompt's block keys, wherever their partitions are.
 
 Two transports behind one seam, :class:`Lookups`: :class:`PartitionRouter` asks the workers that own the partitions,
-in parallel, over gRPC; :class:`LocalLookups` reads the tables of this very process.
+in parallel, over gRPC; :class:`~kvatlas.scorer.lookups.local.TableLookups` reads the tables of this very process.
 
 What the router does (:mod:`kvatlas.scorer.lookups.attempts`):
 
@@ -19,7 +19,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
 import grpc
@@ -117,40 +117,6 @@ def partitions_of(packed: bytes, count: int) -> npt.NDArray[np.uint32]:
     """Return the partition of every packed 16-byte key, as :func:`kvatlas.bridge.model.block_key.partition_of` does."""
     words: npt.NDArray[np.uint32] = np.frombuffer(packed, dtype=">u4")[:: KEY_BYTES // 4] % np.uint32(count)
     return words
-
-
-class LocalLookups:
-    """Lookups in the tables of this process: no hop, no copy."""
-
-    first_blocks = 0
-
-    def __init__(
-        self,
-        read: Callable[[Sequence[bytes]], Iterable[bytes | None]],
-        partitions: Callable[[], dict[int, Seen]],
-    ) -> None:
-        """Take the table's side.
-
-        Args:
-            read: value per key; None where the key's partition has no answer here, empty where nobody holds it.
-            partitions: state of the partitions, for freshness.
-        """
-        self._read = read
-        self._partitions = partitions
-
-    async def lookup(self, keys: Sequence[bytes], deadline: float) -> Answers:  # noqa: ARG002 - part of the seam
-        """Look keys up at once."""
-        return Answers(list(self._read(keys)), self._partitions())
-
-    def unready(self) -> str | None:
-        """Return None: the tables are here."""
-        return None
-
-    async def forget_gone(self) -> None:
-        """Do nothing: there is nothing to let go."""
-
-    async def close(self) -> None:
-        """Do nothing: there is nothing to let go."""
 
 
 class PartitionRouter:

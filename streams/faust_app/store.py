@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
@@ -28,7 +28,6 @@ class BulkStore(rocksdb.Store):
         self._cache_bytes = cache_bytes
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix=f"rocksdb-{self.table_name}")
         self.states: dict[int, PartitionState] = {}
-        self.on_closed: Callable[[int], None] | None = None
 
     # --- partitions -----------------------------------------------------------------------------------------------
 

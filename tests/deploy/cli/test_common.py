@@ -32,6 +32,8 @@ def test_flags_win_over_environment_which_wins_over_the_file(tmp_path: Path) -> 
     [
         ("[sim]\npodz = 1\n", (), {}, r"podz.*settings file"),
         ("[simm]\npods = 1\n", (), {}, r"unknown section \[simm\]"),
+        ("[connector]\nx = 1\n", (), {}, r"unknown section \[connector\]"),
+        ("", (), {"KVATLAS_CONNECTOR_X": "1"}, "KVATLAS_CONNECTOR_X"),
         ("[sim]\npods = 0\n", (), {}, r"pods.*settings file.*>= 1"),
         ("", (), {"KVATLAS_SIM_PODZ": "1"}, "KVATLAS_SIM_PODZ"),
         ("", (), {"KVATLAS_SIM_PODS": "many"}, "KVATLAS_SIM_PODS"),

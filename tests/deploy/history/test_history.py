@@ -18,7 +18,7 @@ from kvatlas.deploy.history.capture import CaptureWriter, read_capture
 from kvatlas.deploy.history.filters import Filter, Wanted
 from kvatlas.deploy.history.log import Record
 from kvatlas.deploy.history.moment import Moment, parse_moment
-from kvatlas.deploy.history.summary import CLEARED, REMOVED, STORED, UNREADABLE, message_line
+from kvatlas.deploy.history.summary import CLEARED, REMOVED, STORED, UNREADABLE, read_message
 
 DATA = Path(__file__).parents[2] / "data" / "captures"
 
@@ -125,7 +125,7 @@ def test_summaries_agree_with_the_decoder(pod: str):
     kinds = {Stored: STORED, Removed: REMOVED, Cleared: CLEARED}
     for record in recorded(pod):
         batch = adapter("vllm")(record.value or b"", Limits())
-        line = message_line(record)
+        line = read_message(record).line()
         assert [event.type for event in line.events] == [kinds[type(event)] for event in batch.events]
         for shown, event in zip(line.events, batch.events, strict=True):
             if isinstance(event, Stored):
@@ -138,14 +138,14 @@ def test_golden_payloads_of_every_version_have_a_summary():
     golden = json.loads((DATA / "golden_payloads.json").read_text())
     for version, cases in golden.items():
         for case, payload in cases.items():
-            line = message_line(Record(topics.EVENTS, 0, 0, 0, b"p", bytes.fromhex(payload), ()))
+            line = read_message(Record(topics.EVENTS, 0, 0, 0, b"p", bytes.fromhex(payload), ())).line()
             assert line.events, (version, case)
             assert all(event.type != UNREADABLE for event in line.events), (version, case)
 
 
 def test_garbage_is_shown_as_unreadable_with_its_reason():
     """What cannot be read is shown, not skipped."""
-    line = message_line(Record(topics.EVENTS, 0, 0, 0, b"p", b"\xc1garbage", ()))
+    line = read_message(Record(topics.EVENTS, 0, 0, 0, b"p", b"\xc1garbage", ())).line()
     assert [event.type for event in line.events] == [UNREADABLE]
     assert line.events[0].detail
 
