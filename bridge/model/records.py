@@ -12,6 +12,7 @@ import msgspec
 
 from kvatlas.bridge.errors import VersionError, WireError
 from kvatlas.bridge.model.topics import BASE_VERSION
+from kvatlas.bridge.model.validity import Validity
 
 SCHEMA_VERSION: Final = 1
 
@@ -58,8 +59,7 @@ class GroupSpec(msgspec.Struct, frozen=True, array_like=True):
 class PodRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What one writer knows of a pod. ``kv-pods`` holds two records a pod, see :func:`pod_key`.
 
-    An index entry of epoch ``e`` on tier ``t`` exists when ``e >= valid_from`` and, on the GPU, also
-    ``e >= gpu_valid_from``; it is *suspect* when ``e < suspect_before``.
+    Which index entries of the pod count is said by :attr:`validity`.
 
     Attributes:
         writer: ``bridge`` (liveness and position in the engine's stream) or ``streams`` (what its events mean).
@@ -107,6 +107,16 @@ class PodRecord(msgspec.Struct, frozen=True, kw_only=True):
     events_offset: int = -1
     load: dict[str, float] = {}
     updated_ns: int = 0
+
+    @property
+    def validity(self) -> Validity:
+        """Which of the pod's index entries count."""
+        return Validity(self.valid_from, self.gpu_valid_from, self.suspect_before, self.state == GONE)
+
+    @property
+    def ended(self) -> Validity:
+        """Which entries may be removed for good: ended epochs alone, since a record that says gone can be late."""
+        return Validity(self.valid_from, self.gpu_valid_from)
 
 
 LIVE: Final = "live"

@@ -18,7 +18,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from kvatlas.bridge.kafka.config import client_config
 from kvatlas.bridge.kafka.follower import partitions_of
-from kvatlas.bridge.model import pod_ids, records, topics
+from kvatlas.bridge.model import pod_ids, topics
 from kvatlas.bridge.model.block_key import KEY_BYTES, partition_of
 from kvatlas.bridge.model.events import Tier
 from kvatlas.bridge.model.records import PodRecord
@@ -109,18 +109,17 @@ def compare(index: Mapping[bytes, bytes], truth: Truth, pods: Sequence[PodRecord
     for key, value in index.items():
         for holder in holders(value):
             pod = known.get(holder.pod_ref)
-            if pod is None or holder.tier == Tier.SHARED or not _exists(pod, holder.epoch, holder.tier):
+            if pod is None or holder.tier == Tier.SHARED:
+                continue
+            state = pod.validity.state(holder.tier, holder.epoch)
+            if state == "dead":
                 continue
             tier = Tier(holder.tier).name.lower()
             held.setdefault(pod.pod, {}).setdefault(tier, set()).add(key)
-            if holder.epoch < pod.suspect_before:
+            if state == "suspect":
                 suspect.add((pod.pod, tier, key))
     names = sorted({*truth, *held})
     return [_compare_pod(pod, held.get(pod, {}), truth.get(pod, {}), suspect) for pod in names]
-
-
-def _exists(pod: PodRecord, epoch: int, tier: int) -> bool:
-    return epoch >= pod.valid_from and (tier != Tier.GPU or epoch >= pod.gpu_valid_from) and pod.state != records.GONE
 
 
 def _compare_pod(
@@ -217,7 +216,7 @@ async def fold_events(kafka: KafkaSettings, options: ResolveOptions) -> Truth:
             continue
         for holder in holders(value):
             pod = known.get(holder.pod_ref)
-            if pod is not None and holder.tier != Tier.SHARED and _exists(pod, holder.epoch, holder.tier):
+            if pod is not None and holder.tier != Tier.SHARED and pod.validity.counts(holder.tier, holder.epoch):
                 truth[pod.pod].setdefault(Tier(holder.tier).name.lower(), set()).add(key)
     return {pod: {tier: frozenset(keys) for tier, keys in tiers.items()} for pod, tiers in truth.items()}
 

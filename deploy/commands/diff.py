@@ -7,7 +7,7 @@ import asyncio
 import shutil
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -125,9 +125,7 @@ def compare(before: PastIndex, after: PastIndex) -> list[PodChange]:
     old, new = before.pods(), after.pods()
     changes = {name: PodChange(pod=name) for name in sorted({*old, *new})}
     by_ref = {pod_ids.pod_ref(name).to_bytes(POD_BYTES, "big"): changes[name] for name in changes}
-    valid_old, valid_new = _validity(old), _validity(new)
-    gone = {pod_ids.pod_ref(name) for name, record in new.items() if record.state == records.GONE}
-    for key, was, now in differences(_entries(before, valid_old), _entries(after, valid_new, gone)):
+    for key, was, now in differences(_entries(before, old), _entries(after, new)):
         if is_meta(key):
             continue
         held, holds = _identities(was), _identities(now)
@@ -146,15 +144,10 @@ def compare(before: PastIndex, after: PastIndex) -> list[PodChange]:
     return list(changes.values())
 
 
-def _validity(pods: dict[str, records.PodRecord]) -> dict[int, tuple[int, int]]:
-    return {pod_ids.pod_ref(name): (record.valid_from, record.gpu_valid_from) for name, record in pods.items()}
-
-
-def _entries(
-    past: PastIndex, valid: dict[int, tuple[int, int]], gone: Collection[int] = ()
-) -> Iterator[tuple[bytes, bytes]]:
+def _entries(past: PastIndex, pods: Mapping[str, records.PodRecord]) -> Iterator[tuple[bytes, bytes]]:
+    valid = {pod_ids.pod_ref(name): record.validity for name, record in pods.items()}
     for key, value in past.blocks.items():
-        yield key, value if is_meta(key) else live_holders(value, valid, gone)
+        yield key, value if is_meta(key) else live_holders(value, valid)
 
 
 def _identities(value: bytes) -> set[bytes]:

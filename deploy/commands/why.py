@@ -75,7 +75,6 @@ async def _why(
 ) -> tuple[records.DecisionRecord, records.DecisionRecord | None, Verdict]:
     async with LogReader(kafka) as reader:
         decision, outcome = await _find(reader, args.request_id)
-        keys = keys_of(decision)
         held: list[dict[str, int]] = []
         for moment_ns in (decision.decided_ns, decision.decided_ns + int(args.after * 1e9)):
             with tempfile.TemporaryDirectory(prefix="kvatlas-why-") as folder:
@@ -91,7 +90,7 @@ async def _why(
                 )
                 if not held:
                     note_beginning(past)
-                held.append(leading(past, keys))
+                held.append(leading(past, decision))
                 past.close(keep=False)
     return decision, outcome, judge(decision, *held)
 

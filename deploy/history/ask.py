@@ -88,7 +88,4 @@ def _keys(past: PastIndex, model: str, question: Question) -> Sequence[bytes]:
 def _state(tier: int, epoch: int, record: records.PodRecord | None) -> str:
     if record is None:
         return "shared" if tier == Tier.SHARED else "unknown-pod"
-    dead = epoch < record.valid_from or (tier == Tier.GPU and epoch < record.gpu_valid_from)
-    if dead or record.state == records.GONE:
-        return "dead"
-    return "suspect" if epoch < record.suspect_before else "live"
+    return record.validity.state(tier, epoch)

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 
 import msgspec
 
-from kvatlas.bridge.model import block_key, pod_ids, records
-from kvatlas.bridge.model.events import Tier
+from kvatlas.bridge.model import block_key, records
 from kvatlas.deploy.history.rebuild import PastIndex
-from kvatlas.streams.index.holders import Holder, holders
+from kvatlas.scorer.scoring.walk import Fleet, Weights, walk
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,39 +30,13 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     reasons: list[str]
 
 
-def leading(past: PastIndex, keys: list[bytes]) -> dict[str, int]:
-    """Return, per pod, how many leading blocks of a prompt it held as of a state."""
-    pods = past.pods()
-    by_ref = {pod_ids.pod_ref(name): record for name, record in pods.items()}
-    by_store: dict[int, list[str]] = {}
-    for name, record in pods.items():
-        if record.store:
-            by_store.setdefault(pod_ids.store_ref(record.store), []).append(name)
-    walking = set(pods)
-    found = dict.fromkeys(pods, 0)
-    for key in keys:
-        walking &= _holding(past.blocks.get(key) or b"", by_ref, by_store)
-        if not walking:
-            break
-        for name in walking:
-            found[name] += 1
-    return found
-
-
-def _holding(value: bytes, by_ref: Mapping[int, records.PodRecord], by_store: Mapping[int, list[str]]) -> set[str]:
-    names: set[str] = set()
-    for holder in holders(value):
-        record = by_ref.get(holder.pod_ref)
-        if record is None:
-            names.update(by_store.get(holder.pod_ref, ()))
-        elif _live(record, holder):
-            names.add(record.pod)
-    return names
-
-
-def _live(record: records.PodRecord, holder: Holder) -> bool:
-    ended = holder.tier == Tier.GPU and holder.epoch < record.gpu_valid_from
-    return record.state != records.GONE and holder.epoch >= record.valid_from and not ended
+def leading(past: PastIndex, decision: records.DecisionRecord) -> dict[str, int]:
+    """Return, per pod, how many leading blocks of a decision's prompt the scorer's walk counts as of a state."""
+    keys = keys_of(decision)
+    scene = Fleet(past.pods().values(), past.options.block_size_tokens).scene(decision.model, Weights())
+    values = [past.blocks.get(key) or b"" for key in keys]
+    matches, _ = walk(values, scene, len(keys) * past.options.block_size_tokens, whole_prompt=True)
+    return {pod.name: 0 for pod in scene.fleet.pods} | {match.pod.name: match.blocks for match in matches}
 
 
 def judge(decision: records.DecisionRecord, before: Mapping[str, int], after: Mapping[str, int]) -> Verdict:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from kvatlas.scorer.scoring.walk import SPECULATIVE, Fleet, Pod, Scene, tier_name
+from kvatlas.scorer.scoring.walk import Fleet, Pod, Scene, tier_name
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 from kvatlas.streams.index.holders import Holder, holders
 
@@ -29,7 +29,7 @@ def block_infos(
 def _holder_infos(holder: Holder, fleet: Fleet) -> list[pb.HolderInfo]:
     pod = fleet.by_ref.get(holder.pod_ref)
     if pod is not None:
-        named = [(pod.name, _state(pod, holder))]
+        named = [(pod.name, pod.validity.state(holder.tier, holder.epoch))]
     elif holder.pod_ref in fleet.by_store:
         named = [(mounts.name, "live") for mounts in fleet.by_store[holder.pod_ref]]
     else:
@@ -38,14 +38,6 @@ def _holder_infos(holder: Holder, fleet: Fleet) -> list[pb.HolderInfo]:
         pb.HolderInfo(pod=name, tier=tier_name(holder.tier), group=holder.group, epoch=holder.epoch, state=state)
         for name, state in named
     ]
-
-
-def _state(pod: Pod, holder: Holder) -> str:
-    if holder.epoch < pod.valid_from or (tier_name(holder.tier) == "gpu" and holder.epoch < pod.gpu_valid_from):
-        return "dead"
-    if holder.tier == SPECULATIVE:
-        return "speculative"
-    return "suspect" if holder.epoch < pod.suspect_before else "live"
 
 
 def walk_ends(

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 from kvatlas.scorer.library.answers import BlockInfo, Explained, HolderInfo, Scored
 from kvatlas.scorer.scoring.walk import Fleet, Pod, Scene, tier_name
-from kvatlas.streams.index.holders import Holder, holders
+from kvatlas.streams.index.holders import holders
 
 
 def explain(
@@ -46,7 +46,7 @@ def _holders(value: bytes, fleet: Fleet) -> list[HolderInfo]:
     for holder in holders(value):
         pod = fleet.by_ref.get(holder.pod_ref)
         if pod is not None:
-            named = [(pod.name, _state(pod, holder))]
+            named = [(pod.name, pod.validity.state(holder.tier, holder.epoch))]
         elif holder.pod_ref in fleet.by_store:
             named = [(mounts.name, "live") for mounts in fleet.by_store[holder.pod_ref]]
         else:
@@ -56,12 +56,6 @@ def _holders(value: bytes, fleet: Fleet) -> list[HolderInfo]:
             for name, state in named
         ]
     return found
-
-
-def _state(pod: Pod, holder: Holder) -> str:
-    if holder.epoch < pod.valid_from or (tier_name(holder.tier) == "gpu" and holder.epoch < pod.gpu_valid_from):
-        return "dead"
-    return "suspect" if holder.epoch < pod.suspect_before else "live"
 
 
 def _end(

@@ -28,6 +28,7 @@ from xxhash import xxh3_64_intdigest
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.ingest.recovered import Recovered
 from kvatlas.bridge.model import pod_ids, records
+from kvatlas.bridge.model.validity import Validity
 from kvatlas.scorer.library.backends.base import Backend, Losable
 from kvatlas.scorer.library.backends.errors import BackendError, IndexLostError
 from kvatlas.scorer.library.restate import restated
@@ -88,7 +89,7 @@ class Applier:
         self._touched: dict[str, None] = {}
         self._digests: dict[str, deque[tuple[int, int]]] = {}
         self._views: dict[str, DictView] = {}
-        self._valid: dict[str, tuple[int, int]] = {}
+        self._valid: dict[str, Validity] = {}
         self._sweeps: dict[str, None] = {}
         self._to_sweep = asyncio.Event()
         self._reported: set[str] = set()
@@ -119,7 +120,7 @@ class Applier:
         self.pods.put(pod_ids.WRITER_BRIDGE, kept.pod, known.record)
         if kept.streams:
             self.pods.apply(pod_ids.pod_key(pod_ids.WRITER_STREAMS, kept.pod), kept.streams)
-        self._valid[kept.pod] = (known.record.valid_from, known.record.gpu_valid_from)
+        self._valid[kept.pod] = known.record.ended
         if kept.position and isinstance(self._backend, Losable):
             self._backend.positions[pod_ids.pod_ref(kept.pod)] = kept.position
         return known
@@ -199,7 +200,7 @@ class Applier:
     def _tell(self, effects: Effects) -> None:
         for pod, record in effects.pods.items():
             self.pods.put(pod_ids.WRITER_STREAMS, pod, record)
-            valid = (record.valid_from, record.gpu_valid_from)
+            valid = record.ended
             before = self._valid.get(pod)
             if before != valid:
                 self._valid[pod] = valid
@@ -308,7 +309,7 @@ class Applier:
             except BackendError as error:
                 log.warning("sweep of %s: %s", ", ".join(pods), error)
 
-    async def _sweep_view(self, pod: str, valid: dict[int, tuple[int, int]]) -> None:
+    async def _sweep_view(self, pod: str, valid: dict[int, Validity]) -> None:
         view = self._views.get(pod)
         if view is None:
             return

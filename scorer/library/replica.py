@@ -31,6 +31,7 @@ from kvatlas.bridge.kafka.follower import partitions_of
 from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.block_key import KEY_BYTES, partition_of
 from kvatlas.bridge.model.records import PodRecord
+from kvatlas.bridge.model.validity import Validity
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.bridge.runtime.tasks import end_tasks
 from kvatlas.scorer.library.backends.base import Backend
@@ -318,12 +319,12 @@ class Replica:
         """Give back the room of epochs that ended since the last time: the workers' sweeps are not on the log."""
         known, before = dict(self._pods.merged), self._swept
         valid = {
-            pod_ids.pod_ref(name): _bounds(pod)
+            pod_ids.pod_ref(name): pod.ended
             for name, pod in known.items()
-            if name not in before or _bounds(before[name]) != _bounds(pod)
+            if name not in before or before[name].ended != pod.ended
         }
         # Of a pod that nobody knows any more everything is dead; should it come back now, its epochs lie above.
-        valid |= {pod_ids.pod_ref(name): (before[name].epoch + 1, 0) for name in before.keys() - known.keys()}
+        valid |= {pod_ids.pod_ref(name): Validity(before[name].epoch + 1) for name in before.keys() - known.keys()}
         if valid:
             self.counts["holders_swept"] += await self._backend.drop_epochs(valid)
         self._swept = known
@@ -356,7 +357,3 @@ class Replica:
             apply_blocks(self._views[number], record, self.counts)
             if isinstance(self._backend, MemoryBackend):
                 self._backend.shrink()
-
-
-def _bounds(pod: PodRecord) -> tuple[int, int]:
-    return pod.valid_from, pod.gpu_valid_from

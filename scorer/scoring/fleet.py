@@ -15,13 +15,12 @@ import msgspec
 from kvatlas.bridge.model.events import Kind, Tier
 from kvatlas.bridge.model.pod_ids import pod_ref, store_ref
 from kvatlas.bridge.model.records import GONE, PodRecord
+from kvatlas.bridge.model.validity import SPECULATIVE, Validity
 from kvatlas.streams.index.holders import HOLDER
-
-#: Tier of a holder that only a recent decision vouches for. Lives in memory, never on the wire.
-SPECULATIVE: Final = 255
 
 _SHARED: Final = int(Tier.SHARED)
 _GPU: Final = int(Tier.GPU)
+_EVER: Final = 1 << 64
 
 #: Distinct values whose meaning a scene remembers, before it starts again.
 _MEMO_VALUES: Final = 50_000
@@ -103,6 +102,11 @@ class Pod(NamedTuple):
         engine = self.engine_block_tokens
         usable = tokens if whole_prompt else (tokens - 1) // engine * engine
         return max(usable, 0) // block_size_tokens
+
+    @property
+    def validity(self) -> Validity:
+        """Which of the pod's entries count."""
+        return Validity(self.valid_from, self.gpu_valid_from, self.suspect_before)
 
     @property
     def windowed_only(self) -> bool:
@@ -225,6 +229,9 @@ class Scene:
         return cells
 
     def _grade(self, pod: Pod, tier: int, epoch: int) -> Grade | None:
+        # Validity.state written out, since every holder of every new value comes by; a property test holds them equal.
+        if tier == _SHARED:
+            epoch = _EVER
         if epoch < pod.valid_from or (tier in (_GPU, SPECULATIVE) and epoch < pod.gpu_valid_from):
             return None
         weight = self._weight_of.get(tier, self.weights.unknown)

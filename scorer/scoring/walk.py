@@ -25,7 +25,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Final, NamedTuple
 
-from kvatlas.scorer.scoring.fleet import SPECULATIVE, Cell, Fleet, Grade, Pod, Scene, Weights, tier_name
+from kvatlas.bridge.model.validity import SPECULATIVE
+from kvatlas.scorer.scoring.fleet import Cell, Fleet, Grade, Pod, Scene, Weights, tier_name
 
 __all__ = ["SPECULATIVE", "Fleet", "Match", "Pod", "Scene", "Walk", "Weights", "blocks_to_ask", "tier_name", "walk"]
 

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
 from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.model.epochs import incarnation_of
-from kvatlas.bridge.model.events import Tier
+from kvatlas.bridge.model.validity import Validity
 from kvatlas.streams.index.blocks_record import OP_ADD, BlocksRecord, Run
 from kvatlas.streams.index.holders import HOLDER, HOLDER_BYTES, add_holder, remove_holder
 from kvatlas.streams.index.view import View
@@ -153,14 +153,13 @@ class Swept(NamedTuple):
     dropped: int
 
 
-#: pod ref -> (valid_from, gpu_valid_from).
-Validity = Mapping[int, tuple[int, int]]
+#: pod ref -> which of its entries count.
+Validities = Mapping[int, Validity]
 
 
 def sweep_index(
     items: Iterable[tuple[bytes, bytes]],
-    valid: Validity,
-    gone: Collection[int] = (),
+    valid: Validities,
     *,
     forget: Mapping[int, int] = MappingProxyType({}),
 ) -> Swept:
@@ -168,9 +167,8 @@ def sweep_index(
 
     Args:
         items: (key, value) pairs as they are in the table now; meta entries are left alone.
-        valid: pod ref -> (valid_from, gpu_valid_from). A reference that is not in it (a shared store, a pod that
+        valid: pod ref -> which of its entries count. A reference that is not in it (a shared store, a pod that
             this worker has not heard of yet) keeps its holders.
-        gone: references of pods that were removed for good: all their holders are dead.
         forget: pod ref -> incarnation in which it was last seen, long ago: its position up to that one goes.
     """
     puts: dict[bytes, bytes] = {}
@@ -184,7 +182,7 @@ def sweep_index(
                 dropped += 1
             continue
         seen += 1
-        alive = live_holders(value, valid, gone)
+        alive = live_holders(value, valid)
         if len(alive) == len(value):
             continue
         dropped += (len(value) - len(alive)) // HOLDER_BYTES
@@ -195,12 +193,12 @@ def sweep_index(
     return Swept(puts, deletes, seen, dropped)
 
 
-def live_holders(value: bytes, valid: Validity, gone: Collection[int] = ()) -> bytes:
+def live_holders(value: bytes, valid: Validities) -> bytes:
     """Return the holders of a table value that are not dead, in the same order."""
     dead: list[int] = []
     for number, (pod_ref, _, tier, _, _, epoch) in enumerate(HOLDER.iter_unpack(value)):
-        bounds = valid.get(pod_ref)
-        if pod_ref in gone or (bounds is not None and (epoch < bounds[0] or (tier == Tier.GPU and epoch < bounds[1]))):
+        validity = valid.get(pod_ref)
+        if validity is not None and not validity.counts(tier, epoch):
             dead.append(number)
     if not dead:
         return value

@@ -29,8 +29,8 @@ import msgspec
 from kvatlas.bridge.errors import VersionError, WireError
 from kvatlas.bridge.model.chain import Tail
 from kvatlas.bridge.model.epochs import epoch_of
-from kvatlas.bridge.model.events import Tier
 from kvatlas.bridge.model.records import LIVE, GroupSpec
+from kvatlas.bridge.model.validity import exists, is_suspect
 
 SCHEMA_VERSION: Final = 1
 
@@ -214,9 +214,11 @@ class PodState(msgspec.Struct, array_like=True):
 
     def live(self, tier: int, epoch: int) -> bool:
         """Tell whether something announced on a tier under an epoch still counts."""
-        if tier == Tier.SHARED:
-            return True
-        return epoch >= self.valid_from and (tier != Tier.GPU or epoch >= self.gpu_valid_from)
+        return exists(self, tier, epoch)
+
+    def suspect(self, tier: int, epoch: int) -> bool:
+        """Tell whether something that counts was announced before a gap, so that it may be gone."""
+        return is_suspect(self, tier, epoch)
 
 
 _state_encoder: Final = msgspec.msgpack.Encoder()

@@ -83,13 +83,10 @@ class LinkedBlocks(BlockUpdates):
 
     def _announce(self, engine_key: bytes, block: Block, tier: int) -> None:
         held = block.tiers.get(tier)
-        if held is None or self._suspect(tier, held[1]):
+        if held is None or self._state.suspect(tier, held[1]):
             self._set(engine_key, block, tier, (1, 0 if tier == Tier.SHARED else self._epoch))
         elif self._copies:
             self._set(engine_key, block, tier, (min(held[0] + 1, eb.MAX_ANNOUNCEMENTS), held[1]))
-
-    def _suspect(self, tier: int, epoch: int) -> bool:
-        return tier != Tier.SHARED and epoch < self._state.suspect_before
 
     def _set(self, engine_key: bytes, block: Block, tier: int, after: tuple[int, int] | None) -> None:
         """Write a tier of a block, and what the index must learn of it."""

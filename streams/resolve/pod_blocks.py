@@ -203,7 +203,7 @@ class PodBlocks(LinkedBlocks):
             self._counts["removals_unknown"] += 1
             return
         count, epoch = held
-        if self._copies and count > 1 and not self._suspect(tier, epoch):
+        if self._copies and count > 1 and not self._state.suspect(tier, epoch):
             self._set(engine_key, block, tier, (count - 1, epoch))
         else:
             self._set(engine_key, block, tier, None)

@@ -5,14 +5,15 @@ The resolve agent never trusts an entry of an ended epoch, swept or not; the swe
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from kvatlas.bridge.errors import WireError
 from kvatlas.bridge.model.epochs import epoch_of
 from kvatlas.bridge.model.events import Tier
 from kvatlas.bridge.model.records import GONE
-from kvatlas.streams.index.apply import Swept, Validity
+from kvatlas.bridge.model.validity import Validity
+from kvatlas.streams.index.apply import Swept, Validities
 from kvatlas.streams.resolve import engine_blocks as eb
 
 _KIND_AT = eb.POD_BYTES
@@ -20,8 +21,7 @@ _KIND_AT = eb.POD_BYTES
 
 def sweep_engine_blocks(
     items: Iterable[tuple[bytes, bytes]],
-    valid: Validity,
-    gone: Collection[int] = (),
+    valid: Validities,
     *,
     forget: Mapping[int, int] = MappingProxyType({}),
 ) -> Swept:
@@ -29,9 +29,8 @@ def sweep_engine_blocks(
 
     Args:
         items: (key, value) pairs as they are in the table now.
-        valid: pod ref -> (valid_from, gpu_valid_from); entries of a pod that is not in it stay.
-        gone: references of pods that were removed for good: all their entries are dead, but their states stay, so
-            that what is late of them is still known to be late.
+        valid: pod ref -> which of its entries count; those of a pod that is not in it stay. States stay in any
+            case, so that what is late of a pod is still known to be late.
         forget: pod ref -> incarnation in which it was last seen, long ago: its state and what it knew of shared tiers
             go too, unless it came back.
     """
@@ -48,12 +47,8 @@ def sweep_engine_blocks(
             continue
         seen += 1
         ref = int.from_bytes(key[:_KIND_AT], "big")
-        if ref in gone:
-            deletes.append(key)
-            dropped += 1
-            continue
         last = forget.get(ref)
-        bounds = valid.get(ref) if last is None else (epoch_of(last + 1), 0)
+        bounds = valid.get(ref) if last is None else Validity(epoch_of(last + 1))
         if bounds is None:
             continue
         if last is not None and kind == eb.KIND_BLOCK and _only_shared(value):
@@ -87,34 +82,30 @@ def _only_shared(value: bytes) -> bool:
         return False
 
 
-def _alive(kind: bytes, value: bytes, bounds: tuple[int, int]) -> bytes | None:
+def _alive(kind: bytes, value: bytes, bounds: Validity) -> bytes | None:
     """Return what is left of an entry, None for nothing. What cannot be read is left for resolve to report."""
     try:
         if kind == eb.KIND_BLOCK:
             return _live_block(value, bounds)
         if kind == eb.KIND_OWNERS:
             owners = eb.decode_owners(value)
-            left = [owner for owner in owners if _live(owner.tier, owner.epoch, bounds)]
+            left = [owner for owner in owners if bounds.counts(owner.tier, owner.epoch)]
             return value if len(left) == len(owners) else (eb.encode_record(left) if left else None)
         if kind == eb.KIND_WAITING:
-            return value if eb.decode_waiting(value).epoch >= bounds[0] else None
+            return value if eb.decode_waiting(value).epoch >= bounds.valid_from else None
     except WireError:
         pass
     return value
 
 
-def _live_block(value: bytes, bounds: tuple[int, int]) -> bytes | None:
+def _live_block(value: bytes, bounds: Validity) -> bytes | None:
     block = eb.decode_block(value)
-    tiers = {tier: held for tier, held in block.tiers.items() if _live(tier, held[1], bounds)}
+    tiers = {tier: held for tier, held in block.tiers.items() if bounds.counts(tier, held[1])}
     if len(tiers) == len(block.tiers) and tiers:
         return value
-    if not tiers and (not block.link.finals or block.link.epoch < bounds[0]):
+    if not tiers and (not block.link.finals or block.link.epoch < bounds.valid_from):
         return None
     if len(tiers) == len(block.tiers):
         return value
     block.tiers = tiers
     return eb.encode_block(block)
-
-
-def _live(tier: int, epoch: int, bounds: tuple[int, int]) -> bool:
-    return tier == Tier.SHARED or (epoch >= bounds[0] and (tier != Tier.GPU or epoch >= bounds[1]))

@@ -13,6 +13,7 @@ from aiokafka.errors import KafkaError
 from kvatlas.bridge.errors import WireError
 from kvatlas.bridge.model import epochs, pod_ids, records, topics
 from kvatlas.bridge.model.records import PodRecord
+from kvatlas.bridge.model.validity import Validity
 
 logger = logging.getLogger(__name__)
 
@@ -139,11 +140,15 @@ class PodBook:
             self._tell(pod)
             return pod
         try:
-            self._records[writer, pod] = records.decode(PodRecord, value)
+            record = records.decode(PodRecord, value)
         except WireError as error:
             self.bad += 1
             logger.warning("kv-pods: record of %r cannot be read: %s", key, error)
             return None
+        known = self._records.get((writer, pod))
+        if known is not None and record.epoch < known.epoch:
+            return None  # late, of an earlier owner of the pod: epochs only grow, and bounds must not go back
+        self._records[writer, pod] = record
         self._tell(pod)
         return pod
 
@@ -162,9 +167,9 @@ class PodBook:
         names = sorted({pod for _, pod in self._records})
         return [found for pod in names if (found := self.merged(pod)) is not None]
 
-    def validity(self) -> dict[int, tuple[int, int]]:
-        """Return pod ref -> (valid_from, gpu_valid_from), for the sweep."""
-        return {pod_ids.pod_ref(pod.pod): (pod.valid_from, pod.gpu_valid_from) for pod in self.pods()}
+    def ended(self) -> dict[int, Validity]:
+        """Return pod ref -> which entries have not ended, for the sweep."""
+        return {pod_ids.pod_ref(pod.pod): pod.ended for pod in self.pods()}
 
     def gone_since(self, before_ns: int) -> dict[int, int]:
         """Return pod ref -> incarnation, of pods that were gone before a time (ns since the epoch) and are since.

@@ -18,7 +18,7 @@ from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.model.events import Tier
 from kvatlas.streams import metrics
 from kvatlas.streams.errors import GoneError
-from kvatlas.streams.index.apply import Validity, is_meta, live_holders
+from kvatlas.streams.index.apply import Validities, is_meta, live_holders
 from kvatlas.streams.index.holders import HOLDER
 from kvatlas.streams.state.partition import PartitionState, Role
 
@@ -31,7 +31,7 @@ _SAMPLE_ENTRIES: Final = 20_000
 _PAUSE_SECONDS: Final = 0.02
 
 
-def count(items: Iterable[tuple[bytes, bytes]], valid: Validity) -> Counter[tuple[int, int]]:
+def count(items: Iterable[tuple[bytes, bytes]], valid: Validities) -> Counter[tuple[int, int]]:
     """Count the blocks of index entries: (pod ref, tier) -> blocks; a block in several groups counts once."""
     found: Counter[tuple[int, int]] = Counter()
     for key, value in items:
@@ -83,7 +83,7 @@ class Census:
     async def take(self) -> None:
         """Count once."""
         pods = self._pods()
-        valid = {pod_ids.pod_ref(pod.pod): (pod.valid_from, pod.gpu_valid_from) for pod in pods}
+        valid = {pod_ids.pod_ref(pod.pod): pod.validity for pod in pods}
         active = [number for number, state in self._states().items() if state.role is Role.ACTIVE]
         whole: Counter[tuple[int, int]] = Counter()
         for number in active:
@@ -96,7 +96,7 @@ class Census:
             for tier, blocks in tiers.items():
                 metrics.BLOCKS.labels(pod, tier).set(blocks)
 
-    async def _partition(self, number: int, valid: Validity, limit: int) -> tuple[Counter[tuple[int, int]], float]:
+    async def _partition(self, number: int, valid: Validities, limit: int) -> tuple[Counter[tuple[int, int]], float]:
         """Return what a sample of a partition holds, and its share of the key space."""
         first = secrets.token_bytes(KEY_BYTES)
         found, last, seen = await self._stretch(number, first, None, valid, limit)
@@ -107,7 +107,7 @@ class Census:
         return found + rest, share
 
     async def _stretch(
-        self, number: int, start: bytes, stop: bytes | None, valid: Validity, limit: int
+        self, number: int, start: bytes, stop: bytes | None, valid: Validities, limit: int
     ) -> tuple[Counter[tuple[int, int]], bytes | None, int]:
         """Count from one key to before another, or to the end.
 

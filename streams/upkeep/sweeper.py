@@ -17,7 +17,7 @@ from aiokafka.errors import KafkaError
 from kvatlas.bridge.errors import KvatlasError
 from kvatlas.streams import metrics
 from kvatlas.streams.faust_app.table import BulkTable
-from kvatlas.streams.index.apply import Swept, Validity, sweep_index
+from kvatlas.streams.index.apply import Swept, Validities, sweep_index
 from kvatlas.streams.state.partition import PartitionState, Role
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ Forget = Mapping[int, int]
 class SweepItems(Protocol):
     """Finds what is dead in a slice of entries."""
 
-    def __call__(self, items: list[tuple[bytes, bytes]], valid: Validity, *, forget: Forget) -> Swept:
+    def __call__(self, items: list[tuple[bytes, bytes]], valid: Validities, *, forget: Forget) -> Swept:
         """Return what is to be written; ``forget`` is pod ref -> incarnation last seen."""
 
 
@@ -39,7 +39,7 @@ class Sweeper:
 
     Args:
         table: the table.
-        validity: what holds now: pod ref -> (valid_from, gpu_valid_from).
+        validity: what holds now: pod ref -> which entries have not ended.
         sweep: finds what is dead in a slice of entries.
         interval_seconds: pause after a round over all partitions.
         entries_per_second: bound of the rate.
@@ -50,7 +50,7 @@ class Sweeper:
     def __init__(
         self,
         table: BulkTable,
-        validity: Callable[[], Validity],
+        validity: Callable[[], Validities],
         *,
         interval_seconds: float,
         entries_per_second: int,
@@ -65,7 +65,7 @@ class Sweeper:
         self._rate = entries_per_second
         self._forget = forget
         self._on_deleted = on_deleted
-        self._swept: dict[int, tuple[Validity, Forget]] = {}
+        self._swept: dict[int, tuple[Validities, Forget]] = {}
 
     async def run(self) -> None:
         """Sweep until cancelled."""

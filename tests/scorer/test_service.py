@@ -142,6 +142,27 @@ async def test_pick_weighs_cache_against_load_and_explain_says_why(rig: Rig) -> 
     assert len(why.blocks) == 10
 
 
+async def test_explain_calls_a_guess_dead_where_the_walk_does(rig: Rig) -> None:
+    """A decision of before a clear of the GPU, or before a gap, holds nothing: Explain says so, and no later one."""
+    rig.pod("a", 2)
+    await rig.worker(Index("w0", rig.table, set(range(PARTITIONS))))
+    client = await rig.client()
+    await client.call(
+        "ReportDecision", pb.ReportDecisionRequest(request_id="r", pod="a", request=score_request("m", tokens=TOKENS))
+    )
+
+    async def told() -> tuple[set[str], int]:
+        answer = await client.call("Explain", score_request("m", tokens=TOKENS))
+        guesses = {holder.state for block in answer.blocks for holder in block.holders if holder.tier == "speculative"}
+        return guesses, answer.walks["a"].matched_blocks
+
+    assert await told() == ({"speculative"}, 10)
+    rig.pod("a", 0, epoch=5, gpu_valid_from=5)
+    assert await told() == ({"dead"}, 0)
+    rig.pod("a", 0, epoch=6, suspect_before=6)
+    assert await told() == ({"dead"}, 2)
+
+
 async def test_roles_and_tenants_are_enforced(tmp_path: Any) -> None:
     """Without a token, without the role, or with another tenant's salt nothing is answered."""
     digest = hashlib.sha256(b"secret").hexdigest()

@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 
 import msgspec
 
-from kvatlas.streams.index.apply import Validity
+from kvatlas.streams.index.apply import Validities
 from kvatlas.streams.index.blocks_record import BlocksRecord
 
 
@@ -70,8 +70,8 @@ class Backend(Protocol):
         Readers ignore them in any case; this only gives their room back. 2**64 - 1 as ``valid_from`` drops the pod.
         """
 
-    async def drop_epochs(self, valid: Validity) -> int:
-        """The same for several pods in one pass: pod ref -> (valid_from, gpu_valid_from)."""
+    async def drop_epochs(self, valid: Validities) -> int:
+        """The same for several pods in one pass: pod ref -> which of its entries count."""
 
     async def stats(self) -> Stats:
         """Return what it says of itself."""

@@ -7,10 +7,11 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+from kvatlas.bridge.model.validity import Validity
 from kvatlas.scorer.errors import InputError
 from kvatlas.scorer.library.backends.base import Stats, slices
 from kvatlas.scorer.library.backends.sketch import FrequencySketch
-from kvatlas.streams.index.apply import Validity, apply_blocks, is_meta, sweep_index
+from kvatlas.streams.index.apply import Validities, apply_blocks, is_meta, sweep_index
 from kvatlas.streams.index.blocks_record import BlocksRecord
 
 #: What one entry costs beside its bytes: key and value objects, and their places in the ordered dict (measured).
@@ -147,9 +148,9 @@ class MemoryBackend:
 
     async def drop_epoch(self, pod_ref: int, valid_from: int, gpu_valid_from: int = 0) -> int:
         """Remove the entries of a pod's ended epochs."""
-        return await self.drop_epochs({pod_ref: (valid_from, gpu_valid_from)})
+        return await self.drop_epochs({pod_ref: Validity(valid_from, gpu_valid_from)})
 
-    async def drop_epochs(self, valid: Validity) -> int:
+    async def drop_epochs(self, valid: Validities) -> int:
         """The same for several pods in one pass; lets the loop go on between slices."""
         dropped = 0
         for part in slices(list(self._entries), _SWEEP_SLICE):

@@ -21,7 +21,7 @@ from kvatlas.bridge.runtime.tasks import end_tasks
 from kvatlas.scorer.library.backends.base import Stats
 from kvatlas.scorer.library.backends.errors import BackendError, ReadOnlyError, SchemaError
 from kvatlas.scorer.lookups.pods import PodTable
-from kvatlas.streams.index.apply import Validity
+from kvatlas.streams.index.apply import Validities
 from kvatlas.streams.index.blocks_record import BlocksRecord
 from kvatlas.streams.mirror.layout import MirrorLayout, Names, Position, position_of
 from kvatlas.streams.mirror.redis_link import connect, where
@@ -172,7 +172,7 @@ class MirrorBackend:
         """Do nothing: the workers sweep."""
         return 0
 
-    async def drop_epochs(self, valid: Validity) -> int:  # noqa: ARG002
+    async def drop_epochs(self, valid: Validities) -> int:  # noqa: ARG002
         """Do nothing: the workers sweep."""
         return 0
 

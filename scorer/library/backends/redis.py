@@ -22,9 +22,10 @@ from typing import Any, Final, TypeVar
 from redis.exceptions import RedisError
 
 from kvatlas.bridge.model.epochs import incarnation_of
+from kvatlas.bridge.model.validity import Validity
 from kvatlas.scorer.library.backends.base import Stats, slices
 from kvatlas.scorer.library.backends.errors import BackendError, IndexLostError
-from kvatlas.streams.index.apply import Validity, block_keys_of, sweep_index
+from kvatlas.streams.index.apply import Validities, block_keys_of, sweep_index
 from kvatlas.streams.index.blocks_record import BlocksRecord
 from kvatlas.streams.mirror.redis_link import connect, escaped, where
 
@@ -288,9 +289,9 @@ class RedisBackend:
         Raises:
             BackendError: the server does not answer.
         """
-        return await self.drop_epochs({pod_ref: (valid_from, gpu_valid_from)})
+        return await self.drop_epochs({pod_ref: Validity(valid_from, gpu_valid_from)})
 
-    async def drop_epochs(self, valid: Validity) -> int:
+    async def drop_epochs(self, valid: Validities) -> int:
         """The same for several pods in one pass, a slice at a time; other writers go on meanwhile.
 
         Raises:

@@ -9,10 +9,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
+from kvatlas.bridge.model.validity import Validity
 from kvatlas.scorer.library.backends.base import Stats
 from kvatlas.scorer.library.backends.errors import BackendError
 from kvatlas.streams.errors import StoreError
-from kvatlas.streams.index.apply import Validity, apply_blocks, sweep_index
+from kvatlas.streams.index.apply import Validities, apply_blocks, sweep_index
 from kvatlas.streams.index.blocks_record import BlocksRecord
 from kvatlas.streams.state.database import RocksBudget
 from kvatlas.streams.state.local_table import LocalTable
@@ -78,9 +79,9 @@ class RocksBackend:
 
     async def drop_epoch(self, pod_ref: int, valid_from: int, gpu_valid_from: int = 0) -> int:
         """Remove the entries of a pod's ended epochs."""
-        return await self.drop_epochs({pod_ref: (valid_from, gpu_valid_from)})
+        return await self.drop_epochs({pod_ref: Validity(valid_from, gpu_valid_from)})
 
-    async def drop_epochs(self, valid: Validity) -> int:
+    async def drop_epochs(self, valid: Validities) -> int:
         """The same for several pods in one pass; lets the loop go on between slices."""
         table = self._open
         items = table.items()

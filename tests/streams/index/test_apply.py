@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from kvatlas.bridge.model.epochs import epoch_of
 from kvatlas.bridge.model.events import Tier
+from kvatlas.bridge.model.validity import Validity
 from kvatlas.streams.index.apply import apply_blocks, is_meta, meta_key, position, sweep_index
 from kvatlas.streams.index.blocks_record import OP_ADD, OP_REMOVE, BlocksRecord, Run
 from kvatlas.streams.index.holders import pack_holder
@@ -142,7 +143,7 @@ def test_the_sweep_drops_what_no_reader_sees():
         (b"4" * 16, _holder(1, epoch=new) + _holder(4, epoch=old)),
         (meta_key(1), b"\x00" * 16),
     ]
-    swept = sweep_index(items, {1: (new, 0), 2: (old, new)}, gone={3})
+    swept = sweep_index(items, {1: Validity(new), 2: Validity(old, new), 3: Validity(gone=True)})
     assert swept.puts == {b"3" * 16: _holder(2, Tier.CPU, old) + shared}
     assert swept.deletes == [K1, K2]
     assert (swept.seen, swept.dropped) == (4, 5)

@@ -13,6 +13,7 @@ from kvatlas.bridge.errors import VersionError, WireError
 from kvatlas.bridge.model.chain import Tail
 from kvatlas.bridge.model.epochs import epoch_of
 from kvatlas.bridge.model.events import Tier
+from kvatlas.bridge.model.validity import Validity
 from kvatlas.streams.resolve import engine_blocks as eb
 from kvatlas.streams.resolve.engine_blocks import Block, Link, Owner, Pending, PodState, Waiting
 from kvatlas.streams.resolve.sweep import sweep_engine_blocks
@@ -117,7 +118,7 @@ def test_the_sweep_takes_what_ended_and_leaves_the_rest():
         (eb.waiting_prefix(REF, 0) + b"new", eb.encode_record(Waiting(NEW, [b"c"]))),
         (other + b"x", _plain(Tier.GPU, OLD)),
     ]
-    swept = sweep_engine_blocks(items, {5: (NEW, 0)})
+    swept = sweep_engine_blocks(items, {5: Validity(NEW)})
     assert swept.puts == {
         prefix + b"both": shared,
         eb.owners_prefix(REF, 0) + KEY: eb.encode_record(owners[1:]),
@@ -132,8 +133,8 @@ def test_the_sweep_takes_what_ended_and_leaves_the_rest():
 
 def test_the_sweep_of_a_removed_pod_leaves_its_state_alone():
     """What is late of a removed pod must still be known to be late."""
-    items = [(eb.state_key(REF), b"state"), (eb.block_prefix(REF, 0) + b"x", _plain(Tier.SHARED, 0))]
-    assert sweep_engine_blocks(items, {}, gone={5}).deletes == [eb.block_prefix(REF, 0) + b"x"]
+    items = [(eb.state_key(REF), b"state"), (eb.block_prefix(REF, 0) + b"x", _plain(Tier.GPU, 9))]
+    assert sweep_engine_blocks(items, {5: Validity(gone=True)}).deletes == [eb.block_prefix(REF, 0) + b"x"]
 
 
 def test_the_sweep_forgets_a_pod_that_is_gone_for_long():
@@ -146,7 +147,7 @@ def test_the_sweep_forgets_a_pod_that_is_gone_for_long():
         (prefix + b"old", _plain(Tier.GPU, epoch_of(3, 9))),
         (prefix + b"new", _plain(Tier.GPU, epoch_of(4))),
     ]
-    swept = sweep_engine_blocks(items, {5: (epoch_of(3), 0)}, forget={5: 3})
+    swept = sweep_engine_blocks(items, {5: Validity(epoch_of(3))}, forget={5: 3})
     assert swept.deletes == [eb.state_key(REF), prefix + b"shared", prefix + b"old"]
     assert swept.dropped == 3
     for back in (
@@ -165,7 +166,9 @@ def test_the_sweep_keeps_a_removed_member_while_its_epoch_lives(world, make):
     def sweep():
         state = w.state("p")
         ref = int.from_bytes(next(iter(w.engine.values))[:8], "big")
-        swept = sweep_engine_blocks(list(w.engine.values.items()), {ref: (state.valid_from, state.gpu_valid_from)})
+        swept = sweep_engine_blocks(
+            list(w.engine.values.items()), {ref: Validity(state.valid_from, state.gpu_valid_from)}
+        )
         for key, value in swept.puts.items():
             w.engine.put(key, value)
         for key in swept.deletes:

@@ -54,3 +54,14 @@ def test_what_is_late_of_a_forgotten_pod_does_not_bring_it_back() -> None:
     merged = book.merged("p")
     assert merged is not None
     assert (merged.state, merged.valid_from) == ("gone", epoch_of(4))
+
+
+def test_a_late_record_of_an_earlier_owner_moves_no_bound_back() -> None:
+    """Epochs only grow: a record of a lower one is from a former owner of the pod, and the sweep must not trust it."""
+    newer, older = streams("p", 2 * HOUR, incarnation=5), streams("p", 9 * HOUR, incarnation=4)
+    book = book_of(newer, older)
+    assert book.merged("p") == newer
+    assert book.ended() == {pod_ref("p"): newer.ended}
+    book.apply(pod_ids.pod_key("streams", "p"), None)
+    book.apply(pod_ids.pod_key("streams", "p"), records.encode(older))
+    assert book.merged("p") == older

@@ -23,7 +23,7 @@ PODS = [
     PodRecord(pod="a", writer="bridge", epoch=EPOCH, valid_from=EPOCH, store="nfs"),
     PodRecord(pod="b", writer="bridge", epoch=EPOCH, valid_from=EPOCH, store="nfs"),
 ]
-VALID = {pod_ref(pod.pod): (pod.valid_from, pod.gpu_valid_from) for pod in PODS}
+VALID = {pod_ref(pod.pod): pod.validity for pod in PODS}
 
 
 def holder(ref: int, tier: Tier, group: int = 0, epoch: int = EPOCH) -> bytes:
