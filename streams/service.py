@@ -15,8 +15,8 @@ from typing import Any, Final
 from faust.types import TP
 
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.bridge.kafka.config.rights import lost_right
 from kvatlas.bridge.kafka.follower import TopicFollower
+from kvatlas.bridge.kafka.rights import lost_right
 from kvatlas.bridge.model import topics
 from kvatlas.bridge.model.block_key import KEY_VERSION
 from kvatlas.bridge.model.records import WorkerRecord
