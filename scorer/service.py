@@ -88,6 +88,8 @@ class ScorerService:
         address: ``host:port`` of the gRPC server, after :meth:`start`.
         http_address: ``host:port`` of the HTTP/JSON front, empty without one.
         core: the operations, for use in process.
+        tokenizers: the pool that tokenizes prompts.
+        on_decision: told of every record of ``kv-decisions``.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class ScorerService:
         tokenizer: TokenizerSettings | None = None,
         local: LocalTables | None = None,
         clock_ns: Callable[[], int] = time.time_ns,
+        serve: bool = True,
     ) -> None:
         """Put a scorer together; nothing is opened yet.
 
@@ -108,6 +111,7 @@ class ScorerService:
             local: the index of a worker in this process; what is not there, or of another index version, is asked
                 of the workers that ``kv-workers`` names.
             clock_ns: wall clock in ns.
+            serve: open the scorer's own addresses; without, it is for use in process alone.
 
         Raises:
             SettingsError: a setting makes no sense or a file is missing.
@@ -123,7 +127,9 @@ class ScorerService:
         self._credentials = worker_credentials(settings)
         self._local = local
         self._versions = Versions(self._reader, settings.index_version, lambda reader: self.core.use(reader.index))
-        self._pool = TokenizerPool(tokenizer or TokenizerSettings())
+        self._serves = serve
+        self.on_decision: Callable[[records.DecisionRecord], None] | None = None
+        self.tokenizers = self._pool = TokenizerPool(tokenizer or TokenizerSettings())
         self._tracing = tracing = _tracing(settings)
         self._decisions = Decisions(settings, self._publish)
         index = self._versions.used.index
@@ -202,7 +208,8 @@ class ScorerService:
         """
         await self._telemetry.start()
         self._telemetry.add_check("scores", self.unready)
-        await self._serve()
+        if self._serves:
+            await self._serve()
         await self._set_health(serving=False)
         self._begun = time.monotonic()
         self._decided.start()
@@ -213,7 +220,9 @@ class ScorerService:
             await self._become_ready()
 
     def _take_decision(self, _key: bytes | None, value: bytes | None) -> None:
-        self._decisions.apply(value, self._clock_ns())
+        record = self._decisions.apply(value, self._clock_ns())
+        if record is not None and self.on_decision is not None:
+            self.on_decision(record)
 
     async def _serve(self) -> None:
         settings = self._settings
@@ -293,12 +302,16 @@ class ScorerService:
             await asyncio.sleep(_HOUSEKEEPING_SECONDS if why is None else 0.05)
 
     def _publish(self, record: records.DecisionRecord) -> None:
+        self.publish(record)
+        if self._settings.outcome_delay_ms:
+            self._spawn(self._join(record))
+
+    def publish(self, record: records.DecisionRecord) -> None:
+        """Put a record on ``kv-decisions`` in the background; one that Kafka does not take is lost and counted."""
         if self._sending < _MOST_SENDING:
             self._spawn(self._send(record))
         else:  # Kafka is away and must not fill the memory
             metrics.DECISIONS_LOST.inc()
-        if self._settings.outcome_delay_ms:
-            self._spawn(self._join(record))
 
     async def _join(self, record: records.DecisionRecord) -> None:
         """Wait, then say what came of a decision."""

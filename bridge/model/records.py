@@ -220,7 +220,10 @@ class IndexCatalog(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DecisionRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A router sent a request to a pod (``kind`` decision), or what the events later showed (``kind`` outcome).
+    """A router sent a request to a pod (``kind`` decision), or what came of it.
+
+    What came of it is what the events showed later (``kind`` outcome), or the engine's own word on its way back through
+    the gateway (``kind`` served).
 
     Attributes:
         request_id: the router's id of the request, the Kafka key.
@@ -239,6 +242,17 @@ class DecisionRecord(msgspec.Struct, frozen=True, kw_only=True):
         policy: how the pod was chosen, for people and what-if.
         outcome: ``hit``, ``unproven``, ``cold``, ``lost-eviction``, ``lost-stale``, ``wrong`` or empty while open.
         real_blocks: blocks that were there when the request ran, as far as the index shows later.
+        endpoint: serving address, of a picker's decisions; empty for a router's.
+        prompt_tokens: length of the prompt; of ``served`` by the engine's word, -1 when it does not say.
+        predicted_tokens: tokens that the pod was expected to have cached.
+        compute_tokens: tokens that it was expected to compute, for the load that pickers share.
+        session: hash of the client's session, empty for none.
+        degraded: why the prompt was not scored, empty when it was.
+        cached_tokens: of ``served``: tokens that the engine had cached, -1 when it does not say.
+        first_token_ms: of ``served``: from the decision to the first token of a stream, -1 where there is none.
+        status: of ``served``: HTTP status of the response, 0 when it was not seen.
+        cause: of ``served``: why prediction and engine differ.
+        regret_tokens: of ``served``: tokens that the best other pod would have cost less.
     """
 
     v: int = SCHEMA_VERSION
@@ -260,6 +274,17 @@ class DecisionRecord(msgspec.Struct, frozen=True, kw_only=True):
     outcome: str = ""
     real_blocks: int = -1
     speculative_blocks: int = 0
+    endpoint: str = ""
+    prompt_tokens: int = 0
+    predicted_tokens: int = 0
+    compute_tokens: float = 0.0
+    session: str = ""
+    degraded: str = ""
+    cached_tokens: int = -1
+    first_token_ms: float = -1.0
+    status: int = 0
+    cause: str = ""
+    regret_tokens: float = 0.0
 
 
 class KeyedStored(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag="stored"):

@@ -31,6 +31,7 @@ SECTIONS: Final = {
     "bridge": ("kvatlas.bridge.options", "BridgeSettings"),
     "worker": ("kvatlas.streams.options", "WorkerSettings"),
     "scorer": ("kvatlas.scorer.options", "ScorerSettings"),
+    "picker": ("kvatlas.scorer.gateway.options", "PickerSettings"),
     "tokenizer": ("kvatlas.scorer.tokenization.options", "TokenizerSettings"),
     "sim": ("kvatlas.deploy.sim.options", "SimSettings"),
 }

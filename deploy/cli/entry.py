@@ -20,9 +20,12 @@ from kvatlas.deploy.cli.help import Parser, polish
 COMMANDS: Final = {
     "up": "run broker, bridge, worker and scorer on this machine until interrupted",
     "demo": "run the whole pipeline on simulated pods and check its answers",
+    "demo-gateway": "send chats through a real Envoy and check that they arrive where their prefix is",
     "bridge": "subscribe to engines and put their events on Kafka",
     "worker": "materialise the block index and answer lookups",
     "scorer": "answer which pod holds a prompt's prefix",
+    "picker": "pick the pod for a gateway's next request (Envoy, Gateway API)",
+    "gateway": "run a real Envoy before a picker, or print its configuration",
     "score": "ask a scorer for scores",
     "explain": "ask a scorer why, block by block",
     "pods": "list or watch the pods a scorer knows",
@@ -47,9 +50,13 @@ EXIT_USAGE: Final = 2
 _EXIT_INTERRUPTED: Final = 130
 
 
+def _module(name: str) -> str:
+    return f"kvatlas.deploy.commands.{name.replace('-', '_')}"
+
+
 def available() -> list[str]:
     """Return the subcommands whose module is installed, in the order of the overview."""
-    return [name for name in COMMANDS if importlib.util.find_spec(f"kvatlas.deploy.commands.{name}")]
+    return [name for name in COMMANDS if importlib.util.find_spec(_module(name))]
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -62,7 +69,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for name in available():
         subparser = subparsers.add_parser(name, help=COMMANDS[name], description=COMMANDS[name].capitalize() + ".")
         if name == chosen:
-            module = importlib.import_module(f"kvatlas.deploy.commands.{name}")
+            module = importlib.import_module(_module(name))
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
             polish(subparser, name)

@@ -15,6 +15,7 @@ EXAMPLES: Final[dict[str, tuple[str, ...]]] = {
         "kvatlas up --brokers kafka:9092 --engine tcp://10.0.0.5:5557,pod=a,model=m --state-dir /var/lib/kvatlas",
     ),
     "demo": ("kvatlas demo",),
+    "demo-gateway": ("kvatlas demo-gateway", "kvatlas demo-gateway --conversations 16 --turns 6"),
     "bridge": (
         "kvatlas bridge --brokers kafka:9092 --engines tcp://10.0.0.5:5557,tcp://10.0.0.5:5558",
         "kvatlas bridge --brokers kafka:9092 --kubernetes-selector app=vllm --listen 0.0.0.0:9464",
@@ -27,6 +28,14 @@ EXAMPLES: Final[dict[str, tuple[str, ...]]] = {
         "kvatlas scorer --brokers kafka:9092 --listen 0.0.0.0:50051 --http-listen 0.0.0.0:8080",
         "kvatlas scorer --config /etc/kvatlas/kvatlas.toml --tls-certfile tls.crt --tls-keyfile tls.key",
     ),
+    "picker": (
+        "kvatlas picker --brokers kafka:9092 --listen 0.0.0.0:9002 --endpoints 10.0.0.5:8000,pod=vllm-0",
+        "kvatlas picker --brokers kafka:9092 --listen 0.0.0.0:9002 --pool default/llama",
+    ),
+    "gateway": (
+        "kvatlas gateway --picker 127.0.0.1:9002 --pod 10.0.0.5:8000 --pod 10.0.0.6:8000",
+        "kvatlas gateway --picker picker:9002 --kind full-duplex --print",
+    ),
     "score": (
         'kvatlas score --model NAME --prompt "You are a helpful assistant."',
         "kvatlas score --scorer scorer:50051 --model NAME --input prompts.jsonl --json",
@@ -36,6 +45,7 @@ EXAMPLES: Final[dict[str, tuple[str, ...]]] = {
     "sim": (
         "kvatlas sim --pods 4 --requests-per-second 20 --base-port 5600",
         "kvatlas sim --pods 8 --trace trace.jsonl.gz --exit-when-done",
+        "kvatlas sim --pods 2 --serve --serve-port 8100 --tokenizer-models sim-model=/models/sim",
     ),
     "broker": (
         "kvatlas broker start --data-dir kafka --detach --print-address",

@@ -14,13 +14,17 @@ from kvatlas.deploy.cli import common
 from kvatlas.deploy.sim.fleet import Fleet
 from kvatlas.deploy.sim.options import SimSettings
 from kvatlas.deploy.sim.truth import TruthServer
+from kvatlas.scorer.tokenization.options import TokenizerSettings
 
 HELP: Final = "run a simulated fleet of pods that publish real events"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this subcommand."""
-    common.add_sections(parser, "sim")
+    common.add_sections(parser, "sim", "tokenizer")
+    parser.add_argument(
+        "--serve", action="store_true", help="serve the OpenAI API on every pod instead of sending traffic"
+    )
     parser.add_argument(
         "--report-seconds",
         type=float,
@@ -38,13 +42,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the fleet; prints ``ready engines=... truth=HOST:PORT`` on standard output once every socket is bound."""
-    settings: SimSettings = common.load_sections(args)["sim"]
+    sections = common.load_sections(args)
+    settings: SimSettings = sections["sim"]
     fleet = Fleet(settings, clock=time.time, monotonic=time.monotonic)
     truth = TruthServer(fleet, settings.truth_listen)
     stop = common.stop_event()
     if args.start_paused:
         fleet.pause()
     fleet.start()
+    if args.serve:
+        return _serve(fleet, truth, sections["tokenizer"], stop)
     try:
         truth.start()
         print(f"ready engines={';'.join(fleet.engines)} truth={truth.address}", flush=True)
@@ -60,6 +67,25 @@ def run(args: argparse.Namespace) -> int:
         if failed:
             raise failed[0]
     finally:
+        truth.stop()
+        fleet.close()
+    print(_figures(fleet), file=sys.stderr, flush=True)
+    return 0
+
+
+def _serve(fleet: Fleet, truth: TruthServer, tokenizer: TokenizerSettings, stop: threading.Event) -> int:
+    """Serve requests until stopped; the ready line names the serving addresses as well."""
+    from kvatlas.deploy.sim.serving import ServedFleet  # noqa: PLC0415 - only when it serves
+
+    served = ServedFleet(fleet, tokenizer)
+    try:
+        truth.start()
+        served.start()
+        where = ";".join(served.endpoints())
+        print(f"ready engines={';'.join(fleet.engines)} truth={truth.address} endpoints={where}", flush=True)
+        stop.wait()
+    finally:
+        served.close()
         truth.stop()
         fleet.close()
     print(_figures(fleet), file=sys.stderr, flush=True)

@@ -51,5 +51,15 @@ class SimSettings(Section, frozen=True, kw_only=True):
     lora_share: Annotated[float, Meta(description="share of conversations with an adapter", ge=0, le=1)] = 0.0
     affinity: Annotated[float, Meta(description="share of turns sent to the pod of the turn before", ge=0, le=1)] = 0.8
     max_running: Annotated[int, Meta(description="requests a pod runs at a time", ge=1)] = 8
+    serve_port: Annotated[
+        int, Meta(description="with --serve: first of one HTTP port a pod; 0 takes free ones", ge=0, le=65_000)
+    ] = 0
+    tokens_per_second: Annotated[
+        float, Meta(description="with --serve: prompt tokens that a pod computes in a second", gt=0)
+    ] = 50_000.0
+    step_ms: Annotated[float, Meta(description="with --serve: time of one generated token", ge=0)] = 2.0
+    always_usage: Annotated[
+        bool, Meta(description="with --serve: end every stream with its usage, asked for or not")
+    ] = True
     clear_probability: Annotated[float, Meta(description="chance of a clear, per request", ge=0, le=1)] = 0.0
     restart_probability: Annotated[float, Meta(description="chance of a restart, per request", ge=0, le=1)] = 0.0

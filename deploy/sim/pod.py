@@ -212,6 +212,42 @@ class SimPod:
             self._flush()
             return bool(self._waiting or self._running)
 
+    def hit_tokens(self, request: Request) -> int:
+        """Return the prompt tokens that would be found in the cache now."""
+        with self._lock:
+            keys, _ = self._cache.match(request.tokens, cache_salt=request.cache_salt, lora=request.lora)
+            return len(keys) * self._size
+
+    def begin(self, request: Request) -> Running:
+        """Compute a prompt at once, for a server that schedules by itself; see :meth:`grow` and :meth:`end`.
+
+        Raises:
+            PoolFullError: too few free blocks now.
+        """
+        with self._lock:
+            running = self._cache.start(request)
+            self.counts["requests"] += 1
+            self.counts["prompt_tokens"] += len(request.tokens)
+            self.counts["hit_tokens"] += running.hit_blocks * self._size
+            self._flush()
+            return running
+
+    def grow(self, running: Running, tokens: Sequence[int]) -> None:
+        """Append generated tokens to a request that :meth:`begin` admitted.
+
+        Raises:
+            PoolFullError: too few free blocks now.
+        """
+        with self._lock:
+            self._cache.extend(running, tokens)
+            self._flush()
+
+    def end(self, running: Running) -> None:
+        """Give a request's blocks back."""
+        with self._lock:
+            self._cache.finish(running)
+            self._flush()
+
     def drain(self) -> None:
         """Run steps until nothing is left to do."""
         while self.step():

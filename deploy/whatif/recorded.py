@@ -61,6 +61,8 @@ def recording(found: Iterable[DecisionRecord]) -> Recording:
     decisions: dict[str, DecisionRecord] = {}
     outcomes: dict[str, DecisionRecord] = {}
     for record in found:
+        if record.kind not in ("decision", "outcome"):
+            continue
         kind = decisions if record.kind == "decision" else outcomes
         if record.request_id not in kind or kind[record.request_id].decided_ns <= record.decided_ns:
             kind[record.request_id] = record

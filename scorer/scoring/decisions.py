@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 DECISION: Final = "decision"
 OUTCOME: Final = "outcome"
+SERVED: Final = "served"
 
 #: No decision lives longer, whatever the clock of the scorer that made it says.
 _LONGEST_MS: Final = 60_000.0

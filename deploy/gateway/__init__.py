@@ -1,0 +1,1 @@
+"""A real Envoy before the picker: its configuration, and a process that runs it."""

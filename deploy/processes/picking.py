@@ -1,0 +1,115 @@
+"""A picker beside the scorer that it asks, in one process: ``kvatlas picker``, or any of them ``--with-picker``.
+
+The picker listens first and stays when the other part cannot: while Kafka or the workers are away requests go by load
+alone. Stopping goes the other way round: the gateway is answered to the end of the drain.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any, Final, Protocol
+
+import msgspec
+
+from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.scorer.gateway.options import PickerSettings
+from kvatlas.scorer.gateway.service import PickerService
+from kvatlas.scorer.options import ScorerSettings
+from kvatlas.scorer.service import ScorerService
+from kvatlas.scorer.tokenization.options import TokenizerSettings
+
+#: A picker is useful without an index, so it waits for Kafka as long as it takes.
+_FOR_EVER_SECONDS: Final = 1e9
+
+
+class Part(Protocol):
+    """What lives beside the picker: a scorer, or a worker with one."""
+
+    ready: asyncio.Event
+
+    async def start(self) -> None:
+        """Start."""
+
+    async def stop(self) -> None:
+        """Stop."""
+
+
+class WithPicker:
+    """A picker and the part that it asks, started and stopped together.
+
+    Args:
+        settings: of the picker.
+        scorer: the scorer in this process.
+        part: what is started and stopped; the scorer itself, or the worker around it.
+
+    Attributes:
+        ready: set once the picker can pick; the index may still be missing.
+        picker: the picker.
+    """
+
+    def __init__(self, settings: PickerSettings, scorer: ScorerService, part: Any) -> None:
+        self.picker = PickerService(settings, scorer)
+        self.ready = self.picker.ready
+        self._part = part
+        self._starting: asyncio.Task[None] | None = None
+
+    @property
+    def address(self) -> str:
+        """host:port of the picker's server once started."""
+        return self.picker.address
+
+    async def start(self) -> None:
+        """Start both; the other part in the background.
+
+        Raises:
+            SettingsError: the picker's address cannot be bound, or its settings are no good.
+        """
+        await self.picker.start()
+        self._starting = asyncio.create_task(self._part.start())
+
+    async def run_until(self, stop: asyncio.Event) -> None:
+        """Run until ``stop`` is set.
+
+        Raises:
+            KvatlasError: the other part cannot start, for a reason that time does not heal.
+        """
+        assert self._starting is not None
+        stopping = asyncio.ensure_future(stop.wait())
+        try:
+            await asyncio.wait({stopping, self._starting}, return_when=asyncio.FIRST_COMPLETED)
+            if self._starting.done():
+                self._starting.result()
+            await self._run_part(stop)
+        finally:
+            stopping.cancel()
+
+    async def _run_part(self, stop: asyncio.Event) -> None:
+        await (self._part.run_until(stop) if not stop.is_set() else stop.wait())
+
+    async def stop(self) -> None:
+        """Drain the picker, then stop the other part."""
+        await self.picker.stop()
+        if self._starting is not None:
+            self._starting.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await self._starting
+            await self._part.stop()
+
+
+class StandalonePicker(WithPicker):
+    """A picker with a scorer for itself alone, which opens no address of its own.
+
+    Args:
+        settings: of the picker.
+        kafka: how to reach Kafka.
+        scorer: settings of the scorer inside.
+        tokenizer: where tokenizers come from.
+    """
+
+    def __init__(
+        self, settings: PickerSettings, kafka: KafkaSettings, scorer: ScorerSettings, tokenizer: TokenizerSettings
+    ) -> None:
+        patient = msgspec.structs.replace(scorer, start_timeout_seconds=_FOR_EVER_SECONDS, telemetry_listen="")
+        inner = ScorerService(patient, kafka, tokenizer=tokenizer, serve=False)
+        super().__init__(settings, inner, inner)

@@ -1,0 +1,370 @@
+"""Envoy's external processor: takes a request apart by the announced body mode, asks for a decision, answers in form.
+
+One picker serves every gateway, because the first message of a stream says how bodies come. What each mode demands:
+
+=================  =====================================================  ==========================================
+mode               what is awaited                                        what is answered
+=================  =====================================================  ==========================================
+no body            the headers                                            headers, with the pod
+full duplex        headers, then pieces up to the end or the trailers     headers with the pod, the whole body again
+buffered           headers (answered at once), then one body              body, with the pod
+buffered in part   the same, and the rest of a large body                 first body with the pod, the rest as it is
+streamed at once   headers and pieces up to the end or the trailers       headers with the pod, an answer per piece
+streamed           headers                                                headers with a pod chosen without the body
+=================  =====================================================  ==========================================
+
+A stream that ends without an answer would send the request on with an empty body, so whatever fails in a decision
+becomes a route without a pod here: the gateway then chooses, and the body goes on whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any, Final, Protocol
+
+import grpc
+import grpc.aio
+
+from kvatlas.scorer.api import extproc_messages as messages
+from kvatlas.scorer.picker import names
+from kvatlas.scorer.picker.route import Decision, Incoming, Refusal, Route
+from kvatlas.scorer.v1 import extproc_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+SERVICE: Final = "envoy.service.ext_proc.v3.ExternalProcessor"
+
+#: What is read of a response in the stream itself: nothing, its headers where that is free of risk, or all of it.
+RESPONSES: Final = ("off", "headers", "body")
+
+
+class Exchange(Protocol):
+    """Learns what became of one request."""
+
+    def headers(self, status: int, kind: str, served: str) -> None:
+        """Take the response's status, content type and the address that answered (empty: not told)."""
+
+    def chunk(self, data: bytes) -> None:
+        """Take a piece of the response's body."""
+
+    def ended(self, *, complete: bool) -> None:
+        """Take the end of what can be seen; ``complete`` says that the response's end was."""
+
+
+class Decider(Protocol):
+    """Decides requests; never raises, and answers within a deadline of its own."""
+
+    async def decide(self, incoming: Incoming) -> Decision:
+        """Return where a request goes."""
+
+    def exchange(self, request_id: str) -> Exchange:
+        """Return who learns what becomes of a request."""
+
+
+class ProcessorOptions:
+    """How the processor behaves.
+
+    Args:
+        max_body_bytes: larger bodies are refused (413).
+        piece_bytes: largest piece of a body sent back in full duplex.
+        response: one of :data:`RESPONSES`.
+    """
+
+    def __init__(self, *, max_body_bytes: int, piece_bytes: int = 62_000, response: str = "headers") -> None:
+        assert response in RESPONSES
+        self.max_body_bytes = max_body_bytes
+        self.piece_bytes = piece_bytes
+        self.response = response
+
+
+class _Watching:
+    """Reads under way of streams that only watch a response; ended all at once when the process leaves.
+
+    Attributes:
+        over: whether the process leaves.
+    """
+
+    def __init__(self) -> None:
+        self.over = False
+        self._reads: set[asyncio.Future[Any]] = set()
+
+    def leave(self) -> None:
+        """End all reads, and those to come at once."""
+        self.over = True
+        for read in list(self._reads):
+            read.cancel()
+
+    async def read(self, context: Any) -> Any:
+        """Return the next message, or the end of the stream; the latter also when the process leaves."""
+        if self.over:
+            return grpc.aio.EOF
+        read = asyncio.ensure_future(context.read())
+        self._reads.add(read)
+        try:
+            return await read
+        except asyncio.CancelledError:
+            if not self.over or not read.cancelled():
+                raise
+            return grpc.aio.EOF
+        finally:
+            self._reads.discard(read)
+
+
+class ExternalProcessor:
+    """Serves ``Process``.
+
+    Attributes:
+        open: streams that are open now.
+    """
+
+    def __init__(self, decider: Decider, options: ProcessorOptions) -> None:
+        self.open = 0
+        self._decider = decider
+        self._options = options
+        self._watching = _Watching()
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """Return the handler to add to a server, under Envoy's name of the service."""
+        return grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                "Process": grpc.stream_stream_rpc_method_handler(
+                    self.process,
+                    request_deserializer=pb.ProcessingRequest.FromString,
+                    response_serializer=pb.ProcessingResponse.SerializeToString,
+                )
+            },
+        )
+
+    def leave(self) -> None:
+        """Return from streams that only watch a response, between two pieces: Envoy passes the rest on by itself."""
+        self._watching.leave()
+
+    async def process(self, _requests: Any, context: Any) -> None:
+        """Serve one stream, which is one HTTP request, or what an observing filter sees of one."""
+        self.open += 1
+        try:
+            first = await context.read()
+            if first is grpc.aio.EOF:
+                return
+            if first.observability_mode:
+                await self._observe(first, context)
+                return
+            if first.WhichOneof("request") != "request_headers":
+                return  # nothing was announced and nothing is expected: Envoy goes on by itself
+            await _Stream(self._decider, self._options, context, first, self._watching).run()
+        finally:
+            self.open -= 1
+
+    async def _observe(self, message: Any, context: Any) -> None:
+        """Read a response through a filter that does not wait for us."""
+        exchange: Exchange | None = None
+        complete = False
+        try:
+            while message is not grpc.aio.EOF:
+                kind = message.WhichOneof("request")
+                if kind == "response_headers":
+                    headers = messages.headers_of(message.response_headers)
+                    request_id = messages.attribute_of(message, names.ATTRIBUTE_REQUEST_ID)
+                    exchange = self._decider.exchange(request_id or headers.get(names.REQUEST_ID, ""))
+                    _tell_headers(exchange, headers, messages.served_of(message))
+                    complete = message.response_headers.end_of_stream
+                elif kind == "response_body" and exchange is not None:
+                    exchange.chunk(message.response_body.body)
+                    complete = message.response_body.end_of_stream
+                elif kind == "response_trailers":
+                    complete = True
+                message = await context.read()
+        finally:
+            if exchange is not None:
+                exchange.ended(complete=complete)
+
+
+def _tell_headers(exchange: Exchange, headers: Mapping[str, str], served: str) -> None:
+    status = headers.get(":status", "")
+    exchange.headers(int(status) if status.isdecimal() else 0, headers.get("content-type", ""), served)
+
+
+class _Stream:
+    """One request on its way through the processor."""
+
+    def __init__(
+        self,
+        decider: Decider,
+        options: ProcessorOptions,
+        context: Any,
+        first: pb.ProcessingRequest,
+        watching: _Watching,
+    ) -> None:
+        self._decider = decider
+        self._options = options
+        self._context = context
+        self._watching = watching
+        self._headers = messages.headers_of(first.request_headers)
+        self._subset = messages.subset_of(first)
+        self._ended = first.request_headers.end_of_stream
+        config = first.protocol_config
+        # A gateway that announces nothing is older than the announcement; those use full duplex.
+        announced = first.HasField("protocol_config")
+        self._mode = config.request_body_mode if announced else messages.FULL_DUPLEX
+        self._response_mode = config.response_body_mode if announced else messages.FULL_DUPLEX
+        self._at_once = config.send_body_without_waiting_for_header_response
+        self._request_id = self._headers.get(names.REQUEST_ID, "")
+        self._left: Any = None  # a message that was read and belongs to the response
+
+    async def run(self) -> None:
+        """Decide the request, then watch the response as far as that is wanted."""
+        if await self._request():
+            await self._response()
+
+    # --- the request ----------------------------------------------------------------------------------------------
+
+    async def _request(self) -> bool:
+        """Answer the request's part; returns whether the stream goes on."""
+        mode = self._mode
+        if self._ended or mode == messages.NONE or (mode == messages.STREAMED and not self._at_once):
+            decision = await self._decide(None)
+            return await self._send(decision, messages.headers_answer)
+        if mode in (messages.BUFFERED, messages.BUFFERED_PARTIAL):
+            return await self._buffered()
+        return await self._collected()
+
+    async def _decide(self, body: bytes | None) -> Decision:
+        incoming = Incoming(self._headers, body, self._subset, self._request_id)
+        try:
+            decision = await self._decider.decide(incoming)
+        except Exception:
+            log.exception("a decision failed; the gateway chooses")
+            decision = Route(())
+        if isinstance(decision, Route) and decision.request_id:
+            self._request_id = decision.request_id
+        return decision
+
+    async def _send(self, decision: Decision, answer: Any) -> bool:
+        if isinstance(decision, Refusal):
+            await self._context.write(messages.refusal(decision))
+            return False
+        await self._context.write(answer(decision))
+        return True
+
+    async def _buffered(self) -> bool:
+        """Answer headers at once, then the one body; trailers alone end a request that has none."""
+        context = self._context
+        await context.write(messages.EMPTY_HEADERS)
+        message = await context.read()
+        if message is grpc.aio.EOF:
+            return False
+        kind = message.WhichOneof("request")
+        if kind == "request_trailers":  # headers are on hold no more: the pod can be named no longer
+            await context.write(messages.EMPTY_TRAILERS)
+            return True
+        if kind != "request_body":
+            self._left = message  # a local reply of Envoy, for a body past its limit
+            return True
+        body = message.request_body.body
+        partial = self._mode == messages.BUFFERED_PARTIAL and not message.request_body.end_of_stream
+        decision = self._too_large(len(body)) or await self._decide(body)
+        if partial and isinstance(decision, Route) and decision.body is not None:
+            decision = decision._replace(body=None)  # the rest of the old one follows
+        return await self._send(decision, messages.body_answer)
+
+    async def _collected(self) -> bool:
+        """Take the pieces up to the end, then answer headers and body together."""
+        pieces: list[bytes] = []
+        size = 0
+        trailers = False
+        while not self._ended and not trailers:
+            message = await self._context.read()
+            if message is grpc.aio.EOF:
+                return False  # the client is gone
+            kind = message.WhichOneof("request")
+            if kind == "request_body":
+                pieces.append(message.request_body.body)
+                self._ended = message.request_body.end_of_stream
+                size += len(message.request_body.body)
+                if (refused := self._too_large(size)) is not None:
+                    return await self._send(refused, None)
+            elif kind == "request_trailers":
+                trailers = True
+            else:  # a local reply of Envoy: the request goes nowhere
+                self._left = message
+                return True
+        decision = await self._decide(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        if not await self._send(decision, messages.headers_answer):
+            return False
+        assert isinstance(decision, Route)
+        if self._mode == messages.FULL_DUPLEX:
+            await self._send_back(pieces, decision.body, trailers=trailers)
+        else:
+            for _ in pieces:
+                await self._context.write(messages.EMPTY_BODY)
+        if trailers:
+            await self._context.write(messages.EMPTY_TRAILERS)
+        return True
+
+    async def _send_back(self, pieces: list[bytes], changed: bytes | None, *, trailers: bool) -> None:
+        """Hand the whole body on; a piece that is small enough goes as it came."""
+        most = self._options.piece_bytes
+        parts = pieces if changed is None else [changed]
+        for number, part in enumerate(parts):
+            ended = number == len(parts) - 1 and not trailers
+            for answer in messages.body_pieces(part, most, ended=ended):
+                await self._context.write(answer)
+
+    def _too_large(self, size: int) -> Refusal | None:
+        most = self._options.max_body_bytes
+        if size <= most:
+            return None
+        return Refusal(413, f"the request has more than {most} bytes (picker max_body_bytes)", "rejected-too-large")
+
+    # --- the response ---------------------------------------------------------------------------------------------
+
+    async def _response(self) -> None:
+        """Read the response as far as the settings and the announced mode make that harmless.
+
+        In full duplex the stream is left right after the request, by returning: then a crash of this process does not
+        cut the client's tokens. Leaving on the response's headers would lose the first piece.
+        """
+        wanted = self._options.response
+        if wanted == "off" or (wanted == "headers" and self._response_mode != messages.NONE):
+            self._decider.exchange(self._request_id).ended(complete=False)
+            return
+        exchange = self._decider.exchange(self._request_id)
+        complete = False
+        try:
+            while (message := await self._next()) is not grpc.aio.EOF:
+                complete = await self._respond(message, exchange) or complete
+            # Envoy ends the stream of a buffered request with the request itself.
+            complete = complete or (self._mode == messages.BUFFERED and not self._watching.over)
+        finally:
+            exchange.ended(complete=complete)
+
+    async def _next(self) -> Any:
+        if (left := self._left) is not None:
+            self._left = None
+            return left
+        return await self._watching.read(self._context)
+
+    async def _respond(self, message: pb.ProcessingRequest, exchange: Exchange) -> bool:
+        """Answer one message of the response; returns whether it was the last."""
+        kind = message.WhichOneof("request")
+        if kind == "response_headers":
+            _tell_headers(exchange, messages.headers_of(message.response_headers), messages.served_of(message))
+            await self._context.write(messages.EMPTY_RESPONSE_HEADERS)
+            return message.response_headers.end_of_stream
+        if kind == "response_body":
+            # Handed on first: what we make of it is none of the client's business.
+            full = self._response_mode == messages.FULL_DUPLEX
+            await self._context.write(messages.same_body(message) if full else messages.EMPTY_RESPONSE_BODY)
+            exchange.chunk(message.response_body.body)
+            return message.response_body.end_of_stream
+        if kind == "response_trailers":
+            await self._context.write(messages.EMPTY_RESPONSE_TRAILERS)
+            return True
+        if kind == "request_trailers":
+            await self._context.write(messages.EMPTY_TRAILERS)
+        elif kind == "request_body":  # the rest of a body that was buffered in part
+            await self._context.write(messages.EMPTY_BODY)
+        return False

@@ -1,0 +1,60 @@
+"""What a picker reads of a request's body beside its prompt: model, session, length; and a body with a peer source.
+
+Nothing of a body ever goes into a log or an error's text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+_decode: Final = msgspec.json.Decoder().decode
+_SESSION: Final = 256
+#: A token is so many bytes of text, where nothing better is known.
+_BYTES_PER_TOKEN: Final = 4
+
+
+class Body(NamedTuple):
+    """A decoded body.
+
+    Attributes:
+        document: the JSON object.
+        model: as the client named it, empty for none.
+        session: ``session_id`` of the body, empty for none.
+        tokens_estimate: prompt tokens guessed from its size.
+    """
+
+    document: Mapping[str, Any]
+    model: str
+    session: str
+    tokens_estimate: int
+
+
+def read_body(data: bytes) -> Body | None:
+    """Return a body, None for one that is no JSON object."""
+    try:
+        document = _decode(data)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+    if not isinstance(document, dict):
+        return None
+    model, session = document.get("model"), document.get("session_id")
+    ids = document.get("token_ids") or document.get("prompt")
+    listed = isinstance(ids, list) and bool(ids) and isinstance(ids[0], int)
+    estimate = len(ids) if listed and isinstance(ids, list) else len(data) // _BYTES_PER_TOKEN
+    return Body(
+        document,
+        model if isinstance(model, str) else "",
+        session[:_SESSION] if isinstance(session, str) else "",
+        estimate,
+    )
+
+
+def with_source(document: Mapping[str, Any], address: str, tokens: int) -> bytes:
+    """Return a body that names a pod to pull cached blocks from, beside what it says of transfers already."""
+    before = document.get("kv_transfer_params")
+    params = dict(before) if isinstance(before, dict) else {}
+    params["kv_cache_source"] = {"endpoint": address, "tokens": tokens}
+    return msgspec.json.encode({**document, "kv_transfer_params": params})

@@ -1,0 +1,189 @@
+"""Serving addresses: a static list, a watched file, DNS names, and the pods that events tell of.
+
+One spec is one pod: ``HOST:PORT[,pod=NAME][,model=NAME][,role=...][,engine=...][,ranks=N][,metrics=URL]``. Its ranks
+listen on the ports that follow; rank ``r`` of more than one is the pod id ``NAME@dp<r>``, as its events are known.
+Without a name a pod is called ``HOST:PORT``, which is how llm-d's topics name pods.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import socket
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from kvatlas.bridge.errors import SettingsError, UnresolvedError
+from kvatlas.bridge.model.records import GONE, PodRecord
+from kvatlas.scorer.picker.endpoints import ROLES, Endpoint
+
+_OPTIONS: Final = ("pod", "model", "role", "engine", "ranks", "metrics")
+_ENGINES: Final = ("vllm", "sglang")
+_MOST_RANKS: Final = 1_024
+
+
+def parse_endpoint(text: str) -> list[Endpoint]:
+    """Read one spec; returns an endpoint per rank.
+
+    Raises:
+        SettingsError: the text is no spec; names the part.
+    """
+    address, *parts = (part.strip() for part in text.split(","))
+    host, port = split_address(address, text)
+    options = {}
+    for part in parts:
+        name, equals, value = part.partition("=")
+        if not equals or name not in _OPTIONS or not value:
+            raise SettingsError(f"endpoint {text!r}: {part!r} is none of {', '.join(_OPTIONS)}=VALUE")
+        options[name] = value
+    role = ROLES.get(options.get("role", ""))
+    if role is None:
+        raise SettingsError(f"endpoint {text!r}: role={options['role']!r}; known: {', '.join(filter(None, ROLES))}")
+    engine = options.get("engine", "vllm")
+    if engine not in _ENGINES:
+        raise SettingsError(f"endpoint {text!r}: engine={engine!r}; known: {', '.join(_ENGINES)}")
+    ranks = options.get("ranks", "1")
+    if not ranks.isdecimal() or not 1 <= int(ranks) <= _MOST_RANKS or port + int(ranks) - 1 > 65_535:
+        raise SettingsError(f"endpoint {text!r}: ranks={ranks!r}; expected 1 to {_MOST_RANKS}, ports up to 65535")
+    found = []
+    for rank in range(int(ranks)):
+        here = joined(host, port + rank)
+        pod = options.get("pod") or joined(host, port)
+        found.append(
+            Endpoint(
+                address=here,
+                pod=f"{pod}@dp{rank}" if int(ranks) > 1 else pod,
+                model=options.get("model", ""),
+                role=role,
+                engine=engine,
+                metrics=options.get("metrics", f"http://{here}/metrics"),
+            )
+        )
+    return found
+
+
+def split_address(address: str, where: str) -> tuple[str, int]:
+    """Return host and port of ``HOST:PORT``; IPv6 in brackets.
+
+    Raises:
+        SettingsError: it is not one; ``where`` is named.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65_536:
+        raise SettingsError(f"endpoint {where!r}: expected HOST:PORT first")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise SettingsError(f"endpoint {where!r}: an IPv6 address is written in brackets, [ADDRESS]:PORT")
+    return host.strip("[]"), int(port)
+
+
+def joined(host: str, port: int) -> str:
+    """Return ``HOST:PORT``, IPv6 in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def read_endpoints(path: Path) -> list[Endpoint]:
+    """Read ``endpoints``, a list of specs, from a TOML, YAML or JSON file.
+
+    Raises:
+        SettingsError: the file cannot be read, has another shape, or a spec is not valid.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        document: Any
+        if path.suffix == ".toml":
+            document = tomllib.loads(text)
+        elif path.suffix == ".json":
+            document = json.loads(text)
+        else:
+            document = yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise SettingsError(f"endpoints file {path}: {error}") from error
+    listed = document.get("endpoints") if isinstance(document, dict) else document
+    if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
+        raise SettingsError(f"endpoints file {path}: expected `endpoints`, a list of HOST:PORT[,...]")
+    try:
+        return [endpoint for item in listed for endpoint in parse_endpoint(item)]
+    except SettingsError as error:
+        raise SettingsError(f"endpoints file {path}: {error}") from error
+
+
+async def resolve(text: str) -> list[Endpoint]:
+    """Return the endpoints of every address that a spec's host resolves to.
+
+    Raises:
+        SettingsError: the spec is not valid.
+        UnresolvedError: the name has no address now.
+    """
+    address = text.partition(",")[0].strip()
+    host, port = split_address(address, text)
+    parse_endpoint(text)
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise UnresolvedError(f"DNS name {host}: {error}") from error
+    addresses = sorted({str(entry[4][0]) for entry in found})
+    rest = text.partition(",")[2]
+    return [
+        endpoint for one in addresses for endpoint in parse_endpoint(f"{joined(one, port)}{',' + rest if rest else ''}")
+    ]
+
+
+def from_pods(records: Iterable[PodRecord], serving_port: int) -> list[Endpoint]:
+    """Return the endpoints that pods known from their events tell of themselves.
+
+    A pod id that is an address, as llm-d's topics have it, is the serving address; else it is the host that its events
+    come from, with the port of the settings. A silent pod may be idle, so only those that are gone are left out.
+    """
+    found = []
+    for record in records:
+        name, _, rank = record.pod.partition("@dp")
+        address = _address_of(name)
+        if address is None and serving_port and record.endpoint:
+            host = record.endpoint.partition("://")[2].rpartition(":")[0].strip("[]")
+            if host:
+                address = joined(host, serving_port + (int(rank) if rank.isdecimal() else 0))
+        if address is not None:
+            engine = record.engine if record.engine in _ENGINES else "vllm"
+            found.append(
+                Endpoint(
+                    address,
+                    record.pod,
+                    record.model,
+                    ready=record.state != GONE,
+                    engine=engine,
+                    metrics=f"http://{address}/metrics",
+                )
+            )
+    return found
+
+
+def _address_of(name: str) -> str | None:
+    """Return a pod id that is ``IP:PORT``, None for any other."""
+    host, colon, port = name.rpartition(":")
+    if not colon or not port.isdecimal() or not 0 < int(port) < 65_536:
+        return None
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return None
+    return name
+
+
+def merged(sources: Iterable[Iterable[Endpoint]], pods: Mapping[str, PodRecord]) -> list[Endpoint]:
+    """Join sources by address, the first one winning; pods that ended are not ready, models come from events."""
+    found: dict[str, Endpoint] = {}
+    for source in sources:
+        for endpoint in source:
+            found.setdefault(endpoint.address, endpoint)
+    joined_ones = []
+    for endpoint in found.values():
+        record = pods.get(endpoint.pod)
+        if record is not None and not endpoint.model and record.model:
+            endpoint = endpoint._replace(model=record.model)  # noqa: PLW2901 - the same one, better known
+        joined_ones.append(endpoint)
+    return sorted(joined_ones)

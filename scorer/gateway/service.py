@@ -1,0 +1,284 @@
+"""The picker as a service: the external processor's server around a scorer in this process, endpoints and their load.
+
+Shutdown in steps, so that no request is lost: health says NOT_SERVING while requests are still answered for
+``drain_seconds``, streams that only watch a response are left between two pieces, then the server closes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+import grpc.aio
+import msgspec
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from kvatlas.bridge.errors import SettingsError, UnresolvedError
+from kvatlas.bridge.model.records import PodRecord
+from kvatlas.bridge.runtime.tasks import end_tasks
+from kvatlas.bridge.runtime.telemetry import Telemetry
+from kvatlas.scorer.api.extproc import SERVICE, ExternalProcessor, ProcessorOptions
+from kvatlas.scorer.gateway import discovery, metrics
+from kvatlas.scorer.gateway.decider import Made, PickerDecider
+from kvatlas.scorer.gateway.kubernetes_pool import PoolWatch
+from kvatlas.scorer.gateway.options import PickerSettings
+from kvatlas.scorer.gateway.outcome import Joined, Outcome
+from kvatlas.scorer.gateway.prefixes import CorePrefixes, Prefixes
+from kvatlas.scorer.gateway.recorder import Recorder
+from kvatlas.scorer.gateway.scraper import Scraper
+from kvatlas.scorer.gateway.state import OpenDecision, PickerState
+from kvatlas.scorer.picker.endpoints import Endpoint
+from kvatlas.scorer.picker.load import Report
+from kvatlas.scorer.service import ScorerService
+
+log = logging.getLogger(__name__)
+
+_MEASURE_SECONDS: Final = 1.0
+#: Names that gateways ask the health service for; liveness says that the process answers.
+_READY_NAMES: Final = ("", "readiness", SERVICE, "inference-extension")
+_LIVE_NAME: Final = "liveness"
+
+
+class PickerService:
+    """One picker.
+
+    Args:
+        settings: of the picker.
+        scorer: a scorer in this process, started and stopped by the caller; None decides by load alone.
+        prefixes: answers who holds a prompt; None asks the scorer.
+        clock: monotonic seconds.
+
+    Attributes:
+        ready: set once the server listens and there is an endpoint.
+        address: ``host:port`` of the server, after :meth:`start`.
+        state: endpoints, load, sessions.
+    """
+
+    def __init__(
+        self,
+        settings: PickerSettings,
+        scorer: ScorerService | None,
+        *,
+        prefixes: Prefixes | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if not settings.name:
+            settings = msgspec.structs.replace(settings, name=f"picker-{socket.gethostname()}-{os.getpid()}")
+        self.ready = asyncio.Event()
+        self.address = ""
+        self.state = PickerState(settings, clock)
+        self._settings = settings
+        self._scorer = scorer
+        self._clock = clock
+        self._static = [one for text in settings.endpoints for one in discovery.parse_endpoint(text)]
+        self._known_dns: dict[str, list[Endpoint]] = {}
+        self._file: list[Endpoint] = []
+        self._recorder = Recorder(settings, scorer)
+        if prefixes is None and scorer is not None:
+            prefixes = CorePrefixes(scorer.core, scorer.tokenizers)
+        self.decider = PickerDecider(
+            settings, self.state, prefixes, report=self._report, outcome=self._outcome, clock=clock
+        )
+        self.processor = ExternalProcessor(
+            self.decider,
+            ProcessorOptions(
+                max_body_bytes=settings.max_body_bytes,
+                piece_bytes=settings.body_piece_bytes,
+                response=settings.response,
+            ),
+        )
+        self._pool = PoolWatch(settings.pool, settings.kubernetes_config, self._pool_changed) if settings.pool else None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._telemetry = Telemetry(settings.telemetry_listen)
+        self._health = health.aio.HealthServicer()
+        self._server: grpc.aio.Server | None = None
+        self._draining = False
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    # --- life -------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Listen, look for endpoints, follow their load.
+
+        Raises:
+            SettingsError: an address cannot be bound, or a certificate or spec is no good.
+        """
+        self._loop = asyncio.get_running_loop()
+        await self._telemetry.start()
+        self._telemetry.add_check("picks", self.unready)
+        if self._scorer is not None:
+            self._scorer.on_decision = self.state.take
+        await self._discover()
+        await self._serve()
+        if self._pool is not None:
+            self._pool.start()
+        self._spawn(self._keep_discovering())
+        self._spawn(self._measure())
+        if self._settings.scrape_seconds:
+            scraper = Scraper(
+                lambda: self.state.endpoints,
+                self.state.loads.reported,
+                every_seconds=self._settings.scrape_seconds,
+                clock=self._clock,
+            )
+            self._spawn(scraper.run())
+
+    async def _serve(self) -> None:
+        settings = self._settings
+        server = grpc.aio.server(
+            options=[
+                # A message from the gateway may be as large as its own buffer: the limit is ours, with an answer.
+                ("grpc.max_receive_message_length", settings.max_body_bytes + 1024 * 1024),
+                ("grpc.max_send_message_length", -1),
+                ("grpc.so_reuseport", 0),
+            ]
+        )
+        server.add_generic_rpc_handlers((self.processor.handler(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        await self._health.set(_LIVE_NAME, health_pb2.HealthCheckResponse.SERVING)
+        try:
+            if settings.tls_certfile:
+                port = server.add_secure_port(settings.listen, _credentials(settings))
+            else:
+                port = server.add_insecure_port(settings.listen)
+        except (RuntimeError, OSError) as error:
+            raise SettingsError(f"[picker] cannot listen on {settings.listen}: {error}") from error
+        await server.start()
+        self._server = server
+        self.address = f"{settings.listen.rpartition(':')[0]}:{port}"
+        await self._set_health()
+
+    async def stop(self) -> None:
+        """Drain, then close everything."""
+        self._draining = True
+        if self._server is not None:
+            await self._set_health()
+            if self._settings.drain_seconds:
+                await asyncio.sleep(self._settings.drain_seconds)
+            self.processor.leave()
+            await self._server.stop(1.0)
+        if self._pool is not None:
+            self._pool.stop()
+        if self._scorer is not None and self._scorer.on_decision == self.state.take:
+            self._scorer.on_decision = None
+        await end_tasks(list(self._tasks))
+        await self._telemetry.stop()
+
+    def unready(self) -> str | None:
+        """Return why nothing can be picked, None when something can."""
+        if self._draining:
+            return "draining"
+        if not any(one.ready for one in self.state.endpoints):
+            return "no endpoint is ready"
+        return None
+
+    async def _set_health(self) -> None:
+        good = self.unready() is None
+        if good and not self.ready.is_set():
+            self.ready.set()
+        status = health_pb2.HealthCheckResponse
+        for name in _READY_NAMES:
+            await self._health.set(name, status.SERVING if good else status.NOT_SERVING)
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # --- endpoints --------------------------------------------------------------------------------------------------
+
+    def _pool_changed(self) -> None:
+        """Take the pool's pods; called in the watch's thread."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._use)
+
+    def _pods(self) -> dict[str, PodRecord]:
+        return self._scorer.pods.merged if self._scorer is not None else {}
+
+    def _use(self) -> None:
+        """Join all sources."""
+        settings, pods = self._settings, self._pods()
+        sources = [
+            self._static,
+            self._file,
+            *(self._known_dns.get(text, []) for text in settings.dns),
+            self._pool.state.endpoints() if self._pool is not None else [],
+        ]
+        if settings.serving_port or not any(sources):
+            sources.append(discovery.from_pods(list(pods.values()), settings.serving_port))
+        self.state.use(discovery.merged(sources, pods))
+
+    async def _discover(self) -> None:
+        settings = self._settings
+        if settings.endpoints_file:
+            try:
+                self._file = await asyncio.to_thread(discovery.read_endpoints, Path(settings.endpoints_file))
+            except SettingsError as error:  # those of before stay
+                metrics.DISCOVERY_ERRORS.labels("file").inc()
+                log.warning("%s; keeping %d endpoints of before", error, len(self._file))
+        for text in settings.dns:
+            try:
+                self._known_dns[text] = await discovery.resolve(text)
+            except UnresolvedError as error:
+                metrics.DISCOVERY_ERRORS.labels("dns").inc()
+                log.warning("%s; keeping %d endpoints of before", error, len(self._known_dns.get(text, [])))
+        self._use()
+
+    async def _keep_discovering(self) -> None:
+        while True:
+            await self._set_health()
+            await asyncio.sleep(self._settings.discovery_seconds if self.ready.is_set() else 0.05)
+            await self._discover()
+
+    async def _measure(self) -> None:
+        while True:
+            self.state.measure()
+            self._take_reports()
+            metrics.OPEN_STREAMS.set(self.processor.open)
+            await asyncio.sleep(_MEASURE_SECONDS)
+
+    def _take_reports(self) -> None:
+        """Use what pods report through the bridge where their metrics are not read here."""
+        now, now_ns = self._clock(), time.time_ns()
+        pods = self._pods()
+        for endpoint in self.state.endpoints:
+            record = pods.get(endpoint.pod)
+            if record is None or not record.load or (endpoint.metrics and self._settings.scrape_seconds):
+                continue
+            age = max(0.0, (now_ns - record.updated_ns) / 1e9)
+            load = record.load
+            self.state.loads.reported(
+                endpoint.address,
+                Report(load.get("running", 0.0), load.get("waiting", 0.0), load.get("cache_usage", 0.0), now - age),
+            )
+
+    # --- decisions --------------------------------------------------------------------------------------------------
+
+    def _report(self, made: Made) -> int:
+        return self._recorder.decided(made)
+
+    def _outcome(self, request_id: str) -> Outcome:
+        return Outcome(request_id, self.state, self._joined, restarted=self._restarted, clock=self._clock)
+
+    def _joined(self, joined: Joined) -> None:
+        self._recorder.served(joined)
+
+    def _restarted(self, decision: OpenDecision) -> bool:
+        record = self._pods().get(decision.prediction.pod)
+        return record is not None and 0 < decision.epoch < record.epoch
+
+
+def _credentials(settings: PickerSettings) -> grpc.ServerCredentials:
+    try:
+        key = Path(settings.tls_keyfile).read_bytes()
+        chain = Path(settings.tls_certfile).read_bytes()
+    except OSError as error:
+        raise SettingsError(f"[picker] cannot read {error.filename}: {error.strerror}") from error
+    return grpc.ssl_server_credentials([(key, chain)])

@@ -1,0 +1,112 @@
+"""What a picker knows of endpoints: the addresses, their load, sessions, and decisions whose end is open."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from kvatlas.bridge.model.records import DecisionRecord
+from kvatlas.scorer.gateway import metrics
+from kvatlas.scorer.gateway.options import PickerSettings
+from kvatlas.scorer.picker.affinity import Sessions
+from kvatlas.scorer.picker.endpoints import Endpoint
+from kvatlas.scorer.picker.load import LoadBook
+from kvatlas.scorer.picker.verdict import Prediction
+from kvatlas.scorer.scoring.decisions import DECISION, SERVED
+
+#: Decisions kept for the engine's word about them; the oldest go first.
+_MOST_OPEN = 50_000
+
+
+class OpenDecision(NamedTuple):
+    """A decision whose request has not ended, or whose end nobody saw yet.
+
+    Attributes:
+        prediction: what was predicted.
+        at: when, monotonic seconds.
+        epoch: the pod's epoch then, 0 where it is not known.
+    """
+
+    prediction: Prediction
+    at: float
+    epoch: int = 0
+
+
+class PickerState:
+    """The picker's memory.
+
+    Args:
+        settings: of the picker.
+        clock: monotonic seconds.
+
+    Attributes:
+        endpoints: serving addresses now.
+        loads: their load.
+        sessions: where conversations went.
+    """
+
+    def __init__(self, settings: PickerSettings, clock: Callable[[], float]) -> None:
+        self.endpoints: Sequence[Endpoint] = ()
+        self.loads = LoadBook(settings.load_options())
+        self.sessions = Sessions(settings.sessions, settings.session_seconds)
+        self._clock = clock
+        self._own = settings.name
+        self._open: OrderedDict[str, OpenDecision] = OrderedDict()
+
+    def use(self, endpoints: Sequence[Endpoint]) -> None:
+        """Take the serving addresses as they are now."""
+        if tuple(endpoints) == tuple(self.endpoints):
+            return
+        self.endpoints = tuple(endpoints)
+        self.loads.keep(frozenset(one.address for one in endpoints))
+
+    def decided(self, request_id: str, decision: OpenDecision, compute_tokens: float, session: str = "") -> None:
+        """Take a decision into account, of this picker or another."""
+        self._open[request_id] = decision
+        self._open.move_to_end(request_id)
+        while len(self._open) > _MOST_OPEN:
+            self._open.popitem(last=False)
+        address = decision.prediction.address
+        self.loads.given(request_id, address, compute_tokens, decision.at)
+        self.sessions.put(session, address, decision.at)
+
+    def open(self, request_id: str) -> OpenDecision | None:
+        """Return an open decision, None when there is none of this id."""
+        return self._open.get(request_id)
+
+    def close(self, request_id: str) -> OpenDecision | None:
+        """Forget a decision whose request has ended; returns it."""
+        self.loads.ended(request_id)
+        return self._open.pop(request_id, None)
+
+    def take(self, record: DecisionRecord) -> None:
+        """Take a record of ``kv-decisions``: another picker's decision, or the end of a request."""
+        if record.scorer == self._own:
+            return
+        if record.kind == SERVED:
+            self.close(record.request_id)
+        elif record.kind == DECISION and record.endpoint:
+            metrics.FOREIGN.inc()
+            prediction = Prediction(
+                record.endpoint,
+                record.pod,
+                record.prompt_tokens,
+                record.predicted_tokens,
+                speculative_tokens=record.speculative_blocks * record.block_size_tokens,
+                degraded=record.degraded,
+            )
+            foreign = OpenDecision(prediction, self._clock(), record.pod_epoch)
+            self.decided(record.request_id, foreign, record.compute_tokens, record.session)
+
+    def measure(self) -> None:
+        """Forget what is too old, and set the gauges."""
+        now = self._clock()
+        self.loads.expire(now)
+        loads = [self.loads.load(one.address, now) for one in self.endpoints]
+        ready = sum(one.ready for one in self.endpoints)
+        metrics.ENDPOINTS.labels("ready").set(ready)
+        metrics.ENDPOINTS.labels("unready").set(len(self.endpoints) - ready)
+        metrics.STALE.set(sum(load.stale for load in loads))
+        metrics.QUEUED.set(sum(load.prefill_tokens for load in loads))
+        metrics.IN_FLIGHT.set(sum(self.loads.open_requests(one.address) for one in self.endpoints))

@@ -1,0 +1,75 @@
+"""Load out of an engine's Prometheus page, by the names that vLLM and SGLang use. Pure.
+
+With several series of a name (data-parallel ranks behind one port) waiting and running are summed and usage is
+averaged; given a rank, only the series of that rank count.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Final, NamedTuple
+
+
+class EngineLoad(NamedTuple):
+    """What a page says; None where it lacks the figure."""
+
+    running: float | None = None
+    waiting: float | None = None
+    usage: float | None = None
+
+    @property
+    def known(self) -> bool:
+        """Whether it says anything."""
+        return self != EngineLoad()
+
+
+#: Metric name -> field of the load, for both engines: their names do not clash.
+_FIELDS: Final[Mapping[str, str]] = {
+    "vllm:num_requests_running": "running",
+    "vllm:num_requests_waiting": "waiting",
+    "vllm:kv_cache_usage_perc": "usage",
+    "vllm:gpu_cache_usage_perc": "usage",
+    "sglang:num_running_reqs": "running",
+    "sglang:num_queue_reqs": "waiting",
+    "sglang:token_usage": "usage",
+}
+_RANK_LABELS: Final = ("engine", "dp_rank")
+_LINE: Final = re.compile(
+    r"^((?:vllm|sglang):(?:num_requests_running|num_requests_waiting|kv_cache_usage_perc|gpu_cache_usage_perc"
+    r"|num_running_reqs|num_queue_reqs|token_usage))(?:\{([^}\n]*)\})?[ \t]+([^\s#]+)",
+    re.MULTILINE,
+)
+_LABEL: Final = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+
+
+def read_load(page: str, rank: int | None = None) -> EngineLoad:
+    """Return the load that a metrics page tells.
+
+    Args:
+        page: its text.
+        rank: data-parallel rank whose series count; None for all.
+    """
+    found: dict[str, list[float]] = {}
+    for match in _LINE.finditer(page):
+        name, labels, text = match.groups()
+        if rank is not None and not _of_rank(labels or "", rank):
+            continue
+        try:
+            value = float(text)
+        except ValueError:
+            continue
+        if value >= 0:  # neither NaN nor nonsense
+            found.setdefault(_FIELDS[name], []).append(value)
+    usage = found.get("usage")
+    return EngineLoad(
+        sum(found["running"]) if "running" in found else None,
+        sum(found["waiting"]) if "waiting" in found else None,
+        min(sum(usage) / len(usage), 1.0) if usage else None,
+    )
+
+
+def _of_rank(labels: str, rank: int) -> bool:
+    """Whether a series is of a rank; one without such a label is of every rank."""
+    named = {name: value for name, value in _LABEL.findall(labels) if name in _RANK_LABELS}
+    return not named or str(rank) in named.values()

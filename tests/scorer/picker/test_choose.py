@@ -1,0 +1,135 @@
+"""The choice by cost and its rules."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvatlas.scorer.picker.choose import Ask, Chooser, Rules, eligible
+from kvatlas.scorer.picker.cost import Weights, cost_of
+from kvatlas.scorer.picker.endpoints import Endpoint, Held, in_subset
+from kvatlas.scorer.picker.load import Load
+
+PODS = [Endpoint(f"10.0.0.{n}:8000", f"pod-{n}") for n in range(4)]
+IDLE = Load(stale=False)
+
+
+def choose(chooser: Chooser, held: dict[str, Held], loads: dict[str, Load] | None = None, **ask: object):  # type: ignore[no-untyped-def]
+    found = loads or {}
+    asked = Ask("m", 10_000, held, **ask)  # type: ignore[arg-type]
+    return chooser.choose(asked, PODS, lambda address: found.get(address, IDLE))
+
+
+def gpu(tokens: int, speculative: int = 0) -> Held:
+    return Held(tokens, {"gpu": tokens}, speculative)
+
+
+def test_request_goes_where_its_prefix_is() -> None:
+    choice = choose(Chooser(Weights(), Rules()), {"pod-2": gpu(9_000), "pod-1": gpu(4_000)})
+    assert [one.endpoint.pod for one in choice.candidates[:2]] == ["pod-2", "pod-1"]
+    assert choice.rule == "cost"
+
+
+def test_queue_outweighs_a_prefix_that_saves_less() -> None:
+    busy = {PODS[2].address: Load(prefill_tokens=50_000, stale=False)}
+    assert choose(Chooser(Weights(queue=0.2), Rules()), {"pod-2": gpu(9_000)}, busy).best.endpoint.pod != "pod-2"
+    assert choose(Chooser(Weights(queue=0.1), Rules()), {"pod-2": gpu(9_000)}, busy).best.endpoint.pod == "pod-2"
+
+
+def test_slower_tiers_count_for_less() -> None:
+    held = {"pod-1": Held(9_000, {"disk": 9_000}), "pod-3": gpu(8_000)}
+    assert choose(Chooser(Weights(), Rules()), held).best.endpoint.pod == "pod-3"
+
+
+def test_hot_pod_is_left_for_the_second_best() -> None:
+    loads = {PODS[2].address: Load(prefill_tokens=9_000, stale=False)}
+    choice = choose(Chooser(Weights(queue=0.0), Rules(hot_tokens=8_000)), {"pod-2": gpu(9_000)}, loads)
+    assert (choice.best.endpoint.pod != "pod-2", choice.rule) == (True, "hot")
+
+
+def test_cold_prompts_take_turns() -> None:
+    chooser = Chooser(Weights(), Rules())
+    pods = [choose(chooser, {}).best.endpoint.pod for _ in range(8)]
+    assert sorted(pods[:4]) == sorted(pods[4:]) == [pod.pod for pod in PODS]
+    assert pods[:4] == pods[4:]
+
+
+def test_session_breaks_ties_and_no_more() -> None:
+    chooser = Chooser(Weights(), Rules())
+    assert choose(chooser, {}, sticky=PODS[3].address).best.endpoint.pod == "pod-3"
+    choice = choose(chooser, {"pod-0": gpu(9_000)}, sticky=PODS[3].address)
+    assert choice.best.endpoint.pod == "pod-0"
+
+
+def test_burst_is_held_together_or_spread_by_rule() -> None:
+    held = {"pod-1": gpu(9_984, speculative=9_984)}
+    loads = {PODS[1].address: Load(prefill_tokens=60_000, stale=False)}
+    assert choose(Chooser(Weights(), Rules(burst="hold")), held, loads).best.endpoint.pod == "pod-1"
+    assert choose(Chooser(Weights(), Rules(burst="cost")), held, loads).best.endpoint.pod != "pod-1"
+    assert choose(Chooser(Weights(), Rules(burst="spread")), held).rule == "cold"
+    assert choose(Chooser(Weights(), Rules(burst="cost")), held).best.endpoint.pod == "pod-1"
+    hot = Rules(burst="hold", hot_tokens=50_000)
+    assert choose(Chooser(Weights(), hot), held, loads).best.endpoint.pod != "pod-1"
+
+
+def test_all_past_their_limit_is_saturated_and_none_is_not() -> None:
+    loads = {pod.address: Load(requests=9, stale=False) for pod in PODS}
+    choice = choose(Chooser(Weights(), Rules(most_requests=9)), {}, loads)
+    assert (choice.candidates, choice.saturated) == ((), 4)
+    assert Chooser(Weights(), Rules()).choose(Ask("m", 1), [], lambda _: IDLE) == ((), "none", 0)
+
+
+def test_temperature_draws_among_equals_only() -> None:
+    draws = iter([0.0, 0.3, 0.6, 0.99] * 10)
+    chooser = Chooser(Weights(), Rules(temperature=1e6, near_tokens=64), lambda: next(draws))
+    held = {"pod-0": gpu(5_000), "pod-1": gpu(5_000), "pod-2": gpu(5_016)}
+    picked = {choose(chooser, held).best.endpoint.pod for _ in range(8)}
+    assert picked == {"pod-0", "pod-1", "pod-2"}
+
+
+def test_subset_matches_address_or_ip() -> None:
+    assert in_subset("10.0.0.1:8000", {"10.0.0.1:8000"})
+    assert in_subset("10.0.0.1:8000", {"10.0.0.1"})
+    assert not in_subset("10.0.0.1:8000", {"10.0.0.1:8001", "10.0.0.2"})
+    assert in_subset("[fd00::1]:8000", {"fd00::1"})
+    assert eligible(PODS, "m", ("both",), set()) == []
+    assert eligible(PODS, "m", ("both",), {"10.0.0.3"}) == [PODS[3]]
+    assert eligible([PODS[0]._replace(ready=False), PODS[1]._replace(model="n")], "m", ("both",), None) == []
+
+
+HELD = st.builds(
+    lambda gpu, cpu, spec: Held(gpu + cpu, {"gpu": gpu, "cpu": cpu}, min(spec, gpu)),
+    st.integers(0, 8_000),
+    st.integers(0, 8_000),
+    st.integers(0, 8_000),
+)
+LOAD = st.builds(Load, st.floats(0, 1e6), st.floats(0, 500), st.floats(0, 100), st.floats(0, 1), st.booleans())
+
+
+@given(st.integers(1, 20_000), HELD, LOAD)
+def test_cost_is_never_negative_and_never_less_for_more_load(prompt: int, held: Held, load: Load) -> None:
+    cost = cost_of(prompt, held, load, Weights())
+    more = cost_of(
+        prompt, held, load._replace(prefill_tokens=load.prefill_tokens + 1, requests=load.requests + 1), Weights()
+    )
+    assert 0 <= cost.total <= more.total
+    assert cost.compute <= max(prompt, held.tokens)
+
+
+@given(
+    st.dictionaries(st.sampled_from([pod.pod for pod in PODS]), HELD),
+    st.lists(LOAD, min_size=4, max_size=4),
+    st.sampled_from(["cost", "hold", "spread"]),
+    st.floats(0, 2),
+)
+def test_choice_names_each_endpoint_once_and_stays_near_the_least_cost(
+    held: dict[str, Held], loads: list[Load], burst: str, temperature: float
+) -> None:
+    rules = Rules(burst=burst, temperature=temperature)
+    by_address = dict(zip((pod.address for pod in PODS), loads, strict=True))
+    choice = Chooser(Weights(), rules, lambda: 0.5).choose(Ask("m", 9_000, held), PODS, by_address.__getitem__)
+    free = [pod for pod in PODS if not (by_address[pod.address].usage >= 1.0 and by_address[pod.address].waiting > 0)]
+    assert sorted(one.endpoint for one in choice.candidates) == sorted(free)
+    if free and burst != "hold":
+        least = min(one.cost.total for one in choice.candidates)
+        assert choice.best.cost.total <= least + rules.near_tokens

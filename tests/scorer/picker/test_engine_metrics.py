@@ -1,0 +1,39 @@
+"""Load out of engines' metrics pages."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvatlas.scorer.picker.engine_metrics import EngineLoad, read_load
+
+VLLM = """# HELP vllm:num_requests_running Number of requests
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0",model_name="m"} 3.0
+vllm:num_requests_running{engine="1",model_name="m"} 4.0
+vllm:num_requests_waiting{engine="0",model_name="m"} 1.0
+vllm:num_requests_waiting{engine="1",model_name="m"} 0.0
+vllm:num_requests_waiting_by_reason{engine="0",model_name="m",reason="capacity"} 9.0
+vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.25
+vllm:kv_cache_usage_perc{engine="1",model_name="m"} 0.75
+"""
+SGLANG = """sglang:num_running_reqs{model_name="m",tp_rank="0",dp_rank="0"} 2
+sglang:num_queue_reqs{model_name="m",tp_rank="0",dp_rank="0"} 5
+sglang:token_usage{model_name="m",tp_rank="0",dp_rank="0"} 0.5
+"""
+
+
+def test_ranks_behind_one_port_are_summed_and_usage_averaged() -> None:
+    assert read_load(VLLM) == EngineLoad(7.0, 1.0, 0.5)
+    assert read_load(VLLM, rank=1) == EngineLoad(4.0, 0.0, 0.75)
+    assert read_load(SGLANG) == EngineLoad(2.0, 5.0, 0.5)
+
+
+def test_missing_family_keeps_the_others_and_nonsense_is_none() -> None:
+    assert read_load("vllm:num_requests_running 2\nvllm:kv_cache_usage_perc NaN\n") == EngineLoad(2.0, None, None)
+    assert not read_load("up 1\n").known
+
+
+@given(st.text(max_size=300))
+def test_any_page_is_read(page: str) -> None:
+    read_load("vllm:num_requests_running{" + page)
