@@ -27,8 +27,8 @@ ORDER: Final[dict[str, tuple[str | frozenset[str], ...]]] = {
         "upkeep", "startup", "service",
     ),
     "scorer": (
-        "v1", "errors", "options", "scoring", "tokenization", "lookups", "client", frozenset({"api", "library"}),
-        "service",
+        "v1", "errors", "options", "scoring", "picker", "tokenization", "lookups", "client",
+        frozenset({"api", "library"}), "service", "gateway",
     ),
     "connector": ("errors", "outcome", "metrics", "files", "offload", "vllm"),
 }  # fmt: skip
@@ -37,7 +37,7 @@ PUBLIC: Final = {"bridge.engine_publisher", "connector.vllm_spec", "connector.vl
 
 #: R3: rooms and modules without I/O, clocks and threads, and what they must not import, directly or through others.
 PURE: Final = (
-    "bridge.model", "bridge.ingest.tracker", "streams.index", "streams.resolve", "scorer.scoring",
+    "bridge.model", "bridge.ingest.tracker", "streams.index", "streams.resolve", "scorer.scoring", "scorer.picker",
     "connector.files.layout", "connector.files.catalog", "connector.outcome",
 )  # fmt: skip
 IMPURE_LIBRARIES: Final = frozenset(
@@ -57,7 +57,7 @@ ONLY: Final[dict[str, tuple[str, ...]]] = {
     "aiokafka": ("bridge.kafka", "bridge.relay", "streams.state", "streams.tasks", "streams.faust_app"),
     "grpc": (
         "streams.serving", "scorer.api", "scorer.lookups.router", "scorer.client", "scorer.tokenization",
-        "scorer.service",
+        "scorer.service", "scorer.gateway",
     ),
 }  # fmt: skip
 

@@ -27,9 +27,9 @@ from kvatlas.bridge.errors import SettingsError
 from kvatlas.deploy.whatif.fleet import PrefixCache
 from kvatlas.deploy.whatif.queueing import Engine, Request, Scraped
 from kvatlas.scorer.picker.choose import Ask, Chooser, Rules
-from kvatlas.scorer.picker.cost import Weights
+from kvatlas.scorer.picker.cost import CostWeights
 from kvatlas.scorer.picker.endpoints import Endpoint, Held
-from kvatlas.scorer.picker.load import LoadBook, LoadOptions, Report
+from kvatlas.scorer.picker.load import EngineReport, LoadBook, LoadOptions
 
 _SPECULATIVE_SECONDS: Final = 5.0
 
@@ -55,7 +55,7 @@ class Knobs:
         replicas: int = 1,
         sync_seconds: float = 0.05,
         seed: int = 1,
-        weights: Weights | None = None,
+        weights: CostWeights | None = None,
         rules: Rules | None = None,
         load_tokens_per_second: float | None = None,
     ) -> None:
@@ -64,7 +64,7 @@ class Knobs:
         self.replicas = replicas
         self.sync_seconds = sync_seconds
         self.seed = seed
-        self.weights = weights or Weights()
+        self.weights = weights or CostWeights()
         self.rules = rules or Rules()
         self.load_tokens_per_second = load_tokens_per_second or engine.tokens_per_second
 
@@ -247,7 +247,7 @@ class Kvatlas(_Precise):
     def scraped(self, pod: int, figures: Scraped, now: float) -> None:
         """All replicas read a pod's metrics."""
         for replica in self._replicas:
-            replica.book.reported(str(pod), Report(figures.running, figures.waiting, figures.usage, now))
+            replica.book.reported(str(pod), EngineReport(figures.running, figures.waiting, figures.usage, now))
 
 
 class Dynamo(_Precise):

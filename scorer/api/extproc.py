@@ -29,7 +29,7 @@ import grpc.aio
 
 from kvatlas.scorer.api import extproc_messages as messages
 from kvatlas.scorer.picker import names
-from kvatlas.scorer.picker.route import Decision, Incoming, Refusal, Route
+from kvatlas.scorer.picker.route import Decision, Destination, Incoming, Refusal
 from kvatlas.scorer.v1 import extproc_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -237,8 +237,8 @@ class _Stream:
             decision = await self._decider.decide(incoming)
         except Exception:
             log.exception("a decision failed; the gateway chooses")
-            decision = Route(())
-        if isinstance(decision, Route) and decision.request_id:
+            decision = Destination(())
+        if isinstance(decision, Destination) and decision.request_id:
             self._request_id = decision.request_id
         return decision
 
@@ -266,7 +266,7 @@ class _Stream:
         body = message.request_body.body
         partial = self._mode == messages.BUFFERED_PARTIAL and not message.request_body.end_of_stream
         decision = self._too_large(len(body)) or await self._decide(body)
-        if partial and isinstance(decision, Route) and decision.body is not None:
+        if partial and isinstance(decision, Destination) and decision.body is not None:
             decision = decision._replace(body=None)  # the rest of the old one follows
         return await self._send(decision, messages.body_answer)
 
@@ -294,7 +294,7 @@ class _Stream:
         decision = await self._decide(pieces[0] if len(pieces) == 1 else b"".join(pieces))
         if not await self._send(decision, messages.headers_answer):
             return False
-        assert isinstance(decision, Route)
+        assert isinstance(decision, Destination)
         if self._mode == messages.FULL_DUPLEX:
             await self._send_back(pieces, decision.body, trailers=trailers)
         else:

@@ -11,7 +11,7 @@ from typing import Final
 import msgspec
 
 from kvatlas.scorer.picker import names
-from kvatlas.scorer.picker.route import Refusal, Route
+from kvatlas.scorer.picker.route import Destination, Refusal
 from kvatlas.scorer.v1 import extproc_pb2 as pb
 
 # Body modes, as ``protocol_config`` announces them.
@@ -75,7 +75,7 @@ def attribute_of(message: pb.ProcessingRequest, name: str) -> str:
     return fields[name].string_value if name in fields else ""
 
 
-def common(route: Route) -> pb.CommonResponse:
+def common(route: Destination) -> pb.CommonResponse:
     """Return the mutation that names the pod; body left as it is."""
     mutation = pb.HeaderMutation(remove_headers=names.CONTROL)
     if route.addresses:
@@ -97,7 +97,7 @@ def _set(mutation: pb.HeaderMutation, name: str, value: str) -> None:
     mutation.set_headers.add(header=pb.HeaderValue(key=name, raw_value=value.encode()), append_action=_OVERWRITE)
 
 
-def name_pod(response: pb.ProcessingResponse, route: Route) -> pb.ProcessingResponse:
+def name_pod(response: pb.ProcessingResponse, route: Destination) -> pb.ProcessingResponse:
     """Put the chosen pod into an answer's metadata, equal to the header, as the protocol demands."""
     if route.addresses:
         space = response.dynamic_metadata.fields[names.LB_NAMESPACE].struct_value
@@ -105,13 +105,13 @@ def name_pod(response: pb.ProcessingResponse, route: Route) -> pb.ProcessingResp
     return response
 
 
-def headers_answer(route: Route) -> pb.ProcessingResponse:
+def headers_answer(route: Destination) -> pb.ProcessingResponse:
     """Return the answer to request headers that names the pod."""
     answer = pb.ProcessingResponse(request_headers=pb.HeadersResponse(response=common(route)))
     return name_pod(answer, route)
 
 
-def body_answer(route: Route) -> pb.ProcessingResponse:
+def body_answer(route: Destination) -> pb.ProcessingResponse:
     """Return the answer to a buffered body that names the pod, and replaces the body where the route has another."""
     response = common(route)
     if route.body is not None:

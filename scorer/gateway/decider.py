@@ -16,7 +16,7 @@ from kvatlas.scorer.gateway import metrics
 from kvatlas.scorer.gateway.body import with_source
 from kvatlas.scorer.gateway.look import UNREADABLE, Known, Looker
 from kvatlas.scorer.gateway.options import PickerSettings
-from kvatlas.scorer.gateway.outcome import Outcome
+from kvatlas.scorer.gateway.outcome import ResponseWatch
 from kvatlas.scorer.gateway.prefixes import Prefixes, Prompt
 from kvatlas.scorer.gateway.state import OpenDecision, PickerState
 from kvatlas.scorer.picker import names
@@ -24,8 +24,8 @@ from kvatlas.scorer.picker.affinity import session_of
 from kvatlas.scorer.picker.choose import Ask, Candidate, Choice, Chooser, eligible
 from kvatlas.scorer.picker.endpoints import BOTH, DECODE, PREFILL, Endpoint
 from kvatlas.scorer.picker.load import Load
-from kvatlas.scorer.picker.roles import Source, is_split, source_of
-from kvatlas.scorer.picker.route import Decision, Incoming, Refusal, Route
+from kvatlas.scorer.picker.roles import PeerSource, is_split, source_of
+from kvatlas.scorer.picker.route import Decision, Destination, Incoming, Refusal
 from kvatlas.scorer.picker.verdict import Prediction
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Made(NamedTuple):
 
 
 #: Records a decision; returns the epoch of the picked pod, 0 where it is not known.
-Report = Callable[[Made], int]
+RecordDecision = Callable[[Made], int]
 
 
 class PickerDecider:
@@ -79,8 +79,8 @@ class PickerDecider:
         state: PickerState,
         prefixes: Prefixes | None,
         *,
-        report: Report = lambda _made: 0,
-        outcome: Callable[[str], Outcome],
+        report: RecordDecision = lambda _made: 0,
+        outcome: Callable[[str], ResponseWatch],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings = settings
@@ -93,7 +93,7 @@ class PickerDecider:
         self._role_rules = settings.role_rules()
         self._named = settings.rules().fallbacks + 1
 
-    def exchange(self, request_id: str) -> Outcome:
+    def exchange(self, request_id: str) -> ResponseWatch:
         """Return what watches a request's response."""
         return self._outcome(request_id)
 
@@ -106,7 +106,7 @@ class PickerDecider:
             log.exception("a decision failed; the gateway chooses")
             metrics.DEGRADED.labels("fault").inc()
             metrics.DECISIONS.labels("passed", "fault").inc()
-            decision = Route(())
+            decision = Destination(())
         metrics.SECONDS.observe(self._clock() - began)
         return decision
 
@@ -145,7 +145,7 @@ class PickerDecider:
         metrics.REFUSED.labels(reason).inc()
         return Refusal(status, text, reason)
 
-    def _route(self, case: _Case, choice: Choice) -> Route:
+    def _route(self, case: _Case, choice: Choice) -> Destination:
         best, known = choice.best, case.known
         request_id = case.incoming.request_id or str(uuid.uuid4())
         headers: list[tuple[str, str]] = []
@@ -162,7 +162,7 @@ class PickerDecider:
         if known.inference:
             self._note(case, choice, computing, request_id)
         addresses = tuple(one.endpoint.address for one in choice.candidates[: self._named])
-        return Route(addresses, tuple(headers), body, request_id)
+        return Destination(addresses, tuple(headers), body, request_id)
 
     def _prefill(self, case: _Case, decode: Candidate) -> Candidate | None:
         """Return the pod that computes the prompt, None where the one that decodes does it."""
@@ -172,7 +172,7 @@ class PickerDecider:
         choice = self._chooser.choose(case.ask, pods, self._loads(case.now))
         return choice.best if choice.candidates else None
 
-    def _source(self, choice: Choice, computing: Candidate) -> Source | None:
+    def _source(self, choice: Choice, computing: Candidate) -> PeerSource | None:
         others = [one for one in choice.candidates if one is not computing]
         return source_of(computing, others, self._role_rules)
 

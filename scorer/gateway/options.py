@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from kvatlas.bridge.runtime.settings import Section
 from kvatlas.scorer.picker.choose import Rules
-from kvatlas.scorer.picker.cost import Weights
+from kvatlas.scorer.picker.cost import CostWeights
 from kvatlas.scorer.picker.load import LoadOptions
 from kvatlas.scorer.picker.roles import RoleRules
 
@@ -147,9 +147,9 @@ class PickerSettings(Section, frozen=True, kw_only=True):
         if self.pool and self.pool.count("/") != 1:
             raise ValueError(f"pool: {self.pool!r} is not NAMESPACE/NAME")
 
-    def weights(self) -> Weights:
+    def weights(self) -> CostWeights:
         """Return the weights of the cost."""
-        return Weights(
+        return CostWeights(
             queue=self.queue_weight,
             decode_tokens=self.decode_tokens,
             full_tokens=self.full_tokens,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from kvatlas.scorer.gateway import metrics
 from kvatlas.scorer.gateway.state import OpenDecision, PickerState
 from kvatlas.scorer.picker.usage import Usage, UsageReader
-from kvatlas.scorer.picker.verdict import UNKNOWN, Verdict, judge
+from kvatlas.scorer.picker.verdict import UNKNOWN, PredictionVerdict, judge
 
 
 class Joined(NamedTuple):
@@ -29,10 +29,10 @@ class Joined(NamedTuple):
     served: str
     usage: Usage
     first_token_ms: float
-    verdict: Verdict
+    verdict: PredictionVerdict
 
 
-class Outcome:
+class ResponseWatch:
     """What watches one response.
 
     Args:
@@ -107,7 +107,7 @@ class Outcome:
             Joined(self._request_id, decision, self._status, self._served, usage, self._first_token_ms, verdict)
         )
 
-    def _count(self, decision: OpenDecision, usage: Usage, verdict: Verdict) -> None:
+    def _count(self, decision: OpenDecision, usage: Usage, verdict: PredictionVerdict) -> None:
         metrics.PREDICTIONS.labels(verdict.kind, verdict.cause).inc()
         if verdict.kind != UNKNOWN:
             metrics.PREDICTED_TOKENS.inc(decision.prediction.cached_tokens)

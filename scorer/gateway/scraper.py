@@ -14,7 +14,7 @@ from kvatlas.bridge.runtime.tasks import end_tasks
 from kvatlas.scorer.gateway import metrics
 from kvatlas.scorer.picker.endpoints import Endpoint
 from kvatlas.scorer.picker.engine_metrics import EngineLoad, read_load
-from kvatlas.scorer.picker.load import Report
+from kvatlas.scorer.picker.load import EngineReport
 
 _TIMEOUT_SECONDS: Final = 1.0
 _MOST_BYTES: Final = 8 * 1024 * 1024
@@ -36,7 +36,7 @@ class Scraper:
     def __init__(
         self,
         endpoints: Callable[[], Sequence[Endpoint]],
-        reported: Callable[[str, Report], None],
+        reported: Callable[[str, EngineReport], None],
         *,
         every_seconds: float,
         clock: Callable[[], float],
@@ -84,7 +84,9 @@ class Scraper:
         self._failed.discard(endpoint.address)
         metrics.SCRAPES.labels("ok").inc()
         # What was given out while the page was made may not be in it: its age counts from the question.
-        self._reported(endpoint.address, Report(load.running or 0.0, load.waiting or 0.0, load.usage or 0.0, asked))
+        self._reported(
+            endpoint.address, EngineReport(load.running or 0.0, load.waiting or 0.0, load.usage or 0.0, asked)
+        )
 
 
 async def _load_of(session: aiohttp.ClientSession, endpoint: Endpoint) -> EngineLoad | None:

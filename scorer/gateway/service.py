@@ -29,13 +29,13 @@ from kvatlas.scorer.gateway import discovery, metrics
 from kvatlas.scorer.gateway.decider import Made, PickerDecider
 from kvatlas.scorer.gateway.kubernetes_pool import PoolWatch
 from kvatlas.scorer.gateway.options import PickerSettings
-from kvatlas.scorer.gateway.outcome import Joined, Outcome
+from kvatlas.scorer.gateway.outcome import Joined, ResponseWatch
 from kvatlas.scorer.gateway.prefixes import CorePrefixes, Prefixes
 from kvatlas.scorer.gateway.recorder import Recorder
 from kvatlas.scorer.gateway.scraper import Scraper
 from kvatlas.scorer.gateway.state import OpenDecision, PickerState
 from kvatlas.scorer.picker.endpoints import Endpoint
-from kvatlas.scorer.picker.load import Report
+from kvatlas.scorer.picker.load import EngineReport
 from kvatlas.scorer.service import ScorerService
 
 log = logging.getLogger(__name__)
@@ -253,19 +253,16 @@ class PickerService:
             if record is None or not record.load or (endpoint.metrics and self._settings.scrape_seconds):
                 continue
             age = max(0.0, (now_ns - record.updated_ns) / 1e9)
-            load = record.load
-            self.state.loads.reported(
-                endpoint.address,
-                Report(load.get("running", 0.0), load.get("waiting", 0.0), load.get("cache_usage", 0.0), now - age),
-            )
+            running, waiting, usage = (record.load.get(name, 0.0) for name in ("running", "waiting", "cache_usage"))
+            self.state.loads.reported(endpoint.address, EngineReport(running, waiting, usage, now - age))
 
     # --- decisions --------------------------------------------------------------------------------------------------
 
     def _report(self, made: Made) -> int:
         return self._recorder.decided(made)
 
-    def _outcome(self, request_id: str) -> Outcome:
-        return Outcome(request_id, self.state, self._joined, restarted=self._restarted, clock=self._clock)
+    def _outcome(self, request_id: str) -> ResponseWatch:
+        return ResponseWatch(request_id, self.state, self._joined, restarted=self._restarted, clock=self._clock)
 
     def _joined(self, joined: Joined) -> None:
         self._recorder.served(joined)

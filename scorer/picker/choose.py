@@ -21,7 +21,7 @@ import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final, NamedTuple
 
-from kvatlas.scorer.picker.cost import Cost, Weights, cost_of
+from kvatlas.scorer.picker.cost import Cost, CostWeights, cost_of
 from kvatlas.scorer.picker.endpoints import NOTHING, Endpoint, Held, in_subset
 from kvatlas.scorer.picker.load import Load
 
@@ -119,7 +119,7 @@ class Chooser:
         draw: a random number in [0, 1).
     """
 
-    def __init__(self, weights: Weights, rules: Rules, draw: Callable[[], float] = random.random) -> None:
+    def __init__(self, weights: CostWeights, rules: Rules, draw: Callable[[], float] = random.random) -> None:
         self.weights = weights
         self.rules = rules
         self._draw = draw

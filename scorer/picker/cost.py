@@ -22,7 +22,7 @@ from kvatlas.scorer.picker.load import Load
 _SUSPECT: Final = 0.5
 
 
-class Weights(NamedTuple):
+class CostWeights(NamedTuple):
     """What makes up the cost.
 
     Attributes:
@@ -57,7 +57,7 @@ class Cost(NamedTuple):
         return self.compute + self.queued + self.decode + self.full
 
 
-def compute_tokens(prompt_tokens: int, held: Held, weights: Weights) -> float:
+def compute_tokens(prompt_tokens: int, held: Held, weights: CostWeights) -> float:
     """Return the tokens that computing and fetching a prompt takes at a pod."""
     if not held.tokens:
         return float(prompt_tokens)
@@ -68,7 +68,7 @@ def compute_tokens(prompt_tokens: int, held: Held, weights: Weights) -> float:
     return max(0.0, prompt_tokens - held.tokens + min(fetched + lost, float(held.tokens)))
 
 
-def cost_of(prompt_tokens: int, held: Held, load: Load, weights: Weights) -> Cost:
+def cost_of(prompt_tokens: int, held: Held, load: Load, weights: CostWeights) -> Cost:
     """Return what a prompt costs at an endpoint."""
     over = 0.0
     if load.usage > weights.soft_usage:

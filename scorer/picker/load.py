@@ -28,7 +28,7 @@ _SETTLE_SECONDS: Final = 0.1
 _WATCHED_SECONDS: Final = 30.0
 
 
-class Report(NamedTuple):
+class EngineReport(NamedTuple):
     """What an engine said of itself.
 
     Attributes:
@@ -90,7 +90,7 @@ class _Endpoint:
     """Requests given to one endpoint, and its report."""
 
     def __init__(self, tokens_per_second: float) -> None:
-        self.report: Report | None = None
+        self.report: EngineReport | None = None
         self.open: OrderedDict[str, _Given] = OrderedDict()
         self.since: deque[float] = deque()  # when requests were given that no report can show yet
         self.backlog = 0.0  # as of `at`, by rate alone
@@ -165,7 +165,7 @@ class LoadBook:
             found = self._endpoints[address] = _Endpoint(self._options.tokens_per_second)
         return found
 
-    def reported(self, address: str, report: Report) -> None:
+    def reported(self, address: str, report: EngineReport) -> None:
         """Take an engine's report."""
         endpoint = self._of(address)
         if endpoint.report is not None and report.at < endpoint.report.at:

@@ -22,7 +22,7 @@ class RoleRules(NamedTuple):
     gained_tokens: int = 0
 
 
-class Source(NamedTuple):
+class PeerSource(NamedTuple):
     """A pod to pull blocks from, and the tokens that this gains."""
 
     address: str
@@ -35,10 +35,10 @@ def is_split(prompt_tokens: int, decode: Candidate, rules: RoleRules) -> bool:
     return missing > 0 and prompt_tokens >= rules.prompt_tokens and missing >= rules.uncached_tokens
 
 
-def source_of(computing: Candidate, others: Sequence[Candidate], rules: RoleRules) -> Source | None:
+def source_of(computing: Candidate, others: Sequence[Candidate], rules: RoleRules) -> PeerSource | None:
     """Return the best other holder of a prompt, None when pulling from it would gain too little."""
     if not rules.gained_tokens or not others:
         return None
     best = max(others, key=lambda one: (one.held.tokens - one.held.speculative, -one.load.requests))
     gained = best.held.tokens - best.held.speculative - computing.held.tokens
-    return Source(best.endpoint.address, gained) if gained >= rules.gained_tokens else None
+    return PeerSource(best.endpoint.address, gained) if gained >= rules.gained_tokens else None

@@ -22,7 +22,7 @@ class Incoming(NamedTuple):
     request_id: str
 
 
-class Route(NamedTuple):
+class Destination(NamedTuple):
     """Where a request goes.
 
     Attributes:
@@ -52,4 +52,4 @@ class Refusal(NamedTuple):
     reason: str
 
 
-Decision = Route | Refusal
+Decision = Destination | Refusal

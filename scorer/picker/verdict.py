@@ -48,7 +48,7 @@ class Prediction(NamedTuple):
     waiting_tokens: float = 0.0
 
 
-class Verdict(NamedTuple):
+class PredictionVerdict(NamedTuple):
     """The outcome.
 
     Attributes:
@@ -64,7 +64,7 @@ class Verdict(NamedTuple):
 
 def judge(
     prediction: Prediction, *, cached_tokens: int, prompt_tokens: int, served: str, restarted: bool = False
-) -> Verdict:
+) -> PredictionVerdict:
     """Compare a prediction with the engine's word.
 
     Args:
@@ -75,16 +75,16 @@ def judge(
         restarted: whether the picked pod has begun a new epoch since.
     """
     if cached_tokens < 0:
-        return Verdict(UNKNOWN, "", 0.0)
+        return PredictionVerdict(UNKNOWN, "", 0.0)
     regret = 0.0
     if prediction.best_other_tokens >= 0:
         cost = prediction.prompt_tokens - cached_tokens + prediction.waiting_tokens
         regret = max(0.0, cost - prediction.best_other_tokens)
     difference = prediction.cached_tokens - cached_tokens
     if not difference:
-        return Verdict(EXACT, "", regret)
+        return PredictionVerdict(EXACT, "", regret)
     kind = OVER if difference > 0 else UNDER
-    return Verdict(kind, _cause(prediction, difference, prompt_tokens, served, restarted=restarted), regret)
+    return PredictionVerdict(kind, _cause(prediction, difference, prompt_tokens, served, restarted=restarted), regret)
 
 
 def _cause(prediction: Prediction, difference: int, prompt_tokens: int, served: str, *, restarted: bool) -> str:

@@ -16,7 +16,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from kvatlas.deploy.gateway.config import GatewayOptions, document
 from kvatlas.deploy.gateway.envoy import Envoy
 from kvatlas.scorer.api.extproc import SERVICE, ExternalProcessor, ProcessorOptions
-from kvatlas.scorer.picker.route import Decision, Incoming, Route
+from kvatlas.scorer.picker.route import Decision, Destination, Incoming
 
 T = TypeVar("T")
 
@@ -45,14 +45,14 @@ class FakeDecider:
     """Decides as the test says, and keeps what it was asked."""
 
     def __init__(self) -> None:
-        self.decision: Callable[[Incoming], Decision | Awaitable[Decision]] = lambda _incoming: Route(())
+        self.decision: Callable[[Incoming], Decision | Awaitable[Decision]] = lambda _incoming: Destination(())
         self.asked: list[Incoming] = []
         self.exchanges: dict[str, list[Seen]] = {}
 
     async def decide(self, incoming: Incoming) -> Decision:
         self.asked.append(incoming)
         found = self.decision(incoming)
-        return found if isinstance(found, Route) or not isinstance(found, Awaitable) else await found
+        return found if isinstance(found, Destination) or not isinstance(found, Awaitable) else await found
 
     def exchange(self, request_id: str) -> Seen:
         seen = Seen()

@@ -11,7 +11,7 @@ import pytest
 
 from kvatlas.deploy.gateway.config import KINDS
 from kvatlas.scorer.picker import names
-from kvatlas.scorer.picker.route import Decision, Incoming, Refusal, Route
+from kvatlas.scorer.picker.route import Decision, Destination, Incoming, Refusal
 from tests.scorer.gateway_rig import Seen, Stand
 
 MEMBERS = [kind for kind in KINDS if kind != "full-duplex"]
@@ -28,14 +28,14 @@ def stand(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stand]:
 def fresh(stand: Stand) -> None:
     stand.decider.asked.clear()
     stand.decider.exchanges.clear()
-    stand.decider.decision = lambda _incoming: Route((stand.pods[1].address,))
+    stand.decider.decision = lambda _incoming: Destination((stand.pods[1].address,))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_request_goes_where_the_decision_says_with_its_body_whole(stand: Stand, kind: str) -> None:
     envoy = stand.envoy(kind)
     for pod in stand.pods:
-        stand.decider.decision = lambda _incoming, pod=pod: Route((pod.address,), (("x-extra", "é"),))  # type: ignore[misc]
+        stand.decider.decision = lambda _incoming, pod=pod: Destination((pod.address,), (("x-extra", "é"),))  # type: ignore[misc]
         status, _, answer = stand.ask(envoy, body=b'{"model": "m", "prompt": "hello"}')
         assert status == 200
         assert answer["pod"] == pod.name
@@ -89,7 +89,7 @@ def test_refusal_reaches_the_client(stand: Stand, kind: str, status: int, reason
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "streamed"])  # there it is on its way already
 def test_changed_body_replaces_the_old_one(stand: Stand, kind: str) -> None:
-    stand.decider.decision = lambda _incoming: Route((stand.pods[1].address,), body=b'{"model": "other one"}')
+    stand.decider.decision = lambda _incoming: Destination((stand.pods[1].address,), body=b'{"model": "other one"}')
     _, _, answer = stand.ask(stand.envoy(kind), body=b'{"model": "m", "prompt": "a longer body than the new one"}')
     assert answer["body"] == '{"model": "other one"}'
     _, _, answer = stand.ask(stand.envoy(kind))  # the connection to the pod is still in step
@@ -100,7 +100,7 @@ def test_changed_body_replaces_the_old_one(stand: Stand, kind: str) -> None:
 def test_next_address_is_tried_when_the_first_does_not_answer(stand: Stand, kind: str) -> None:
     gone = "127.0.0.1:1"
     envoy = stand.envoy(kind)
-    stand.decider.decision = lambda _incoming: Route((gone, stand.pods[1].address))
+    stand.decider.decision = lambda _incoming: Destination((gone, stand.pods[1].address))
     assert {stand.ask(envoy)[2]["pod"] for _ in range(4)} == {"two"}
 
 
@@ -129,7 +129,7 @@ def test_request_id_of_client_gateway_or_decision(stand: Stand, kind: str) -> No
     assert (stand.decider.asked[-1].request_id, answer["headers"][names.REQUEST_ID]) == ("mine", "mine")
     _, _, answer = stand.ask(envoy)
     assert stand.decider.asked[-1].request_id == answer["headers"][names.REQUEST_ID] != ""
-    stand.decider.decision = lambda _incoming: Route((stand.pods[1].address,), request_id="ours")
+    stand.decider.decision = lambda _incoming: Destination((stand.pods[1].address,), request_id="ours")
     _, _, answer = stand.ask(envoy)
     assert answer["headers"][names.REQUEST_ID] == "ours"
 
@@ -206,7 +206,7 @@ def test_client_that_leaves_ends_the_stream(stand: Stand, kind: str) -> None:
     async def forever(_incoming: Incoming) -> Decision:
         waiting.set()
         await asyncio.sleep(3600)
-        return Route(())
+        return Destination(())
 
     async def leave() -> None:
         session = await stand.session()

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvatlas.scorer.picker.choose import Ask, Chooser, Rules, eligible
-from kvatlas.scorer.picker.cost import Weights, cost_of
+from kvatlas.scorer.picker.cost import CostWeights, cost_of
 from kvatlas.scorer.picker.endpoints import Endpoint, Held, in_subset
 from kvatlas.scorer.picker.load import Load
 
@@ -25,37 +25,37 @@ def gpu(tokens: int, speculative: int = 0) -> Held:
 
 
 def test_request_goes_where_its_prefix_is() -> None:
-    choice = choose(Chooser(Weights(), Rules()), {"pod-2": gpu(9_000), "pod-1": gpu(4_000)})
+    choice = choose(Chooser(CostWeights(), Rules()), {"pod-2": gpu(9_000), "pod-1": gpu(4_000)})
     assert [one.endpoint.pod for one in choice.candidates[:2]] == ["pod-2", "pod-1"]
     assert choice.rule == "cost"
 
 
 def test_queue_outweighs_a_prefix_that_saves_less() -> None:
     busy = {PODS[2].address: Load(prefill_tokens=50_000, stale=False)}
-    assert choose(Chooser(Weights(queue=0.2), Rules()), {"pod-2": gpu(9_000)}, busy).best.endpoint.pod != "pod-2"
-    assert choose(Chooser(Weights(queue=0.1), Rules()), {"pod-2": gpu(9_000)}, busy).best.endpoint.pod == "pod-2"
+    assert choose(Chooser(CostWeights(queue=0.2), Rules()), {"pod-2": gpu(9_000)}, busy).best.endpoint.pod != "pod-2"
+    assert choose(Chooser(CostWeights(queue=0.1), Rules()), {"pod-2": gpu(9_000)}, busy).best.endpoint.pod == "pod-2"
 
 
 def test_slower_tiers_count_for_less() -> None:
     held = {"pod-1": Held(9_000, {"disk": 9_000}), "pod-3": gpu(8_000)}
-    assert choose(Chooser(Weights(), Rules()), held).best.endpoint.pod == "pod-3"
+    assert choose(Chooser(CostWeights(), Rules()), held).best.endpoint.pod == "pod-3"
 
 
 def test_hot_pod_is_left_for_the_second_best() -> None:
     loads = {PODS[2].address: Load(prefill_tokens=9_000, stale=False)}
-    choice = choose(Chooser(Weights(queue=0.0), Rules(hot_tokens=8_000)), {"pod-2": gpu(9_000)}, loads)
+    choice = choose(Chooser(CostWeights(queue=0.0), Rules(hot_tokens=8_000)), {"pod-2": gpu(9_000)}, loads)
     assert (choice.best.endpoint.pod != "pod-2", choice.rule) == (True, "hot")
 
 
 def test_cold_prompts_take_turns() -> None:
-    chooser = Chooser(Weights(), Rules())
+    chooser = Chooser(CostWeights(), Rules())
     pods = [choose(chooser, {}).best.endpoint.pod for _ in range(8)]
     assert sorted(pods[:4]) == sorted(pods[4:]) == [pod.pod for pod in PODS]
     assert pods[:4] == pods[4:]
 
 
 def test_session_breaks_ties_and_no_more() -> None:
-    chooser = Chooser(Weights(), Rules())
+    chooser = Chooser(CostWeights(), Rules())
     assert choose(chooser, {}, sticky=PODS[3].address).best.endpoint.pod == "pod-3"
     choice = choose(chooser, {"pod-0": gpu(9_000)}, sticky=PODS[3].address)
     assert choice.best.endpoint.pod == "pod-0"
@@ -64,24 +64,24 @@ def test_session_breaks_ties_and_no_more() -> None:
 def test_burst_is_held_together_or_spread_by_rule() -> None:
     held = {"pod-1": gpu(9_984, speculative=9_984)}
     loads = {PODS[1].address: Load(prefill_tokens=60_000, stale=False)}
-    assert choose(Chooser(Weights(), Rules(burst="hold")), held, loads).best.endpoint.pod == "pod-1"
-    assert choose(Chooser(Weights(), Rules(burst="cost")), held, loads).best.endpoint.pod != "pod-1"
-    assert choose(Chooser(Weights(), Rules(burst="spread")), held).rule == "cold"
-    assert choose(Chooser(Weights(), Rules(burst="cost")), held).best.endpoint.pod == "pod-1"
+    assert choose(Chooser(CostWeights(), Rules(burst="hold")), held, loads).best.endpoint.pod == "pod-1"
+    assert choose(Chooser(CostWeights(), Rules(burst="cost")), held, loads).best.endpoint.pod != "pod-1"
+    assert choose(Chooser(CostWeights(), Rules(burst="spread")), held).rule == "cold"
+    assert choose(Chooser(CostWeights(), Rules(burst="cost")), held).best.endpoint.pod == "pod-1"
     hot = Rules(burst="hold", hot_tokens=50_000)
-    assert choose(Chooser(Weights(), hot), held, loads).best.endpoint.pod != "pod-1"
+    assert choose(Chooser(CostWeights(), hot), held, loads).best.endpoint.pod != "pod-1"
 
 
 def test_all_past_their_limit_is_saturated_and_none_is_not() -> None:
     loads = {pod.address: Load(requests=9, stale=False) for pod in PODS}
-    choice = choose(Chooser(Weights(), Rules(most_requests=9)), {}, loads)
+    choice = choose(Chooser(CostWeights(), Rules(most_requests=9)), {}, loads)
     assert (choice.candidates, choice.saturated) == ((), 4)
-    assert Chooser(Weights(), Rules()).choose(Ask("m", 1), [], lambda _: IDLE) == ((), "none", 0)
+    assert Chooser(CostWeights(), Rules()).choose(Ask("m", 1), [], lambda _: IDLE) == ((), "none", 0)
 
 
 def test_temperature_draws_among_equals_only() -> None:
     draws = iter([0.0, 0.3, 0.6, 0.99] * 10)
-    chooser = Chooser(Weights(), Rules(temperature=1e6, near_tokens=64), lambda: next(draws))
+    chooser = Chooser(CostWeights(), Rules(temperature=1e6, near_tokens=64), lambda: next(draws))
     held = {"pod-0": gpu(5_000), "pod-1": gpu(5_000), "pod-2": gpu(5_016)}
     picked = {choose(chooser, held).best.endpoint.pod for _ in range(8)}
     assert picked == {"pod-0", "pod-1", "pod-2"}
@@ -108,9 +108,9 @@ LOAD = st.builds(Load, st.floats(0, 1e6), st.floats(0, 500), st.floats(0, 100), 
 
 @given(st.integers(1, 20_000), HELD, LOAD)
 def test_cost_is_never_negative_and_never_less_for_more_load(prompt: int, held: Held, load: Load) -> None:
-    cost = cost_of(prompt, held, load, Weights())
+    cost = cost_of(prompt, held, load, CostWeights())
     more = cost_of(
-        prompt, held, load._replace(prefill_tokens=load.prefill_tokens + 1, requests=load.requests + 1), Weights()
+        prompt, held, load._replace(prefill_tokens=load.prefill_tokens + 1, requests=load.requests + 1), CostWeights()
     )
     assert 0 <= cost.total <= more.total
     assert cost.compute <= max(prompt, held.tokens)
@@ -127,7 +127,7 @@ def test_choice_names_each_endpoint_once_and_stays_near_the_least_cost(
 ) -> None:
     rules = Rules(burst=burst, temperature=temperature)
     by_address = dict(zip((pod.address for pod in PODS), loads, strict=True))
-    choice = Chooser(Weights(), rules, lambda: 0.5).choose(Ask("m", 9_000, held), PODS, by_address.__getitem__)
+    choice = Chooser(CostWeights(), rules, lambda: 0.5).choose(Ask("m", 9_000, held), PODS, by_address.__getitem__)
     free = [pod for pod in PODS if not (by_address[pod.address].usage >= 1.0 and by_address[pod.address].waiting > 0)]
     assert sorted(one.endpoint for one in choice.candidates) == sorted(free)
     if free and burst != "hold":

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvatlas.scorer.picker.load import Load, LoadBook, LoadOptions, Report
+from kvatlas.scorer.picker.load import EngineReport, Load, LoadBook, LoadOptions
 
 A = "10.0.0.1:8000"
 
@@ -18,7 +18,7 @@ def book(**options: float) -> LoadBook:
 def test_stale_load_is_told_apart_from_none() -> None:
     loads = book(stale_seconds=2.0)
     assert loads.load(A, 0.0) == Load(stale=True)
-    loads.reported(A, Report(0, 0, 0.0, 1.0))
+    loads.reported(A, EngineReport(0, 0, 0.0, 1.0))
     assert loads.load(A, 2.0) == Load(0.0, 0.0, 0.0, 0.0, stale=False)
     assert loads.load(A, 3.1).stale
 
@@ -27,9 +27,9 @@ def test_requests_given_out_since_a_report_are_added_to_it() -> None:
     loads = book()
     loads.given("a", A, 100, 1.0)
     loads.given("b", A, 100, 2.0)
-    loads.reported(A, Report(3, 1, 0.5, 1.5))
+    loads.reported(A, EngineReport(3, 1, 0.5, 1.5))
     assert loads.load(A, 2.0)[1:] == (5.0, 2.0, 0.5, False)
-    loads.reported(A, Report(4, 1, 0.5, 2.5))
+    loads.reported(A, EngineReport(4, 1, 0.5, 2.5))
     assert loads.load(A, 2.6).requests == 5.0
 
 
@@ -68,7 +68,7 @@ def test_rate_is_learned_from_first_tokens() -> None:
 def test_idle_engine_clears_what_was_given_before() -> None:
     loads = book()
     loads.given("a", A, 50_000, 0.0)
-    loads.reported(A, Report(0, 0, 0.0, 1.0))
+    loads.reported(A, EngineReport(0, 0, 0.0, 1.0))
     assert loads.load(A, 1.0).prefill_tokens == 0.0
 
 
@@ -115,9 +115,9 @@ def test_load_is_never_negative_and_bounded_by_what_was_given(steps: list[tuple[
         elif kind == "ended":
             loads.ended(name)
         elif kind == "report":
-            loads.reported(A, Report(number, number, 0.5, now))
+            loads.reported(A, EngineReport(number, number, 0.5, now))
         elif kind == "idle":
-            loads.reported(A, Report(0, 0, 0.0, now))
+            loads.reported(A, EngineReport(0, 0, 0.0, now))
         else:
             loads.expire(now)
         load = loads.load(A, now)
