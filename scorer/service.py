@@ -22,6 +22,7 @@ from grpc_reflection.v1alpha import reflection
 
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.kafka.config import client_config
+from kvatlas.bridge.kafka.follower import TopicFollower
 from kvatlas.bridge.model import records, topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.bridge.runtime.tasks import end_tasks
@@ -30,7 +31,6 @@ from kvatlas.scorer.api import llmd, metrics
 from kvatlas.scorer.api.core import Core
 from kvatlas.scorer.api.grpc_server import SERVICE, ScorerFront
 from kvatlas.scorer.api.security import Guard, server_credentials, worker_credentials
-from kvatlas.scorer.lookups.follow import Follower
 from kvatlas.scorer.lookups.local import LocalTables, TableLookups
 from kvatlas.scorer.lookups.pods import PodTable
 from kvatlas.scorer.lookups.router import Lookups, PartitionRouter
@@ -147,7 +147,7 @@ class ScorerService:
         )
         self._guard = Guard.from_settings(settings)
         self._telemetry = Telemetry(settings.telemetry_listen)
-        self._decided = Follower(
+        self._decided = TopicFollower(
             kafka,
             topics.DECISIONS,
             self._take_decision,

@@ -104,8 +104,8 @@ class WorkerService:
         self._telemetry.add_check("partitions", lambda: None if self.ready.is_set() else "partitions are not restored")
         await self._telemetry.start()
         for topic, apply in ((topics.PODS, self.pods.apply), (topics.WORKERS, self._workers.apply)):
-            follower = TopicFollower(self._kafka, self._kafka.topic(topic), apply, f"kvatlas-worker-{self.worker_id}")
-            await follower.start()
+            follower = TopicFollower(self._kafka, topic, apply, client_id=f"kvatlas-worker-{self.worker_id}")
+            follower.start()
             self._followers.append(follower)
         await self._start_app()
 

@@ -83,12 +83,10 @@ R3_EXCEPTIONS: Final[frozenset[tuple[str, str]]] = frozenset(
 )
 R4_EXCEPTIONS: Final[frozenset[tuple[str, str]]] = frozenset(
     {
-        ("bridge.ingest.recovered", "aiokafka"),
         ("bridge.ingest.shared", "zmq"),
         ("scorer.library.feed", "zmq"),
         ("scorer.library.replica", "aiokafka"),
         ("scorer.library.saved_state", "rocksdict"),
-        ("scorer.lookups.follow", "aiokafka"),
         ("scorer.service", "aiokafka"),
         ("streams.mirror.changes", "aiokafka"),
         ("streams.service", "faust"),
@@ -110,7 +108,7 @@ R6_EXCEPTIONS: Final[frozenset[str]] = frozenset(
         "bridge.kafka.follower: _client",
         "bridge.kafka.producer: _message_accumulator",
         "bridge.kafka.producer: _sender",
-        "bridge.relay.ownership: _coordinator",
+        "bridge.kafka.lease: _coordinator",
         "scorer.library.indexer: _options",
         "scorer.library.indexer: _pods",
         "scorer.library.indexer: _set_block_size",

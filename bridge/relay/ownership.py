@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
@@ -21,6 +20,7 @@ from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.errors import LogError
 from kvatlas.bridge.kafka.config import client_config
+from kvatlas.bridge.kafka.lease import Lease
 from kvatlas.bridge.kafka.rights import lost_right
 from kvatlas.bridge.model import topics
 from kvatlas.bridge.options import BridgeSettings
@@ -51,7 +51,7 @@ class Ownership(ConsumerRebalanceListener):  # type: ignore[misc]
         self._pump: asyncio.Task[None] | None = None
         self._taking: asyncio.Task[None] | None = None
         self._first = asyncio.Event()
-        self._leased_until = 0.0
+        self._lease = Lease(settings.session_timeout_seconds)
 
     def owns(self, partition: int) -> bool:
         """Whether a partition is ours now."""
@@ -59,7 +59,7 @@ class Ownership(ConsumerRebalanceListener):  # type: ignore[misc]
 
     def leased(self) -> bool:
         """Whether the group has heard this bridge lately, so that no other one has its pods."""
-        return self._consumer is None or time.monotonic() < self._leased_until
+        return self._consumer is None or self._lease.valid
 
     async def start(self) -> None:
         """Join; returns with the first assignment, once the positions of its pods are known.
@@ -87,7 +87,7 @@ class Ownership(ConsumerRebalanceListener):  # type: ignore[misc]
             await self._consumer.start()
         except KafkaError as error:
             raise lost_right(error, self._kafka) or self._unjoined(error) from error
-        self._renew_with_heartbeats()
+        self._lease.renew_with_heartbeats(self._consumer)
         self._pump = asyncio.create_task(self._keep())
         first = asyncio.ensure_future(self._first.wait())
         try:
@@ -124,7 +124,7 @@ class Ownership(ConsumerRebalanceListener):  # type: ignore[misc]
 
     async def on_partitions_assigned(self, assigned: Any) -> None:
         """Take over, beside the group's own work: it sends no heartbeat before this returns, and keeps no error."""
-        self._leased_until = time.monotonic() + self._settings.session_timeout_seconds
+        self._lease.renew(self._lease.now())
         self._consumer.pause(*assigned)
         await self._stop_taking()
         self._taking = asyncio.create_task(self._take([place.partition for place in assigned]))
@@ -145,20 +145,6 @@ class Ownership(ConsumerRebalanceListener):  # type: ignore[misc]
         if self._taking is not None and not self._taking.done():
             self._taking.cancel()
             await asyncio.wait([self._taking])
-
-    def _renew_with_heartbeats(self) -> None:
-        """Renew the lease with each heartbeat that the group answers, from when it was sent."""
-        coordinator, session_seconds = self._consumer._coordinator, self._settings.session_timeout_seconds
-        heartbeat = coordinator._do_heartbeat  # aiokafka tells nobody of its heartbeats
-
-        async def renewing() -> bool:
-            sent = time.monotonic()
-            answered: bool = await heartbeat()
-            if answered:
-                self._leased_until = sent + session_seconds
-            return answered
-
-        coordinator._do_heartbeat = renewing
 
     async def _keep(self) -> None:
         # A consumer that never polls is put out of its group; every partition is paused, so this reads nothing.

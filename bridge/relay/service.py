@@ -20,12 +20,12 @@ from kvatlas.bridge.errors import EngineError, KvatlasError
 from kvatlas.bridge.ingest.absent import Absent
 from kvatlas.bridge.ingest.inbound import Inbound
 from kvatlas.bridge.ingest.metrics import BridgeCollector
-from kvatlas.bridge.ingest.recovered import recover
 from kvatlas.bridge.ingest.stream import PodStream, Shared
 from kvatlas.bridge.kafka.producer import Publisher
 from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.relay.ownership import Ownership
+from kvatlas.bridge.relay.recovery import recover
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.bridge.runtime.tasks import end_tasks
 from kvatlas.bridge.runtime.telemetry import Telemetry

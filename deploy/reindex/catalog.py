@@ -18,13 +18,13 @@ from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError, for_code
 
 from kvatlas.bridge.errors import LogError
 from kvatlas.bridge.kafka.config import client_config
+from kvatlas.bridge.kafka.follower import TopicFollower
 from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.records import CATALOG_KEY, IndexCatalog, IndexVersion
 from kvatlas.bridge.model.topics import BASE_VERSION
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.deploy.reindex.errors import ReindexError
-from kvatlas.scorer.lookups.follow import Follower
 from kvatlas.scorer.lookups.workers import WorkerTable
 from kvatlas.streams.options import WorkerSettings
 
@@ -40,7 +40,7 @@ async def read_catalog(kafka: KafkaSettings) -> IndexCatalog:
         LogError: Kafka does not answer, or the topics are missing.
     """
     table = WorkerTable(lambda: 0)
-    follower = Follower(kafka, topics.WORKERS, table.apply, client_id=_CLIENT_ID)
+    follower = TopicFollower(kafka, topics.WORKERS, table.apply, client_id=_CLIENT_ID)
     follower.start()
     try:
         await follower.wait(_READ_SECONDS)
@@ -136,7 +136,7 @@ async def _forget_pods(kafka: KafkaSettings, writer: str) -> None:
         if key is not None and key.startswith(start):
             found.add(key) if value else found.discard(key)
 
-    follower = Follower(kafka, topics.PODS, note, client_id=_CLIENT_ID)
+    follower = TopicFollower(kafka, topics.PODS, note, client_id=_CLIENT_ID)
     follower.start()
     try:
         await follower.wait(_READ_SECONDS)

@@ -12,10 +12,10 @@ from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.errors import LogError
 from kvatlas.bridge.kafka.config import client_config
+from kvatlas.bridge.kafka.follower import TopicFollower
 from kvatlas.bridge.model import records, topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.reindex.catalog import admin_of
-from kvatlas.scorer.lookups.follow import Follower
 from kvatlas.scorer.lookups.workers import WorkerTable
 
 _CLIENT_ID: Final = "kvatlas-reindex"
@@ -69,7 +69,7 @@ class ProgressReader:
         self._clock_ns = clock_ns
         self._tables: dict[str, WorkerTable] = {}
         self._newest: dict[bytes | None, bytes | None] = {}
-        self._follower = Follower(kafka, topics.WORKERS, self._apply, client_id=_CLIENT_ID)
+        self._follower = TopicFollower(kafka, topics.WORKERS, self._apply, client_id=_CLIENT_ID)
         self._consumer: Any = AIOKafkaConsumer(**client_config(kafka, _CLIENT_ID), enable_auto_commit=False)
 
     async def __aenter__(self) -> ProgressReader:

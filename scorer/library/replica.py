@@ -27,7 +27,7 @@ from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.errors import LogError, SettingsError, WireError
 from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.kafka.follower import partitions_of
+from kvatlas.bridge.kafka.follower import TopicFollower, partitions_of
 from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.block_key import KEY_BYTES, partition_of
 from kvatlas.bridge.model.records import PodRecord
@@ -37,7 +37,6 @@ from kvatlas.bridge.runtime.tasks import end_tasks
 from kvatlas.scorer.library.backends.base import Backend
 from kvatlas.scorer.library.backends.errors import BackendError
 from kvatlas.scorer.library.backends.memory import MemoryBackend
-from kvatlas.scorer.lookups.follow import Follower
 from kvatlas.scorer.lookups.pods import PodTable
 from kvatlas.streams.index.apply import apply_blocks, is_meta
 from kvatlas.streams.index.blocks_record import decode_blocks
@@ -142,8 +141,8 @@ class Replica:
         self._table: Any = None
         self._changed = asyncio.Event()
         self._moving = False
-        self._workers = Follower(kafka, topics.WORKERS, self._worker, client_id=_CLIENT_ID)
-        self._followers: list[Follower] = []
+        self._workers = TopicFollower(kafka, topics.WORKERS, self._worker, client_id=_CLIENT_ID)
+        self._followers: list[TopicFollower] = []
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     async def start(self, timeout_seconds: float) -> None:
@@ -168,8 +167,8 @@ class Replica:
         self._pods.read_version(version)
         start_at = {} if self._table is None else self._resume(self._table, begins)
         self._views = [PartitionView(self._store, number) for number in range(len(begins))]
-        pods = Follower(self._kafka, topics.PODS, self._pods.apply, client_id=_CLIENT_ID)
-        blocks = Follower(
+        pods = TopicFollower(self._kafka, topics.PODS, self._pods.apply, client_id=_CLIENT_ID)
+        blocks = TopicFollower(
             self._kafka,
             topics.blocks_topic(version),
             self._blocks,

@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from kvatlas.bridge.kafka.follower import TopicFollower
 from kvatlas.bridge.model import records, topics
 from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.scorer.api.core import Index
-from kvatlas.scorer.lookups.follow import Follower
 from kvatlas.scorer.lookups.pods import PodTable
 from kvatlas.scorer.lookups.router import ACTIVE, Lookups, PartitionRouter
 from kvatlas.scorer.lookups.workers import WorkerTable
@@ -63,8 +63,8 @@ class VersionReader:
         self._block_size_tokens = block_size_tokens
         self.lookups = lookups(self.workers)
         self._followers = {
-            "pods": Follower(kafka, topics.PODS, self.pods.apply, client_id=client_id),
-            "workers": Follower(kafka, topics.WORKERS, self.workers.apply, client_id=client_id),
+            "pods": TopicFollower(kafka, topics.PODS, self.pods.apply, client_id=client_id),
+            "workers": TopicFollower(kafka, topics.WORKERS, self.workers.apply, client_id=client_id),
         }
         self._started = False
 

@@ -13,6 +13,7 @@ from faust.types import TP
 from yarl import URL
 
 from kvatlas.bridge.kafka.config import password, ssl_context
+from kvatlas.bridge.kafka.lease import Lease
 from kvatlas.bridge.model import pod_ids, topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.streams.faust_app.consumer import SourceConsumer, SourceTransport, Waiting
@@ -21,7 +22,6 @@ from kvatlas.streams.faust_app.table import BulkTable
 from kvatlas.streams.options import WorkerSettings
 from kvatlas.streams.resolve.resolver import ResolveOptions, Resolver
 from kvatlas.streams.state.changelog import Meta, encode_meta, send_claim
-from kvatlas.streams.state.claims import Lease
 from kvatlas.streams.state.database import RocksBudget
 from kvatlas.streams.state.partition import Role
 from kvatlas.streams.state.restore import BulkReader

@@ -91,17 +91,7 @@ class SourceConsumerThread(driver.AIOKafkaConsumerThread):
     async def on_start(self) -> None:
         """Start the consumer, and have each heartbeat that the group accepts renew the lease."""
         await super().on_start()
-        coordinator, lease = self._ensure_consumer()._coordinator, self.app.lease
-        heartbeat = coordinator._do_heartbeat
-
-        async def heartbeat_and_renew() -> bool:
-            began = lease.now()
-            accepted: bool = await heartbeat()
-            if accepted:
-                lease.renew(began)
-            return accepted
-
-        coordinator._do_heartbeat = heartbeat_and_renew
+        self.app.lease.renew_with_heartbeats(self._ensure_consumer())
 
     def rewind(self, tp: TP, offset: int) -> None:
         """Read a partition from ``offset`` on, soon; no effect when it is not assigned any more."""

@@ -14,8 +14,7 @@ nothing, and answers lookups flagged as a standby does.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from kvatlas.streams.errors import FencedError
 from kvatlas.streams.state.changelog import META_KEY, Meta, decode_meta
@@ -68,30 +67,3 @@ def examine(records: Iterable[tuple[bytes, bytes | None]], mine: Meta, where: st
             raise FencedError(f"{where}: another worker took over while this one stood still; it starts anew")
         ours = (found.epoch, found.owner) == (mine.epoch, mine.owner)
     return keys
-
-
-class Lease:
-    """Until when the group surely counts this worker in.
-
-    Args:
-        seconds: the group's session timeout.
-        clock: monotonic, seconds; it goes on while the process stands still.
-    """
-
-    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._seconds = seconds
-        self._clock = clock
-        self._until = 0.0
-
-    def now(self) -> float:
-        """Return the time, to be noted before a heartbeat is sent."""
-        return self._clock()
-
-    def renew(self, began: float) -> None:
-        """Take note that a heartbeat sent at ``began`` was accepted."""
-        self._until = max(self._until, began + self._seconds)
-
-    @property
-    def valid(self) -> bool:
-        """Return whether the broker cannot have given our partitions away."""
-        return self._clock() < self._until

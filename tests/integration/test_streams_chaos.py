@@ -46,8 +46,8 @@ async def test_the_index_is_true_after_chaos_and_never_credits_an_ended_epoch(
     names = ["a", "b", "c"]
     workers = [WorkerProcess(kafka, tmp_path / name, *flags) for name in names]
     pods = PodBook()
-    follower = TopicFollower(kafka, kafka.topic(topics.PODS), pods.apply, "chaos")
-    await follower.start()
+    follower = TopicFollower(kafka, topics.PODS, pods.apply, client_id="chaos")
+    follower.start()
     checked = kills = 0
     try:
         for worker in workers:

@@ -89,7 +89,7 @@ async def test_a_lease_ends_unless_heartbeats_are_answered() -> None:
 
     coordinator = SimpleNamespace(_do_heartbeat=heartbeat)
     group.ownership._consumer._coordinator = coordinator
-    group.ownership._renew_with_heartbeats()
+    group.ownership._lease.renew_with_heartbeats(group.ownership._consumer)
     assert not group.ownership.leased()
     assert await coordinator._do_heartbeat()
     assert group.ownership.leased()

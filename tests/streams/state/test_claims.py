@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from kvatlas.bridge.kafka.lease import Lease
 from kvatlas.streams.errors import FencedError
 from kvatlas.streams.state.changelog import META_KEY, Meta, Placed, encode_meta
-from kvatlas.streams.state.claims import Lease, examine
+from kvatlas.streams.state.claims import examine
 from kvatlas.streams.state.database import RocksBudget
 from kvatlas.streams.state.partition import PartitionState
 
