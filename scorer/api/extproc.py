@@ -163,7 +163,8 @@ class ExternalProcessor:
         exchange: Exchange | None = None
         complete = False
         try:
-            while message is not grpc.aio.EOF:
+            # Envoy keeps such a stream open for seconds after its last message.
+            while message is not grpc.aio.EOF and not complete:
                 kind = message.WhichOneof("request")
                 if kind == "response_headers":
                     headers = messages.headers_of(message.response_headers)
@@ -176,7 +177,8 @@ class ExternalProcessor:
                     complete = message.response_body.end_of_stream
                 elif kind == "response_trailers":
                     complete = True
-                message = await context.read()
+                if not complete:
+                    message = await context.read()
         finally:
             if exchange is not None:
                 exchange.ended(complete=complete)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
@@ -135,11 +136,10 @@ class Stand:
         self.loop = Loop()
         self.decider = FakeDecider()
         self.pods = [Pod("one"), Pod("two")]
-        self.picker = ""
-        self.processor: ExternalProcessor | None = None
+        self.pickers: dict[str, str] = {}
+        self.processors: dict[str, ExternalProcessor] = {}
         self._folder = folder
-        self._server: Any = None
-        self._health: Any = None
+        self._servers: list[Any] = []
         self._session: ClientSession | None = None
         self._envoys: dict[str, Envoy] = {}
         self.loop.run(self._start())
@@ -148,48 +148,45 @@ class Stand:
         for pod in self.pods:
             await pod.start()
         self._session = ClientSession(timeout=ClientTimeout(30))
-        await self.serve()
+        await self.serve("headers")
+        await self.serve("body")
 
-    async def serve(self, response: str = "headers", port: int = 0) -> None:
-        """(Re)start the picker's server."""
-        self.processor = ExternalProcessor(self.decider, ProcessorOptions(max_body_bytes=12_000_000, response=response))
+    async def serve(self, response: str) -> None:
+        """Start a picker's server that reads so much of responses."""
+        processor = ExternalProcessor(self.decider, ProcessorOptions(max_body_bytes=12_000_000, response=response))
         server = grpc.aio.server(
             options=[("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
         )
-        server.add_generic_rpc_handlers((self.processor.handler(),))
-        self._health = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        await self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
-        bound = server.add_insecure_port(f"127.0.0.1:{port}")
+        server.add_generic_rpc_handlers((processor.handler(),))
+        servicer = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+        await servicer.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+        bound = server.add_insecure_port("127.0.0.1:0")
         await server.start()
-        self._server = server
-        self.picker = f"127.0.0.1:{bound}"
+        self.processors[response] = processor
+        self._servers.append(server)
+        self.pickers[response] = f"127.0.0.1:{bound}"
 
-    def restart(self, response: str) -> None:
-        """Serve on the same port with other options."""
-
-        async def again() -> None:
-            port = int(self.picker.rpartition(":")[2])
-            await self._server.stop(0)
-            await self.serve(response, port)
-
-        self.loop.run(again())
-
-    def envoy(self, kind: str, **more: Any) -> Envoy:
+    def envoy(self, kind: str, response: str = "headers", **more: Any) -> Envoy:
         """Return an Envoy of a kind, started once."""
-        name = f"{kind} {sorted(more.items())}"
+        name = f"{kind} {response} {sorted(more.items())}"
         if name not in self._envoys:
             folder = self._folder / f"envoy-{len(self._envoys)}"
             folder.mkdir()
             options = GatewayOptions(
                 kind=kind,  # type: ignore[arg-type]
-                pickers=[self.picker],
+                pickers=[self.pickers[response]],
                 pods=[pod.address for pod in self.pods],
                 **more,
             )
             envoy = Envoy(document(options), folder)
             envoy.start()
             self._envoys[name] = envoy
+            # Until the picker is known to be healthy, requests pass without it.
+            deadline = time.monotonic() + 30
+            while envoy.stats("cluster.picker.membership_healthy").get("cluster.picker.membership_healthy") != 1:
+                assert time.monotonic() < deadline, "Envoy does not see the picker"
+                time.sleep(0.02)
         return self._envoys[name]
 
     def ask(
@@ -222,7 +219,8 @@ class Stand:
         async def end() -> None:
             assert self._session is not None
             await self._session.close()
-            await self._server.stop(0)
+            for server in self._servers:
+                await server.stop(0)
             for pod in self.pods:
                 await pod.stop()
 
