@@ -11,6 +11,7 @@ class Tier(Enum):
 
     HOST = "host"
     FILE = "file"
+    OBJECT = "object"
 
 
 class Outcome(Enum):

@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from typing import Final
 
 from kvatlas.connector.errors import ClosedError
 from kvatlas.connector.files import directory, layout, scan
@@ -43,13 +44,15 @@ class FileTier:
         fs: the file system (tests inject faults here).
         clock_ns: wall clock in nanoseconds.
         monotonic: seconds that never go back, for waiting periods.
-        listener: told of every change in the order they happened, from I/O threads and under the tier's lock: it
-            must return quickly, must not raise and must not call the tier.
+        listener: told of every change in order, from I/O threads under the tier's lock: it must be quick, must not
+            raise and must not call the tier.
         metrics: where to count; its own when None.
 
     Raises:
         LayoutError: the directory says that it belongs to another fingerprint.
     """
+
+    kind: Final = "file"
 
     def __init__(
         self,
@@ -106,13 +109,7 @@ class FileTier:
             trim_quarantine=self._trim_quarantine,
             listener=listener,
         )
-        self._capacity = Capacity(
-            self._fs,
-            self.directory,
-            settings.budget,
-            self._holdings,
-            monotonic=monotonic,
-        )
+        self._capacity = Capacity(self._fs, self.directory, settings.budget, self._holdings, monotonic=monotonic)
         self._pool = IoPool(
             threads=settings.threads + settings.checksum_threads,
             write_threads=writes + settings.checksum_threads,

@@ -1,9 +1,11 @@
-"""vLLM's secondary tier on the file tier: primary host memory <-> verified files.
+"""vLLM's secondary tier on ours: primary host memory <-> verified files, or objects.
 
 Configured with ``kv_connector_extra_config``::
 
     {"spec_name": "TieringOffloadingSpec", "cpu_bytes_to_use": N, "secondary_tiers": [
         {"type": "FileTierManager", "module_path": "kvatlas.connector.vllm_tier", "root_dir": "/mnt/kv"}]}
+
+``root_dir`` is a folder or ``s3://bucket/prefix``.
 
 Runs in the scheduler process. Its methods only queue work and collect results; a failed load is reported per key, so
 vLLM computes those blocks again.
@@ -16,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -27,6 +30,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import (  #
     OffloadingConnectorStats,
 )
 from vllm.v1.kv_offload.base import (  # noqa: E402
+    ConfigInfo,
+    ConfigInfoMapping,
     Locality,
     LookupResult,
     Medium,
@@ -46,8 +51,10 @@ from vllm.v1.kv_offload.tiering.base import (  # noqa: E402
     SecondaryTierManager,
     TransferJob,
 )
+from vllm.v1.metrics.cache_hit_source import CacheHitSource  # noqa: E402
 
 from kvatlas.connector.files.blocks import Block  # noqa: E402
+from kvatlas.connector.files.blocktier import BlockTier  # noqa: E402
 from kvatlas.connector.files.catalog import Budget  # noqa: E402
 from kvatlas.connector.files.holdings import Change  # noqa: E402
 from kvatlas.connector.files.layout import Fingerprint  # noqa: E402
@@ -57,6 +64,8 @@ from kvatlas.connector.files.tier import FileTier  # noqa: E402
 from kvatlas.connector.outcome import Outcome, Results  # noqa: E402
 
 _METRIC_PREFIX = "vllm:kvatlas_file_"
+#: Figures that our tiers count under their own kind's name, ``file_store_bytes`` or ``object_store_bytes``.
+_OF_KIND = "file_"
 _COUNTERS = {
     "hits": "Blocks read back and verified.",
     "misses": "Loads of blocks that were not there or did not verify.",
@@ -132,6 +141,44 @@ def settings_of(root_dir: str, options: Mapping[str, Any]) -> FileTierSettings:
     return FileTierSettings(root=Path(root_dir), budget=budget, cpus=cpus, **known)
 
 
+def open_tier(
+    root_dir: str, options: Mapping[str, Any], fingerprint: Fingerprint, listener: Callable[[Change], None]
+) -> BlockTier:
+    """Return the tier at a folder or an ``s3://`` address.
+
+    Raises:
+        SettingsError: the address or an option is not one.
+        LayoutError: what is there belongs to another engine set-up.
+    """
+    if "://" not in root_dir:
+        return FileTier(settings_of(root_dir, options), fingerprint, listener=listener)
+    from kvatlas.connector.objects.settings import ObjectTierSettings  # noqa: PLC0415 - needs obstore
+    from kvatlas.connector.objects.tier import ObjectTier  # noqa: PLC0415
+
+    return ObjectTier(ObjectTierSettings(url=root_dir, **options), fingerprint, listener=listener)
+
+
+@dataclass(frozen=True)
+class TierInfo(ConfigInfo):  # type: ignore[misc]
+    """Labels of our series of ``vllm:kv_offload_config_info``.
+
+    Attributes:
+        kvatlas_kind: ``file`` or ``object``.
+        kvatlas_root: the folder or address.
+        kvatlas_fingerprint: the directory below it, which engines share whose blocks mean the same.
+        kvatlas_locality: ``LOCAL`` or ``REMOTE``.
+        kvatlas_writable: whether blocks can be stored.
+        kvatlas_direct: whether files are read and written past the page cache.
+    """
+
+    kvatlas_kind: str
+    kvatlas_root: str
+    kvatlas_fingerprint: str
+    kvatlas_locality: str
+    kvatlas_writable: bool
+    kvatlas_direct: bool
+
+
 class _Running(NamedTuple):
     keys: tuple[OffloadKey, ...]
     is_load: bool
@@ -139,7 +186,7 @@ class _Running(NamedTuple):
 
 
 class _Lookups(AsyncLookupManager):  # type: ignore[misc]
-    def __init__(self, tier: FileTier, tier_type: str) -> None:
+    def __init__(self, tier: BlockTier, tier_type: str) -> None:
         self._files = tier
         super().__init__(tier_type=tier_type)
 
@@ -160,12 +207,16 @@ class FileTierManager(SecondaryTierManager):  # type: ignore[misc]
         tier_type: str,
         root_dir: str,
         backpressure_detector: Any = None,
-        locality: str = "LOCAL",
+        locality: str | None = None,
         enable_kv_events: bool = True,
         **options: Any,
     ) -> None:
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
-        self.locality = Locality(locality)
+        remote = "://" in root_dir
+        self.locality = Locality(locality or ("REMOTE" if remote else "LOCAL"))
+        if self.locality is Locality.REMOTE:
+            # vLLM's own word for a remote store; what lies on this node's disk keeps the one of its medium.
+            self.cache_hit_source = CacheHitSource.EXTERNAL_UNSPECIFIED
         events = enable_kv_events and offloading_spec.kv_events_config.enable_kv_cache_events
         self._events: list[OffloadingEvent] | None = [] if events else None
         self._lock = threading.Lock()
@@ -175,10 +226,15 @@ class FileTierManager(SecondaryTierManager):  # type: ignore[misc]
         self._rows = primary_kv_view.cast("B") if primary_kv_view.format != "B" else primary_kv_view
         if self._rows.ndim != 1:
             self._rows = self._rows.cast("B")
-        self.files = FileTier(
-            settings_of(root_dir, options),
-            fingerprint_of(offloading_spec, self.block_size_bytes),
-            listener=self._on_change,
+        fingerprint = fingerprint_of(offloading_spec, self.block_size_bytes)
+        self.files = open_tier(root_dir, options, fingerprint, self._on_change)
+        self._info = TierInfo(
+            kvatlas_kind=self.files.kind,
+            kvatlas_root=root_dir,
+            kvatlas_fingerprint=fingerprint.directory(),
+            kvatlas_locality=self.locality.value,
+            kvatlas_writable=not self.files.read_only,
+            kvatlas_direct=bool(getattr(self.files, "direct", False)),
         )
         self._lookups = _Lookups(self.files, tier_type)
 
@@ -248,6 +304,11 @@ class FileTierManager(SecondaryTierManager):  # type: ignore[misc]
         """Keep what nearer tiers serve young here too."""
         self.files.touch(keys)
 
+    def has_pending_work(self) -> bool:
+        """Whether an idle engine is to step once more: events wait, and only a step publishes them."""
+        with self._lock:
+            return bool(self._events)
+
     def take_events(self) -> Iterable[OffloadingEvent]:
         """Return what was stored and removed since the last call, in order."""
         if self._events is None:
@@ -283,10 +344,21 @@ class FileTierManager(SecondaryTierManager):  # type: ignore[misc]
         counters = {_metric(name): OffloadingCounterMetadata(documentation=text) for name, text in _COUNTERS.items()}
         return counters | {_metric(name): OffloadingGaugeMetadata(documentation=text) for name, text in _GAUGES.items()}
 
+    @classmethod
+    def config_info_keys(cls, tier_config: dict[str, Any]) -> tuple[str, ...]:  # noqa: ARG003
+        """Return the label names of :meth:`config_info`."""
+        names: tuple[str, ...] = TierInfo.config_info_keys()
+        return names
+
+    def config_info(self) -> ConfigInfoMapping:
+        """Return what this tier is, as labels of vLLM's info metric."""
+        return self._info.as_config_info()
+
     def get_stats(self) -> OffloadingConnectorStats:
         """Return the counters' growth, and the gauges that changed, since the last call."""
         stats = OffloadingConnectorStats()
-        now = self.files.metrics.snapshot()
+        found = self.files.metrics.snapshot()
+        now = {_OF_KIND + name.removeprefix(f"{self.files.kind}_"): value for name, value in found.items()} | found
         for name in _COUNTERS:
             growth = now.get(name, 0.0) - self._reported.get(name, 0.0)
             if growth:

@@ -1,10 +1,12 @@
-"""``kvatlas evictor``: keep a shared offload folder within its budget, beside running engines."""
+"""``kvatlas evictor``: keep a shared offload folder or bucket within its budget, beside running engines."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -14,13 +16,13 @@ from kvatlas.connector.files.catalog import Budget
 from kvatlas.connector.files.evictor import Report, evict_root
 from kvatlas.deploy.cli.common import at_least
 
-HELP: Final = "keep a shared offload folder within its budget"
+HELP: Final = "keep a shared offload folder or bucket within its budget"
 _UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this subcommand."""
-    parser.add_argument("root", type=Path, help="the folder that engines offload to")
+    parser.add_argument("root", help="the folder that engines offload to, or s3://bucket/prefix (with AWS_* variables)")
     parser.add_argument("--max-bytes", type=size, help="budget in bytes; k, m, g, t stand for powers of 1000")
     parser.add_argument(
         "--max-percent",
@@ -57,19 +59,18 @@ def run(args: argparse.Namespace) -> int:
     is away for a while must not end what keeps it within its budget.
 
     Raises:
-        SettingsError: the watermarks make no sense.
+        SettingsError: the watermarks make no sense, or a bucket has no budget.
         LayoutError: the root cannot be read, in a single run.
     """
     if not 0 < args.low <= args.high <= 1:
         raise SettingsError(f"--low {args.low} and --high {args.high}: need 0 < low <= high <= 1")
-    if args.root.is_file():
-        raise SettingsError(f"{args.root} is a file; name the folder that engines offload to")
     budget = Budget(
         max_bytes=args.max_bytes, max_percent=args.max_percent, high_watermark=args.high, low_watermark=args.low
     )
+    evict = _pass_over(args, budget)
     while True:
         try:
-            report = evict_root(args.root, budget, dry_run=args.dry_run, progress=_progress if args.progress else None)
+            report = evict()
         except LayoutError as error:
             if not args.interval:
                 raise
@@ -79,6 +80,24 @@ def run(args: argparse.Namespace) -> int:
             if not args.interval:
                 return 1 if report.failed else 0
         time.sleep(args.interval)
+
+
+def _pass_over(args: argparse.Namespace, budget: Budget) -> Callable[[], Report]:
+    """Return what evicts once, from a folder or from a bucket."""
+    progress = _progress if args.progress else None
+    if "://" in args.root:
+        from kvatlas.connector.objects.evictor import evict_prefix  # noqa: PLC0415 - needs obstore
+        from kvatlas.connector.objects.settings import ObjectTierSettings  # noqa: PLC0415
+
+        settings = ObjectTierSettings(url=args.root)
+        if budget.max_bytes is None:
+            raise SettingsError(f"{args.root}: a bucket has no size to take a share of; name --max-bytes")
+        budget = replace(budget, max_percent=None)
+        return lambda: evict_prefix(settings, budget, dry_run=args.dry_run, progress=progress)
+    root = Path(args.root)
+    if root.is_file():
+        raise SettingsError(f"{root} is a file; name the folder that engines offload to")
+    return lambda: evict_root(root, budget, dry_run=args.dry_run, progress=progress)
 
 
 def _progress(text: str) -> None:
