@@ -30,7 +30,7 @@ ORDER: Final[dict[str, tuple[str | frozenset[str], ...]]] = {
         "v1", "errors", "options", "scoring", "picker", "tokenization", "lookups", "client",
         frozenset({"api", "library"}), "service", "gateway",
     ),
-    "connector": ("errors", "outcome", "metrics", "files", "offload", "vllm"),
+    "connector": ("errors", "outcome", "metrics", "files", "objects", "offload", "vllm"),
 }  # fmt: skip
 #: Modules that only carry a name users have outside.
 PUBLIC: Final = {"bridge.engine_publisher", "connector.vllm_spec", "connector.vllm_tier", "scorer.__init__"}

@@ -24,13 +24,13 @@ except ImportError as error:
     raise SettingsError("s3:// needs the package obstore; install kvatlas[s3]") from error
 
 
-class StoreError(ConnectorError):
+class ObjectStoreError(ConnectorError):
     """A request failed after its retries; the store or the way to it is at fault."""
 
     retriable = True
 
 
-class DeniedError(StoreError):
+class DeniedError(ObjectStoreError):
     """The store refused the request for want of rights."""
 
     retriable = False
@@ -52,7 +52,7 @@ class Listed(NamedTuple):
 
 
 class Objects(Protocol):
-    """Requests the object tier makes. Each may raise :class:`StoreError`."""
+    """Requests the object tier makes. Each may raise :class:`ObjectStoreError`."""
 
     def get(self, path: str, length: int | None = None) -> Fetched:
         """Return an object's first ``length`` bytes, or all of it.
@@ -85,12 +85,12 @@ def _translated(error: Exception, what: str) -> Exception:
         return Missing("no such object")
     if isinstance(error, exceptions.PermissionDeniedError | exceptions.UnauthenticatedError | PermissionError):
         return DeniedError(text)
-    return StoreError(text)
+    return ObjectStoreError(text)
 
 
 @contextlib.contextmanager
 def _asking(what: str) -> Iterator[None]:
-    """Turn what obstore raises into :class:`Missing` or :class:`StoreError`."""
+    """Turn what obstore raises into :class:`Missing` or :class:`ObjectStoreError`."""
     try:
         yield
     except (exceptions.BaseError, OSError) as error:
@@ -99,7 +99,7 @@ def _asking(what: str) -> Iterator[None]:
         # A panic inside the library is no Exception and would end the thread that asked.
         if type(error).__module__ != "pyo3_runtime":
             raise
-        raise StoreError(f"{what}: {error}") from error
+        raise ObjectStoreError(f"{what}: {error}") from error
 
 
 class ObstoreObjects:
@@ -113,7 +113,7 @@ class ObstoreObjects:
             with _asking(f"GET {path}"):
                 found = obstore.get(self._store, path, options=None if length is None else {"range": (0, length)})
                 return Fetched(memoryview(found.bytes()), found.meta["size"])
-        except StoreError as error:
+        except ObjectStoreError as error:
             # No range of an empty object can be asked for: the store is well, and the answer is that object.
             if length is None or "range" not in str(error).lower():
                 raise

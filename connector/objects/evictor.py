@@ -17,7 +17,7 @@ from kvatlas.connector.files.blocks import Missing
 from kvatlas.connector.files.catalog import Budget
 from kvatlas.connector.files.evictor import Report
 from kvatlas.connector.files.usage import SUFFIX, decode, usage_key
-from kvatlas.connector.objects.client import Objects, StoreError, connect
+from kvatlas.connector.objects.client import Objects, ObjectStoreError, connect
 from kvatlas.connector.objects.settings import ObjectTierSettings
 
 #: Objects that one request removes at the most (S3's own limit).
@@ -59,7 +59,7 @@ def evict_prefix(
     report = Report(limit_bytes=budget.limit_bytes(budget.max_bytes or 1 << 62))
     try:
         found = _look(store, report, clock_ns(), dry_run=dry_run)
-    except StoreError as error:
+    except ObjectStoreError as error:
         raise LayoutError(f"{settings.url}: cannot be listed ({error}); check address and rights") from error
     tell(f"{report.blocks} blocks, {report.used_bytes} bytes in {len(report.directories)} directories")
     excess = budget.excess_bytes(report.used_bytes, report.limit_bytes)
@@ -67,7 +67,7 @@ def evict_prefix(
         if not dry_run:
             try:
                 store.delete([item.path for item in batch])
-            except StoreError as error:
+            except ObjectStoreError as error:
                 tell(str(error))
                 report.failed += len(batch)
                 continue

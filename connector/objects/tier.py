@@ -25,8 +25,9 @@ from kvatlas.connector.files.layout import Fingerprint
 from kvatlas.connector.files.pool import IoPool, Task
 from kvatlas.connector.metrics import Metrics
 from kvatlas.connector.objects import bodies
+from kvatlas.connector.objects.announced import Announced
 from kvatlas.connector.objects.bodies import Damaged
-from kvatlas.connector.objects.client import DeniedError, Objects, StoreError, connect
+from kvatlas.connector.objects.client import DeniedError, Objects, ObjectStoreError, connect
 from kvatlas.connector.objects.pause import Pause
 from kvatlas.connector.objects.recent import Recent
 from kvatlas.connector.objects.settings import ObjectTierSettings
@@ -34,12 +35,6 @@ from kvatlas.connector.objects.uses import ObjectUses
 from kvatlas.connector.outcome import Outcome, Result, Results, Tier
 
 log = logging.getLogger(__name__)
-
-#: Locks over blocks' names: what is stored and what is removed of one block is announced in the order it happened. A
-#: store holds its lock while it runs, so there are many more than threads.
-_STRIPES: Final = 1024
-#: Blocks that a run remembers having announced; an older one is announced, and read through by a store, once more.
-_TOLD: Final = 1 << 20
 
 
 class ObjectTier:
@@ -80,10 +75,8 @@ class ObjectTier:
         self._digest = fingerprint.digest()
         self._objects = objects or connect(settings)
         self._clock_ns = clock_ns
-        self._listener = listener
-        self._lock = threading.Lock()
-        self._told: dict[bytes, None] = {}
-        self._stripes = [threading.Lock() for _ in range(_STRIPES)]
+        self._announced = Announced(listener)
+        self._counting = threading.Lock()
         self._absent = Recent(settings.absent_seconds, monotonic)
         self._distrusted = Recent(settings.distrust_seconds, monotonic)
         self._pause = Pause(settings.pause_failures, settings.pause_seconds, monotonic)
@@ -114,7 +107,7 @@ class ObjectTier:
         except DeniedError as error:
             log.warning("%s: %s; blocks are loaded where that is allowed, none are stored", self.settings.url, error)
             return False
-        except StoreError as error:
+        except ObjectStoreError as error:
             # A store that is away may come back: stores and loads try, and report what becomes of them.
             log.warning("%s does not answer (%s); it is tried again with the next blocks", self.settings.url, error)
             self._note_failure(error)
@@ -165,14 +158,14 @@ class ObjectTier:
             self.metrics.count("shed")
             return Result(Outcome.SHED, "the object store is away")
         try:
-            with self._stripe(block.key):
+            with self._announced.lock(block.key):
                 if block.key not in self._absent and self._is_there(block):
                     result = Result(Outcome.EXISTS, tier=Tier.OBJECT)
                 else:
                     self._put(block)
                     result = Result(Outcome.STORED, tier=Tier.OBJECT)
-                self._announce(removed=False, key=block.key)
-        except StoreError as error:
+                self._announced.stored(block.key)
+        except ObjectStoreError as error:
             return self._failed(block.key, error)
         self._use([block.key])
         return result
@@ -184,7 +177,7 @@ class ObjectTier:
         self._answered(block.key)
         size = block.size_bytes
         self.metrics.moved("object", "store", blocks=1, size_bytes=size, seconds=time.perf_counter() - begin)
-        with self._lock:
+        with self._counting:
             self._used_bytes += size
 
     def _is_there(self, block: Block) -> bool:
@@ -192,7 +185,7 @@ class ObjectTier:
         try:
             slot = self._head(block.key)
             bodies.check_length(slot, block.size_bytes)
-            if block.key not in self._told:
+            if block.key not in self._announced:
                 self._fetch(block.key, block.size_bytes)
         except Missing:
             return False
@@ -233,13 +226,13 @@ class ObjectTier:
             self.metrics.count("misses")
             self._drop_damaged(block.key, error)
             return Result(Outcome.MISS, f"not usable: {error}")
-        except StoreError as error:
+        except ObjectStoreError as error:
             return self._failed(block.key, error)
         self.metrics.moved("object", "load", blocks=1, size_bytes=block.size_bytes, seconds=time.perf_counter() - begin)
         self.metrics.count("hits")
-        if block.key not in self._told:
-            with self._stripe(block.key):
-                self._announce(removed=False, key=block.key)
+        if block.key not in self._announced:
+            with self._announced.lock(block.key):
+                self._announced.stored(block.key)
         self._use([block.key])
         return Result(Outcome.LOADED, tier=Tier.OBJECT)
 
@@ -295,7 +288,7 @@ class ObjectTier:
         except Damaged as error:
             self._drop_damaged(key, error)
             return Result(Outcome.MISS, f"not usable: {error}")
-        except StoreError as error:
+        except ObjectStoreError as error:
             return self._failed(key, error)
         return Result(Outcome.EXISTS, tier=Tier.OBJECT)
 
@@ -307,75 +300,58 @@ class ObjectTier:
 
     # -- what is known, what goes ----------------------------------------------------------------------------
 
-    def _stripe(self, key: bytes) -> threading.Lock:
-        return self._stripes[hash(key) % _STRIPES]
-
     def _answered(self, key: bytes) -> None:
         self._pause.answered()
         self._absent.discard(key)
 
-    def _failed(self, key: bytes, error: StoreError) -> Result:
+    def _failed(self, key: bytes, error: ObjectStoreError) -> Result:
         self.metrics.count("failed")
         self._distrusted.add(key)
         self._note_failure(error)
         return Result(Outcome.FAILED, str(error))
 
-    def _note_failure(self, error: StoreError) -> None:
+    def _note_failure(self, error: ObjectStoreError) -> None:
         if error.retriable and self._pause.failed():
             seconds = self.settings.pause_seconds
             log.warning("%s does not answer (%s): nothing is asked of it for %g s", self.settings.url, error, seconds)
 
-    def _announce(self, *, removed: bool, key: bytes) -> None:
-        """Tell the listener of a block, once; its stripe is held."""
-        with self._lock:
-            if removed:
-                self._told.pop(key, None)
-            elif key in self._told:
-                return
-            else:
-                self._told[key] = None
-                if len(self._told) > _TOLD:
-                    del self._told[next(iter(self._told))]
-        if self._listener is not None:
-            self._listener(Change(removed, (key,)))
-
     def _vanished(self, key: bytes) -> None:
-        if key not in self._told:
+        if key not in self._announced:
             return
-        with self._stripe(key):
-            if key in self._told:
+        with self._announced.lock(key):
+            if key in self._announced:
                 # Stored again meanwhile: what was missing a moment ago is asked for under the lock.
-                with contextlib.suppress(Missing, Damaged, StoreError):
+                with contextlib.suppress(Missing, Damaged, ObjectStoreError):
                     self._head(key)
                     return
                 self.metrics.count("vanished")
-                self._announce(removed=True, key=key)
+                self._announced.removed(key)
 
     def _drop_damaged(self, key: bytes, error: Damaged) -> None:
-        with self._stripe(key), contextlib.suppress(StoreError):
+        with self._announced.lock(key), contextlib.suppress(ObjectStoreError):
             self._remove_damaged(key, error)
 
     def _remove_damaged(self, key: bytes, error: Damaged) -> None:
-        """Remove an object that did not verify; its stripe is held. A bucket with versions keeps it for a look."""
+        """Remove an object that did not verify; its lock is held. A bucket with versions keeps it for a look."""
         self.metrics.count("corrupt")
         log.warning("%s/%s is damaged (%s) and is removed", self.settings.url, self.path(key), error)
         self._distrusted.add(key)
         if not self.read_only:
             self._objects.delete([self.path(key)])
             self._distrusted.discard(key)
-        self._announce(removed=True, key=key)
+        self._announced.removed(key)
 
     def evict(self, keys: Iterable[bytes]) -> Results:
         """Remove blocks by name; per key MISS (it is not there any more) or FAILED (it could not be removed)."""
         results: Results = {}
         for key in keys:
             try:
-                with self._stripe(key):
+                with self._announced.lock(key):
                     self._objects.delete([self.path(key)])
-                    self._announce(removed=True, key=key)
+                    self._announced.removed(key)
                 results[key] = Result(Outcome.MISS, "evicted")
                 self.metrics.count("evicted")
-            except StoreError as error:
+            except ObjectStoreError as error:
                 results[key] = self._failed(key, error)
         return results
 

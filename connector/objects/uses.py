@@ -13,7 +13,7 @@ from typing import Final
 
 from kvatlas.connector.files import layout
 from kvatlas.connector.files.usage import SUFFIX, encode, usage_key
-from kvatlas.connector.objects.client import Objects, StoreError
+from kvatlas.connector.objects.client import Objects, ObjectStoreError
 
 #: Uses that a writer keeps: 2 MiB of records an object.
 _KEPT: Final = 1 << 16
@@ -64,7 +64,7 @@ class ObjectUses:
             return True
         try:
             self._objects.put(self._path, encode(latest), part_bytes=1 << 40)
-        except StoreError:
+        except ObjectStoreError:
             with self._lock:
                 self._changed = True
             return False

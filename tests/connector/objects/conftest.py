@@ -19,7 +19,7 @@ from obstore.store import MemoryStore
 
 from kvatlas.connector.files.holdings import Change
 from kvatlas.connector.files.layout import Fingerprint
-from kvatlas.connector.objects.client import Fetched, Listed, ObstoreObjects, StoreError, connect
+from kvatlas.connector.objects.client import Fetched, Listed, ObjectStoreError, ObstoreObjects, connect
 from kvatlas.connector.objects.settings import ObjectTierSettings
 from kvatlas.connector.objects.tier import ObjectTier
 from tests.connector.conftest import FINGERPRINT
@@ -83,7 +83,7 @@ class S3Server:
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
                 objects.put("ready", b"ready", part_bytes=1 << 30)
-            except StoreError:
+            except ObjectStoreError:
                 time.sleep(0.05)
             else:
                 return True

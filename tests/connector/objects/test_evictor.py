@@ -7,7 +7,7 @@ import pytest
 
 from kvatlas.connector.errors import LayoutError
 from kvatlas.connector.files.catalog import Budget
-from kvatlas.connector.objects.client import DeniedError, StoreError
+from kvatlas.connector.objects.client import DeniedError, ObjectStoreError
 from kvatlas.connector.objects.evictor import evict_prefix
 from kvatlas.connector.objects.settings import ObjectTierSettings
 from kvatlas.connector.objects.tier import ObjectTier
@@ -56,7 +56,7 @@ def test_what_cannot_be_listed_is_an_error_and_what_cannot_be_removed_is_counted
     """A store without the right to list ends the pass; one that refuses a removal is reported."""
     bucket.tier().store([block(number) for number in range(3)]).result(WAIT)
     budget = Budget(max_bytes=OBJECT, max_percent=None)
-    bucket.objects.faults["delete"] = refuse(StoreError("503"))
+    bucket.objects.faults["delete"] = refuse(ObjectStoreError("503"))
     report = evict_prefix(SETTINGS, budget, objects=bucket.objects)
     assert (report.evicted_blocks, report.failed) == (0, 3)
     bucket.objects.faults["list"] = refuse(DeniedError("403"))

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.connector.objects.client import DeniedError, StoreError, connect
+from kvatlas.connector.objects.client import DeniedError, ObjectStoreError, connect
 from kvatlas.connector.objects.tier import ObjectTier
 from kvatlas.connector.outcome import Outcome
 from tests.connector.conftest import FINGERPRINT, WAIT, block, key, payload, target
@@ -146,7 +146,7 @@ def test_cut_connections_are_tried_again(s3: S3Server) -> None:
             assert loaded(tier, 1, 8192) == (Outcome.LOADED, payload(1))
             assert proxy.cuts == 0
         proxy.cuts = 1
-        with pytest.raises(StoreError):
+        with pytest.raises(ObjectStoreError):
             connect(dataclasses.replace(settings, store=store, retries=0)).get("x")
     finally:
         proxy.close()

@@ -18,7 +18,7 @@ from kvatlas.connector.files.blocks import Block, Missing
 from kvatlas.connector.files.fs import Buffer
 from kvatlas.connector.files.usage import decode, usage_key
 from kvatlas.connector.objects import bodies
-from kvatlas.connector.objects.client import DeniedError, StoreError
+from kvatlas.connector.objects.client import DeniedError, ObjectStoreError
 from kvatlas.connector.objects.settings import ObjectTierSettings, split_url
 from kvatlas.connector.objects.tier import ObjectTier
 from kvatlas.connector.outcome import Outcome, Result, Results, Tier
@@ -186,7 +186,7 @@ def test_a_failing_request_is_a_failure_and_the_block_is_not_promised(bucket: Bu
     """A load that fails says so, and lookups say no for a while; the object stays."""
     tier = bucket.tier(distrust_seconds=30.0)
     store(tier, [1])
-    bucket.objects.faults["get"] = refuse(StoreError("503"))
+    bucket.objects.faults["get"] = refuse(ObjectStoreError("503"))
     assert load(tier, 1)[0] == Result(Outcome.FAILED, "503")
     bucket.objects.faults.clear()
     assert tier.lookup([key(1)]) == {key(1): False}
@@ -200,7 +200,7 @@ def test_a_store_that_is_away_is_left_alone(bucket: Bucket) -> None:
     tier = bucket.tier(pause_failures=2, pause_seconds=10.0)
     store(tier, [1])
     for name in ("get", "put"):
-        bucket.objects.faults[name] = refuse(StoreError("connection refused"))
+        bucket.objects.faults[name] = refuse(ObjectStoreError("connection refused"))
     for number in (2, 3):
         assert store(tier, [number])[key(number)].outcome is Outcome.FAILED
     asked = len(bucket.objects.asked)
@@ -216,7 +216,7 @@ def test_a_store_that_is_away_is_left_alone(bucket: Bucket) -> None:
 
 def test_a_store_that_is_away_at_start_comes_back(bucket: Bucket) -> None:
     """An engine starts without its object store, and uses it once it answers."""
-    bucket.objects.faults["get"] = refuse(StoreError("connection refused"))
+    bucket.objects.faults["get"] = refuse(ObjectStoreError("connection refused"))
     tier = bucket.tier()
     bucket.objects.faults.clear()
     assert store(tier, [1])[key(1)].outcome is Outcome.STORED
