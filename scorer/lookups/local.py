@@ -6,27 +6,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
 from kvatlas.scorer.lookups.router import ACTIVE, RESTORING, STANDBY, UNANSWERED, Answers, Lookups, Seen, partitions_of
+from kvatlas.streams.serving.answers import Readable, fill, read_all
 
 _ROLES: Final = {"ACTIVE": ACTIVE, "STANDBY": STANDBY, "RESTORING": RESTORING}
 _FIRST_BLOCKS: Final = 128
 
 
-class Partition(Protocol):
+class Partition(Readable, Protocol):
     """What is read of a :class:`kvatlas.streams.state.partition.PartitionState`; the scorer imports no RocksDB."""
 
     role: Any
-    cache: Any
 
     @property
-    def ahead(self) -> Any:
-        """What was applied and may be newer than the cache, None for nothing."""
-
-    @property
-    def reflected(self) -> Any:
+    def reflected(self) -> tuple[int, int]:
         """Source offset and receive time that answers reflect."""
-
-    def answer(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Return the values of keys in order, None where there is none."""
 
 
 class LocalTables(NamedTuple):
@@ -83,9 +76,9 @@ class TableLookups:
         states, seen = self._states(set(numbers))
         active = {number: state for number, state in states.items() if seen[number].role == ACTIVE}
         if len(active) == len(seen):
-            return Answers(_read(keys, numbers, active), seen)
+            return Answers(read_all(keys, numbers, active), seen)
         values: list[bytes | None] = [None] * len(keys)
-        _fill(values, keys, numbers, active)
+        fill(values, keys, numbers, active)
         if self._remote is not None:
             rows = [row for row, number in enumerate(numbers) if number not in active]
             answers = await self._remote.lookup([keys[row] for row in rows], deadline)
@@ -119,7 +112,7 @@ class TableLookups:
         states, roles = self._states(missing)
         here = {number: state for number, state in states.items() if roles[number].role in (ACTIVE, STANDBY)}
         if here:
-            _fill(values, keys, numbers, here)
+            fill(values, keys, numbers, here)
             seen |= {number: roles[number] for number in here}
         for number in missing - here.keys():
             if seen[number].role in (ACTIVE, STANDBY):
@@ -142,34 +135,3 @@ class TableLookups:
         """Let connections to others go."""
         if self._remote is not None:
             await self._remote.close()
-
-
-def _read(keys: Sequence[bytes], numbers: Sequence[int], states: Mapping[int, Partition]) -> list[bytes | None]:
-    """Return the values of keys whose partitions are all here; empty bytes where nobody holds the key.
-
-    The hot path: one dict lookup a key where the cache has it, see :class:`kvatlas.streams.state.cache.BytesCache`.
-    """
-    cached = {number: _unread if state.ahead else state.cache.young.get for number, state in states.items()}
-    values: list[bytes | None] = [cached[number](key) for number, key in zip(numbers, keys, strict=True)]
-    if None in values:
-        _fill(values, keys, numbers, states)
-    return values
-
-
-def _unread(_: bytes) -> bytes | None:
-    """Return nothing: where something was applied that the cache does not have yet, the partition itself answers."""
-    return None
-
-
-def _fill(
-    values: list[bytes | None], keys: Sequence[bytes], numbers: Sequence[int], states: Mapping[int, Partition]
-) -> None:
-    """Fill in what is None and whose partition is among ``states``: one multi-get a partition."""
-    rows: dict[int, list[int]] = {number: [] for number in states}
-    for row, value in enumerate(values):
-        if value is None and numbers[row] in rows:
-            rows[numbers[row]].append(row)
-    for number, wanted in rows.items():
-        if wanted:
-            for row, value in zip(wanted, states[number].answer([keys[row] for row in wanted]), strict=True):
-                values[row] = value or b""

@@ -27,6 +27,7 @@ from kvatlas.streams.state.cache import BytesCache
 from kvatlas.streams.state.changelog import META_KEY, Meta, decode_meta, encode_meta
 from kvatlas.streams.state.claims import Filter
 from kvatlas.streams.state.database import RocksBudget, open_database
+from kvatlas.streams.state.overlay import Overlay
 
 logger = logging.getLogger(__name__)
 
@@ -49,20 +50,6 @@ class Role(enum.Enum):
     """A copy, possibly behind: answers are flagged."""
     ACTIVE = "active"
     """Assigned and caught up."""
-
-
-class Ahead(NamedTuple):
-    """What was applied to a partition and is not in its database yet.
-
-    Attributes:
-        layers: key -> value, None where it was removed; the newest layer first.
-        source_offset: last source record that is in it.
-        receive_ns: newest receive time in it, bridge clock.
-    """
-
-    layers: tuple[Mapping[bytes, bytes | None], ...]
-    source_offset: int
-    receive_ns: int
 
 
 class Reflected(NamedTuple):
@@ -115,7 +102,7 @@ class PartitionState:
         role: what may be said about it.
         changelog_offset: last changelog record in the state, None for none.
         meta: source offset and times that the state reflects.
-        ahead: what was applied and is not committed yet, None for nothing.
+        overlay: what was applied and is not committed yet; the writer applies to it.
         lock: held by whoever commits; there is one at a time.
         foreign: keys that replaced writers wrote to the changelog; their true values have to be written once more.
     """
@@ -133,7 +120,7 @@ class PartitionState:
         self.cache = BytesCache(cache_bytes)
         self.role = Role.RESTORING
         self.lock = asyncio.Lock()
-        self.ahead: Ahead | None = None
+        self.overlay = Overlay(self)
         self.foreign: set[bytes] = set()
         self._dropping = False
         self._budget = budget
@@ -201,28 +188,21 @@ class PartitionState:
     @property
     def reflected(self) -> Reflected:
         """Return what answers from here reflect: what was applied, committed or not."""
-        ahead, meta = self.ahead, self.meta
-        if ahead is None:
+        applied, meta = self.overlay.reflected, self.meta
+        if applied is None:
             return Reflected(meta.source_offset, meta.receive_ns)
-        return Reflected(ahead.source_offset, max(ahead.receive_ns, meta.receive_ns))
+        return Reflected(applied[0], max(applied[1], meta.receive_ns))
 
     def answer(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """Return the values of keys in order as of what was applied, committed or not."""
-        ahead = self.ahead
-        if ahead is None:
+        newer = self.overlay.values
+        if not newer:
             return self.get_many(keys)
-        values: list[bytes | None] = [None] * len(keys)
-        rest: list[int] = []
-        for number, key in enumerate(keys):
-            for layer in ahead.layers:
-                if key in layer:
-                    values[number] = layer[key]
-                    break
-            else:
-                rest.append(number)
+        values = list(map(newer.get, keys, map(self.cache.young.get, keys)))
+        rest = [row for row, key in enumerate(keys) if values[row] is None and key not in newer]
         if rest:
-            for number, value in zip(rest, self.get_many([keys[number] for number in rest]), strict=True):
-                values[number] = value
+            for row, value in zip(rest, self.get_many([keys[row] for row in rest]), strict=True):
+                values[row] = value
         return values
 
     def items(self, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
@@ -341,6 +321,7 @@ class PartitionState:
         self.close()
         shutil.rmtree(self.path, ignore_errors=True)
         self.cache.clear()
+        self.overlay.drop()
         self.foreign.clear()
         self._dropping = False
         self._open()

@@ -13,14 +13,15 @@ from typing import Any
 from kvatlas.bridge.errors import WireError
 from kvatlas.bridge.model.records import PodRecord
 from kvatlas.streams import metrics
-from kvatlas.streams.faust_app.table import BulkTable, PartitionView
+from kvatlas.streams.faust_app.table import BulkTable
 from kvatlas.streams.index.apply import apply_blocks, table_keys_of
 from kvatlas.streams.index.blocks_record import BlocksRecord, decode_blocks
 from kvatlas.streams.options import WorkerSettings
 from kvatlas.streams.resolve.effects import DeadLetter, Effects
 from kvatlas.streams.resolve.message import parse_message
 from kvatlas.streams.resolve.resolver import Resolver
-from kvatlas.streams.state.pending import Pending
+from kvatlas.streams.state.overlay import Overlay
+from kvatlas.streams.state.partition import PartitionState
 from kvatlas.streams.tasks.output import Output
 from kvatlas.streams.tasks.pods import PodPublisher
 
@@ -38,19 +39,18 @@ class _Gathered:
     """
 
     def __init__(self, agent: str, table: BulkTable, partition: int, settings: WorkerSettings) -> None:
-        self.lock = table.store.local(partition).lock
-        self.pending = Pending(
-            table, partition, most_records=settings.flush_records, most_updates=settings.flush_updates
-        )
+        self._table, self._state = table, table.store.local(partition)
+        self.lock, self.overlay = self._state.lock, self._state.overlay
         self._agent = agent
+        self._settings = settings
         self._counts: Counter[str] = Counter()
-        self._updates = 0
+        self._records = self._updates = 0
         self._since = 0.0
 
     @property
     def full(self) -> bool:
         """Whether so much was applied since the last cut that it should be committed before more is."""
-        return self.pending.full
+        return self._records >= self._settings.flush_records or self._updates >= self._settings.flush_updates
 
     def advance(
         self, source_offset: int, receive_ns: int, *, records: int, updates: int, counts: Mapping[str, int]
@@ -58,32 +58,44 @@ class _Gathered:
         """Take note of records that were applied; readers see what they changed from here on."""
         if not self._since:
             self._since = time.monotonic()
+        self._records += records
         self._updates += updates
         self._counts.update(counts)
-        self.pending.advance(source_offset, receive_ns, records=records, updates=updates)
+        self.overlay.advance(source_offset, receive_ns)
         metrics.SOURCE_RECORDS.labels(self._agent).inc(records)
 
     def cut(self) -> Flush:
         """Return what was applied since the last cut, to be committed."""
-        flush = Flush(self.pending, self._agent, self._updates, self._since, self._counts)
-        self._counts, self._updates, self._since = Counter(), 0, 0.0
+        flush = Flush(
+            self._table, self._state, self._agent, updates=self._updates, since=self._since, counts=self._counts
+        )
+        self._counts, self._records, self._updates, self._since = Counter(), 0, 0, 0.0
         return flush
 
     def drop(self) -> None:
         """Forget what was applied and is not committed."""
-        self.pending.drop()
+        self.overlay.drop()
 
 
 class Flush:
     """Changes that were cut off to be committed."""
 
-    def __init__(self, pending: Pending, agent: str, updates: int, since: float, counts: Mapping[str, int]) -> None:
-        self._pending, self._cut = pending, pending.cut()
+    def __init__(
+        self,
+        table: BulkTable,
+        state: PartitionState,
+        agent: str,
+        *,
+        updates: int,
+        since: float,
+        counts: Mapping[str, int],
+    ) -> None:
+        self._table, self._state, self._cut = table, state, state.overlay.cut()
         self._agent, self._updates, self._since, self._counts = agent, updates, since, counts
 
     async def commit(self) -> None:
         """Commit them."""
-        await self._pending.commit(self._cut)
+        await self._table.commit(self._state, self._cut)
         metrics.flushed(self._agent, self._updates, self._since, self._counts)
 
 
@@ -104,11 +116,10 @@ class ResolveStage(_Gathered):
         self._resolver = resolver
         self._output = output
         self._pods = pods
-        self._settings = settings
 
     async def apply(self, take: Callable[[], Any | None]) -> ResolveStep | None:
         """Apply engine messages to ``engine_blocks``."""
-        view = self.pending.view
+        view = self.overlay
         effects = Effects(self._output.blocks_partitions)
         count, last, sliced = 0, -1, 0
         while count < self._settings.flush_records and (message := take()) is not None:
@@ -126,7 +137,7 @@ class ResolveStage(_Gathered):
         self.advance(last, effects.receive_ns, records=count, updates=effects.updates, counts=effects.counts)
         return ResolveStep(effects, self._output, self._pods)
 
-    def _one(self, view: PartitionView, message: Any, effects: Effects) -> None:
+    def _one(self, view: Overlay, message: Any, effects: Effects) -> None:
         parsed = parse_message(message.key, message.value, message.headers, message.partition, message.offset)
         try:
             self._resolver.apply(view, parsed, effects)
@@ -178,11 +189,10 @@ class IndexStage(_Gathered):
         super().__init__("index", table, partition, settings)
         self._partition = partition
         self._output = output
-        self._settings = settings
 
     async def apply(self, take: Callable[[], Any | None]) -> DeadBlocks | None:
         """Apply records of block updates to ``block_index``; lookups see them at once."""
-        view = self.pending.view
+        view = self.overlay
         counts: Counter[str] = Counter()
         dead: list[tuple[int, bytes, str]] = []
         taken: list[tuple[BlocksRecord, list[bytes]]] = []

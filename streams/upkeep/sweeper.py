@@ -18,6 +18,7 @@ from kvatlas.bridge.errors import KvatlasError
 from kvatlas.streams import metrics
 from kvatlas.streams.faust_app.table import BulkTable
 from kvatlas.streams.index.apply import Swept, Validities, sweep_index
+from kvatlas.streams.state.overlay import Changes
 from kvatlas.streams.state.partition import PartitionState, Role
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ class Sweeper:
                     return dropped
                 found = self._sweep(items, valid, forget=forget)
                 if found.dropped:
-                    await self._write(partition, state, found)
+                    await self._write(state, found)
             if found.deletes and self._on_deleted is not None:
                 await self._on_deleted(found.deletes)
             dropped += found.dropped
@@ -114,10 +115,6 @@ class Sweeper:
         state = self._table.store.states.get(partition)
         return state if state is not None and state.role is Role.ACTIVE else None
 
-    async def _write(self, partition: int, state: PartitionState, found: Swept) -> None:
-        view = self._table.view(partition)
-        for key, value in found.puts.items():
-            view.put(key, value)
-        for key in found.deletes:
-            view.delete(key)
-        await self._table.commit(partition, view, state.meta.source_offset, state.meta.receive_ns)
+    async def _write(self, state: PartitionState, found: Swept) -> None:
+        writes = {**found.puts, **dict.fromkeys(found.deletes)}
+        await self._table.commit(state, Changes(writes, state.meta.source_offset, state.meta.receive_ns))

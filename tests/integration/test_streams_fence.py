@@ -112,7 +112,7 @@ async def test_batches_of_a_replaced_writer_are_dropped_and_written_over(
             assert_true(await until_true(kafka, fleet.truth()), 4)
             deadline = time.monotonic() + 90
             while any(
-                state.meta.source_offset < 0 or state.foreign or state.ahead is not None
+                state.meta.source_offset < 0 or state.foreign or state.overlay.reflected is not None
                 for state in service._index_states().values()
             ):
                 assert time.monotonic() < deadline

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import time
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 
@@ -33,13 +34,13 @@ class Part:
     def __init__(self, role: Role, values: dict[bytes, bytes], offset: int = 7) -> None:
         self.role, self.values = role, values
         self.reflected = Reflected(offset, 99)
-        self.ahead: dict[bytes, bytes] | None = None
+        self.overlay = SimpleNamespace(values={})
         self.cache = BytesCache(100_000)
         self.read: list[bytes] = []
 
     def answer(self, keys: Sequence[bytes]) -> list[bytes | None]:
         self.read += keys
-        return [(self.ahead or self.values).get(key) for key in keys]
+        return [self.overlay.values.get(key, self.values.get(key)) for key in keys]
 
 
 class Others:
@@ -104,9 +105,20 @@ async def test_what_was_applied_counts_before_the_cache_has_it() -> None:
     key = next(key for key in KEYS if key in VALUES)
     here = tables[partition_of(key, COUNT)]
     here.cache.put(key, VALUES[key])
-    here.ahead = {**VALUES, key: b"newer"}
+    here.overlay.values[key] = b"newer"
     answers = await lookups(tables).lookup(KEYS, 0.0)
     assert answers.values == [b"newer" if other == key else VALUES.get(other, b"") for other in KEYS]
+
+
+async def test_what_was_removed_is_not_answered_from_the_cache() -> None:
+    """A key that lost its last holder counts as held by nobody before that is committed."""
+    tables = parts()
+    key = next(key for key in KEYS if key in VALUES)
+    here = tables[partition_of(key, COUNT)]
+    here.cache.put(key, VALUES[key])
+    here.overlay.values[key] = None
+    answers = await lookups(tables).lookup(KEYS, 0.0)
+    assert answers.values == [b"" if other == key else VALUES.get(other, b"") for other in KEYS]
 
 
 async def test_partitions_elsewhere_are_asked_for_and_only_those() -> None:

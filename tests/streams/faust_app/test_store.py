@@ -8,7 +8,6 @@ import pytest
 
 from kvatlas.bridge.errors import VersionError
 from kvatlas.streams.errors import GoneError, StoreError
-from kvatlas.streams.faust_app.table import PartitionView
 from kvatlas.streams.service import full_disk
 from kvatlas.streams.state.changelog import META_KEY, Meta, decode_meta, encode_meta
 from kvatlas.streams.state.database import RocksBudget, open_database
@@ -122,19 +121,19 @@ def test_a_wiped_state_is_empty(tmp_path: Path, budget: RocksBudget) -> None:
     state.close()
 
 
-def test_a_view_reads_its_own_writes_and_leaves_the_state_alone(tmp_path: Path, budget: RocksBudget) -> None:
-    """Writes gather in the view; a prefetch changes nothing that is read."""
+def test_an_overlay_reads_its_own_writes_and_leaves_the_state_alone(tmp_path: Path, budget: RocksBudget) -> None:
+    """Writes gather in the overlay; a prefetch changes nothing that is read."""
     state = state_of(tmp_path, budget)
     state.write({b"a": b"1", b"b": b"2"}, 1, Meta(1, 0, 0))
     state.cache.clear()
-    view = PartitionView(state)
+    view = state.overlay
     view.prefetch([b"a", b"b", b"absent"])
     view.put(b"a", b"9")
     view.delete(b"b")
     view.put(b"new", b"3")
     assert [view.get(key) for key in (b"a", b"b", b"new", b"absent")] == [b"9", None, b"3", None]
     assert state.get_many([b"a", b"b", b"new"]) == [b"1", b"2", None]
-    assert view.writes == {b"a": b"9", b"b": None, b"new": b"3"}
+    assert view.cut().writes == {b"a": b"9", b"b": None, b"new": b"3"}
     state.close()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from kvatlas.streams.errors import FencedError
 from kvatlas.streams.state.changelog import Meta
+from kvatlas.streams.state.overlay import Changes
 from kvatlas.streams.state.partition import Role
 from kvatlas.streams.upkeep.keeper import Keeper
 
@@ -22,16 +23,14 @@ class Table:
         self.commits: list[tuple[int, int]] = []
         self.failure: Exception | None = None
 
-    def view(self, partition: int) -> int:
-        return partition
-
-    async def commit(self, partition: int, view: int, source_offset: int, receive_ns: int) -> None:
-        assert view == partition
-        assert receive_ns == 0
-        assert self.store.states[partition].lock.locked()
+    async def commit(self, state: Any, changes: Changes) -> None:
+        assert not changes.writes
+        assert changes.receive_ns == 0
+        assert state.lock.locked()
         if self.failure is not None:
             raise self.failure
-        self.commits.append((partition, source_offset))
+        number = next(number for number, found in self.store.states.items() if found is state)
+        self.commits.append((number, changes.source_offset))
 
 
 def state(role: Role, written_s: int, foreign: set[bytes] | None = None) -> Any:
