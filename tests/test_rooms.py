@@ -69,7 +69,6 @@ INIT_PARAMETERS: Final = 8
 R2_EXCEPTIONS: Final[frozenset[tuple[str, str]]] = frozenset(
     {
         ("scorer.lookups.versions", "scorer.api.core"),
-        ("streams.state.pending", "streams.faust_app.table"),
         ("streams.tasks.stages", "streams.faust_app.table"),
     }
 )
@@ -127,8 +126,6 @@ R7_EXCEPTIONS: Final[frozenset[str]] = frozenset(
         "Item",
         "Lease",
         "Message",
-        "PartitionView",
-        "Pending",
         "PodTable",
         "Position",
         "Publisher",

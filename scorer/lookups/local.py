@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
 from kvatlas.scorer.lookups.router import ACTIVE, RESTORING, STANDBY, UNANSWERED, Answers, Lookups, Seen, partitions_of

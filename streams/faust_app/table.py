@@ -32,7 +32,7 @@ from kvatlas.streams.faust_app.store import BulkStore
 from kvatlas.streams.state.changelog import encode_meta, send_batch
 from kvatlas.streams.state.claims import examine
 from kvatlas.streams.state.database import RocksBudget
-from kvatlas.streams.state.overlay import Changes
+from kvatlas.streams.state.overlay import ChangeSet
 from kvatlas.streams.state.partition import PartitionState
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class BulkTable(faust.Table[bytes, bytes]):
         """Our store."""
         return cast("BulkStore", self.data)
 
-    async def commit(self, state: PartitionState, changes: Changes) -> None:
+    async def commit(self, state: PartitionState, changes: ChangeSet) -> None:
         """Commit changes of a partition: steps 4 and 5 of the order above; for whoever holds the partition's lock.
 
         Raises:
@@ -130,7 +130,7 @@ class BulkTable(faust.Table[bytes, bytes]):
         state.foreign = set()
         try:
             written = dict(zip(keys, state.get_many(keys), strict=True))
-            await self.commit(state, Changes(written, state.meta.source_offset, state.meta.receive_ns))
+            await self.commit(state, ChangeSet(written, state.meta.source_offset, state.meta.receive_ns))
         except BaseException:
             state.foreign |= set(keys)
             raise

@@ -15,8 +15,8 @@ from kvatlas.streams.state.cache import BytesCache
 _ABSENT: Final = object()
 
 
-class Changes(NamedTuple):
-    """Changes of a partition that are committed together.
+class ChangeSet(NamedTuple):
+    """ChangeSet of a partition that are committed together.
 
     Attributes:
         writes: key -> value, None removes; in the order of the first write of each key.
@@ -136,13 +136,13 @@ class Overlay:
         self._source_offset = source_offset
         self._receive_ns = max(self._receive_ns, receive_ns)
 
-    def cut(self) -> Changes:
+    def cut(self) -> ChangeSet:
         """Return what was applied since the last cut; what is applied from now on gathers on top of it."""
         self._cut, self._writes = self._writes, {}
         self.values = dict(self._cut)
-        return Changes(self._cut, self._source_offset, self._receive_ns)
+        return ChangeSet(self._cut, self._source_offset, self._receive_ns)
 
-    def committed(self, changes: Changes) -> None:
+    def committed(self, changes: ChangeSet) -> None:
         """Take note that the partition reflects changes: the last cut, or what a sweep has written beside it."""
         if changes.writes is not self._cut:
             for key in changes.writes:

@@ -78,7 +78,7 @@ class _Gathered:
 
 
 class Flush:
-    """Changes that were cut off to be committed."""
+    """ChangeSet that were cut off to be committed."""
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ from aiokafka.errors import KafkaError
 from kvatlas.bridge.errors import KvatlasError
 from kvatlas.streams.errors import FencedError
 from kvatlas.streams.faust_app.table import BulkTable
-from kvatlas.streams.state.overlay import Changes
+from kvatlas.streams.state.overlay import ChangeSet
 from kvatlas.streams.state.partition import PartitionState, Role
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class Keeper:
                 async with state.lock:
                     if not self._due(state) or not self._may_commit() or table.store.states.get(partition) is not state:
                         continue
-                    await table.commit(state, Changes({}, state.meta.source_offset, 0))
+                    await table.commit(state, ChangeSet({}, state.meta.source_offset, 0))
                     written += 1
         return written
 

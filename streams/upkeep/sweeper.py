@@ -18,7 +18,7 @@ from kvatlas.bridge.errors import KvatlasError
 from kvatlas.streams import metrics
 from kvatlas.streams.faust_app.table import BulkTable
 from kvatlas.streams.index.apply import Swept, Validities, sweep_index
-from kvatlas.streams.state.overlay import Changes
+from kvatlas.streams.state.overlay import ChangeSet
 from kvatlas.streams.state.partition import PartitionState, Role
 
 logger = logging.getLogger(__name__)
@@ -117,4 +117,4 @@ class Sweeper:
 
     async def _write(self, state: PartitionState, found: Swept) -> None:
         writes = {**found.puts, **dict.fromkeys(found.deletes)}
-        await self._table.commit(state, Changes(writes, state.meta.source_offset, state.meta.receive_ns))
+        await self._table.commit(state, ChangeSet(writes, state.meta.source_offset, state.meta.receive_ns))

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from kvatlas.streams.state.cache import BytesCache
 from kvatlas.streams.state.changelog import Meta
 from kvatlas.streams.state.database import RocksBudget
-from kvatlas.streams.state.overlay import Changes, Overlay
+from kvatlas.streams.state.overlay import ChangeSet, Overlay
 from kvatlas.streams.state.partition import PartitionState, Reflected
 
 KEYS = [b"old", b"doomed", b"a", b"b"]
@@ -26,7 +26,7 @@ def state(tmp_path: Path) -> Iterator[PartitionState]:
     made.close()
 
 
-def commit(state: PartitionState, changes: Changes) -> None:
+def commit(state: PartitionState, changes: ChangeSet) -> None:
     state.write(changes.writes, 100 + changes.source_offset, Meta(changes.source_offset, changes.receive_ns))
     state.overlay.committed(changes)
 
@@ -73,7 +73,7 @@ def test_a_cut_does_not_change_while_more_is_applied(state: PartitionState) -> N
     apply(state, 5, {b"a": b"2"})
     cut = state.overlay.cut()
     apply(state, 6, {b"b": b"3", b"a": b"4"})
-    assert cut == Changes({b"a": b"2"}, 5, 1005)
+    assert cut == ChangeSet({b"a": b"2"}, 5, 1005)
     assert state.answer(KEYS) == [b"1", b"1", b"4", b"3"]
     commit(state, cut)
     assert (state.get_many(KEYS), state.meta.source_offset) == ([b"1", b"1", b"2", None], 5)
@@ -94,7 +94,7 @@ def test_what_a_sweep_removes_is_not_seen_where_it_was_fetched_ahead(state: Part
     """A write beside the writer's own takes effect for readers, and does not undo what was applied."""
     apply(state, 5, {b"a": b"2"})
     state.overlay.prefetch(KEYS)
-    commit(state, Changes({b"doomed": None, b"a": b"swept"}, 4, 50))
+    commit(state, ChangeSet({b"doomed": None, b"a": b"swept"}, 4, 50))
     assert state.answer(KEYS) == [b"1", None, b"2", None]
     assert state.overlay.get(b"doomed") is None
 
@@ -124,7 +124,7 @@ class OverlayModel(RuleBasedStateMachine):
         self.below = Below()
         self.overlay = Overlay(self.below)  # type: ignore[arg-type]
         self.applied: dict[bytes, bytes] = {}
-        self.cut: Changes | None = None
+        self.cut: ChangeSet | None = None
         self.cut_is: dict[bytes, bytes] = {}
         self.offset = 0
 

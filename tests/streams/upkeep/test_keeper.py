@@ -8,7 +8,7 @@ from typing import Any
 
 from kvatlas.streams.errors import FencedError
 from kvatlas.streams.state.changelog import Meta
-from kvatlas.streams.state.overlay import Changes
+from kvatlas.streams.state.overlay import ChangeSet
 from kvatlas.streams.state.partition import Role
 from kvatlas.streams.upkeep.keeper import Keeper
 
@@ -23,7 +23,7 @@ class Table:
         self.commits: list[tuple[int, int]] = []
         self.failure: Exception | None = None
 
-    async def commit(self, state: Any, changes: Changes) -> None:
+    async def commit(self, state: Any, changes: ChangeSet) -> None:
         assert not changes.writes
         assert changes.receive_ns == 0
         assert state.lock.locked()
