@@ -11,7 +11,7 @@ RECIPE := pyproject.toml tests/constraints.txt
 PROTOS := $(wildcard streams/v1/*.proto scorer/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv system-deps demo demo-gateway test lint unit integration kafka proto proto-check manifests chart-schema test-vllm bench clean
+.PHONY: help venv system-deps demo demo-gateway test soak lint unit integration kafka proto proto-check manifests chart-schema test-vllm bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,10 +52,13 @@ lint: $(VENV)/.stamp-dev ## ruff, its formatter, and mypy --strict on all packag
 	$(MYPY)
 
 unit: $(VENV)/.stamp-dev ## tests without a broker
-	$(BIN)/pytest -q --ignore=tests/integration -m "not gpu and not vllm" tests
+	$(BIN)/pytest -q --ignore=tests/integration --ignore=tests/soak -m "not gpu and not vllm" tests
 
 integration: $(VENV)/.stamp-dev kafka ## tests on the real Kafka
-	$(BIN)/pytest -q -m "not gpu and not vllm" tests/integration
+	$(BIN)/pytest -q -n 3 --dist loadfile -m "not gpu and not vllm" tests/integration
+
+soak: system-deps $(VENV)/.stamp-dev kafka ## chaos, long kills and soak runs on the real Kafka
+	$(BIN)/pytest -q -m "not gpu and not vllm" tests/soak
 
 kafka: $(VENV)/.stamp-demo ## fetch the jars of the real Kafka into the cache
 	@$(BIN)/python -c "from kvatlas.deploy.brokers.jars import find_kafka; home = find_kafka(); print('Kafka', home.version, 'in', home.jars)"

@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
-from pipeline_support import Service
-from streams_support import PARTITIONS, WorkerProcess, make_topics, producing
 
 from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.block_key import block_keys, pack_tokens, partition_of, root_key
@@ -29,6 +27,8 @@ from kvatlas.scorer.library.sync import SyncIndexer
 from kvatlas.scorer.scoring.walk import Weights
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 from kvatlas.streams.resolve.resolver import ResolveOptions
+from tests.integration.pipeline_support import Service
+from tests.integration.streams_support import PARTITIONS, WorkerProcess, make_topics, producing
 
 Record = tuple[bytes, bytes, list[tuple[str, bytes]]]
 #: Identifier, offset and length in tokens.

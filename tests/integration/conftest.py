@@ -1,6 +1,6 @@
 """Fixtures of the integration tests: a real Kafka for the session, fresh topics and groups for each test.
 
-- `kafka`: the session's node (`KafkaNode`); `brokers`: its bootstrap address. Do not stop it.
+- `brokers`: bootstrap address of the session's node, which all processes of a parallel run share.
 - `own_kafka`: a node for one test alone, which may stop, kill, pause or restart it.
 - `topic_prefix`, `group_id`: names no other test uses.
 - `create_topic`: makes one topic on the session's node and returns its full name.
@@ -13,17 +13,54 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import for_code
 
-from kvatlas.deploy.brokers.kafka import KafkaNode
+from kvatlas.deploy.brokers.errors import BrokerError
+from kvatlas.deploy.brokers.kafka import KafkaNode, read_state
 
-_KAFKA_FIXTURES = {"kafka", "own_kafka"}
+_KAFKA_FIXTURES = {"brokers", "own_kafka"}
+_START_SECONDS = 240.0
 _counter = itertools.count()
+_shared = pytest.StashKey[KafkaNode]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Begin the one node of a parallel run, in the process that hands out the tests and outlives those that run them.
+
+    It starts beside the collection; the processes find it by its state file.
+    """
+    parallel = getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput")
+    if parallel and _shared not in config.stash:
+        node = config.stash[_shared] = KafkaNode()
+        threading.Thread(target=_begin, args=(node,), daemon=True).start()
+
+
+def _begin(node: KafkaNode) -> None:
+    try:
+        node.start()
+    except BrokerError as error:
+        (node.data_dir / "failed").write_text(str(error))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a process of a parallel run where the node is."""
+    node.workerinput["kafka_dir"] = str(node.config.stash[_shared].data_dir)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End the node of a parallel run."""
+    node = config.stash.get(_shared, None)
+    if node is not None:
+        node.stop()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -33,16 +70,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaNode]:
-    """The session's Kafka node."""
+def brokers(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Bootstrap address of the session's node. Do not stop it."""
+    shared = getattr(pytestconfig, "workerinput", {}).get("kafka_dir")
+    if shared is not None:
+        yield _address(Path(shared))
+        return
     with KafkaNode(tmp_path_factory.mktemp("kafka")) as node:
-        yield node
+        yield node.bootstrap
 
 
-@pytest.fixture(scope="session")
-def brokers(kafka: KafkaNode) -> str:
-    """Bootstrap address of the session's node."""
-    return kafka.bootstrap
+def _address(folder: Path) -> str:
+    """Wait for the node of a parallel run; return its address."""
+    deadline = time.monotonic() + _START_SECONDS
+    while (state := read_state(folder)) is None:
+        failed = folder / "failed"
+        assert not failed.exists(), failed.read_text()
+        assert time.monotonic() < deadline, f"no Kafka in {folder} after {_START_SECONDS:g} s"
+        time.sleep(0.05)
+    return state.bootstrap
 
 
 @pytest.fixture

@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import grpc
 from aiokafka import AIOKafkaProducer
 
 from kvatlas.bridge.model import topics
@@ -21,6 +22,8 @@ from kvatlas.deploy.audit.audit import PodAudit, audit
 from kvatlas.deploy.bench._fleet import LogFleet
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.deploy.sim.options import SimSettings
+from kvatlas.streams.v1 import block_index_pb2 as pb
+from kvatlas.streams.v1 import block_index_pb2_grpc as pb_grpc
 
 PARTITIONS = 4
 
@@ -129,3 +132,34 @@ def assert_true(found: list[PodAudit], pods: int) -> None:
     assert len(found) == pods
     assert sum(pod.held for pod in found) > 100
     assert not [pod for pod in found if pod.ghosts or pod.missing or pod.suspect_ghosts], found
+
+
+async def lookup(address: str, keys: list[bytes], *, standby: bool = True) -> pb.LookupResponse:
+    async with grpc.aio.insecure_channel(address) as channel:
+        return await pb_grpc.BlockIndexStub(channel).Lookup(
+            pb.LookupRequest(keys=b"".join(keys), partition_count=PARTITIONS, allow_standby=standby)
+        )
+
+
+def roles_in(answer: pb.LookupResponse) -> set[int]:
+    return {state.role for state in answer.partitions}
+
+
+def names_owner(answer: pb.LookupResponse, other: str) -> bool:
+    """Some partitions are answered, and all others are said to be the other worker's."""
+    if roles_in(answer) != {pb.PartitionState.ACTIVE, pb.PartitionState.ELSEWHERE}:
+        return False
+    return {state.owner for state in answer.partitions if state.role == pb.PartitionState.ELSEWHERE} == {other}
+
+
+async def wait_answer(address: str, keys: list[bytes], wanted: Callable[[pb.LookupResponse], object]) -> None:
+    """Ask until an answer is as wanted."""
+    deadline = time.monotonic() + 90
+    while not wanted(answer := await lookup(address, keys)):
+        assert time.monotonic() < deadline, answer.partitions
+        await asyncio.sleep(0.2)
+
+
+async def wait_roles(address: str, keys: list[bytes], roles: set[int]) -> None:
+    """Ask until the answering partitions have exactly these roles."""
+    await wait_answer(address, keys, lambda answer: roles_in(answer) == roles)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,11 @@ import msgpack
 import msgspec
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from cases_support import (
+from kvatlas.scorer import Indexer
+from kvatlas.scorer.library.backends import Backend, MemoryBackend
+from kvatlas.scorer.library.backends.redis import RedisBackend
+from kvatlas.scorer.library.backends.rocks import RocksBackend
+from tests.integration.cases_support import (
     CLEARED,
     HALF,
     Library,
@@ -28,13 +30,8 @@ from cases_support import (
     removed,
     stored,
 )
-from pipeline_support import DATA
-from redis_support import RedisServer
-
-from kvatlas.scorer import Indexer
-from kvatlas.scorer.library.backends import Backend, MemoryBackend
-from kvatlas.scorer.library.backends.redis import RedisBackend
-from kvatlas.scorer.library.backends.rocks import RocksBackend
+from tests.integration.pipeline_support import DATA
+from tests.integration.redis_support import RedisServer
 
 pytestmark = pytest.mark.timeout(600)  # the first test on a pipeline starts it
 

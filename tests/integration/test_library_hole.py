@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,12 +10,7 @@ import pytest
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
-from kvatlas.bridge.model import epochs, pod_ids, topics
-
-sys.path.insert(0, str(Path(__file__).parent))
-from streams_support import make_topics, producing
-
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import epochs, pod_ids, records, topics
 from kvatlas.bridge.model.block_key import partition_of
 from kvatlas.bridge.model.events import Tier
 from kvatlas.bridge.model.records import IndexCatalog, IndexVersion, PodRecord, WorkerRecord
@@ -29,6 +23,7 @@ from kvatlas.scorer.library.backends.rocks import RocksBackend
 from kvatlas.scorer.library.replica import Replica
 from kvatlas.streams.index.blocks_record import OP_ADD, OP_REMOVE, Run, encode_blocks
 from kvatlas.streams.index.holders import pack_holder
+from tests.integration.streams_support import make_topics, producing
 
 pytestmark = pytest.mark.kafka
 EPOCH = epochs.epoch_of(5)

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import redis.asyncio as aioredis
-
-sys.path.insert(0, str(Path(__file__).parent))
-from redis_support import RedisServer
-from streams_support import WorkerProcess, assert_true, fleet_of, make_topics, producing, until_true
 
 from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.model.records import PodRecord, decode
@@ -24,6 +19,8 @@ from kvatlas.scorer import Indexer
 from kvatlas.scorer.library.backends.errors import BackendError, ReadOnlyError
 from kvatlas.scorer.library.backends.mirror import MirrorBackend
 from kvatlas.streams.mirror.layout import Names
+from tests.integration.redis_support import RedisServer
+from tests.integration.streams_support import WorkerProcess, assert_true, fleet_of, make_topics, producing, until_true
 
 MODEL = "sim-model"
 NAMES = Names("kvatlas")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,11 @@ from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
 from kvatlas.bridge.model import topics
-
-sys.path.insert(0, str(Path(__file__).parent))
-from streams_support import PARTITIONS, WorkerProcess, fleet_of, make_topics, producing
-
 from kvatlas.deploy.bench._fleet import LogFleet
 from kvatlas.deploy.sim.cache import Request
 from kvatlas.scorer import Indexer
 from kvatlas.scorer.library.backends.rocks import RocksBackend
+from tests.integration.streams_support import PARTITIONS, WorkerProcess, fleet_of, make_topics, producing
 
 MODEL = "sim-model"
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import shutil
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -15,23 +13,25 @@ import grpc
 import pytest
 
 from kvatlas.bridge.model import pod_ids, topics
-
-sys.path.insert(0, str(Path(__file__).parent))
-from streams_support import (
-    PARTITIONS,
-    WorkerProcess,
-    assert_true,
-    fleet_of,
-    make_topics,
-    producing,
-    until_true,
-)
-
 from kvatlas.deploy.audit.audit import fold_events, read_records, read_topic
 from kvatlas.streams.index.columns import NOT_ANSWERED, read_index
 from kvatlas.streams.resolve.resolver import ResolveOptions
 from kvatlas.streams.v1 import block_index_pb2 as pb
 from kvatlas.streams.v1 import block_index_pb2_grpc as pb_grpc
+from tests.integration.streams_support import (
+    PARTITIONS,
+    WorkerProcess,
+    assert_true,
+    fleet_of,
+    lookup,
+    make_topics,
+    names_owner,
+    producing,
+    roles_in,
+    until_true,
+    wait_answer,
+    wait_roles,
+)
 
 
 @pytest.fixture
@@ -201,34 +201,3 @@ async def test_a_clean_stop_withdraws_the_announcement(
             await asyncio.sleep(0.1)
     assert workers[0].terminate() == 0
     assert await announced() == [None]
-
-
-async def lookup(address: str, keys: list[bytes], *, standby: bool = True) -> pb.LookupResponse:
-    async with grpc.aio.insecure_channel(address) as channel:
-        return await pb_grpc.BlockIndexStub(channel).Lookup(
-            pb.LookupRequest(keys=b"".join(keys), partition_count=PARTITIONS, allow_standby=standby)
-        )
-
-
-def roles_in(answer: pb.LookupResponse) -> set[int]:
-    return {state.role for state in answer.partitions}
-
-
-def names_owner(answer: pb.LookupResponse, other: str) -> bool:
-    """Some partitions are answered, and all others are said to be the other worker's."""
-    if roles_in(answer) != {pb.PartitionState.ACTIVE, pb.PartitionState.ELSEWHERE}:
-        return False
-    return {state.owner for state in answer.partitions if state.role == pb.PartitionState.ELSEWHERE} == {other}
-
-
-async def wait_answer(address: str, keys: list[bytes], wanted: Callable[[pb.LookupResponse], object]) -> None:
-    """Ask until an answer is as wanted."""
-    deadline = time.monotonic() + 90
-    while not wanted(answer := await lookup(address, keys)):
-        assert time.monotonic() < deadline, answer.partitions
-        await asyncio.sleep(0.2)
-
-
-async def wait_roles(address: str, keys: list[bytes], roles: set[int]) -> None:
-    """Ask until the answering partitions have exactly these roles."""
-    await wait_answer(address, keys, lambda answer: roles_in(answer) == roles)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,13 +10,8 @@ from pathlib import Path
 import pytest
 from aiokafka import AIOKafkaProducer
 
-from kvatlas.bridge.model import epochs, pod_ids, topics
-
-sys.path.insert(0, str(Path(__file__).parent))
-from streams_support import WorkerProcess, assert_true, fleet_of, make_topics, producing, until_true
-
 from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import epochs, pod_ids, records, topics
 from kvatlas.bridge.model.records import Control, PodRecord
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.audit.audit import read_topic
@@ -28,6 +22,7 @@ from kvatlas.streams.index.apply import meta_key
 from kvatlas.streams.options import WorkerSettings
 from kvatlas.streams.resolve import engine_blocks as eb
 from kvatlas.streams.service import WorkerService
+from tests.integration.streams_support import WorkerProcess, assert_true, fleet_of, make_topics, producing, until_true
 
 
 @pytest.fixture

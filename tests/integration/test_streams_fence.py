@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,17 +13,23 @@ import pytest
 from aiokafka import AIOKafkaProducer
 
 from kvatlas.bridge.model import topics
-
-sys.path.insert(0, str(Path(__file__).parent))
-from streams_support import PARTITIONS, WorkerProcess, assert_true, fleet_of, make_topics, producing, until_true
-from test_streams import lookup, wait_roles
-
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.streams import metrics
 from kvatlas.streams.options import WorkerSettings
 from kvatlas.streams.service import WorkerService
 from kvatlas.streams.state.changelog import Meta, encode_meta, send_batch, send_claim
 from kvatlas.streams.v1 import block_index_pb2 as pb
+from tests.integration.streams_support import (
+    PARTITIONS,
+    WorkerProcess,
+    assert_true,
+    fleet_of,
+    lookup,
+    make_topics,
+    producing,
+    until_true,
+    wait_roles,
+)
 
 FLAGS = ("--session-timeout-seconds=4", "--heartbeat-seconds=1")
 

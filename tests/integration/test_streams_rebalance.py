@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
-from streams_support import assert_true, fleet_of, make_topics, producing, until_true
 
 from kvatlas.streams.options import WorkerSettings
 from kvatlas.streams.service import WorkerService
+from tests.integration.streams_support import assert_true, fleet_of, make_topics, producing, until_true
 
 
 async def test_what_the_streams_queues_lose_is_read_again(brokers: str, topic_prefix: str, tmp_path: Path) -> None:

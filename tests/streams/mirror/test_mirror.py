@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from kvatlas.bridge.model import epochs, pod_ids
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "integration"))
-from redis_support import RedisServer
-
-from kvatlas.bridge.model import block_key, records
+from kvatlas.bridge.model import block_key, epochs, pod_ids, records
 from kvatlas.bridge.model.records import PodRecord
 from kvatlas.streams.mirror.layout import MirrorLayout, Names, Position, position_of
 from kvatlas.streams.mirror.mirror import Mirror
@@ -26,6 +19,7 @@ from kvatlas.streams.mirror.redis_link import connect
 from kvatlas.streams.mirror.server import MirrorServer
 from kvatlas.streams.state.changelog import Meta
 from kvatlas.streams.state.partition import Role
+from tests.integration.redis_support import RedisServer
 
 PARTITIONS = 2
 NAMES = Names("test")

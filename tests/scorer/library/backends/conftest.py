@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "integration"))
-from redis_support import RedisServer
-
 from kvatlas.scorer.library.backends import Backend, MemoryBackend
 from kvatlas.scorer.library.backends.redis import RedisBackend
 from kvatlas.scorer.library.backends.rocks import RocksBackend
+from tests.integration.redis_support import RedisServer
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,13 +11,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from kvatlas.bridge.model import epochs, pod_ids
-
-sys.path.insert(0, str(Path(__file__).parents[3] / "integration"))
-from redis_support import RedisServer
-
 from kvatlas.bridge.engines.publisher import EnginePublisher
 from kvatlas.bridge.errors import SettingsError
+from kvatlas.bridge.model import epochs, pod_ids
 from kvatlas.bridge.model.events import Tier
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.deploy.sim.cache import Request
@@ -30,6 +25,7 @@ from kvatlas.scorer.library.backends.redis import RedisBackend
 from kvatlas.scorer.library.backends.rocks import RocksBackend
 from kvatlas.streams.index.blocks_record import OP_ADD, BlocksRecord, Run
 from kvatlas.streams.index.holders import pack_holder
+from tests.integration.redis_support import RedisServer
 
 MODEL = "sim-model"
 OPTIONS = IndexerOptions(bridge=BridgeSettings(replay_backoff_seconds=0.02))

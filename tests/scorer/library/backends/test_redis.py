@@ -3,13 +3,8 @@
 import asyncio
 import random
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[3] / "integration"))
-from redis_support import RedisServer
 
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.scorer.library.backends.errors import BackendError, IndexLostError
@@ -17,6 +12,7 @@ from kvatlas.scorer.library.backends.redis import RedisBackend
 from kvatlas.streams.index.blocks_record import OP_ADD, OP_REMOVE
 from kvatlas.streams.mirror.layout import token
 from kvatlas.streams.mirror.server import MirrorServer
+from tests.integration.redis_support import RedisServer
 
 from .test_conformance import EPOCH, holder, key, record
 

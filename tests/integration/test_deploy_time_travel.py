@@ -4,7 +4,6 @@ import asyncio
 import gzip
 import json
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,6 @@ from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
 from kvatlas.bridge.model import pod_ids, topics
-
-sys.path.insert(0, str(Path(__file__).parent))
-from streams_support import WorkerProcess, assert_true, fleet_of, make_topics, producing, until_true
-
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.audit.audit import read_records, read_topic
 from kvatlas.deploy.cli.entry import main
@@ -28,8 +23,9 @@ from kvatlas.streams.index.apply import is_meta
 from kvatlas.streams.index.holders import holders
 from kvatlas.streams.resolve.resolver import ResolveOptions
 from kvatlas.streams.state.changelog import META_KEY, decode_meta
+from tests.integration.streams_support import WorkerProcess, assert_true, fleet_of, make_topics, producing, until_true
 
-from .test_replay import BEGAN, DATA, PARTITIONS, log  # noqa: F401 - the fixture
+from .test_deploy_replay import BEGAN, DATA, PARTITIONS, log  # noqa: F401 - the fixture
 
 OPTIONS = ResolveOptions(block_size_tokens=16)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .pipeline_support import Service
+from tests.integration.pipeline_support import Service
 
 
 def run(*words: str, timeout: float = 180.0) -> subprocess.CompletedProcess[str]:

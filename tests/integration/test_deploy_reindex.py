@@ -15,12 +15,7 @@ from typing import Any
 import pytest
 from aiokafka import AIOKafkaProducer
 
-from kvatlas.bridge.model import pod_ids, topics
-
-sys.path.insert(0, str(Path(__file__).parent))
-from streams_support import WorkerProcess, fleet_of, make_topics, producing
-
-from kvatlas.bridge.model import records
+from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.adapters.fields import encode_batch
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.audit.audit import audit, fold_events
@@ -29,6 +24,7 @@ from kvatlas.scorer.client import AsyncScorerClient
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.service import ScorerService
 from kvatlas.streams.resolve.resolver import ResolveOptions
+from tests.integration.streams_support import WorkerProcess, fleet_of, make_topics, producing
 
 STEADY = "steady"
 MODEL = "m"

@@ -22,8 +22,7 @@ from kvatlas.deploy.cli.entry import main
 from kvatlas.deploy.history.capture import read_capture
 from kvatlas.streams.index.blocks_record import OP_ADD, Run, encode_blocks
 from kvatlas.streams.index.holders import pack_holder
-
-from .pipeline_support import Service, eventually
+from tests.integration.pipeline_support import Service, eventually
 
 DATA = Path(__file__).parent.parent / "data" / "captures"
 PARTITIONS = 4

@@ -15,7 +15,7 @@ from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.deploy.cli.entry import main
 
-from .test_replay import BEGAN, DATA, PARTITIONS, log  # noqa: F401 - the fixture
+from .test_deploy_replay import BEGAN, DATA, PARTITIONS, log  # noqa: F401 - the fixture
 
 
 async def _send(brokers: str, topic: str, sent: list[tuple[bytes, bytes, int]]) -> None:

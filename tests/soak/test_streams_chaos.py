@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import sys
 import time
 from pathlib import Path
 
@@ -16,12 +15,8 @@ import grpc
 import pytest
 from aiokafka import AIOKafkaProducer
 
-from kvatlas.bridge.model import epochs, topics
-
-sys.path.insert(0, str(Path(__file__).parent))
-from streams_support import WorkerProcess, assert_true, fleet_of, make_topics, producing, until_true
-
 from kvatlas.bridge.kafka.follower import TopicFollower
+from kvatlas.bridge.model import epochs, topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.audit.audit import compare, lookup_all, read_topic
 from kvatlas.deploy.bench._fleet import FIRST_INCARNATION, LogFleet
@@ -29,6 +24,7 @@ from kvatlas.deploy.brokers.kafka import KafkaNode
 from kvatlas.streams.errors import StreamsError
 from kvatlas.streams.serving.announcer import WorkerBook
 from kvatlas.streams.tasks.pods import PodBook
+from tests.integration.streams_support import WorkerProcess, assert_true, fleet_of, make_topics, producing, until_true
 
 SECONDS = float(os.environ.get("KVATLAS_CHAOS_SECONDS", "40"))
 PODS = 16

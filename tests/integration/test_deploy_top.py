@@ -23,8 +23,7 @@ from kvatlas.deploy.sim.options import SimSettings
 from kvatlas.deploy.sim.traffic import Request
 from kvatlas.scorer.client import ScorerClient
 from kvatlas.scorer.v1 import scorer_pb2 as pb
-
-from .pipeline_support import Service, eventually
+from tests.integration.pipeline_support import Service, eventually
 
 MODEL = "top-model"
 

@@ -17,9 +17,8 @@ from kvatlas.deploy.brokers.kafka import KafkaNode
 from kvatlas.deploy.brokers.rights import Right
 from kvatlas.scorer.client import ScorerClient, score_request
 from kvatlas.scorer.v1 import scorer_pb2 as pb
-
-from .pipeline_support import MODEL, PODS, RecordedEngine, Service, eventually, wrong_hits
-from .secured_support import PREFIX, Accounts, security
+from tests.integration.pipeline_support import MODEL, PODS, RecordedEngine, Service, eventually, wrong_hits
+from tests.integration.secured_support import PREFIX, Accounts, security
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(600)]
 
