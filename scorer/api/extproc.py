@@ -214,6 +214,7 @@ class _Stream:
         self._response_mode = config.response_body_mode if announced else messages.FULL_DUPLEX
         self._at_once = config.send_body_without_waiting_for_header_response
         self._request_id = self._headers.get(names.REQUEST_ID, "")
+        self._complete = False  # the response's end was seen
         self._left: Any = None  # a message that was read and belongs to the response
 
     async def run(self) -> None:
@@ -334,14 +335,13 @@ class _Stream:
             self._decider.exchange(self._request_id).ended(complete=False)
             return
         exchange = self._decider.exchange(self._request_id)
-        complete = False
         try:
             while (message := await self._next()) is not grpc.aio.EOF:
-                complete = await self._respond(message, exchange) or complete
+                await self._respond(message, exchange)
             # Envoy ends the stream of a buffered request with the request itself.
-            complete = complete or (self._mode == messages.BUFFERED and not self._watching.over)
+            self._complete = self._complete or (self._mode == messages.BUFFERED and not self._watching.over)
         finally:
-            exchange.ended(complete=complete)
+            exchange.ended(complete=self._complete)
 
     async def _next(self) -> Any:
         if (left := self._left) is not None:
@@ -349,24 +349,28 @@ class _Stream:
             return left
         return await self._watching.read(self._context)
 
-    async def _respond(self, message: pb.ProcessingRequest, exchange: Exchange) -> bool:
-        """Answer one message of the response; returns whether it was the last."""
+    async def _respond(self, message: pb.ProcessingRequest, exchange: Exchange) -> None:
+        """Answer one message of the response.
+
+        What it says is noted also where the answer does not go out any more: Envoy is done after the last message and
+        may end the stream while we still write.
+        """
         kind = message.WhichOneof("request")
         if kind == "response_headers":
+            self._complete = message.response_headers.end_of_stream
             _tell_headers(exchange, messages.headers_of(message.response_headers), messages.served_of(message))
             await self._context.write(messages.EMPTY_RESPONSE_HEADERS)
-            return message.response_headers.end_of_stream
-        if kind == "response_body":
-            # Handed on first: what we make of it is none of the client's business.
+        elif kind == "response_body":
+            self._complete = self._complete or message.response_body.end_of_stream
             full = self._response_mode == messages.FULL_DUPLEX
-            await self._context.write(messages.same_body(message) if full else messages.EMPTY_RESPONSE_BODY)
-            exchange.chunk(message.response_body.body)
-            return message.response_body.end_of_stream
-        if kind == "response_trailers":
+            try:  # handed on first: what we make of it is none of the client's business
+                await self._context.write(messages.same_body(message) if full else messages.EMPTY_RESPONSE_BODY)
+            finally:
+                exchange.chunk(message.response_body.body)
+        elif kind == "response_trailers":
+            self._complete = True
             await self._context.write(messages.EMPTY_RESPONSE_TRAILERS)
-            return True
-        if kind == "request_trailers":
+        elif kind == "request_trailers":
             await self._context.write(messages.EMPTY_TRAILERS)
         elif kind == "request_body":  # the rest of a body that was buffered in part
             await self._context.write(messages.EMPTY_BODY)
-        return False
