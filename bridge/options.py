@@ -16,7 +16,7 @@ class BridgeSettings(Section, frozen=True, kw_only=True):
     engines: Annotated[
         list[str],
         Meta(
-            description="engine endpoint: tcp://HOST:PORT[,tcp://HOST:REPLAY][,pod=NAME][,model=NAME]"
+            description="engine endpoint: http://HOST:PORT of its API, which tells the rest, or tcp://HOST:PORT[,tcp://HOST:REPLAY][,pod=NAME][,model=NAME]"
             "[,engine=vllm|sglang][,dp=N][,store=NAME][,announcements=copies|presence]"
         ),
     ] = []  # noqa: RUF012 - msgspec copies it

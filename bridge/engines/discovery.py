@@ -1,4 +1,4 @@
-"""Where the engines are: a static list, a file looked at again and again, DNS names with many A records."""
+"""Discovery of engines: a static list, a file looked at again and again, DNS names, engines asked over HTTP."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from kvatlas.bridge.engines.http import is_http, parse_http, specs_over_http
 from kvatlas.bridge.engines.spec import EngineSpec, parse_bind, parse_engine
 from kvatlas.bridge.errors import SettingsError, UnresolvedError
 from kvatlas.bridge.options import BridgeSettings
@@ -31,7 +32,9 @@ def static_specs(settings: BridgeSettings) -> list[EngineSpec]:
         parse_bind(text)
     for text in settings.dns:
         parse_engine(text)
-    return [spec for text in settings.engines for spec in parse_engine(text)]
+    for text in filter(is_http, settings.engines):
+        parse_http(text)
+    return [spec for text in settings.engines if not is_http(text) for spec in parse_engine(text)]
 
 
 async def discover(settings: BridgeSettings, known: dict[str, list[EngineSpec]] | None = None) -> list[EngineSpec]:
@@ -39,27 +42,34 @@ async def discover(settings: BridgeSettings, known: dict[str, list[EngineSpec]] 
 
     Args:
         settings: where to look.
-        known: what each DNS name gave last, kept up to date here. A name that does not resolve now keeps its endpoints
-            of before, none before its first answer: one name never hides what other sources say.
+        known: what each DNS name and each engine asked over HTTP gave last, kept up to date here. One that does not
+            answer now keeps its endpoints of before, none before its first answer: one never hides what others say.
 
     Raises:
         SettingsError: the file cannot be read; nothing may be concluded from that about the engines.
     """
     known = {} if known is None else known
     specs = static_specs(settings)
+    asked = [text for text in settings.engines if is_http(text)]
     if settings.engines_file:
-        specs += await asyncio.to_thread(read_engines, Path(settings.engines_file))
-    for text in settings.dns:
-        try:
-            known[text] = await resolve(text)
-        except UnresolvedError as error:
-            log.warning("%s; keeping %d endpoints of before", error, len(known.get(text, [])))
+        listed = await asyncio.to_thread(read_engines, Path(settings.engines_file))
+        specs += [spec for text in listed if not is_http(text) for spec in parse_engine(text)]
+        asked += filter(is_http, listed)
+    sources = dict.fromkeys(settings.dns, resolve) | dict.fromkeys(asked, specs_over_http)
+    answers = await asyncio.gather(*(source(text) for text, source in sources.items()), return_exceptions=True)
+    for text, answer in zip(sources, answers, strict=True):
+        if isinstance(answer, UnresolvedError):
+            log.warning("%s; keeping %d endpoints of before", answer, len(known.get(text, [])))
+        elif isinstance(answer, BaseException):
+            raise answer
+        else:
+            known[text] = answer
         specs += known.get(text, [])
     return specs
 
 
-def read_engines(path: Path) -> list[EngineSpec]:
-    """Read ``engines``, a list of endpoint specs, from a TOML, YAML or JSON file.
+def read_engines(path: Path) -> list[str]:
+    """Read ``engines``, a list of endpoint specs, from a TOML, YAML or JSON file; each is checked.
 
     Raises:
         SettingsError: the file cannot be read, has another shape, or a spec is not valid.
@@ -79,7 +89,9 @@ def read_engines(path: Path) -> list[EngineSpec]:
     if not isinstance(engines, list) or not all(isinstance(item, str) for item in engines):
         raise SettingsError(f"engines file {path}: expected `engines`, a list of endpoint specs")
     try:
-        return [spec for item in engines for spec in parse_engine(item)]
+        for item in engines:
+            parse_http(item) if is_http(item) else parse_engine(item)
+        return engines
     except SettingsError as error:
         raise SettingsError(f"engines file {path}: {error}") from error
 

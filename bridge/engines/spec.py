@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -41,6 +41,10 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     announcements: str = ""
     bound: bool = False
 
+    def replace(self, **changes: Any) -> EngineSpec:
+        """Return a copy with other values."""
+        return msgspec.structs.replace(self, **changes)
+
     @property
     def key(self) -> str:
         """What tells endpoints apart."""
@@ -61,7 +65,7 @@ def parse_engine(text: str) -> list[EngineSpec]:
     Raises:
         SettingsError: the text is no such spec; says which part.
     """
-    addresses, options = _split(text, _OPTIONS)
+    addresses, options = split_spec(text, _OPTIONS)
     if not 1 <= len(addresses) <= 2:
         raise SettingsError(f"engine {text!r}: expected one or two addresses, live and replay; found {len(addresses)}")
     return engine_specs(text, addresses[0], addresses[1] if len(addresses) > 1 else "", options)
@@ -77,7 +81,7 @@ def parse_bind(text: str) -> tuple[EngineSpec, int]:
     Raises:
         SettingsError: the text is no such address; says which part.
     """
-    addresses, options = _split(text, _BIND_OPTIONS)
+    addresses, options = split_spec(text, _BIND_OPTIONS)
     if len(addresses) != 1:
         raise SettingsError(f"bind {text!r}: expected one address; found {len(addresses)}")
     scheme, _, rest = addresses[0].partition("://")
@@ -91,7 +95,7 @@ def parse_bind(text: str) -> tuple[EngineSpec, int]:
     return msgspec.structs.replace(common, live=addresses[0], bound=True), int(replay_port)
 
 
-def _split(text: str, names: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
+def split_spec(text: str, names: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
     """Split a spec into its addresses and its ``name=value`` parts."""
     addresses: list[str] = []
     options: dict[str, str] = {}

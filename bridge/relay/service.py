@@ -14,6 +14,7 @@ from typing import Any, Final
 from prometheus_client import CollectorRegistry
 
 from kvatlas.bridge.engines.discovery import discover, read_engines, static_specs
+from kvatlas.bridge.engines.http import is_http
 from kvatlas.bridge.engines.kubernetes import PodWatch
 from kvatlas.bridge.engines.spec import EngineSpec
 from kvatlas.bridge.errors import EngineError, KvatlasError
@@ -225,7 +226,8 @@ class BridgeService:
     async def _found(self) -> list[EngineSpec]:
         specs = await discover(self._settings, self._resolved)
         kubernetes = self._pods is None or self._pods.listed.is_set()
-        self._complete = kubernetes and all(name in self._resolved for name in self._settings.dns)
+        asked = (*self._settings.dns, *filter(is_http, self._settings.engines))
+        self._complete = kubernetes and all(name in self._resolved for name in asked)
         return specs + (self._pods.specs() if self._pods is not None else [])
 
     def _bind(self) -> None:

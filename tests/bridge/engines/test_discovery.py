@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvatlas.bridge.engines.discovery import discover, read_engines, resolve
+from kvatlas.bridge.engines.spec import parse_engine
 from kvatlas.bridge.errors import SettingsError, UnresolvedError
 from kvatlas.bridge.options import BridgeSettings
 
@@ -25,7 +26,7 @@ def test_a_file_lists_endpoints(tmp_path: Path, name: str, text: str) -> None:
     """TOML, YAML and JSON say the same."""
     path = tmp_path / name
     path.write_text(text)
-    specs = read_engines(path)
+    specs = [spec for text in read_engines(path) for spec in parse_engine(text)]
     assert [(spec.live, spec.pod, spec.rank) for spec in specs] == [
         ("tcp://a:1", "x", 0),
         ("tcp://b:1", "", 0),

@@ -16,6 +16,7 @@ import pytest
 import zmq
 
 from kvatlas.bridge.engines.discovery import read_engines
+from kvatlas.bridge.engines.spec import parse_engine
 from kvatlas.bridge.model import block_key
 from kvatlas.bridge.model.adapters import vllm
 from kvatlas.bridge.model.adapters.fields import encode_batch
@@ -312,7 +313,8 @@ def test_the_endpoint_refuses_with_a_reason(
 def test_a_subscriber_receives_what_the_pods_publish(served: tuple[Fleet, str]) -> None:
     """Live frames carry the topic `kv@pod@model`, the sequence and a batch; the bridge reads the engines' file."""
     fleet, _ = served
-    specs = read_engines(Path(fleet.settings.engines_file))
+    listed = read_engines(Path(fleet.settings.engines_file))
+    specs = [spec for engine in listed for spec in parse_engine(engine)]
     with zmq.Context() as context, context.socket(zmq.SUB) as socket:
         socket.setsockopt(zmq.LINGER, 0)
         socket.subscribe(b"")

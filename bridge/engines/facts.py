@@ -1,0 +1,195 @@
+"""Facts of an engine as its own HTTP endpoints tell them: event sockets, ranks, models, block size, version. Pure.
+
+vLLM answers ``GET /kv_event_sources`` (0.31 on), ``/v1/models``, ``/version`` and ``/metrics``; SGLang answers
+``GET /server_info`` (0.5.14 on, ``/get_server_info`` before) and ``/v1/models``. What an engine does not say is None
+here, never guessed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Final, Literal
+
+import msgspec
+
+VLLM: Final = "vllm"
+SGLANG: Final = "sglang"
+
+#: Hosts that say "everywhere on my machine": the engine's own host stands for them.
+_WILDCARDS: Final = frozenset({"*", "0.0.0.0", "::", "[::]", ""})  # noqa: S104 - compared with, not bound to
+_LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1", "[::1]"})
+_RANKS_MAX: Final = 1024
+_CONFIG: Final = re.compile(r"^vllm:cache_config_info\{(.*)\}", re.MULTILINE)
+_LABEL: Final = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+
+
+class EventSource(msgspec.Struct, frozen=True, kw_only=True):
+    """The event sockets of one data-parallel rank.
+
+    Attributes:
+        rank: the rank.
+        live: ZMQ address of the PUB socket.
+        replay: ZMQ address of the ROUTER socket, empty when there is none.
+        topic: first frame of the rank's messages.
+    """
+
+    rank: int
+    live: str
+    replay: str = ""
+    topic: str = ""
+
+
+class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What one engine tells of itself.
+
+    Attributes:
+        url: where it was asked, without a path.
+        engine: which engine it is.
+        version: its version, empty where it does not say.
+        models: every served name, the first is the engine's own.
+        max_model_len: longest prompt in tokens, None where it does not say.
+        sources: event sockets by rank; empty where events are off.
+        knows_sources: whether it has an endpoint that tells them at all.
+        block_size_tokens: of its events, None where it does not say.
+        prefix_caching: whether it reuses prefixes, None where it does not say.
+        load: address of the load socket of rank 0, empty for none (SGLang).
+    """
+
+    url: str
+    engine: Literal["vllm", "sglang"]
+    version: str = ""
+    models: tuple[str, ...] = ()
+    max_model_len: int | None = None
+    sources: tuple[EventSource, ...] = ()
+    knows_sources: bool = True
+    block_size_tokens: int | None = None
+    prefix_caching: bool | None = None
+    load: str = ""
+
+
+def vllm_facts(url: str, *, sources: Any, models: Any, version: Any, metrics: str) -> EngineFacts:
+    """Read the answers of a vLLM server; None stands for an endpoint that it does not have.
+
+    Args:
+        url: where it was asked.
+        sources: of ``/kv_event_sources``: rank as text -> publisher configuration.
+        models: of ``/v1/models``.
+        version: of ``/version``.
+        metrics: of ``/metrics``, as text.
+    """
+    found = []
+    for rank, config in sorted(sources.items(), key=lambda item: str(item[0])) if isinstance(sources, dict) else ():
+        if not str(rank).isdecimal() or int(rank) >= _RANKS_MAX or not isinstance(config, dict):
+            continue
+        if config.get("enable_kv_cache_events") is False or config.get("publisher") in (None, "null"):
+            continue
+        live, replay = (reachable(str(config.get(name) or ""), url) for name in ("endpoint", "replay_endpoint"))
+        if live:
+            found.append(EventSource(rank=int(rank), live=live, replay=replay, topic=str(config.get("topic") or "")))
+    cache = cache_config(metrics)
+    size = next((cache[name] for name in ("hash_block_size", "block_size") if cache.get(name, "").isdecimal()), None)
+    return EngineFacts(
+        url=url,
+        engine="vllm",
+        version=_text(version, "version"),
+        models=_models(models),
+        max_model_len=_longest(models),
+        sources=tuple(sorted(found, key=lambda source: source.rank)),
+        knows_sources=isinstance(sources, dict),
+        block_size_tokens=int(size) if size is not None else None,
+        prefix_caching={"True": True, "False": False}.get(cache.get("enable_prefix_caching", "")),
+    )
+
+
+def sglang_facts(url: str, *, info: Mapping[str, Any], models: Any) -> EngineFacts:
+    """Read the answers of an SGLang server.
+
+    Args:
+        url: where it was asked.
+        info: of ``/server_info``.
+        models: of ``/v1/models``.
+    """
+    events = info.get("kv_events")
+    sources: list[EventSource] = []
+    load = ""
+    size = info.get("page_size")
+    if isinstance(events, dict) and events.get("publisher") not in (None, "null"):
+        host = _host(str(events.get("endpoint_host") or ""), url)
+        size = events.get("block_size") or size
+        sources = _sources(host, events)
+        if isinstance(events.get("load_endpoint_port_base"), int):
+            load = f"tcp://{host}:{events['load_endpoint_port_base']}"
+    cached = info.get("disable_radix_cache")
+    return EngineFacts(
+        url=url,
+        engine="sglang",
+        version=_text(info, "version"),
+        models=_models(models) or ((_text(info, "served_model_name"),) if _text(info, "served_model_name") else ()),
+        max_model_len=_longest(models),
+        sources=tuple(sources),
+        knows_sources="kv_events" in info,
+        block_size_tokens=size if isinstance(size, int) and size > 0 else None,
+        prefix_caching=not cached if isinstance(cached, bool) else None,
+        load=load,
+    )
+
+
+def _sources(host: str, events: Mapping[str, Any]) -> list[EventSource]:
+    """Return the ranks' sockets: rank r is at both port bases plus r."""
+    base, replay, ranks = (events.get(key) for key in ("endpoint_port_base", "replay_endpoint_port_base", "dp_size"))
+    if not isinstance(base, int):
+        return []
+    count = ranks if isinstance(ranks, int) and 1 <= ranks <= _RANKS_MAX else 1
+    return [
+        EventSource(
+            rank=rank,
+            live=f"tcp://{host}:{base + rank}",
+            replay=f"tcp://{host}:{replay + rank}" if isinstance(replay, int) else "",
+            topic=str(events.get("topic") or ""),
+        )
+        for rank in range(count)
+    ]
+
+
+def cache_config(metrics: str) -> dict[str, str]:
+    """Return the labels of vLLM's ``cache_config_info`` in a ``/metrics`` text; empty where it is not there."""
+    found = _CONFIG.search(metrics)
+    return dict(_LABEL.findall(found[1])) if found else {}
+
+
+def reachable(address: str, url: str) -> str:
+    """Return an event address as it is reached from where the engine's HTTP address is; empty for one of no use."""
+    scheme, separator, rest = address.partition("://")
+    host, _, port = rest.rpartition(":")
+    if not separator or scheme != "tcp":
+        return address if scheme == "ipc" and separator else ""
+    return f"tcp://{_host(host, url)}:{port}" if port.isdecimal() and int(port) else ""
+
+
+def _host(host: str, url: str) -> str:
+    own = url.partition("://")[2].partition("/")[0]
+    own = own.rpartition(":")[0] if ":" in own.rpartition("]")[2] else own
+    if host in _WILDCARDS or (host in _LOOPBACK and own not in _LOOPBACK):
+        return own
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
+def _models(answer: Any) -> tuple[str, ...]:
+    entries = answer.get("data") if isinstance(answer, dict) else None
+    names = [entry.get("id") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    return tuple(name for name in names if isinstance(name, str) and name)
+
+
+def _longest(answer: Any) -> int | None:
+    entries = answer.get("data") if isinstance(answer, dict) else None
+    for entry in entries if isinstance(entries, list) else ():
+        length = entry.get("max_model_len") if isinstance(entry, dict) else None
+        if isinstance(length, int):
+            return length
+    return None
+
+
+def _text(answer: Any, name: str) -> str:
+    value = answer.get(name) if isinstance(answer, Mapping) else None
+    return value if isinstance(value, str) else ""

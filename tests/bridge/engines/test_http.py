@@ -1,0 +1,121 @@
+"""Engines that tell over HTTP where they publish."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvatlas.bridge.engines.discovery import discover
+from kvatlas.bridge.engines.facts import EventSource, reachable, sglang_facts
+from kvatlas.bridge.engines.http import ask_engine, parse_http, specs_over_http
+from kvatlas.bridge.errors import SettingsError, UnresolvedError
+from kvatlas.bridge.options import BridgeSettings
+from tests.bridge.engines.fake_engine import fake_engine, vllm
+
+GOLDEN = json.loads((Path(__file__).parents[2] / "data" / "captures" / "golden_server_info.json").read_text())
+
+
+async def test_vllm_tells_sockets_models_and_block_size() -> None:
+    """Wildcards are the engine's own host; the first served name is the model."""
+    with fake_engine(vllm()) as url:
+        facts = await ask_engine(url)
+        (spec,) = await specs_over_http(url)
+    assert facts.version == "0.33.0"
+    assert facts.models == ("m", "alias")
+    assert (facts.block_size_tokens, facts.prefix_caching, facts.max_model_len) == (16, True, 4096)
+    assert (spec.live, spec.replay, spec.model) == ("tcp://127.0.0.1:5557", "tcp://127.0.0.1:5558", "m")
+    assert spec.pod == url.partition("://")[2]
+
+
+@pytest.mark.parametrize("case", sorted(GOLDEN))
+async def test_sglang_tells_its_ranks(case: str) -> None:
+    """Every recorded form of `kv_events` gives one endpoint per rank, both ports plus the rank."""
+    told = GOLDEN[case]
+    info = {"kv_events": told, "page_size": 1, "version": case.partition("/")[0], "disable_radix_cache": False}
+    with fake_engine({"/server_info": info, "/v1/models": {"data": [{"id": "q"}]}}) as url:
+        facts = await ask_engine(url)
+        specs = await specs_over_http(f"{url},pod=p,store=s")
+    base, replay = told["endpoint_port_base"], told.get("replay_endpoint_port_base")
+    assert [spec.live for spec in specs] == [f"tcp://127.0.0.1:{base + rank}" for rank in range(told["dp_size"])]
+    assert [spec.replay for spec in specs] == [
+        f"tcp://127.0.0.1:{replay + rank}" if replay else "" for rank in range(told["dp_size"])
+    ]
+    assert {(spec.engine, spec.pod, spec.model, spec.store, spec.ranks) for spec in specs} == {
+        ("sglang", "p", "q", "s", told["dp_size"])
+    }
+    assert (facts.block_size_tokens, facts.prefix_caching) == (64, True)
+    assert facts.load == (f"tcp://127.0.0.1:{told['load_endpoint_port_base']}" if "load_topic" in told else "")
+
+
+@pytest.mark.parametrize(
+    ("answers", "text"),
+    [
+        ({}, "give the address of its OpenAI API"),
+        ({"/v1/models": "<html>"}, "is no model list"),
+        (vllm(**{"/kv_event_sources": {}}), "publishes no events: start it with --kv-events-config"),
+        (vllm(**{"/kv_event_sources": None}), "does not say where it publishes"),
+        ({"/server_info": {"kv_events": None, "page_size": 1}, "/v1/models": {"data": []}}, "publishes no events"),
+    ],
+)
+async def test_an_engine_that_tells_no_sockets_is_an_error_with_the_fix(answers: dict[str, Any], text: str) -> None:
+    """Each way of saying nothing has its own sentence."""
+    with fake_engine(answers) as url, pytest.raises(UnresolvedError, match=text):
+        await specs_over_http(url)
+
+
+async def test_nobody_there_is_an_error() -> None:
+    """A refused connection names the address."""
+    with pytest.raises(UnresolvedError, match=r"engine http://127\.0\.0\.1:1:"):
+        await ask_engine("http://127.0.0.1:1")
+
+
+@pytest.mark.parametrize(
+    "text", ["http://", "http://h:x", "http://u:p@h:1", "http://h:1,http://i:1", "http://h:1,dp=2"]
+)
+def test_a_bad_http_spec_is_refused(text: str) -> None:
+    """What is no address or no option of an HTTP spec is an error that shows it."""
+    with pytest.raises(SettingsError, match="engine "):
+        parse_http(text)
+
+
+async def test_discovery_notices_changes_and_keeps_what_does_not_answer(tmp_path: Path) -> None:
+    """New sockets are taken over; an engine that is away keeps its endpoints, and hides nobody else's."""
+    file = tmp_path / "engines.json"
+    known: dict[str, Any] = {}
+    answers = vllm()
+    with fake_engine(answers) as url:
+        file.write_text(json.dumps([f"{url},pod=a"]))
+        settings = BridgeSettings(engines=["tcp://b:1"], engines_file=str(file))
+        assert [spec.live for spec in await discover(settings, known)] == ["tcp://b:1", "tcp://127.0.0.1:5557"]
+        answers.update(vllm(live="tcp://10.0.0.7:6000"))
+        assert [spec.live for spec in await discover(settings, known)] == ["tcp://b:1", "tcp://10.0.0.7:6000"]
+    assert [spec.live for spec in await discover(settings, known)] == ["tcp://b:1", "tcp://10.0.0.7:6000"]
+
+
+@pytest.mark.parametrize(
+    ("address", "url", "reached"),
+    [
+        ("tcp://*:1", "http://h:8000", "tcp://h:1"),
+        ("tcp://0.0.0.0:1", "http://[fd00::1]:8000", "tcp://[fd00::1]:1"),
+        ("tcp://127.0.0.1:1", "http://h:8000", "tcp://h:1"),
+        ("tcp://127.0.0.1:1", "http://localhost:8000", "tcp://127.0.0.1:1"),
+        ("tcp://10.0.0.7:1", "http://h:8000", "tcp://10.0.0.7:1"),
+        ("tcp://h:0", "http://h:8000", ""),
+        ("inproc://x", "http://h:8000", ""),
+    ],
+)
+def test_addresses_as_they_are_reached(address: str, url: str, reached: str) -> None:
+    """A wildcard or a loopback address of another machine is the engine's own host."""
+    assert reachable(address, url) == reached
+
+
+def test_odd_answers_are_facts_that_are_not_known() -> None:
+    """Values of the wrong kind are left out, never guessed."""
+    facts = sglang_facts("http://h:1", info={"kv_events": {"publisher": "zmq", "endpoint_port_base": "x"}}, models=3)
+    assert facts.sources == ()
+    assert facts.models == ()
+    info = {"kv_events": {"publisher": "zmq", "endpoint_host": "*", "endpoint_port_base": 7, "dp_size": 10**9}}
+    assert sglang_facts("http://h:1", info=info, models=None).sources == (EventSource(rank=0, live="tcp://h:7"),)
