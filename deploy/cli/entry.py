@@ -38,6 +38,7 @@ COMMANDS: Final = {
     "diff": "what changed per pod between two moments",
     "why": "why a request went where it went, and what came of it",
     "whatif": "replay decisions through other routing policies",
+    "doctor": "check engines, Kafka, workers and scorer, and say what to fix",
     "top": "live view of fleet, workers and scorers",
     "reindex": "build a new index version beside the live one",
     "evictor": "keep a shared offload folder within its budget",

@@ -52,6 +52,10 @@ EXAMPLES: Final[dict[str, tuple[str, ...]]] = {
         "kvatlas broker start --ephemeral --users-file users.txt --super-user admin",
         "kvatlas broker stop --data-dir kafka",
     ),
+    "doctor": (
+        "kvatlas doctor http://10.0.0.5:8000 --brokers kafka:9092 --scorer scorer:50051",
+        "kvatlas doctor http://10.0.0.5:8000 --engines-only --json",
+    ),
     "topics": (
         "kvatlas topics --brokers kafka:9092 --partitions 64 --replication 3",
         "kvatlas topics --brokers kafka:9092 --partitions 64 --check",

@@ -1,0 +1,237 @@
+"""Catalogue of the doctor's checks, and what a check found. Pure.
+
+One entry per check: what is wrong when it fails, and the fix. The page docs/troubleshooting.md is made from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Final, Literal, NamedTuple
+
+import msgspec
+
+State = Literal["ok", "warn", "fail", "skip"]
+
+
+class Check(NamedTuple):
+    """One thing that the doctor looks at.
+
+    Attributes:
+        about: ``engine``, ``system`` or ``probe``.
+        what: what holds when it is in order.
+        harm: what happens to hits when it does not.
+        fix: what to do.
+    """
+
+    about: str
+    what: str
+    harm: str
+    fix: str
+
+
+_EVENTS: Final = (
+    'start vLLM with `--kv-events-config \'{"enable_kv_cache_events": true, "publisher": "zmq", "endpoint": '
+    '"tcp://*:5557", "replay_endpoint": "tcp://*:5558", "topic": "kv@POD@MODEL"}\'`, SGLang with '
+    '`--kv-events-config \'{"publisher": "zmq", "endpoint": "tcp://*:5557", "replay_endpoint": '
+    '"tcp://*:5558", "topic": "kv@POD@MODEL"}\'`'
+)
+
+CHECKS: Final[Mapping[str, Check]] = {
+    "api": Check(
+        "engine",
+        "the engine's API answers",
+        "nothing can be told of an engine that is not there",
+        "give the address of its OpenAI API, `http://HOST:PORT`, and look at the engine's log",
+    ),
+    "events": Check("engine", "the engine publishes events", "its cache is never in the index: no hit, ever", _EVENTS),
+    "live": Check(
+        "engine",
+        "the live socket can be reached",
+        "no event arrives",
+        "open the port of `endpoint` between engine and bridge; in Kubernetes name it in the pod's ports",
+    ),
+    "replay": Check(
+        "engine",
+        "the engine has a replay socket",
+        "a message that is lost once stays lost: older blocks become suspect",
+        "give `replay_endpoint` in `--kv-events-config`, on a port of its own",
+    ),
+    "replay-answers": Check(
+        "engine",
+        "the replay socket answers",
+        "holes cannot be repaired, and events from before the bridge came are missed",
+        "open the port of `replay_endpoint`; with several ranks it is the port plus the rank",
+    ),
+    "topic": Check(
+        "engine",
+        "the topic names pod and model",
+        "the pod is known by its address, which a restart may change",
+        "set `topic` to `kv@POD@MODEL`, or give `pod=` and `model=` to the endpoint",
+    ),
+    "block-size": Check(
+        "engine",
+        "the engine's block size fits the index's",
+        "blocks that do not line up are indexed in part or not at all",
+        "choose the workers' `block_size_tokens` so that one divides the other (`kvatlas reindex` changes it)",
+    ),
+    "prefix-caching": Check(
+        "engine",
+        "the engine reuses prefixes",
+        "it computes every prompt whole, whatever the index says",
+        "start vLLM with `--enable-prefix-caching`, SGLang without `--disable-radix-cache`",
+    ),
+    "sequence": Check(
+        "engine",
+        "messages come without holes",
+        "what a lost message said is missing until it is replayed",
+        "raise `hwm` in `--kv-events-config`, and look at the network between engine and bridge",
+    ),
+    "clock": Check(
+        "engine",
+        "the engine's clock agrees with this machine's",
+        "ages in answers and dashboards are wrong",
+        "run a time service on both machines",
+    ),
+    "readable": Check(
+        "engine",
+        "every event can be read",
+        "events that cannot be read are in the dead-letter topic, not in the index",
+        "read the reasons with `kvatlas replay --topic kv-events-dlq`; check `engine=` of the endpoint",
+    ),
+    "offload": Check(
+        "engine",
+        "offload tiers describe their blocks",
+        "what is on those tiers is known only for blocks seen on the GPU",
+        "set `self_describing_kv_events: true` in the connector's extra configuration",
+    ),
+    "names": Check(
+        "engine",
+        "events carry the salts and adapters that are in use",
+        "tenants or adapters cannot be told apart",
+        "use SGLang 0.5.18 or newer for salts, 0.5.23 or newer for adapters",
+    ),
+    "kafka": Check(
+        "system",
+        "Kafka answers",
+        "nothing is recorded and nothing is learnt",
+        "check `--brokers` and the security settings; `kvatlas broker start` starts one for trying out",
+    ),
+    "topics": Check(
+        "system",
+        "the topics exist as the settings say",
+        "services do not start, or look for records in other partitions",
+        "`kvatlas topics` makes them; give `--partitions` as they are",
+    ),
+    "rights": Check(
+        "system",
+        "this account may read what the services read",
+        "services are refused",
+        "`kvatlas topics --acls` prints the commands that give the rights",
+    ),
+    "workers": Check(
+        "system",
+        "live workers own every partition",
+        "blocks of partitions without an owner are missing from every score",
+        "start `kvatlas worker`, or look at the log of the one that is restoring",
+    ),
+    "scorer": Check(
+        "system",
+        "the scorer answers",
+        "no request is routed by its prefix",
+        "start `kvatlas scorer`, and look at its `/readyz`",
+    ),
+    "pods": Check(
+        "system",
+        "the scorer knows the engine's pod, and it is live",
+        "the pod is never chosen for what it holds",
+        "give the engine to the bridge (`--engines`), and look at the bridge's log",
+    ),
+    "model-name": Check(
+        "system",
+        "the model's name is the same for clients, engine and index",
+        "prompts are scored under a name that nobody stored anything under",
+        "ask with the engine's first served name, or give the other names as aliases",
+    ),
+    "gaps": Check(
+        "system",
+        "nothing was lost for good",
+        "blocks from before a gap count half, or not at all",
+        "give the engine a replay socket, and more `buffer_steps`",
+    ),
+    "tokens": Check(
+        "probe",
+        "engine and scorer make the same tokens of a text",
+        "no block key of a prompt is one that the engine stored",
+        "give the scorer the engine's own tokenizer folder and chat template (`--tokenizer MODEL=DIR`)",
+    ),
+    "probe": Check(
+        "probe",
+        "a prompt sent twice is found where it was sent",
+        "predictions do not come true",
+        "read `kvatlas explain` for the prompt: it says where each pod's walk ended and why",
+    ),
+    "usage": Check(
+        "probe",
+        "the engine tells how many tokens it had cached",
+        "predictions cannot be compared with what came of them",
+        "start vLLM with `--enable-prompt-tokens-details`, SGLang with `--enable-cache-report`",
+    ),
+}
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """What one check found.
+
+    Attributes:
+        check: name in :data:`CHECKS`.
+        subject: the engine, topic or service it is about.
+        state: ``ok``, ``warn`` (works, but), ``fail``, or ``skip`` (could not be looked at).
+        said: one sentence of what was found.
+    """
+
+    check: str
+    subject: str
+    state: State
+    said: str
+
+    def __post_init__(self) -> None:
+        """Refuse a check that is not in the catalogue."""
+        assert self.check in CHECKS, self.check
+
+
+def exit_code(findings: Iterable[Finding]) -> int:
+    """Return 0 where nothing failed, 1 otherwise; warnings do not count."""
+    return 1 if any(finding.state == "fail" for finding in findings) else 0
+
+
+def page(findings: Iterable[Finding]) -> str:
+    """Return the findings as text, by subject, with the fix below what is not in order."""
+    marks = {"ok": "ok  ", "warn": "warn", "fail": "FAIL", "skip": "-   "}
+    lines: list[str] = []
+    subject = None
+    for finding in findings:
+        if finding.subject != subject:
+            subject = finding.subject
+            lines += ["", subject] if lines else [subject]
+        lines.append(f"  {marks[finding.state]} {finding.check:<15} {finding.said}")
+        if finding.state in ("warn", "fail"):
+            check = CHECKS[finding.check]
+            lines += [f"       {'':<15} so: {check.harm}", f"       {'':<15} fix: {check.fix}"]
+    return "\n".join(lines)
+
+
+def markdown() -> str:
+    """Return docs/troubleshooting.md."""
+    titles = {"engine": "Engines", "system": "Kafka, workers, scorer", "probe": "The live probe"}
+    lines = [
+        "# Troubleshooting",
+        "",
+        "`kvatlas doctor http://ENGINE:8000` checks all of this and says what to do; its exit code is 1 where a check",
+        "fails, and `--json` gives one object a finding. This page is made by `kvatlas doctor --markdown`.",
+    ]
+    for about, title in titles.items():
+        lines += ["", f"## {title}", "", "| check | in order when | otherwise | fix |", "|---|---|---|---|"]
+        for name, check in CHECKS.items():
+            if check.about == about:
+                lines.append(f"| `{name}` | {check.what} | {check.harm} | {check.fix.replace('|', '&#124;')} |")
+    return "\n".join(lines) + "\n"
