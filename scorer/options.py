@@ -57,6 +57,18 @@ class ScorerSettings(Section, frozen=True, kw_only=True):
         Meta(description="per-model settings, MODEL:KEY=VALUE[,KEY=VALUE]; keys: strategy and the weight names"),
     ] = []  # noqa: RUF012 - a msgspec default, copied per value
 
+    aliases: Annotated[
+        list[str],
+        Meta(description="NAME=MODEL: clients call the model NAME, its engines and their topics MODEL"),
+    ] = []  # noqa: RUF012 - a msgspec default, copied per value
+    adapters: Annotated[
+        list[str],
+        Meta(
+            description="NAME=MODEL: requests that name the model NAME mean this adapter (LoRA) of MODEL; adapters "
+            "that events name are known without it"
+        ),
+    ] = []  # noqa: RUF012 - a msgspec default, copied per value
+
     lookup_chunk_blocks: Annotated[
         int, Meta(description="blocks asked for first; every further round asks for four times as many", ge=1)
     ] = 1_024
@@ -117,7 +129,20 @@ class ScorerSettings(Section, frozen=True, kw_only=True):
     max_prompt_bytes: Annotated[int, Meta(description="longest prompt or chat, in bytes of text", ge=1)] = 4 * MIB
     max_tokens: Annotated[int, Meta(description="longest prompt, in tokens", ge=1)] = 1_048_576
     max_messages: Annotated[int, Meta(description="messages in a chat at most", ge=1)] = 4_096
+    max_multimodal: Annotated[int, Meta(description="multimodal items of a prompt at most", ge=1)] = 4_096
     max_batch: Annotated[int, Meta(description="requests in a ScoreBatch at most", ge=1)] = 256
+    max_inflight_bytes: Annotated[
+        int,
+        Meta(description="bodies being read or worked on, all requests together; more are refused", ge=MIB),
+    ] = 256 * MIB
+    http_header_seconds: Annotated[
+        float,
+        Meta(description="an HTTP connection without a whole request header for so long is closed", gt=0),
+    ] = 10.0
+    http_body_seconds: Annotated[
+        float,
+        Meta(description="an HTTP body must come within so long, and one second more for every MiB of it", gt=0),
+    ] = 10.0
     max_concurrent: Annotated[int, Meta(description="requests worked on at once; more are refused", ge=1)] = 512
     max_watchers: Annotated[int, Meta(description="open WatchPods streams at most", ge=0)] = 64
     stop_grace_seconds: Annotated[float, Meta(description="let running requests end for so long", ge=0)] = 2.0

@@ -28,8 +28,11 @@ from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.bridge.runtime.tasks import end_tasks
 from kvatlas.bridge.runtime.telemetry import Telemetry
 from kvatlas.scorer.api import llmd, metrics
+from kvatlas.scorer.api.bodies import Inflight
+from kvatlas.scorer.api.calls import Calls
 from kvatlas.scorer.api.core import Core
 from kvatlas.scorer.api.grpc_server import SERVICE, ScorerFront
+from kvatlas.scorer.api.names import also_named, pairs
 from kvatlas.scorer.api.security import Guard, server_credentials, worker_credentials
 from kvatlas.scorer.lookups.local import LocalTables, TableLookups
 from kvatlas.scorer.lookups.pods import PodTable
@@ -129,7 +132,9 @@ class ScorerService:
         self._versions = Versions(self._reader, settings.index_version, lambda reader: self.core.use(reader.index))
         self._serves = serve
         self.on_decision: Callable[[records.DecisionRecord], None] | None = None
-        self.tokenizers = self._pool = TokenizerPool(tokenizer or TokenizerSettings())
+        self.tokenizers = self._pool = TokenizerPool(
+            tokenizer or TokenizerSettings(), also_named=also_named(pairs(settings.aliases, "aliases"))
+        )
         self._tracing = tracing = _tracing(settings)
         self._decisions = Decisions(settings, self._publish)
         index = self._versions.used.index
@@ -236,11 +241,14 @@ class ScorerService:
                 ("grpc.so_reuseport", 0),
             ],
         )
-        front = ScorerFront(self.core, settings, self._guard, self._tracing)
+        named = self._tracing.named if self._tracing is not None else lambda _model: None
+        calls = Calls(self.core, settings, self._guard, named)
+        inflight = Inflight(settings.max_inflight_bytes)
+        front = ScorerFront(calls, inflight, self._tracing)
         names = [SERVICE, health.SERVICE_NAME]
         server.add_generic_rpc_handlers((front.handler(),))
         if settings.compat:
-            names += llmd.add_to(server, self.core, self._pool, settings, self._guard, tracing=self._tracing)
+            names += llmd.add_to(server, calls, self._pool, tracing=self._tracing)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if settings.reflection:
             reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
@@ -262,7 +270,7 @@ class ScorerService:
         if settings.http_listen:
             from kvatlas.scorer.api.http_server import HttpFront  # noqa: PLC0415 - only when switched on
 
-            self._http = HttpFront(self.core, settings, self._guard, self._tracing)
+            self._http = HttpFront(calls, inflight, self._tracing)
             self.http_address = await self._http.start()
 
     def unready(self) -> str | None:
@@ -379,6 +387,7 @@ class ScorerService:
             with contextlib.suppress(KafkaError):
                 await self._producer.stop()
         self._pool.close()
+        self.core.intake.close()
         if self._tracing is not None:
             await asyncio.to_thread(self._tracing.close)
         await self._telemetry.stop()

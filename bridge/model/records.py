@@ -79,6 +79,7 @@ class PodRecord(msgspec.Struct, frozen=True, kw_only=True):
         events_partition, events_offset: position in ``kv-events`` that this record reflects.
         load: what the pod reports of itself, by name (running and waiting requests, ...).
         updated_ns: the writer's wall clock in ns.
+        adapters: adapters (LoRA) that the pod's events have named.
     """
 
     v: int = SCHEMA_VERSION
@@ -107,6 +108,7 @@ class PodRecord(msgspec.Struct, frozen=True, kw_only=True):
     events_offset: int = -1
     load: dict[str, float] = {}
     updated_ns: int = 0
+    adapters: list[str] = []
 
     @property
     def validity(self) -> Validity:

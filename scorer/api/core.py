@@ -12,6 +12,7 @@ from kvatlas.bridge.model.records import GONE, DecisionRecord, PodRecord
 from kvatlas.scorer.api import inputs, replies
 from kvatlas.scorer.api.explain import block_infos, walk_ends
 from kvatlas.scorer.api.gate import Gate
+from kvatlas.scorer.api.intake import Intake
 from kvatlas.scorer.api.outcomes import outcome_of
 from kvatlas.scorer.api.status import code_of
 from kvatlas.scorer.errors import InputError, NotReadyError, TooLargeError, UnknownRequestError
@@ -66,6 +67,7 @@ class Core:
 
     Attributes:
         decisions: open decisions, which hold blocks speculatively.
+        intake: reads what callers send.
         gate: holds what is worked on, over all fronts, to ``max_concurrent``.
         watchers: holds the open streams of pods, over all fronts, to ``max_watchers``.
     """
@@ -107,6 +109,7 @@ class Core:
         self._answered = answered
         self.gate = Gate(settings.max_concurrent, "requests are worked on (max_concurrent)")
         self.watchers = Gate(settings.max_watchers, "streams are open (max_watchers)")
+        self.intake = Intake(settings, pool, lambda: self._index.pods)
         self._weighing = Weighing(settings)
         self._prompts = Prompts(settings)
 
@@ -131,6 +134,15 @@ class Core:
             ScorerError: the request cannot be scored; see :mod:`kvatlas.scorer.errors`.
         """
         return (await self.run(request, deadline)).response
+
+    async def tokens(self, request: pb.ScoreRequest, deadline: float) -> tuple[bytes, str]:
+        """Return a request's token ids, packed little-endian u32, and the backend that made them (or empty).
+
+        Raises:
+            ScorerError: the prompt cannot be tokenized.
+        """
+        tokens = await inputs.tokens_of(request, self._settings, self._pool, deadline)
+        return tokens.packed, tokens.backend
 
     async def run(self, request: pb.ScoreRequest, deadline: float | None = None, *, all_blocks: bool = False) -> Scored:
         """Score one prompt and keep what was found; ``all_blocks`` looks past the end of the walk.

@@ -1,8 +1,11 @@
-"""The RPCs of ``kvatlas.v1.Scorer``: limits, roles and status codes around a :class:`~kvatlas.scorer.api.core.Core`."""
+"""The RPCs of ``kvatlas.v1.Scorer`` over :class:`~kvatlas.scorer.api.calls.Calls`.
+
+Messages arrive as bytes: what is large is counted against the limit of bytes in flight and read beside the event loop,
+and bytes that are no message are the caller's error.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
@@ -11,11 +14,9 @@ from typing import TYPE_CHECKING, Any, Final
 import grpc
 
 from kvatlas.bridge.errors import KvatlasError
-from kvatlas.scorer.api import metrics
-from kvatlas.scorer.api.core import Core
-from kvatlas.scorer.api.security import Guard
+from kvatlas.scorer.api.bodies import Inflight
+from kvatlas.scorer.api.calls import MESSAGE_OF, Calls
 from kvatlas.scorer.api.status import ROLE_OF, code_of
-from kvatlas.scorer.api.varints import score_request
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 
@@ -26,72 +27,48 @@ SERVICE: Final = "kvatlas.v1.Scorer"
 
 
 class ScorerFront:
-    """The RPCs of ``kvatlas.v1.Scorer`` over a core: limits, roles, status codes."""
+    """The RPCs of ``kvatlas.v1.Scorer``: deadlines and status codes of gRPC."""
 
-    def __init__(self, core: Core, settings: ScorerSettings, guard: Guard, tracing: Tracing | None = None) -> None:
-        self._core = core
-        self._settings = settings
-        self._guard = guard
+    def __init__(self, calls: Calls, inflight: Inflight, tracing: Tracing | None = None) -> None:
+        self._calls = calls
+        self._inflight = inflight
         self._tracing = tracing
 
     def handler(self) -> grpc.GenericRpcHandler:
         """Return the handler to add to a server."""
-        core = self._core
-        unary: dict[str, tuple[Any, Any]] = {
-            "Score": (core.score, score_request),
-            "ScoreBatch": (core.score_batch, pb.ScoreBatchRequest.FromString),
-            "Pick": (core.pick, pb.PickRequest.FromString),
-            "Explain": (core.explain, score_request),
-            "ReportDecision": (core.report, pb.ReportDecisionRequest.FromString),
-            "ListPods": (self._list, pb.ListPodsRequest.FromString),
-        }
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-            name: grpc.unary_unary_rpc_method_handler(
-                self._guarded(name, work),
-                request_deserializer=parse,
-                response_serializer=_serialize,
-            )
-            for name, (work, parse) in unary.items()
+            name: grpc.unary_unary_rpc_method_handler(self._unary(name), response_serializer=_serialize)
+            for name in MESSAGE_OF
         }
-        methods["WatchPods"] = grpc.unary_stream_rpc_method_handler(
-            self._watch, request_deserializer=pb.ListPodsRequest.FromString, response_serializer=_serialize
-        )
+        methods["WatchPods"] = grpc.unary_stream_rpc_method_handler(self._watch, response_serializer=_serialize)
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
-    def _guarded(self, name: str, work: Callable[[Any, float], Any]) -> Any:
-        role = ROLE_OF[name]
+    def _unary(self, name: str) -> Callable[[bytes, Any], Any]:
+        async def call(data: bytes, context: Any) -> Any:
+            async def given() -> bytes:
+                return data
 
-        async def call(request: Any, context: Any) -> Any:
-            began = time.perf_counter()
-            code = "UNKNOWN"
             try:
-                caller = self._guard.admit(context.invocation_metadata(), role)
-                caller.check(request, self._core.salt_of)
-                with self._core.gate:
-                    answer = await work(request, within(context, self._settings))
-                code = "OK"
-                return answer
-            except asyncio.CancelledError:
-                code = "CANCELLED"
-                raise
+                with self._inflight.held(len(data)):
+                    return await self._calls.call(
+                        name,
+                        context.invocation_metadata(),
+                        given,
+                        "binary",
+                        lambda: within(context, self._calls.settings),
+                    )
             except KvatlasError as error:
-                status = code_of(error)
-                code = status.name
-                await context.abort(status, str(error))
-            finally:
-                metrics.REQUESTS.labels(name, code).inc()
-                metrics.SECONDS.labels(name).observe(time.perf_counter() - began)
+                await context.abort(code_of(error), str(error))
 
         return call if self._tracing is None else self._tracing.grpc(SERVICE, name, call)
 
-    async def _list(self, request: pb.ListPodsRequest, deadline: float) -> pb.ListPodsResponse:  # noqa: ARG002
-        return self._core.list_pods(request)
-
-    async def _watch(self, request: pb.ListPodsRequest, context: Any) -> AsyncIterator[pb.PodInfo]:
+    async def _watch(self, data: bytes, context: Any) -> AsyncIterator[pb.PodInfo]:
+        calls = self._calls
         try:
-            self._guard.admit(context.invocation_metadata(), ROLE_OF["WatchPods"])
-            with self._core.watchers:
-                async with contextlib.aclosing(self._core.watch_pods(request)) as infos:
+            calls.guard.admit(context.invocation_metadata(), ROLE_OF["WatchPods"])
+            request = calls.listing(await calls.core.intake.message("ListPodsRequest", data, "binary"))
+            with calls.core.watchers:
+                async with contextlib.aclosing(calls.core.watch_pods(request)) as infos:
                     async for info in infos:
                         yield info
         except KvatlasError as error:

@@ -1,38 +1,43 @@
 """The operations over HTTP/JSON, for people with curl: ``POST /v1/score`` with the JSON form of ``ScoreRequest``.
 
-===============================  =================================================
-``POST /v1/score``               ``Score``
-``POST /v1/score_batch``         ``ScoreBatch``
-``POST /v1/pick``                ``Pick``
-``POST /v1/explain``             ``Explain``
-``POST /v1/report_decision``     ``ReportDecision``
-``GET /v1/pods?model=&all=``     ``ListPods``
-``GET /v1/pods/watch``           ``WatchPods``, with the same query; one JSON object a line
-===============================  =================================================
+===================================  =================================================
+``POST /v1/score``                   ``Score``
+``POST /v1/score_batch``             ``ScoreBatch``
+``POST /v1/pick``                    ``Pick``
+``POST /v1/explain``                 ``Explain``
+``POST /v1/report_decision``         ``ReportDecision``
+``GET /v1/pods?model=&all=``         ``ListPods``
+``GET /v1/pods/watch``               ``WatchPods``, with the same query; one JSON object a line
+``POST /v1/score/ENGINE_PATH``       ``Score`` of the very body that the client would send to the engine
+``POST /v1/tokenize/ENGINE_PATH``    its token ids: ``{"tokens": [...], "count": N, "text": "..."}``
+===================================  =================================================
 
-Field names are those of the proto file; unknown ones are an error. Errors are ``{"error": ..., "code": ...}``.
+``ENGINE_PATH`` is ``completions``, ``chat/completions``, ``responses``, ``messages`` or ``generate``. A body with
+several prompts is answered with ``{"responses": [...]}``.
+
+Field names of our own messages are those of the proto file; unknown ones are an error. Errors are
+``{"error": ..., "code": ...}``.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
+import logging
 import ssl
 import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import web
-from google.protobuf.json_format import MessageToDict, Parse, ParseError
+from google.protobuf.json_format import MessageToDict
 
 from kvatlas.bridge.errors import KvatlasError, SettingsError
-from kvatlas.scorer.api import metrics
-from kvatlas.scorer.api.core import Core
-from kvatlas.scorer.api.security import Guard
+from kvatlas.scorer.api.bodies import Body, Inflight
+from kvatlas.scorer.api.calls import Calls
 from kvatlas.scorer.api.status import ROLE_OF, code_of
-from kvatlas.scorer.errors import AuthError, ForbiddenError, InputError, TooLargeError
-from kvatlas.scorer.options import ScorerSettings
+from kvatlas.scorer.errors import TooLargeError
+from kvatlas.scorer.tokenization.requests import SHAPES
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 
 if TYPE_CHECKING:
@@ -49,15 +54,26 @@ _STATUS: Final = {
     "UNAVAILABLE": 503,
     "DEADLINE_EXCEEDED": 504,
 }
+_POSTS: Final = {
+    "score": "Score",
+    "score_batch": "ScoreBatch",
+    "pick": "Pick",
+    "explain": "Explain",
+    "report_decision": "ReportDecision",
+}
+#: What aiohttp tells of broken requests: one line each, without a traceback.
+_SERVER_LOG: Final = logging.getLogger("kvatlas.scorer.http")
+
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class HttpFront:
-    """A small aiohttp server over a core."""
+    """A small aiohttp server over the calls."""
 
-    def __init__(self, core: Core, settings: ScorerSettings, guard: Guard, tracing: Tracing | None = None) -> None:
-        self._core = core
-        self._settings = settings
-        self._guard = guard
+    def __init__(self, calls: Calls, inflight: Inflight, tracing: Tracing | None = None) -> None:
+        self._calls = calls
+        self._settings = calls.settings
+        self._inflight = inflight
         self._tracing = tracing
         self._runner: web.AppRunner | None = None
 
@@ -67,21 +83,23 @@ class HttpFront:
         Raises:
             SettingsError: the address cannot be bound, or a certificate cannot be read.
         """
-        app = web.Application(client_max_size=self._settings.max_message_bytes)
-        core = self._core
-        posts: dict[str, tuple[str, Any, Callable[[Any, float], Awaitable[Any]]]] = {
-            "score": ("Score", pb.ScoreRequest, core.score),
-            "score_batch": ("ScoreBatch", pb.ScoreBatchRequest, core.score_batch),
-            "pick": ("Pick", pb.PickRequest, core.pick),
-            "explain": ("Explain", pb.ScoreRequest, core.explain),
-            "report_decision": ("ReportDecision", pb.ReportDecisionRequest, core.report),
-        }
-        for path, (name, kind, work) in posts.items():
-            app.router.add_post(f"/v1/{path}", self._handler(path, name, kind, work))
+        app = web.Application()
+        for path, name in _POSTS.items():
+            app.router.add_post(f"/v1/{path}", self._posted(path, name))
+        for shape in SHAPES:
+            app.router.add_post(f"/v1/score/{shape}", self._engine_body(f"score/{shape}", "Score", shape))
+            app.router.add_post(f"/v1/tokenize/{shape}", self._engine_body(f"tokenize/{shape}", "Tokenize", shape))
         app.router.add_get("/v1/pods", self._pods)
         app.router.add_get("/v1/pods/watch", self._watch)
         self._runner = web.AppRunner(
-            app, access_log=None, handler_cancellation=True, shutdown_timeout=self._settings.stop_grace_seconds
+            app,
+            access_log=None,
+            logger=_SERVER_LOG,
+            handler_cancellation=True,
+            shutdown_timeout=self._settings.stop_grace_seconds,
+            # From the start of a connection, or the end of an answer, to the next whole header.
+            keepalive_timeout=self._settings.http_header_seconds,
+            lingering_time=1.0,
         )
         await self._runner.setup()
         host, _, port = self._settings.http_listen.rpartition(":")
@@ -110,45 +128,55 @@ class HttpFront:
             await self._runner.cleanup()
             self._runner = None
 
-    def _handler(
-        self, path: str, name: str, kind: Any, work: Callable[[Any, float], Awaitable[Any]]
-    ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    def _posted(self, path: str, name: str) -> _Handler:
+        async def answer(request: web.Request, body: Body) -> Any:
+            return _fields(await self._calls.call(name, _metadata(request), body.read, "json", self._deadline))
+
+        return self._handler(path, answer)
+
+    def _engine_body(self, path: str, name: str, shape: str) -> _Handler:
+        async def answer(request: web.Request, body: Body) -> Any:
+            found = await self._calls.body(name, _metadata(request), body.read, shape, self._deadline)
+            shown = [_fields(one) if name == "Score" else _tokens(one) for one in found]
+            return shown[0] if len(shown) == 1 else {"responses": shown}
+
+        return self._handler(path, answer)
+
+    def _handler(self, path: str, answer: Callable[[web.Request, Body], Awaitable[Any]]) -> _Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
-            began, code = time.perf_counter(), "UNKNOWN"
             try:
-                caller = self._guard.admit(_metadata(request), ROLE_OF[name])
-                message = _parse(await _body(request, self._settings.max_message_bytes), kind)
-                caller.check(message, self._core.salt_of)
-                with self._core.gate:
-                    answer = await work(message, time.monotonic() + self._settings.deadline_ms / 1e3)
-                code = "OK"
-                return _json(answer)
+                with Body(request, self._settings, self._inflight) as body:
+                    return web.json_response(await answer(request, body))
             except KvatlasError as error:
-                code = code_of(error).name
                 return _failed(error)
-            except asyncio.CancelledError:
-                code = "CANCELLED"
-                raise
-            finally:
-                metrics.REQUESTS.labels(name, code).inc()
-                metrics.SECONDS.labels(name).observe(time.perf_counter() - began)
 
         return handle if self._tracing is None else self._tracing.http(f"/v1/{path}", handle)
 
+    def _deadline(self) -> float:
+        return time.monotonic() + self._settings.deadline_ms / 1e3
+
     async def _pods(self, request: web.Request) -> web.StreamResponse:
+        calls = self._calls
+
+        async def listed(_caller: Any) -> Any:
+            return calls.core.list_pods(calls.listing(_query(request)))
+
         try:
-            self._guard.admit(_metadata(request), ROLE_OF["ListPods"])
-        except (AuthError, ForbiddenError) as error:
+            return web.json_response(
+                _fields(await calls.guarded("ListPods", ROLE_OF["ListPods"], _metadata(request), listed))
+            )
+        except KvatlasError as error:
             return _failed(error)
-        return _json(self._core.list_pods(_query(request)))
 
     async def _watch(self, request: web.Request) -> web.StreamResponse:
+        calls = self._calls
         try:
-            self._guard.admit(_metadata(request), ROLE_OF["WatchPods"])
-            with self._core.watchers:
+            calls.guard.admit(_metadata(request), ROLE_OF["WatchPods"])
+            wanted = calls.listing(_query(request))
+            with calls.core.watchers:
                 answer = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
                 await answer.prepare(request)
-                async with contextlib.aclosing(self._core.watch_pods(_query(request))) as infos:
+                async with contextlib.aclosing(calls.core.watch_pods(wanted)) as infos:
                     async for info in infos:
                         await answer.write(json.dumps(_fields(info)).encode() + b"\n")
                 return answer
@@ -158,22 +186,6 @@ class HttpFront:
 
 def _metadata(request: web.Request) -> list[tuple[str, str]]:
     return [("authorization", request.headers.get("Authorization", ""))]
-
-
-async def _body(request: web.Request, limit: int) -> str:
-    try:
-        return (await request.read()).decode()
-    except web.HTTPRequestEntityTooLarge as error:
-        raise TooLargeError(f"body: at most {limit} bytes (max_message_bytes)") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"body: not UTF-8 at byte {error.start}") from error
-
-
-def _parse(text: str, kind: Any) -> Any:
-    try:
-        return Parse(text, kind())
-    except (ParseError, RecursionError) as error:
-        raise InputError(f"body: {error}") from error
 
 
 def _query(request: web.Request) -> pb.ListPodsRequest:
@@ -188,8 +200,8 @@ def _fields(message: Any) -> dict[str, Any]:
     return fields
 
 
-def _json(message: Any) -> web.Response:
-    return web.json_response(_fields(message))
+def _tokens(message: pb.Tokenized) -> dict[str, Any]:
+    return {"tokens": list(message.tokens), "count": message.count, "text": message.text}
 
 
 def _failed(error: KvatlasError) -> web.Response:

@@ -14,6 +14,7 @@ from kvatlas.bridge.model.block_key import TOKEN_BYTES, block_keys, multimodal_e
 from kvatlas.scorer.errors import DeadlineError, InputError, TooLargeError, UnknownModelError
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.scoring.walk import blocks_to_ask
+from kvatlas.scorer.tokenization.body_fields import EFFORTS
 from kvatlas.scorer.tokenization.pool import TokenizerPool
 from kvatlas.scorer.tokenization.records import ChatInput, Truncation
 from kvatlas.scorer.v1 import scorer_pb2 as pb
@@ -148,7 +149,16 @@ def chat_input(chat: pb.Chat, settings: ScorerSettings) -> ChatInput:
         add_generation_prompt=chat.add_generation_prompt if chat.HasField("add_generation_prompt") else True,
         continue_final_message=chat.continue_final_message,
         kwargs=_json(chat.template_kwargs_json, "template_kwargs_json", dict) or {},
+        reasoning_effort=_effort(chat.reasoning_effort),
+        add_special_tokens=chat.add_special_tokens,
+        tool_choice=chat.tool_choice,
     )
+
+
+def _effort(effort: str) -> str | None:
+    if effort and effort not in EFFORTS:
+        raise InputError(f"chat.reasoning_effort: {effort[:40]!r} is none of {', '.join(sorted(EFFORTS))}")
+    return effort or None
 
 
 def _message(message: pb.ChatMessage, number: int) -> Mapping[str, Any]:

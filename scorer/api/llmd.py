@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 import grpc.aio
 
 from kvatlas.bridge.errors import KvatlasError
-from kvatlas.scorer.api import metrics
-from kvatlas.scorer.api.core import Core
+from kvatlas.scorer.api.bounds import check_names
+from kvatlas.scorer.api.calls import Calls
 from kvatlas.scorer.api.grpc_server import within
-from kvatlas.scorer.api.security import Guard
+from kvatlas.scorer.api.names import ranks_of
+from kvatlas.scorer.api.security import Caller, Guard
 from kvatlas.scorer.api.status import code_of
-from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.tokenization.pool import TokenizerPool
 from kvatlas.scorer.tokenization.service import TokenizationServicer
 from kvatlas.scorer.v1 import indexer_pb2, indexer_pb2_grpc, tokenization_pb2_grpc
@@ -34,38 +32,45 @@ STANDBY: Final = "kvatlas-standby"
 class IndexerServicer(indexer_pb2_grpc.IndexerServiceServicer):
     """``GetPodScores`` as a ``Score`` of a prompt."""
 
-    def __init__(self, core: Core, settings: ScorerSettings, guard: Guard) -> None:
-        self._core = core
-        self._settings = settings
-        self._guard = guard
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
 
     async def GetPodScores(  # noqa: N802 - gRPC's name
         self, request: indexer_pb2.GetPodScoresRequest, context: Any
     ) -> indexer_pb2.GetPodScoresResponse:
-        """Score a prompt; pods without a match are absent, as there."""
-        wanted = pb.ScoreRequest(model=request.model_name, prompt=request.prompt, pods=request.pod_identifiers)
-        began, code = time.perf_counter(), "UNKNOWN"
+        """Score a prompt; pods without a match are absent, as there.
+
+        Its clients know pods by the names in topics, without ranks: the best rank answers under the caller's name.
+        """
+        calls = self._calls
+        core = calls.core
+
+        async def work(caller: Caller) -> tuple[pb.ScoreResponse, dict[str, str]]:
+            check_names(request.pod_identifiers, len(request.pod_identifiers), "pod_identifiers")
+            wanted = pb.ScoreRequest(model=request.model_name, prompt=request.prompt)
+            opened = (await core.intake.open_request(wanted))[0].request
+            known = [record.pod for record in core.pods.listed(opened.model)]
+            names = ranks_of(request.pod_identifiers, known)
+            opened.pods.extend(names if request.pod_identifiers else ())
+            calls.check(caller, opened)
+            with core.gate:
+                return await core.score(opened, within(context, calls.settings)), names
+
         try:
-            self._guard.admit(context.invocation_metadata(), "score").check(wanted)
-            with self._core.gate:
-                scored = await self._core.score(wanted, within(context, self._settings))
-            code = "OK"
-        except asyncio.CancelledError:
-            code = "CANCELLED"
-            raise
+            scored, names = await calls.guarded("GetPodScores", "score", context.invocation_metadata(), work)
         except KvatlasError as error:
-            code = code_of(error).name
             await context.abort(code_of(error), str(error))
             raise
-        finally:
-            metrics.REQUESTS.labels("GetPodScores", code).inc()
-            metrics.SECONDS.labels("GetPodScores").observe(time.perf_counter() - began)
         # Its answer has no place for this, and a score that is too low must not look like any other.
         flags = {PARTIAL: scored.freshness.partial, STANDBY: scored.freshness.standby}
         context.set_trailing_metadata(tuple((name, "true") for name, on in flags.items() if on))
-        ranked = sorted(scored.scores.items(), key=lambda item: (-item[1].score, item[0]))
+        best: dict[str, float] = {}
+        for pod, entry in scored.scores.items():
+            name = names.get(pod, pod)
+            best[name] = max(best.get(name, 0.0), entry.score)
+        ranked = sorted(best.items(), key=lambda item: (-item[1], item[0]))
         return indexer_pb2.GetPodScoresResponse(
-            scores=[indexer_pb2.PodScore(pod=pod, score=entry.score) for pod, entry in ranked]
+            scores=[indexer_pb2.PodScore(pod=pod, score=score) for pod, score in ranked]
         )
 
 
@@ -90,19 +95,14 @@ class GuardTokenization(grpc.aio.ServerInterceptor):  # type: ignore[misc,unused
         return await continuation(details)
 
 
-def add_to(
-    server: Any,
-    core: Core,
-    pool: TokenizerPool,
-    settings: ScorerSettings,
-    guard: Guard,
-    *,
-    tracing: Tracing | None = None,
-) -> list[str]:
+def add_to(server: Any, calls: Calls, pool: TokenizerPool, *, tracing: Tracing | None = None) -> list[str]:
     """Add both services to a server; returns their names."""
-    indexer: Any = IndexerServicer(core, settings, guard)
+    core = calls.core
+    indexer: Any = IndexerServicer(calls)
     if tracing is not None:
         indexer.GetPodScores = tracing.grpc(INDEXER, "GetPodScores", indexer.GetPodScores)
     indexer_pb2_grpc.add_IndexerServiceServicer_to_server(indexer, server)
-    tokenization_pb2_grpc.add_TokenizationServiceServicer_to_server(TokenizationServicer(pool, core.gate), server)
+    tokenization_pb2_grpc.add_TokenizationServiceServicer_to_server(
+        TokenizationServicer(pool, core.gate, core.intake.named_model), server
+    )
     return [INDEXER, TOKENIZATION]

@@ -16,6 +16,7 @@ ROLE_OF: Final = {
     "Pick": "score",
     "ReportDecision": "score",
     "Explain": "explain",
+    "Tokenize": "explain",
     "ListPods": "explain",
     "WatchPods": "explain",
 }

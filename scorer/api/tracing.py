@@ -81,6 +81,12 @@ class Tracing:
             self._current.reset(token)
             span.end()
 
+    def named(self, model: str) -> None:
+        """Take the model of the running request."""
+        request = self._current.get()
+        if request is not None and request.span.is_recording():
+            request.span.set_attribute("kvatlas.model", model)
+
     def stage(self, stage: str, seconds: float) -> None:
         """Take the duration of a stage of the score that the running request is at.
 
@@ -112,7 +118,7 @@ class Tracing:
                 except BaseException:
                     _failed(span, _NAMES.get(_number(context.code()), "UNKNOWN"), "rpc.grpc.status")
                     raise
-                _describe(span, request, answer)
+                _describe(span, answer)
                 return answer
 
         return traced
@@ -148,14 +154,11 @@ def _failed(span: Span, code: str, attribute: str) -> None:
     span.set_status(Status(StatusCode.ERROR, code))
 
 
-def _describe(span: Span, request: Any, answer: Any) -> None:
-    """Tell counts and names of a request and its answer."""
+def _describe(span: Span, answer: Any) -> None:
+    """Tell counts and names of an answer."""
     if not span.is_recording():
         return
     span.set_attribute("rpc.grpc.status", "OK")
-    wanted = request if isinstance(request, pb.ScoreRequest) else getattr(request, "request", None)
-    if isinstance(wanted, pb.ScoreRequest):
-        span.set_attribute("kvatlas.model", wanted.model)
     if isinstance(answer, pb.PickResponse):
         span.set_attribute("kvatlas.pod", answer.pod)
     scored = answer if isinstance(answer, pb.ScoreResponse) else getattr(answer, "scored", None)

@@ -11,18 +11,25 @@ Any other shape (unpacked numbers, the field twice, numbers past 28 bits, both f
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
 
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 
-_TOKENS_TAG: Final = 0x12
+_TOKENS: Final = 2
+#: Wire type of text, bytes, packed numbers and messages.
+_BYTES: Final = 2
 #: Fewer bytes than this are parsed as fast by protobuf.
 _WORTH_BYTES: Final = 2_048
 _MORE: Final = 0x80
 #: Bytes of a number that fits into 28 bits; longer ones may not fit into 32.
 _LONGEST: Final = 4
+#: Fields of a message looked at one by one; more are left to protobuf.
+_MOST_FIELDS: Final = 4_096
+#: Fields of text, bytes and packed numbers: model, tokens, tokens_packed, prompt, request_json.
+_FLAT_FIELDS: Final = frozenset({1, 2, 3, 4, 16})
 
 
 def score_request(data: bytes) -> pb.ScoreRequest:
@@ -62,33 +69,45 @@ def decode(varints: bytes) -> bytes | None:
     return numbers.astype("<u4", copy=False).tobytes()
 
 
+def is_quick(data: bytes) -> bool:
+    """Whether protobuf parses a ``ScoreRequest`` at once, however long: few fields, none large with much inside."""
+    try:
+        return all(number in _FLAT_FIELDS or end - start <= _WORTH_BYTES for number, _, start, end in _fields(data))
+    except ValueError:
+        return False
+
+
 def _field(data: bytes) -> tuple[int, int, int] | None:
     """Find field 2: where its tag, its content and what follows begin; None when it is not there exactly once."""
-    at, size = 0, len(data)
-    found: tuple[int, int, int] | None = None
-    while at < size:
-        tag = data[at]
+    try:
+        found = [(head, start, end) for number, head, start, end in _fields(data) if number == _TOKENS]
+    except ValueError:
+        return None
+    return found[0] if len(found) == 1 and found[0][1] < found[0][2] else None
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int, int, int]]:
+    """Yield the fields of a message: number, where the tag begins, where the content begins and ends.
+
+    What is no text, bytes or message has no content to point at: it begins and ends behind itself.
+
+    Raises:
+        ValueError: there are more than a few, or bytes that make no sense.
+    """
+    at = 0
+    for _ in range(_MOST_FIELDS):
+        if at >= len(data):
+            return
         head = at
-        if tag >= _MORE:  # fields past 15 are none of ours
-            return None
-        at += 1
-        kind = tag & 7
-        if kind == 0:
-            _, at = _varint(data, at)
-        elif kind == 2:
-            length, at = _varint(data, at)
-            if at < 0 or at + length > size:
-                return None
-            if tag == _TOKENS_TAG:
-                if found is not None:
-                    return None
-                found = (head, at, at + length)
-            at += length
-        else:
-            return None
-        if at < 0:
-            return None
-    return found
+        tag, at = _varint(data, at)
+        length, start = _varint(data, at) if at >= 0 else (0, -1)
+        if start < 0 or tag & 7 not in (0, _BYTES):
+            raise ValueError("not a number, and not text, bytes or a message")
+        at = start + length if tag & 7 == _BYTES else start
+        if at > len(data):
+            raise ValueError("cut off")
+        yield tag >> 3, head, start, at
+    raise ValueError("many fields")
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:

@@ -33,6 +33,7 @@ def _meaning(record: PodRecord) -> tuple[object, ...]:
         record.block_size_tokens,
         record.approximate,
         tuple(sorted(record.groups.items())),
+        tuple(record.adapters),
     )
 
 
@@ -79,6 +80,8 @@ class PodTable:
         self._names: dict[int, str] = {}
         self._block_size_tokens = block_size_tokens
         self._fleet: Fleet | None = None
+        self._models: frozenset[str] | None = None
+        self._adapters: dict[str, tuple[str, ...]] = {}
         self._watchers: set[Changes] = set()
 
     @property
@@ -88,6 +91,26 @@ class PodTable:
             records = (record for name, record in self.merged.items() if name not in self.clashes)
             self._fleet = Fleet(records, self._block_size_tokens)
         return self._fleet
+
+    def is_model(self, name: str) -> bool:
+        """Whether a pod serves a model of this name."""
+        return name in self._served()
+
+    def bases_of(self, adapter: str) -> tuple[str, ...]:
+        """Return the models of which pods have announced blocks of an adapter."""
+        self._served()
+        return self._adapters.get(adapter, ())
+
+    def _served(self) -> frozenset[str]:
+        if self._models is None:
+            alive = [record for record in self.merged.values() if record.state != GONE and record.model]
+            self._models = frozenset(record.model for record in alive)
+            bases: dict[str, set[str]] = {}
+            for record in alive:
+                for adapter in record.adapters:
+                    bases.setdefault(adapter, set()).add(record.model)
+            self._adapters = {adapter: tuple(sorted(models)) for adapter, models in bases.items()}
+        return self._models
 
     def set_block_size(self, tokens: int) -> None:
         """Set the canonical block size, in tokens."""
@@ -135,7 +158,7 @@ class PodTable:
     def _changed(self, name: str, before: PodRecord | None, after: PodRecord) -> None:
         self.merged[name] = after
         if before is None or _meaning(before) != _meaning(after):
-            self._fleet = None
+            self._fleet = self._models = None
         for changes in self._watchers:
             changes.put(name)
 
@@ -151,7 +174,7 @@ class PodTable:
         self.clashes.discard(name)
         if self._names.get(pod_ref(name)) == name:
             del self._names[pod_ref(name)]
-        self._fleet = None
+        self._fleet = self._models = None
 
     def read_version(self, index_version: str) -> None:
         """Take the records of another index version, from their beginning; those of the one before are forgotten."""

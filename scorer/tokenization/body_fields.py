@@ -58,6 +58,19 @@ def objects(value: Sequence[Any], where: str) -> Sequence[Mapping[str, Any]]:
     return value
 
 
+def texts(body: Mapping[str, Any], field: str) -> tuple[str, ...]:
+    """Return a list of texts, empty when it is absent or null.
+
+    Raises:
+        TokenizeInputError: it is something else.
+    """
+    value = take(body, field, list) or ()
+    for number, entry in enumerate(value):
+        if not isinstance(entry, str):
+            raise TokenizeInputError(f"{field}[{number}]: must be text, not {shown(entry)}")
+    return tuple(value)
+
+
 def choice(body: Mapping[str, Any], field: str, allowed: frozenset[str]) -> str | None:
     """Return one of some words, None when it is absent or null.
 

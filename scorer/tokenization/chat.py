@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from typing import Any, Final
 
+import msgspec
 from jinja2 import Template
 from jinja2.exceptions import TemplateError as JinjaTemplateError
 
@@ -48,8 +50,22 @@ class _Compiled:
 class ChatRenderer:
     """Renders chats of all models; safe to use from many threads."""
 
-    def __init__(self, settings: TokenizerSettings, now: Callable[[], datetime] = datetime.now) -> None:
+    def __init__(
+        self,
+        settings: TokenizerSettings,
+        now: Callable[[], datetime] = datetime.now,
+        beside: Callable[[bytes], bytes] | None = None,
+    ) -> None:
+        """Take the limits.
+
+        Args:
+            settings: of tokenization.
+            now: the wall clock, for templates that print a date.
+            beside: renders what :func:`render_job` gives in a process of its own, for templates of requests; None
+                renders them here.
+        """
         self._settings = settings
+        self._beside = beside
         self._environment = TemplateEnvironment(now)
         self._lock = threading.Lock()
         self._compiled: OrderedDict[str, _Compiled] = OrderedDict()
@@ -88,7 +104,12 @@ class ChatRenderer:
             raise TokenizeInputError("add_generation_prompt and continue_final_message exclude each other")
         arguments.check_tools(chat)
         tools = None if arguments.hides_tools(chat) else chat.tools
-        compiled = self._compile(self._choose(chat, templates, with_tools=tools is not None))
+        source, foreign = self._choose(chat, templates, with_tools=tools is not None)
+        if foreign and self._beside is not None:
+            return self._beside(render_job(chat, special_tokens, arguments, self._settings)).decode(
+                errors="surrogatepass"
+            )
+        compiled = self._compile(source)
         conversation = self._conversation(chat, compiled, arguments)
         final = _mark_final(conversation, compiled.source) if chat.continue_final_message else None
         variables = {**special_tokens, **template_variables(chat, tools, arguments), "messages": conversation}
@@ -115,17 +136,20 @@ class ChatRenderer:
             return False
         return True
 
-    def _choose(self, chat: ChatInput, templates: Mapping[str, str], *, with_tools: bool) -> str:
+    def _choose(self, chat: ChatInput, templates: Mapping[str, str], *, with_tools: bool) -> tuple[str, bool]:
+        """Return the template's text, and whether it is the request's own."""
         wanted = chat.chat_template
         if wanted is None:
             if with_tools and "tool_use" in templates:
-                return templates["tool_use"]
+                return templates["tool_use"], False
             if "default" in templates:
-                return templates["default"]
+                return templates["default"], False
             names = f"only templates named {sorted(templates)}" if templates else "no chat template"
             raise NoTemplateError(f"the model has {names}: name one, or send a template with the request")
         if wanted in templates:
-            return templates[wanted]
+            return templates[wanted], False
+        if wanted in templates.values():
+            return wanted, False
         if not self._settings.request_templates:
             raise TokenizeInputError("chat templates of requests are turned off (setting request_templates)")
         if len(wanted) > self._settings.max_template_bytes:
@@ -133,7 +157,7 @@ class ChatRenderer:
                 f"chat template of {len(wanted)} characters; the limit is {self._settings.max_template_bytes} "
                 f"(setting max_template_bytes)"
             )
-        return wanted
+        return wanted, True
 
     def _compile(self, source: str) -> _Compiled:
         with self._lock:
@@ -182,6 +206,19 @@ class ChatRenderer:
         finally:
             budget.ends_at = float("inf")
         return "".join(chunks)
+
+
+def render_job(
+    chat: ChatInput, special_tokens: Mapping[str, str], arguments: EngineArguments, settings: TokenizerSettings
+) -> bytes:
+    """Return a chat with a template of its own as a process beside this one takes it."""
+    given = {
+        "chat": {field.name: getattr(chat, field.name) for field in fields(chat) if field.name != "places"},
+        "special_tokens": dict(special_tokens),
+        "arguments": asdict(arguments),
+        "settings": msgspec.to_builtins(settings),
+    }
+    return json.dumps(given).encode()
 
 
 def template_variables(

@@ -67,7 +67,23 @@ class TokenizerSettings(Section, frozen=True, kw_only=True):
     max_messages: Annotated[int, Meta(description="most messages of one chat", ge=1)] = 10_000
     max_template_bytes: Annotated[int, Meta(description="longest chat template of a request", ge=1)] = 256 * 2**10
     request_templates: Annotated[bool, Meta(description="accept chat templates that requests bring")] = False
-    template_seconds: Annotated[float, Meta(description="longest rendering of a chat template", gt=0)] = 2.0
+    template_seconds: Annotated[
+        float,
+        Meta(
+            description="longest rendering of a chat template; of a request's own, in processor time, after which its "
+            "process is killed",
+            gt=0,
+        ),
+    ] = 2.0
+    request_template_processes: Annotated[
+        int, Meta(description="processes that render templates of requests; more requests wait", ge=1, le=64)
+    ] = 1
+    request_template_bytes: Annotated[
+        int, Meta(description="memory of such a process; one that needs more is killed", ge=32 * 2**20)
+    ] = 256 * 2**20
+    request_template_wait_seconds: Annotated[
+        float, Meta(description="longest wait for a request's own template, for a free process and the text", gt=0)
+    ] = 10.0
     content_format: Annotated[
         Literal["auto", "string", "openai"],
         Meta(description="how templates get message content: text, or a list of parts; auto reads the template"),

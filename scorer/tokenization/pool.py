@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -14,8 +15,9 @@ from types import TracebackType
 from typing import Final, Self, TypeVar
 
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.scorer.errors import UnknownModelError
+from kvatlas.scorer.errors import BusyError, TooLargeError, UnknownModelError
 from kvatlas.scorer.tokenization.arguments import engine_arguments
+from kvatlas.scorer.tokenization.aside import RENDER, Aside
 from kvatlas.scorer.tokenization.backend import Backend, Engine, LocalBackend, Making
 from kvatlas.scorer.tokenization.chat import ChatRenderer
 from kvatlas.scorer.tokenization.errors import (
@@ -23,6 +25,7 @@ from kvatlas.scorer.tokenization.errors import (
     BadModelError,
     NoTokenizerError,
     PromptLimitError,
+    TemplateLimitError,
     TokenizeInputError,
 )
 from kvatlas.scorer.tokenization.harmony import HarmonyRenderer
@@ -37,6 +40,8 @@ from kvatlas.scorer.tokenization.text_cache import TextCache
 #: Loads and calls that wait for a network; they cost no processor time here.
 _WAITING_THREADS: Final = 32
 _LOADING_THREADS: Final = 4
+#: Requests with templates of their own that wait for a process; more are refused.
+_WAITING_TEMPLATES: Final = 8
 
 T = TypeVar("T")
 
@@ -56,12 +61,30 @@ class TokenizerPool:
         backends: Sequence[Backend] | None = None,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], datetime] = datetime.now,
+        also_named: Callable[[str], Sequence[str]] = lambda _model: (),
     ) -> None:
+        """Start the threads; tokenizers are loaded when they are asked for.
+
+        Args:
+            settings: where tokenizers come from, and limits.
+            backends: instead of those of the settings.
+            clock: monotonic seconds.
+            now: the wall clock, for templates that print a date.
+            also_named: other names of a model, under which its tokenizer may be known.
+        """
+        self._also_named = also_named
         self._settings = settings
         self.cache = TextCache(settings.prefix_cache_bytes)
+        self._aside = Aside(
+            processes=settings.request_template_processes,
+            cpu_seconds=settings.template_seconds,
+            memory_bytes=settings.request_template_bytes,
+            answer_bytes=settings.max_prompt_bytes,
+            what="rendering the request's chat template (template_seconds, request_template_bytes)",
+        )
         making = Making(
             self.cache,
-            ChatRenderer(settings, now),
+            ChatRenderer(settings, now, self._render_beside),
             HarmonyRenderer(settings.harmony_date, now),
             settings.transformers,
             engine_arguments(settings.engine_args),
@@ -70,6 +93,11 @@ class TokenizerPool:
         self._loading = ThreadPoolExecutor(_LOADING_THREADS, "tokenizer-load")
         self._waiting = ThreadPoolExecutor(_WAITING_THREADS, "tokenizer-wait")
         self._working = ThreadPoolExecutor(settings.threads or os.cpu_count() or 1, "tokenizer")
+        # Whoever renders a template of a request waits for another process, and must not keep others from tokenizing.
+        self._foreign = ThreadPoolExecutor(
+            settings.request_template_processes + _WAITING_TEMPLATES, "tokenizer-foreign"
+        )
+        self._waiting_templates = 0
         self._loaded = Loaded(
             self._loading, max_models=settings.max_models, max_bytes=settings.max_model_bytes, clock=clock
         )
@@ -115,7 +143,8 @@ class TokenizerPool:
             BadModelError: the model's files are no good.
             BackendError: no backend that may know the model answered.
         """
-        return Rendered(*await self._ask(model, lambda engine: engine.render(chat)))
+        with self._template_place(chat) as executor:
+            return Rendered(*await self._ask(model, lambda engine: engine.render(chat), executor))
 
     async def encode_chat(self, model: str, chat: ChatInput, truncate: Truncation | None = None) -> Encoded:
         """Render a chat and tokenize it, as the engine does: the template, not the tokenizer, adds special tokens.
@@ -126,7 +155,8 @@ class TokenizerPool:
             BadModelError: the model's files are no good.
             BackendError: no backend that may know the model answered.
         """
-        encoded, backend = await self._ask(model, lambda engine: engine.encode_chat(chat, truncate))
+        with self._template_place(chat) as executor:
+            encoded, backend = await self._ask(model, lambda engine: engine.encode_chat(chat, truncate), executor)
         return Encoded(encoded.ids, backend, encoded.offsets, encoded.known_bytes)
 
     async def tokens_of(self, model: str, request: EngineRequest) -> Encoded:
@@ -183,7 +213,8 @@ class TokenizerPool:
 
     def close(self) -> None:
         """Stop the threads and give everything back; calls under way end first."""
-        for executor in (self._loading, self._waiting, self._working):
+        self._aside.close()
+        for executor in (self._loading, self._waiting, self._working, self._foreign):
             executor.shutdown(wait=True, cancel_futures=True)
         self._loaded.close()
         for backend in self._backends:
@@ -197,17 +228,43 @@ class TokenizerPool:
     ) -> None:
         await asyncio.to_thread(self.close)
 
-    async def _ask(self, model: str, work: Callable[[Engine], T]) -> tuple[T, str]:
+    def _render_beside(self, job: bytes) -> bytes:
+        try:
+            return self._aside.run(RENDER, job, timeout_seconds=self._settings.request_template_wait_seconds)
+        except TooLargeError as error:
+            raise TemplateLimitError(str(error)) from error
+
+    @contextmanager
+    def _template_place(self, chat: ChatInput) -> Iterator[Executor | None]:
+        """Give the threads for a chat with a template of its own; None for any other chat.
+
+        Raises:
+            BusyError: too many wait already.
+        """
+        if chat.chat_template is None or not self._settings.request_templates:
+            yield None
+            return
+        if self._waiting_templates >= _WAITING_TEMPLATES:
+            raise BusyError(f"{self._waiting_templates} requests with templates of their own wait already; try again")
+        self._waiting_templates += 1
+        try:
+            yield self._foreign
+        finally:
+            self._waiting_templates -= 1
+
+    async def _ask(self, model: str, work: Callable[[Engine], T], executor: Executor | None = None) -> tuple[T, str]:
         """Run work on the first backend that can do it; returns its result and the backend's name."""
         if not model:
             raise TokenizeInputError("no model is named: tokenizing needs to know whose tokenizer")
         failures: list[tuple[str, UnknownModelError | BadModelError | BackendError]] = []
-        for backend in self._backends:
+        for backend, name in (
+            (backend, name) for backend in self._backends for name in (model, *self._also_named(model))
+        ):
             try:
-                engine = await _waited(self._loaded.get(backend, model))
-                executor = self._waiting if backend.waits else self._working
+                engine = await _waited(self._loaded.get(backend, name))
+                threads = executor or (self._waiting if backend.waits else self._working)
                 # Not shielded: work that nobody waits for any more need not begin.
-                return await asyncio.wrap_future(executor.submit(work, engine)), backend.name
+                return await asyncio.wrap_future(threads.submit(work, engine)), backend.name
             except (UnknownModelError, BadModelError, BackendError) as error:
                 failures.append((backend.name, error))
         raise _summary(model, failures)

@@ -14,8 +14,9 @@ shape                  body
                        ``features``
 =====================  ======================================================================================
 
-Every shape may carry ``model``, ``cache_salt`` and our own fields ``lora`` and ``multimodal`` (places of items as
-``{"identifier", "offset", "length"}`` in the finished prompt). Fields that do not change a prompt are ignored.
+Every shape may carry ``model``, ``cache_salt``, ``request_id`` and our own fields: ``lora``, ``multimodal`` (places of
+items as ``{"identifier", "offset", "length"}`` in the finished prompt), ``pods``, ``strategy`` and ``usable_only``.
+Other fields that do not change a prompt are ignored.
 """
 
 from __future__ import annotations
@@ -56,6 +57,10 @@ class EngineRequest:
         multimodal: places of multimodal items in the finished prompt, by offset.
         add_special_tokens: the tokenizer's own special tokens go around ``text``; chats carry it themselves.
         truncation: how a prompt that is too long is cut.
+        request_id: the router's id of the request, empty for none.
+        pods: pods to consider, empty for all.
+        strategy: scoring strategy by name, empty for the model's.
+        usable_only: count only what the engine can reuse.
     """
 
     model: str
@@ -67,6 +72,10 @@ class EngineRequest:
     multimodal: tuple[Place, ...] = ()
     add_special_tokens: bool = True
     truncation: Truncation | None = None
+    request_id: str = ""
+    pods: tuple[str, ...] = ()
+    strategy: str = ""
+    usable_only: bool = False
 
 
 def read(shape: Shape, body: Any) -> list[EngineRequest]:
@@ -112,6 +121,10 @@ def _common(body: Mapping[str, Any]) -> dict[str, Any]:
         "lora": fields.take(body, "lora", str) or "",
         "multimodal": fields.places_of(body),
         "truncation": fields.truncation_of(body),
+        "request_id": fields.take(body, "request_id", str) or "",
+        "pods": fields.texts(body, "pods"),
+        "strategy": fields.take(body, "strategy", str) or "",
+        "usable_only": bool(fields.take(body, "usable_only", bool)),
     }
 
 

@@ -8,6 +8,7 @@ error; so that a client of ours can tell them apart all the same, their kind is 
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -27,17 +28,32 @@ _Context = Any
 class TokenizationServicer(tokenization_pb2_grpc.TokenizationServiceServicer):
     """Answers with the pool's tokenizers."""
 
-    def __init__(self, pool: TokenizerPool, gate: AbstractContextManager[Any] | None = None) -> None:
-        """Take the pool, and what refuses calls where too many are worked on (None: nothing)."""
+    def __init__(
+        self,
+        pool: TokenizerPool,
+        gate: AbstractContextManager[Any] | None = None,
+        named: Callable[[str], str] = lambda model: model,
+    ) -> None:
+        """Take the pool, and what callers are bound by.
+
+        Args:
+            pool: the tokenizers.
+            gate: refuses calls where too many are worked on; None: nothing does.
+            named: turns the name that a caller uses into the one a model is known by; refuses names that are no such.
+        """
         self._pool = pool
         self._gate = gate or nullcontext()
+        self._named = named
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:  # noqa: N802
         """Text to token ids, with each token's place in the text."""
         try:
             with self._gate:
                 encoded = await self._pool.encode(
-                    request.model_name, request.input, add_special_tokens=request.add_special_tokens, offsets=True
+                    self._named(request.model_name),
+                    request.input,
+                    add_special_tokens=request.add_special_tokens,
+                    offsets=True,
                 )
         except KvatlasError as error:
             return pb.TokenizeResponse(error_message=_told(error, context))
@@ -50,7 +66,9 @@ class TokenizationServicer(tokenization_pb2_grpc.TokenizationServiceServicer):
         """A chat to text."""
         try:
             with self._gate:
-                rendered = await self._pool.render_chat(request.model_name, convert.chat_of_template_request(request))
+                rendered = await self._pool.render_chat(
+                    self._named(request.model_name), convert.chat_of_template_request(request)
+                )
         except KvatlasError as error:
             return pb.ChatTemplateResponse(error_message=_told(error, context))
         return pb.ChatTemplateResponse(rendered_prompt=rendered.text, success=True)
@@ -61,7 +79,7 @@ class TokenizationServicer(tokenization_pb2_grpc.TokenizationServiceServicer):
         """Load a model now; how chats are rendered is said with each chat."""
         try:
             with self._gate:
-                await self._pool.load(request.model_name)
+                await self._pool.load(self._named(request.model_name))
         except KvatlasError as error:
             return pb.InitializeTokenizerResponse(error_message=_told(error, context))
         return pb.InitializeTokenizerResponse(success=True)
@@ -72,7 +90,9 @@ class TokenizationServicer(tokenization_pb2_grpc.TokenizationServiceServicer):
         """A chat to token ids."""
         try:
             with self._gate:
-                encoded: Encoded = await self._pool.encode_chat(request.model_name, convert.chat_of_completion(request))
+                encoded: Encoded = await self._pool.encode_chat(
+                    self._named(request.model_name), convert.chat_of_completion(request)
+                )
         except KvatlasError as error:
             return pb.RenderChatCompletionResponse(error_message=_told(error, context))
         return pb.RenderChatCompletionResponse(
@@ -85,7 +105,7 @@ class TokenizationServicer(tokenization_pb2_grpc.TokenizationServiceServicer):
         """A prompt to token ids, special tokens added."""
         try:
             with self._gate:
-                encoded = await self._pool.encode(request.model_name, request.prompt)
+                encoded = await self._pool.encode(self._named(request.model_name), request.prompt)
         except KvatlasError as error:
             return pb.RenderCompletionResponse(error_message=_told(error, context))
         return pb.RenderCompletionResponse(

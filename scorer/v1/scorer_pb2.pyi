@@ -97,6 +97,9 @@ class Chat(_message.Message):
     ADD_GENERATION_PROMPT_FIELD_NUMBER: _builtins.int
     CONTINUE_FINAL_MESSAGE_FIELD_NUMBER: _builtins.int
     TEMPLATE_KWARGS_JSON_FIELD_NUMBER: _builtins.int
+    REASONING_EFFORT_FIELD_NUMBER: _builtins.int
+    ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    TOOL_CHOICE_FIELD_NUMBER: _builtins.int
     tools_json: _builtins.str
     """JSON array of tools, JSON array of documents; empty for none."""
     documents_json: _builtins.str
@@ -107,6 +110,12 @@ class Chat(_message.Message):
     continue_final_message: _builtins.bool
     template_kwargs_json: _builtins.str
     """JSON object of further template arguments."""
+    reasoning_effort: _builtins.str
+    """none, minimal, low, medium, high, xhigh or max; empty leaves it to the template."""
+    add_special_tokens: _builtins.bool
+    """Put the tokenizer's own special tokens around the rendered text too."""
+    tool_choice: _builtins.str
+    """none, auto, required or named; empty leaves it open."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]: ...
     def __init__(
@@ -119,10 +128,13 @@ class Chat(_message.Message):
         add_generation_prompt: _builtins.bool | None = ...,
         continue_final_message: _builtins.bool = ...,
         template_kwargs_json: _builtins.str = ...,
+        reasoning_effort: _builtins.str = ...,
+        add_special_tokens: _builtins.bool = ...,
+        tool_choice: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "add_generation_prompt", b"add_generation_prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "add_generation_prompt", b"add_generation_prompt", "chat_template", b"chat_template", "continue_final_message", b"continue_final_message", "documents_json", b"documents_json", "messages", b"messages", "template_kwargs_json", b"template_kwargs_json", "tools_json", b"tools_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt", "add_generation_prompt", b"add_generation_prompt", "add_special_tokens", b"add_special_tokens", "chat_template", b"chat_template", "continue_final_message", b"continue_final_message", "documents_json", b"documents_json", "messages", b"messages", "reasoning_effort", b"reasoning_effort", "template_kwargs_json", b"template_kwargs_json", "tool_choice", b"tool_choice", "tools_json", b"tools_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__add_generation_prompt: _TypeAlias = _typing.Literal["add_generation_prompt"]  # noqa: Y015
     _WhichOneofArgType__add_generation_prompt: _TypeAlias = _typing.Literal["_add_generation_prompt", b"_add_generation_prompt"]  # noqa: Y015
@@ -149,6 +161,8 @@ class ScoreRequest(_message.Message):
     STRATEGY_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     USABLE_ONLY_FIELD_NUMBER: _builtins.int
+    REQUEST_JSON_FIELD_NUMBER: _builtins.int
+    REQUEST_PATH_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     tokens_packed: _builtins.bytes
     prompt: _builtins.str
@@ -168,6 +182,12 @@ class ScoreRequest(_message.Message):
     """By default every full block that a pod holds counts, also the one that ends with the prompt's last token. Engines
     compute the last token again, so of L tokens they reuse floor((L - 1) / block size) blocks; true counts only those.
     """
+    request_json: _builtins.str
+    """The body of the request to the engine, as the client would send it: a form of input of its own. What it names
+    (model, cache_salt, multimodal, ...) must not be given beside it, unless it is the same.
+    """
+    request_path: _builtins.str
+    """Path of that request, such as /v1/messages; empty is told by the body, where messages are those of the chat API."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Exactly one form of input.
@@ -200,10 +220,12 @@ class ScoreRequest(_message.Message):
         strategy: _builtins.str = ...,
         request_id: _builtins.str = ...,
         usable_only: _builtins.bool = ...,
+        request_json: _builtins.str = ...,
+        request_path: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "chat", b"chat"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "cache_salt", b"cache_salt", "chat", b"chat", "lora", b"lora", "model", b"model", "multimodal", b"multimodal", "pods", b"pods", "prompt", b"prompt", "request_id", b"request_id", "strategy", b"strategy", "tokens", b"tokens", "tokens_packed", b"tokens_packed", "truncate_tokens", b"truncate_tokens", "truncation_side", b"truncation_side", "usable_only", b"usable_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "cache_salt", b"cache_salt", "chat", b"chat", "lora", b"lora", "model", b"model", "multimodal", b"multimodal", "pods", b"pods", "prompt", b"prompt", "request_id", b"request_id", "request_json", b"request_json", "request_path", b"request_path", "strategy", b"strategy", "tokens", b"tokens", "tokens_packed", b"tokens_packed", "truncate_tokens", b"truncate_tokens", "truncation_side", b"truncation_side", "usable_only", b"usable_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
     _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015
@@ -525,6 +547,59 @@ class ScoreBatchResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ScoreBatchResponse: _TypeAlias = ScoreBatchResponse  # noqa: Y015
+
+@_typing.final
+class Tokenized(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    TOKENIZER_FIELD_NUMBER: _builtins.int
+    count: _builtins.int
+    text: _builtins.str
+    """What the tokens stand for, special tokens included; empty where the tokenizer is not on this machine."""
+    tokenizer: _builtins.str
+    """Which tokenizer backend made them; empty when they were given."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        tokens: _abc.Iterable[_builtins.int] | None = ...,
+        count: _builtins.int = ...,
+        text: _builtins.str = ...,
+        tokenizer: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "text", b"text", "tokenizer", b"tokenizer", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Tokenized: _TypeAlias = Tokenized  # noqa: Y015
+
+@_typing.final
+class TokenizeResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tokenized]:
+        """One, or as many as the body in request_json has prompts."""
+
+    def __init__(
+        self,
+        *,
+        prompts: _abc.Iterable[Global___Tokenized] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompts", b"prompts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenizeResponse: _TypeAlias = TokenizeResponse  # noqa: Y015
 
 @_typing.final
 class PodLoad(_message.Message):

@@ -59,6 +59,11 @@ class ScorerStub:
                 request_serializer=kvatlas_dot_scorer_dot_v1_dot_scorer__pb2.ReportDecisionRequest.SerializeToString,
                 response_deserializer=kvatlas_dot_scorer_dot_v1_dot_scorer__pb2.ReportDecisionResponse.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/kvatlas.v1.Scorer/Tokenize',
+                request_serializer=kvatlas_dot_scorer_dot_v1_dot_scorer__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=kvatlas_dot_scorer_dot_v1_dot_scorer__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
         self.ListPods = channel.unary_unary(
                 '/kvatlas.v1.Scorer/ListPods',
                 request_serializer=kvatlas_dot_scorer_dot_v1_dot_scorer__pb2.ListPodsRequest.SerializeToString,
@@ -109,6 +114,13 @@ class ScorerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tokenize(self, request, context):
+        """The token ids that the engine makes of a prompt, given as in Score.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListPods(self, request, context):
         """Pods as the scorer knows them.
         """
@@ -150,6 +162,11 @@ def add_ScorerServicer_to_server(servicer, server):
                     servicer.ReportDecision,
                     request_deserializer=kvatlas_dot_scorer_dot_v1_dot_scorer__pb2.ReportDecisionRequest.FromString,
                     response_serializer=kvatlas_dot_scorer_dot_v1_dot_scorer__pb2.ReportDecisionResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=kvatlas_dot_scorer_dot_v1_dot_scorer__pb2.ScoreRequest.FromString,
+                    response_serializer=kvatlas_dot_scorer_dot_v1_dot_scorer__pb2.TokenizeResponse.SerializeToString,
             ),
             'ListPods': grpc.unary_unary_rpc_method_handler(
                     servicer.ListPods,
@@ -297,6 +314,33 @@ class Scorer:
             '/kvatlas.v1.Scorer/ReportDecision',
             kvatlas_dot_scorer_dot_v1_dot_scorer__pb2.ReportDecisionRequest.SerializeToString,
             kvatlas_dot_scorer_dot_v1_dot_scorer__pb2.ReportDecisionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvatlas.v1.Scorer/Tokenize',
+            kvatlas_dot_scorer_dot_v1_dot_scorer__pb2.ScoreRequest.SerializeToString,
+            kvatlas_dot_scorer_dot_v1_dot_scorer__pb2.TokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,8 @@ class ScorerStub:
     """Block by block: who holds it, and why each pod's walk ended."""
     ReportDecision: _grpc.UnaryUnaryMultiCallable[_scorer_pb2.ReportDecisionRequest, _scorer_pb2.ReportDecisionResponse]
     """Tell all scorers that a request went to a pod."""
+    Tokenize: _grpc.UnaryUnaryMultiCallable[_scorer_pb2.ScoreRequest, _scorer_pb2.TokenizeResponse]
+    """The token ids that the engine makes of a prompt, given as in Score."""
     ListPods: _grpc.UnaryUnaryMultiCallable[_scorer_pb2.ListPodsRequest, _scorer_pb2.ListPodsResponse]
     """Pods as the scorer knows them."""
     WatchPods: _grpc.UnaryStreamMultiCallable[_scorer_pb2.ListPodsRequest, _scorer_pb2.PodInfo]
@@ -59,6 +61,8 @@ class ScorerAsyncStub(ScorerStub):
     """Block by block: who holds it, and why each pod's walk ended."""
     ReportDecision: _aio.UnaryUnaryMultiCallable[_scorer_pb2.ReportDecisionRequest, _scorer_pb2.ReportDecisionResponse]  # type: ignore[assignment]
     """Tell all scorers that a request went to a pod."""
+    Tokenize: _aio.UnaryUnaryMultiCallable[_scorer_pb2.ScoreRequest, _scorer_pb2.TokenizeResponse]  # type: ignore[assignment]
+    """The token ids that the engine makes of a prompt, given as in Score."""
     ListPods: _aio.UnaryUnaryMultiCallable[_scorer_pb2.ListPodsRequest, _scorer_pb2.ListPodsResponse]  # type: ignore[assignment]
     """Pods as the scorer knows them."""
     WatchPods: _aio.UnaryStreamMultiCallable[_scorer_pb2.ListPodsRequest, _scorer_pb2.PodInfo]  # type: ignore[assignment]
@@ -104,6 +108,14 @@ class ScorerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_scorer_pb2.ReportDecisionResponse, _abc.Awaitable[_scorer_pb2.ReportDecisionResponse]]:
         """Tell all scorers that a request went to a pod."""
+
+    @_abc_1.abstractmethod
+    def Tokenize(
+        self,
+        request: _scorer_pb2.ScoreRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scorer_pb2.TokenizeResponse, _abc.Awaitable[_scorer_pb2.TokenizeResponse]]:
+        """The token ids that the engine makes of a prompt, given as in Score."""
 
     @_abc_1.abstractmethod
     def ListPods(

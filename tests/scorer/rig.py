@@ -13,6 +13,8 @@ import grpc.aio
 from kvatlas.bridge.model.block_key import block_keys, pack_tokens, partition_of, root_key
 from kvatlas.bridge.model.pod_ids import pod_ref
 from kvatlas.bridge.model.records import PodRecord, WorkerRecord, encode
+from kvatlas.scorer.api.bodies import Inflight
+from kvatlas.scorer.api.calls import Calls
 from kvatlas.scorer.api.core import Core
 from kvatlas.scorer.api.grpc_server import ScorerFront
 from kvatlas.scorer.api.security import Guard
@@ -81,9 +83,17 @@ class Rig:
             observe=lambda stage, seconds: self.tracing.stage(stage, seconds) if self.tracing else None,
         )
         self.guard = Guard.from_settings(self.settings)
+        self.calls = Calls(
+            self.core,
+            self.settings,
+            self.guard,
+            lambda model: self.tracing.named(model) if self.tracing else None,
+        )
+        self.inflight = Inflight(self.settings.max_inflight_bytes)
         self.tracing: Tracing | None = None
         self.server: grpc.aio.Server | None = None
         self.stack = contextlib.AsyncExitStack()
+        self.stack.callback(self.core.intake.close)
 
     async def worker(self, index: Index, *, standby: bool = False, **fields: Any) -> grpc.aio.Server:
         server = grpc.aio.server()
@@ -123,7 +133,7 @@ class Rig:
     async def serve(self, credentials: grpc.ServerCredentials | None = None) -> str:
         """Start a server with the scorer's RPCs; returns its address."""
         server = grpc.aio.server()
-        server.add_generic_rpc_handlers((ScorerFront(self.core, self.settings, self.guard, self.tracing).handler(),))
+        server.add_generic_rpc_handlers((ScorerFront(self.calls, self.inflight, self.tracing).handler(),))
         port = (
             server.add_insecure_port("127.0.0.1:0")
             if credentials is None

@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 import pytest
 
+from kvatlas.scorer.api.calls import Calls
 from kvatlas.scorer.api.http_server import HttpFront
 from kvatlas.scorer.client import score_request
 from kvatlas.scorer.errors import ClientError
@@ -188,7 +189,7 @@ async def test_http_answers_the_same_as_grpc(rig: Rig) -> None:
     """A POST with JSON scores; a wrong field is a 400 that names it."""
     rig.pod("a", 10)
     await rig.worker(Index("w0", rig.table, set(range(PARTITIONS))))
-    front = HttpFront(rig.core, ScorerSettings(http_listen="127.0.0.1:0"), rig.guard)
+    front = HttpFront(Calls(rig.core, ScorerSettings(http_listen="127.0.0.1:0"), rig.guard), rig.inflight)
     address = await front.start()
     rig.stack.push_async_callback(front.stop)
     async with aiohttp.ClientSession() as session:

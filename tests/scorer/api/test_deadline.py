@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import pytest
 
 from kvatlas.scorer.api.http_server import HttpFront
 from kvatlas.scorer.errors import ClientError
-from kvatlas.scorer.tokenization.backend import FolderEngine, LocalBackend
+from kvatlas.scorer.tokenization.backend import FolderEngine, LocalBackend, Making
 from kvatlas.scorer.tokenization.chat import ChatRenderer
+from kvatlas.scorer.tokenization.harmony import HarmonyRenderer
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.tokenization.pool import TokenizerPool
 from kvatlas.scorer.tokenization.text_cache import TextCache
@@ -30,7 +32,8 @@ class Loading(LocalBackend):
     """A backend whose loads wait until they may end, as one from a far hub does."""
 
     def __init__(self) -> None:
-        super().__init__({"m": FOLDER}, None, TextCache(2**20), ChatRenderer(TokenizerSettings()))
+        making = Making(TextCache(2**20), ChatRenderer(TokenizerSettings()), HarmonyRenderer("", datetime.now))
+        super().__init__({"m": FOLDER}, None, making)
         self.may_end = threading.Event()
         self.loads = 0
 
@@ -90,7 +93,7 @@ async def test_a_caller_that_can_wait_gets_its_answer() -> None:
 async def test_over_http_it_is_504() -> None:
     """HTTP has no deadline of the caller's: ``deadline_ms`` counts, and the status is 504."""
     async with _rig(200.0) as (rig, _):
-        front = HttpFront(rig.core, rig.settings, rig.guard)
+        front = HttpFront(rig.calls, rig.inflight)
         address = await front.start()
         async with (
             aiohttp.ClientSession() as session,

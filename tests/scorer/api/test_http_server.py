@@ -45,7 +45,7 @@ async def curl() -> AsyncIterator[Curl]:
         rig.pod("a", 10)
         rig.pod("b", 4)
         await rig.worker(Index("w0", rig.table, set(range(PARTITIONS))))
-        front = HttpFront(rig.core, rig.settings, rig.guard)
+        front = HttpFront(rig.calls, rig.inflight)
         address = await front.start()
         async with aiohttp.ClientSession() as session:
             yield Curl(rig, address, session)

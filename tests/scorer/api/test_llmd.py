@@ -144,7 +144,7 @@ async def router(
     request: pytest.FixtureRequest, definitions: descriptor_pool.DescriptorPool, tmp_path: Path
 ) -> AsyncIterator[Router]:
     """A router connected to a scorer whose pods a and b hold three blocks and one of the prompt."""
-    tokenizers = TokenizerPool(TokenizerSettings(models=(f"m={FOLDER}",)))
+    tokenizers = TokenizerPool(TokenizerSettings(models=(f"m={FOLDER}",), request_templates=True))
     rig = Rig(pool=tokenizers)
     async with rig.stack:
         keys = block_keys(root_key("m"), pack_tokens(PLAIN.encode(PROMPT).ids), 16)
@@ -153,7 +153,7 @@ async def router(
             rig.hold(name, keys[:blocks])
         await rig.worker(Index("w0", rig.table, set(range(PARTITIONS))))
         server = grpc.aio.server()
-        llmd.add_to(server, rig.core, tokenizers, rig.settings, rig.guard)
+        llmd.add_to(server, rig.calls, tokenizers)
         target = f"unix:{tmp_path / 'tokenizer-uds.socket'}" if request.param == "unix" else "127.0.0.1:0"
         port = server.add_insecure_port(target)
         await server.start()
@@ -249,8 +249,8 @@ async def test_render_chat_completion(router: Router) -> None:
     own = await router.tokenization(
         "RenderChatCompletion",
         **chat,
-        chat_template="{{ tools[0].name }}{{ word }}",
-        tools_json=json.dumps([{"name": "f"}]),
+        chat_template="{{ tools[0].function.name }}{{ word }}",
+        tools_json=json.dumps([{"function": {"name": "f"}}]),
         chat_template_kwargs=json.dumps({"word": "end"}),
     )
     assert list(own.token_ids) == _ids("fend")

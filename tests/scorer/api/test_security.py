@@ -94,7 +94,7 @@ async def _served(**settings: Any) -> AsyncIterator[Served]:
     async with rig.stack:
         rig.pod("a", 10)
         await rig.worker(Index("w0", rig.table, set(range(PARTITIONS))))
-        front = HttpFront(rig.core, rig.settings, rig.guard)
+        front = HttpFront(rig.calls, rig.inflight)
         rig.stack.push_async_callback(front.stop)
         yield Served(rig, await rig.serve(server_credentials(rig.settings)), await front.start())
         await rig.router.close()
@@ -273,7 +273,7 @@ async def test_tokens_guard_the_other_front_too(tmp_path: Path) -> None:
     async for served in _served(tokens_file=_tokens(tmp_path, **callers)):
         rig = served.rig
         server = grpc.aio.server(interceptors=[llmd.GuardTokenization(rig.guard)])
-        llmd.add_to(server, rig.core, pool, rig.settings, rig.guard)
+        llmd.add_to(server, rig.calls, pool)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         rig.stack.push_async_callback(server.stop, 0)

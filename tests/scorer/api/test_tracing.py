@@ -22,6 +22,7 @@ from opentelemetry.trace import StatusCode
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.scorer.api import llmd
+from kvatlas.scorer.api.calls import Calls
 from kvatlas.scorer.api.http_server import HttpFront
 from kvatlas.scorer.api.tracing import Tracing
 from kvatlas.scorer.client import score_request
@@ -124,7 +125,7 @@ async def test_the_trace_of_a_grpc_caller_goes_on(traced: Traced) -> None:
     server = grpc.aio.server()
     assert traced.core is not None
     pool = TokenizerPool(TokenizerSettings(models=(f"m={FOLDER}",)))
-    llmd.add_to(server, traced.core, pool, traced.settings, traced.guard, tracing=traced.tracing)
+    llmd.add_to(server, traced.calls, pool, tracing=traced.tracing)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     traced.stack.push_async_callback(server.stop, 0)
@@ -145,7 +146,9 @@ async def test_the_trace_of_a_grpc_caller_goes_on(traced: Traced) -> None:
 
 async def test_http_requests_are_traced_too(traced: Traced) -> None:
     """A POST with a traceparent header makes a span with its stages; a refusal has its status and no stages."""
-    front = HttpFront(traced.core, ScorerSettings(http_listen="127.0.0.1:0"), traced.guard, traced.tracing)
+    front = HttpFront(
+        Calls(traced.core, ScorerSettings(http_listen="127.0.0.1:0"), traced.guard), traced.inflight, traced.tracing
+    )
     address = await front.start()
     traced.stack.push_async_callback(front.stop)
     async with aiohttp.ClientSession() as session:

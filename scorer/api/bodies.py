@@ -1,0 +1,110 @@
+"""Bodies of HTTP requests: read within a time by their size, and within a bound on the bytes of all requests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Final
+
+from aiohttp import ClientPayloadError, web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from kvatlas.scorer.errors import BusyError, DeadlineError, InputError, TooLargeError
+from kvatlas.scorer.options import MIB, ScorerSettings
+
+#: So much of each body is let in without a look at the others, so that small requests pass beside large ones.
+_FREE_BYTES: Final = 64 * 1024
+
+
+class Inflight:
+    """Counts the bytes of bodies that are being read or worked on, over all fronts; for one event loop.
+
+    Attributes:
+        used: bytes counted now.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.used = 0
+        self._most = most
+
+    @contextlib.contextmanager
+    def held(self, size: int) -> Iterator[None]:
+        """Count bytes while a block runs.
+
+        Raises:
+            BusyError: they would be too many.
+        """
+        counted = max(0, size - _FREE_BYTES)
+        self.add(counted)
+        try:
+            yield
+        finally:
+            self.used -= counted
+
+    def add(self, count: int) -> None:
+        """Count some more bytes; whoever adds takes them off again.
+
+        Raises:
+            BusyError: they would be too many.
+        """
+        if count and self.used + count > self._most:
+            raise BusyError(
+                f"{self.used} bytes of requests are worked on (max_inflight_bytes = {self._most}); try again"
+            )
+        self.used += count
+
+
+class Body:
+    """One request's body; a context manager, whose end gives the counted bytes back."""
+
+    def __init__(self, request: web.Request, settings: ScorerSettings, inflight: Inflight) -> None:
+        self._request = request
+        self._settings = settings
+        self._inflight = inflight
+        self._counted = 0
+
+    def __enter__(self) -> Body:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._inflight.used -= self._counted
+        self._counted = 0
+
+    async def read(self) -> bytes:
+        """Return the whole body.
+
+        Raises:
+            TooLargeError: it is larger than ``max_message_bytes``.
+            DeadlineError: it did not come in time.
+            BusyError: bodies of others take the room.
+            InputError: its content encoding is not what its header says.
+        """
+        limit = self._settings.max_message_bytes
+        if (self._request.content_length or 0) > limit:
+            raise TooLargeError(f"body: at most {limit} bytes (max_message_bytes)")
+        began = time.monotonic()
+        found = bytearray()
+        try:
+            while True:
+                left = began + self._settings.http_body_seconds + len(found) / MIB - time.monotonic()
+                async with asyncio.timeout(left):
+                    chunk = await self._request.content.readany()
+                if not chunk:
+                    return bytes(found)
+                found += chunk
+                if len(found) > limit:
+                    raise TooLargeError(f"body: at most {limit} bytes (max_message_bytes)")
+                self._count(len(found))
+        except TimeoutError as error:
+            raise DeadlineError(
+                f"body: {len(found)} bytes came in {time.monotonic() - began:.0f} s, and not its end"
+            ) from error
+        except (web.RequestPayloadError, ClientPayloadError, HttpProcessingError) as error:
+            raise InputError(f"body: cannot be read: {error}") from error
+
+    def _count(self, size: int) -> None:
+        more = max(0, size - _FREE_BYTES) - self._counted
+        self._inflight.add(more)
+        self._counted += more
