@@ -111,7 +111,8 @@ class Calls:
                 one = self._scored if name == "Score" else self._tokenized
                 return [await one(prompt, deadline()) for prompt in opened]
 
-        return await self.guarded(name, ROLE_OF[name], metadata, work)
+        found: list[Any] = await self.guarded(name, ROLE_OF[name], metadata, work)
+        return found
 
     async def guarded(self, name: str, role: str, metadata: Any, work: Callable[[Caller], Awaitable[Any]]) -> Any:
         """Admit a caller, do its work, and count how it ended.

@@ -200,12 +200,12 @@ class Aside:
         """End all processes, and with them the work under way."""
         with self._lock:
             self._closed = True
-            for child in self._active:
-                child.kill()
+            for active in self._active:
+                active.kill()
         for _ in range(self._processes):
-            child = self._slots.get()
-            if child is not None:
-                child.end()
+            idle = self._slots.get()
+            if idle is not None:
+                idle.end()
         for _ in range(self._processes):
             self._slots.put(None)
 

@@ -153,7 +153,7 @@ def _parse_json(data: bytes, message: Any) -> None:
 
 def _take_tokens(value: dict[str, Any]) -> Iterator[tuple[tuple[str | int, ...], bytes]]:
     """Take long token ids out of a request in JSON: protobuf's reader looks at them one by one, for seconds."""
-    inner = [((), value), (("request",), value.get("request"))]
+    inner: list[tuple[tuple[str | int, ...], Any]] = [((), value), (("request",), value.get("request"))]
     several = value.get("requests")
     if isinstance(several, list):
         inner += [(("requests", number), one) for number, one in enumerate(several)]

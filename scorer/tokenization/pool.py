@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +16,7 @@ from typing import Final, Self, TypeVar
 
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.scorer.errors import BusyError, TooLargeError, UnknownModelError
-from kvatlas.scorer.tokenization.arguments import engine_arguments
+from kvatlas.scorer.tokenization.arguments import EngineArguments, engine_arguments
 from kvatlas.scorer.tokenization.aside import RENDER, Aside
 from kvatlas.scorer.tokenization.backend import Backend, Engine, LocalBackend, Making
 from kvatlas.scorer.tokenization.chat import ChatRenderer
@@ -87,7 +87,7 @@ class TokenizerPool:
             ChatRenderer(settings, now, self._render_beside),
             HarmonyRenderer(settings.harmony_date, now),
             settings.transformers,
-            engine_arguments(settings.engine_args),
+            _by_all_names(engine_arguments(settings.engine_args), also_named),
         )
         self._backends = tuple(backends if backends is not None else backends_of(settings, making))
         self._loading = ThreadPoolExecutor(_LOADING_THREADS, "tokenizer-load")
@@ -299,6 +299,13 @@ def backends_of(settings: TokenizerSettings, making: Making) -> list[Backend]:
         elif name == "remote" and settings.remote:
             found.append(RemoteBackend(settings.remote, settings.remote_timeout_ms / 1000))
     return found
+
+
+def _by_all_names(
+    arguments: Mapping[str, EngineArguments], also_named: Callable[[str], Sequence[str]]
+) -> dict[str, EngineArguments]:
+    found = {name: given for model, given in arguments.items() for name in also_named(model)}
+    return {**found, **arguments}
 
 
 def _folders(entries: Sequence[str]) -> dict[str, Path]:
