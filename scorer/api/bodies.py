@@ -56,7 +56,7 @@ class Inflight:
         self.used += count
 
 
-class Body:
+class HttpBody:
     """One request's body; a context manager, whose end gives the counted bytes back."""
 
     def __init__(self, request: web.Request, settings: ScorerSettings, inflight: Inflight) -> None:
@@ -65,7 +65,7 @@ class Body:
         self._inflight = inflight
         self._counted = 0
 
-    def __enter__(self) -> Body:
+    def __enter__(self) -> HttpBody:
         return self
 
     def __exit__(self, *_: object) -> None:

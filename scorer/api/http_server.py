@@ -33,7 +33,7 @@ from aiohttp import web
 from google.protobuf.json_format import MessageToDict
 
 from kvatlas.bridge.errors import KvatlasError, SettingsError
-from kvatlas.scorer.api.bodies import Body, Inflight
+from kvatlas.scorer.api.bodies import HttpBody, Inflight
 from kvatlas.scorer.api.calls import Calls
 from kvatlas.scorer.api.status import ROLE_OF, code_of
 from kvatlas.scorer.errors import TooLargeError
@@ -129,23 +129,23 @@ class HttpFront:
             self._runner = None
 
     def _posted(self, path: str, name: str) -> _Handler:
-        async def answer(request: web.Request, body: Body) -> Any:
+        async def answer(request: web.Request, body: HttpBody) -> Any:
             return _fields(await self._calls.call(name, _metadata(request), body.read, "json", self._deadline))
 
         return self._handler(path, answer)
 
     def _engine_body(self, path: str, name: str, shape: str) -> _Handler:
-        async def answer(request: web.Request, body: Body) -> Any:
+        async def answer(request: web.Request, body: HttpBody) -> Any:
             found = await self._calls.body(name, _metadata(request), body.read, shape, self._deadline)
             shown = [_fields(one) if name == "Score" else _tokens(one) for one in found]
             return shown[0] if len(shown) == 1 else {"responses": shown}
 
         return self._handler(path, answer)
 
-    def _handler(self, path: str, answer: Callable[[web.Request, Body], Awaitable[Any]]) -> _Handler:
+    def _handler(self, path: str, answer: Callable[[web.Request, HttpBody], Awaitable[Any]]) -> _Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
             try:
-                with Body(request, self._settings, self._inflight) as body:
+                with HttpBody(request, self._settings, self._inflight) as body:
                     return web.json_response(await answer(request, body))
             except KvatlasError as error:
                 return _failed(error)

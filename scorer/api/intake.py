@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple
 
 from kvatlas.bridge.errors import KvatlasError
 from kvatlas.scorer.api.bounds import check_name, check_request
-from kvatlas.scorer.api.names import Names, ServedModels
+from kvatlas.scorer.api.names import ServedModels, ServedNames
 from kvatlas.scorer.api.varints import is_quick, score_request
 from kvatlas.scorer.errors import DeadlineError, InputError, TooLargeError, UnknownModelError
 from kvatlas.scorer.options import ScorerSettings
@@ -62,7 +62,7 @@ class Intake:
         Raises:
             SettingsError: an alias or adapter makes no sense.
         """
-        self.names = Names(settings.aliases, settings.adapters, served)
+        self.names = ServedNames(settings.aliases, settings.adapters, served)
         self._settings = settings
         self._pool = pool
         self._threads = ThreadPoolExecutor(_READERS, "intake")

@@ -51,7 +51,7 @@ def also_named(aliases: Mapping[str, str]) -> Callable[[str], tuple[str, ...]]:
     return lambda model: tuple(names.get(model, ()))
 
 
-class Names:
+class ServedNames:
     """Turns the model and adapter of a request into those of block keys."""
 
     def __init__(self, aliases: Sequence[str], adapters: Sequence[str], served: Callable[[], ServedModels]) -> None:

@@ -46,7 +46,7 @@ def main(cpu_seconds: float, memory_bytes: int) -> None:
         except KvatlasError as error:
             _answer(target, 1, json.dumps([type(error).__name__, str(error)]).encode())
         except MemoryError:
-            os._exit(aside.MEMORY_EXIT)
+            raise SystemExit(aside.MEMORY_EXIT) from None
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
 
