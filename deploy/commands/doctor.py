@@ -16,9 +16,9 @@ from kvatlas.bridge.engines.http import parse_http
 from kvatlas.deploy.cli import common
 from kvatlas.deploy.commands import score
 from kvatlas.deploy.doctor.engine import EngineSeen, judge, look
-from kvatlas.deploy.doctor.findings import Finding, exit_code, markdown, page
+from kvatlas.deploy.doctor.findings import Finding, by_subject, exit_code, markdown, page
 from kvatlas.deploy.doctor.probe import check_probe
-from kvatlas.deploy.doctor.system import check_log, check_scorer
+from kvatlas.deploy.doctor.system import block_size, check_log, check_scorer
 from kvatlas.scorer.client import ScorerClient
 
 HELP: Final = "check engines, Kafka, workers and scorer, and say what to fix"
@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engines-only", action="store_true", help="look at the engines alone, not at Kafka and scorer"
     )
+    parser.add_argument("--skip-kafka", action="store_true", help="do not look at Kafka and the workers on it")
     parser.add_argument("--no-probe", action="store_true", help="send no request through the engines")
     parser.add_argument(
         "--wait", type=float, default=10.0, metavar="SECONDS", help="how long an event may be under way"
@@ -69,17 +70,18 @@ async def _examine(args: argparse.Namespace, urls: list[str]) -> list[Finding]:
         if args.engines_only:
             await _settle(args, engines)
             return [finding for seen in engines for finding in judge(seen)]
-        kafka = common.load_sections(args)["kafka"]
         client = stack.enter_context(score.connect(args))
-        findings += await check_log(kafka, args.app)
-        of_scorer, size = await check_scorer(client, args.scorer, engines)
-        findings += of_scorer
+        if not args.skip_kafka:
+            findings += await check_log(common.load_sections(args)["kafka"], args.app)
+        size = await block_size(client, engines)
         probes = [] if args.no_probe else [await _probe(args, seen, size, client) for seen in engines]
         await _settle(args, engines)
+        # Last: an engine that had nothing to say before the probe is known to the scorer only now.
+        findings += await check_scorer(client, args.scorer, engines)
         for seen in engines:
             findings += judge(seen, size)
         findings += [finding for probe in probes for finding in probe]
-    return findings
+    return by_subject(findings)
 
 
 async def _probe(args: argparse.Namespace, seen: EngineSeen, size: int | None, client: ScorerClient) -> list[Finding]:

@@ -204,6 +204,14 @@ def exit_code(findings: Iterable[Finding]) -> int:
     return 1 if any(finding.state == "fail" for finding in findings) else 0
 
 
+def by_subject(findings: Iterable[Finding]) -> list[Finding]:
+    """Return the findings with those of one subject together, in the order in which subjects first come."""
+    groups: dict[str, list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault(finding.subject, []).append(finding)
+    return [finding for group in groups.values() for finding in group]
+
+
 def page(findings: Iterable[Finding]) -> str:
     """Return the findings as text, by subject, with the fix below what is not in order."""
     marks = {"ok": "ok  ", "warn": "warn", "fail": "FAIL", "skip": "-   "}

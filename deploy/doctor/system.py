@@ -72,25 +72,24 @@ def judge_workers(table: WorkerTable, partitions: int) -> Finding:
     return Finding("workers", "workers", "fail", f"{len(lonely)} of {partitions} have none: {shown}{refused}")
 
 
-async def check_scorer(
-    client: ScorerClient, address: str, engines: Sequence[EngineSeen]
-) -> tuple[list[Finding], int | None]:
-    """Check the scorer, and what it knows of the engines; returns the index's block size too, where it is said."""
+async def check_scorer(client: ScorerClient, address: str, engines: Sequence[EngineSeen]) -> list[Finding]:
+    """Check the scorer, and what it knows of the engines."""
     where = f"scorer {address}"
     try:
         pods = await asyncio.to_thread(client.list_pods)
-        size = await asyncio.to_thread(_block_size, client, engines, pods)
     except ClientError as error:
-        return [Finding("scorer", where, "fail", str(error))], None
-    return [Finding("scorer", where, "ok", f"knows {len(pods)} pods"), *judge_pods(pods, engines)], size
+        return [Finding("scorer", where, "fail", str(error))]
+    return [Finding("scorer", where, "ok", f"knows {len(pods)} pods"), *judge_pods(pods, engines)]
 
 
-def _block_size(client: ScorerClient, engines: Sequence[EngineSeen], pods: Sequence[pb.PodInfo]) -> int | None:
+async def block_size(client: ScorerClient, engines: Sequence[EngineSeen]) -> int | None:
+    """Return the index's block size (tokens) as the scorer says it; None where it does not."""
     models = [seen.facts.models[0] for seen in engines if seen.facts is not None and seen.facts.models]
-    models += [pod.model for pod in pods]
-    for model in models[:1]:
-        return client.score(model, tokens=[1]).block_size_tokens or None
-    return None
+    try:
+        answer = await asyncio.to_thread(client.score, models[0] if models else "any", tokens=[1])
+    except ClientError:
+        return None
+    return answer.block_size_tokens or None
 
 
 def judge_pods(pods: Sequence[pb.PodInfo], engines: Sequence[EngineSeen]) -> list[Finding]:

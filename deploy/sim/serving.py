@@ -32,6 +32,8 @@ from kvatlas.scorer.tokenization.pool import TokenizerPool
 
 #: Response header with the name of the pod that answered.
 POD_HEADER: Final = "x-sim-pod"
+#: What a simulated engine says it is: the version whose wire format and usage it has.
+_VERSION: Final = "0.33.0"
 _MOST_BYTES: Final = 64 * 1024 * 1024
 _DEFAULT_OUTPUT: Final = 16
 _WAIT_SECONDS: Final = 0.005
@@ -72,6 +74,9 @@ class ServedPod:
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/version", self._version)
+        app.router.add_get("/kv_event_sources", self._event_sources)
+        app.router.add_post("/tokenize", self._tokenize)
         for shape in requests.SHAPES:
             path = "/inference/v1/generate" if shape == "generate" else f"/v1/{shape}"
             app.router.add_post(path, self._answer)
@@ -95,6 +100,30 @@ class ServedPod:
     async def _models(self, _request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": self._settings.model, "object": "model"}]})
 
+    async def _version(self, _request: web.Request) -> web.Response:
+        return web.json_response({"version": _VERSION})
+
+    async def _event_sources(self, _request: web.Request) -> web.Response:
+        status = self._pod.status()
+        told = {
+            "enable_kv_cache_events": True,
+            "publisher": "zmq",
+            "endpoint": status.endpoint,
+            "replay_endpoint": status.replay_endpoint,
+            "topic": f"kv@{self._pod.name}@{self._settings.model}",
+        }
+        return web.json_response({"0": told})
+
+    async def _tokenize(self, http: web.Request) -> web.Response:
+        try:
+            body = json.loads(await http.read())
+            asked = requests.read("chat/completions" if "messages" in body else "completions", body)[0]
+            encoded = await self._pool.tokens_of(asked.model, asked)
+        except (ValueError, KvatlasError) as error:
+            return web.json_response({"error": {"message": str(error), "code": 400}}, status=400)
+        tokens = list(memoryview(encoded.ids).cast("I"))
+        return web.json_response({"tokens": tokens, "count": len(tokens)})
+
     async def _metrics(self, _request: web.Request) -> web.Response:
         labels = f'{{engine="0",model_name="{self._settings.model}"}}'
         figures = {
@@ -103,6 +132,11 @@ class ServedPod:
             "vllm:kv_cache_usage_perc": min(1.0, self._used_blocks / self._settings.blocks),
         }
         lines = [f"# TYPE {name} gauge\n{name}{labels} {float(value)}\n" for name, value in figures.items()]
+        size = self._settings.block_size_tokens
+        lines.append(
+            f'vllm:cache_config_info{{block_size="{size}",enable_prefix_caching="True",engine="0",'
+            'hash_block_size="None"} 1.0\n'
+        )
         return web.Response(text="".join(lines))
 
     async def _answer(self, http: web.Request) -> web.StreamResponse:
