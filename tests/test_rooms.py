@@ -69,7 +69,6 @@ INIT_PARAMETERS: Final = 8
 R2_EXCEPTIONS: Final[frozenset[tuple[str, str]]] = frozenset(
     {
         ("scorer.lookups.versions", "scorer.api.core"),
-        ("streams.tasks.stages", "streams.faust_app.table"),
     }
 )
 R3_EXCEPTIONS: Final[frozenset[tuple[str, str]]] = frozenset(
@@ -150,7 +149,6 @@ R8_INIT: Final[frozenset[str]] = frozenset(
         "connector.files.segments.SegmentFiles",
         "scorer.api.core.Core",
         "streams.resolve.updates.BlockUpdates",
-        "streams.tasks.flows.Flows",
     }
 )
 

@@ -23,13 +23,14 @@ from kvatlas.streams.options import WorkerSettings
 from kvatlas.streams.resolve.resolver import ResolveOptions, Resolver
 from kvatlas.streams.state.changelog import Meta, encode_meta, send_claim
 from kvatlas.streams.state.database import RocksBudget
-from kvatlas.streams.state.partition import Role
+from kvatlas.streams.state.partition import PartitionState, Role
 from kvatlas.streams.state.restore import BulkReader
-from kvatlas.streams.tasks.flow import Stage
-from kvatlas.streams.tasks.flows import Flows
+from kvatlas.streams.tasks.index_task import IndexTask
 from kvatlas.streams.tasks.output import Output
 from kvatlas.streams.tasks.pods import PodPublisher
-from kvatlas.streams.tasks.stages import IndexStage, ResolveStage
+from kvatlas.streams.tasks.resolve_task import ResolveTask
+from kvatlas.streams.tasks.task import PartitionTask, TaskLimits, TaskParts
+from kvatlas.streams.tasks.task_set import TaskSet
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class WorkerApp(faust.App):
 
     Attributes:
         reader: bulk reader of changelogs.
-        flows: source topic -> flows of its agent.
+        tasks: source topic -> tasks of its agent.
         sources: source topic -> table that its agent writes.
         fetch_wait_ms: how long a fetch waits at the broker for records.
         roles_listener: called when roles changed, with whether all active partitions are caught up.
@@ -54,7 +55,7 @@ class WorkerApp(faust.App):
     """
 
     reader: BulkReader
-    flows: dict[str, Flows]
+    tasks: dict[str, TaskSet]
     sources: dict[str, BulkTable]
     fetch_wait_ms: int
     lease: Lease
@@ -82,11 +83,11 @@ class WorkerApp(faust.App):
         return cast("SourceConsumer", self.consumer)
 
     def waiting(self) -> Iterator[Waiting]:
-        """Yield the source partitions whose flows wait for a record."""
+        """Yield the source partitions whose tasks wait for a record."""
         for topic, table in self.sources.items():
-            flows = self.flows[topic]
+            tasks = self.tasks[topic]
             for partition in list(table.store.states):
-                if (wanted := flows.waiting(partition)) is not None:
+                if (wanted := tasks.waiting(partition)) is not None:
                     yield Waiting(TP(topic, partition), wanted)
 
     def source_end(self, tp: TP) -> int | None:
@@ -103,14 +104,14 @@ class WorkerApp(faust.App):
         return producer._ensure_producer()
 
     def on_roles_changed(self) -> None:
-        """Let flows run again after a restore and tell who listens."""
-        for flows in self.flows.values():
-            flows.resume()
+        """Let tasks run again after a restore and tell who listens."""
+        for tasks in self.tasks.values():
+            tasks.resume()
         self.tell(restored=True)
 
     async def quiesce(self) -> None:
         """Commit what was applied, drop what is queued, and demote what is active to a flagged copy."""
-        await asyncio.gather(*(flows.stop(_DRAIN_SECONDS) for flows in self.flows.values()))
+        await asyncio.gather(*(tasks.stop(_DRAIN_SECONDS) for tasks in self.tasks.values()))
         if self.publisher is not None:
             self.publisher.forget()
         for table in self.sources.values():
@@ -160,7 +161,7 @@ def build_app(
         partitions: topic (without prefix) -> number of partitions, as the brokers say.
         worker_id: names this worker in the brokers' logs.
         clock: wall clock, ns since the epoch.
-        on_crash: called with the error when a flow ends by one.
+        on_crash: called with the error when a task ends by one.
     """
     app = WorkerApp(
         kafka.topic(group_of(settings)),
@@ -196,7 +197,7 @@ def build_app(
     app.roles_listener = None
     app.fetch_wait_ms = settings.fetch_wait_ms
     app.publisher = None
-    app.flows, app.sources = {}, {}
+    app.tasks, app.sources = {}, {}
     budget = RocksBudget(settings.rocksdb_cache_bytes, settings.write_buffer_bytes)
     engine_changelog, index_changelog = (
         kafka.topic(topic.name) for topic in topics.changelog_topics(settings.versioned_app)
@@ -263,57 +264,86 @@ def _add_resolve(parts: _Parts, table: BulkTable) -> None:
         writer=pod_ids.streams_writer(settings.index_version),
     )
 
-    def make_stage(partition: int) -> ResolveStage:
+    def make_task(common: TaskParts) -> ResolveTask:
         resolver = Resolver(options, partitions[settings.blocks_topic], parts.clock)
-        return ResolveStage(table, partition, resolver, output=parts.output, pods=publisher, settings=settings)
+        return ResolveTask(common, resolver, output=parts.output, pods=publisher)
 
     app.publisher = publisher
-    _add_flows(parts, source, "resolve", table, make_stage)
+    _add_tasks(parts, source, "resolve", table, make_task)
 
 
 def _add_index(parts: _Parts, table: BulkTable) -> None:
-    _add_flows(
-        parts,
-        parts.kafka.topic(parts.settings.blocks_topic),
-        "index",
-        table,
-        lambda partition: IndexStage(table, partition, parts.output, parts.settings),
-    )
+    source = parts.kafka.topic(parts.settings.blocks_topic)
+    _add_tasks(parts, source, "index", table, lambda common: IndexTask(common, parts.output))
 
 
-def _add_flows(parts: _Parts, source: str, name: str, table: BulkTable, make_stage: Callable[[int], Stage]) -> None:
-    flows = Flows(
+def _add_tasks(
+    parts: _Parts, source: str, name: str, table: BulkTable, make_task: Callable[[TaskParts], PartitionTask]
+) -> None:
+    settings = parts.settings
+    tasks = TaskSet(
         name,
-        make_stage,
-        lambda partition: _applied(table, partition),
-        parts.settings.buffer_records,
-        parts.on_crash,
-        rewind=lambda partition, offset: parts.app.source_consumer().rewind(TP(source, partition), offset),
-        may_commit=lambda: parts.app.lease.valid,
-        pass_hole=lambda partition, offset: parts.app.source_consumer().pass_hole(TP(source, partition), offset),
-        on_committed=lambda partition, offset: parts.app.source_consumer().committed(TP(source, partition), offset),
-        commit_interval_seconds=parts.settings.commit_interval_ms / 1000,
+        TableSource(parts.app, source, table),
+        table,
+        TaskLimits(
+            settings.flush_records,
+            settings.flush_updates,
+            settings.slice_updates,
+            settings.commit_interval_ms / 1000,
+        ),
+        make_task=make_task,
+        buffer_records=settings.buffer_records,
+        on_failed=parts.on_crash,
     )
     parts.app.sources[source] = table
-    parts.app.flows[source] = flows
-    _agent(parts.app, source, name, flows)
+    parts.app.tasks[source] = tasks
+    _agent(parts.app, source, name, tasks)
 
 
-def _applied(table: BulkTable, partition: int) -> int | None:
-    """Return the source offset that an active partition reflects; None when it is not ours to write."""
-    state = table.store.states.get(partition)
-    return state.meta.source_offset if state is not None and state.role is Role.ACTIVE else None
+class TableSource:
+    """A :class:`~kvatlas.streams.tasks.task.SourceTopic` over Faust's consumer and the table.
+
+    Args:
+        app: the app.
+        topic: the source topic.
+        table: the table that reflects it.
+    """
+
+    def __init__(self, app: WorkerApp, topic: str, table: BulkTable) -> None:
+        self._app, self._topic, self._table = app, topic, table
+
+    @property
+    def sure(self) -> bool:
+        """Whether the group surely counts this worker in."""
+        return self._app.lease.valid
+
+    def partition(self, number: int) -> PartitionState | None:
+        """Return the table's partition, None when it is not ours to write."""
+        state = self._table.store.states.get(number)
+        return state if state is not None and state.role is Role.ACTIVE else None
+
+    def rewind(self, number: int, offset: int) -> None:
+        """Have the source partition read again from an offset."""
+        self._app.source_consumer().rewind(TP(self._topic, number), offset)
+
+    def skip_to(self, number: int, offset: int) -> None:
+        """Take note that the topic has lost the records before an offset."""
+        self._app.source_consumer().skip_to(TP(self._topic, number), offset)
+
+    def committed(self, number: int, offset: int) -> None:
+        """Take note that the table has a source partition up to a record."""
+        self._app.source_consumer().committed(TP(self._topic, number), offset)
 
 
-def _agent(app: WorkerApp, source: str, name: str, flows: Flows) -> None:
+def _agent(app: WorkerApp, source: str, name: str, tasks: TaskSet) -> None:
     topic = app.topic(
         source, key_type=bytes, value_type=bytes, key_serializer="raw", value_serializer="raw", allow_empty=True
     )
 
     async def agent(stream: Any) -> None:
-        # What Faust acknowledges here was only handed over; which offsets are done, the flows tell the consumer.
+        # What Faust acknowledges here was only handed over; which offsets are done, the tasks tell the consumer.
         async for event in stream.events():
-            await flows.offer(event.message.records)
+            await tasks.offer(event.message.records)
 
     app.agent(topic, name=name)(agent)
 

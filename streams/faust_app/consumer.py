@@ -1,9 +1,9 @@
-"""Reading the source topics: where reading begins, and reading again what was lost on its way to a flow.
+"""Reading the source topics: where reading begins, and reading again what was lost on its way to a task.
 
 Between the brokers and an agent, Faust may drop records that the consumer has already moved past: a rebalance empties
 the streams' queues, and cuts off the delivery in progress. What an agent has not seen is then never read again. So
-nothing here trusts the consumer's position: it is set to what the tables reflect after every restore, a flow that
-sees a hole has it read again, and a :class:`Watchdog` does the same when nothing comes although there is something.
+nothing here trusts the consumer's position: it is set to what the tables reflect after every restore, a task that
+sees a gap has it read again, and a :class:`Watchdog` does the same when nothing comes although there is something.
 
 Faust carries what one fetch brought for a topic as one message, a :class:`Batch`: two tasks, an event and an
 acknowledgement a record are most of what a worker would do otherwise, and its turns of the event loop most of the
@@ -67,7 +67,7 @@ class _Ahead(NamedTuple):
 class _NoPositions(dict[TP, int | None]):
     """Faust's note of the newest offset that it has delivered, which it uses to drop what is read again.
 
-    It may be ahead of what arrived, and a delivery in progress moves it on after a seek; flows drop what they have.
+    It may be ahead of what arrived, and a delivery in progress moves it on after a seek; tasks drop what they have.
     """
 
     def __getitem__(self, tp: TP) -> None:
@@ -169,7 +169,7 @@ class SourceConsumer(driver.Consumer):
         return bool(self.flow_active and self.app.consumer_generation_id == generation)
 
     def committed(self, tp: TP, offset: int) -> None:
-        """Take note that a flow has committed a source partition up to a record, and all before it."""
+        """Take note that a task has committed a source partition up to a record, and all before it."""
         self._done[tp] = offset + 1
 
     def _filter_tps_with_pending_acks(self, topics: Any = None) -> Iterator[TP]:
@@ -202,7 +202,7 @@ class SourceConsumer(driver.Consumer):
         thread: Any = self._thread
         thread.rewind(tp, offset)
 
-    def pass_hole(self, tp: TP, offset: int) -> None:
+    def skip_to(self, tp: TP, offset: int) -> None:
         """Take note that the topic has no records just before ``offset``: commits wait for none of them."""
         self._committed_offset[tp] = offset
 
@@ -214,11 +214,11 @@ class SourceTransport(driver.Transport):
 
 
 class Waiting(NamedTuple):
-    """A source partition whose flow has nothing to do.
+    """A source partition whose task has nothing to do.
 
     Attributes:
         tp: the partition.
-        wanted: offset of the record that the flow waits for.
+        wanted: offset of the record that the task waits for.
     """
 
     tp: TP
@@ -226,10 +226,10 @@ class Waiting(NamedTuple):
 
 
 class Watchdog:
-    """Has a partition read again when its flow waits for a record that the topic has.
+    """Has a partition read again when its task waits for a record that the topic has.
 
     Args:
-        waiting: yields the partitions whose flows wait.
+        waiting: yields the partitions whose tasks wait.
         end_of: partition -> end of its topic as seen last, None when unknown.
         rewind: reads a partition again from an offset.
         clock: monotonic, seconds.

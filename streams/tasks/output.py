@@ -22,7 +22,7 @@ class _Waiting(NamedTuple):
 
 def _finish(waiting: Sequence[_Waiting], error: Exception | None = None) -> None:
     for one in waiting:
-        if not one.done.done():  # else its flow was cut off
+        if not one.done.done():  # else its task was cut off
             if error is None:
                 one.done.set_result(None)
             else:

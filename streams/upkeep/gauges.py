@@ -37,14 +37,14 @@ class Gauges:
         """Read off once."""
         shown: set[tuple[str, str, int]] = set()
         for topic, table in self._app.sources.items():
-            flows = self._app.flows[topic]
+            tasks = self._app.tasks[topic]
             self._table(table)
-            metrics.QUEUED_RECORDS.labels(flows.name).set(flows.held)
+            metrics.QUEUED_RECORDS.labels(tasks.name).set(tasks.held)
             for state in table.store.states.values():
                 if state.role is Role.ACTIVE:
-                    shown.add((flows.name, table.name, state.partition))
+                    shown.add((tasks.name, table.name, state.partition))
                     metrics.APPLIED_OFFSET.labels(table.name, state.partition).set(state.meta.source_offset)
-                    self._lag(flows.name, TP(topic, state.partition), state.reflected)
+                    self._lag(tasks.name, TP(topic, state.partition), state.reflected)
         for agent, name, partition in self._shown - shown:  # another worker shows them now
             metrics.APPLIED_OFFSET.remove(name, partition)
             metrics.LAG_RECORDS.remove(agent, partition)

@@ -32,6 +32,6 @@ async def test_what_the_streams_queues_lose_is_read_again(brokers: str, topic_pr
                     app.flow_control.clear()
                     await asyncio.sleep(0.005)
         assert_true(await until_true(kafka, fleet.truth()), 4)
-        assert sum(flows.missed for flows in app.flows.values()) == 0
+        assert sum(tasks.missed for tasks in app.tasks.values()) == 0
     finally:
         await service.stop()

@@ -12,7 +12,7 @@ AT = TP("kv-events", 3)
 
 
 class Source:
-    """A partition whose flow waits, with the topic's end and a clock, all set by the test."""
+    """A partition whose task waits, with the topic's end and a clock, all set by the test."""
 
     def __init__(self) -> None:
         self.wanted: int | None = 7

@@ -120,7 +120,7 @@ def test_batches_go_the_way_of_messages() -> None:
 
 
 def test_only_finished_offsets_are_committed() -> None:
-    """What a flow has committed is committed to the group once; what Faust acknowledged of a source topic is not."""
+    """What a task has committed is committed to the group once; what Faust acknowledged of a source topic is not."""
     made = SourceConsumer.__new__(SourceConsumer)
     made.app = SimpleNamespace(sources={"kv-blocks": None})
     made._done, made._acked, made._acked_index = {}, defaultdict(list), defaultdict(set)

@@ -140,7 +140,7 @@ def test_an_overlay_reads_its_own_writes_and_leaves_the_state_alone(tmp_path: Pa
 def test_a_full_disk_is_named_with_its_folder_and_what_to_do() -> None:
     """RocksDB's words are found among the causes of whatever the app died of; other errors are not taken for it."""
     cause = Exception("IO error: No space left on device: While appending to file: /s/engine_blocks-1.db/000058.sst")
-    crash = RuntimeError("the flow ended")
+    crash = RuntimeError("the task ended")
     crash.__cause__ = cause
     found = full_disk(crash, "/s")
     assert found is not None

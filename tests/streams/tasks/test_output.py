@@ -1,4 +1,4 @@
-"""Tests of how block updates of several flows share their records."""
+"""Tests of how block updates of several tasks share their records."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ async def settle() -> None:
 
 
 async def test_what_comes_while_updates_are_sent_shares_the_next_records() -> None:
-    """The first go at once; those of flows that come meanwhile go together, one record a partition."""
+    """The first go at once; those of tasks that come meanwhile go together, one record a partition."""
     producer = Producer()
     producer.gate.clear()
     output = output_of(producer)
@@ -81,7 +81,7 @@ async def test_what_comes_while_updates_are_sent_shares_the_next_records() -> No
 
 
 async def test_a_failure_reaches_everybody_whose_updates_were_sent_and_nobody_else() -> None:
-    """Each flow sends its own again; the next ones are not held up."""
+    """Each task sends its own again; the next ones are not held up."""
     producer = Producer()
     producer.gate.clear()
     output = output_of(producer)

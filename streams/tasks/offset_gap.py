@@ -16,11 +16,11 @@ class Verdict(enum.Enum):
     ACCEPT = "accept"
 
 
-class Hole:
+class OffsetGap:
     """Judges whether records that are missing were lost on their way, or are not in the topic.
 
     Records of one reading come with rising offsets; one that is not above the last begins another reading. When two
-    readings that began where the hole begins have nothing there, retention took the records.
+    readings that began where the gap begins have nothing there, retention took the records.
     """
 
     def __init__(self) -> None:
