@@ -16,14 +16,17 @@ class BridgeSettings(Section, frozen=True, kw_only=True):
     engines: Annotated[
         list[str],
         Meta(
-            description="engine endpoint: http://HOST:PORT of its API, which tells the rest, or tcp://HOST:PORT[,tcp://HOST:REPLAY][,pod=NAME][,model=NAME]"
-            "[,engine=vllm|sglang][,dp=N][,store=NAME][,announcements=copies|presence]"
+            description="engine endpoint: http://HOST:PORT of its API, which tells the rest, or "
+            "tcp://HOST:PORT[,tcp://HOST:REPLAY][,pod=NAME][,model=NAME]"
+            "[,engine=vllm|sglang][,dp=N][,store=NAME][,announcements=auto|copies|presence][,chunk_blocks=N]"
         ),
     ] = []  # noqa: RUF012 - msgspec copies it
     engines_file: Annotated[str, Meta(description="TOML, YAML or JSON file of endpoints, watched for changes")] = ""
     dns: Annotated[
         list[str],
-        Meta(description="name with one A record per pod, as an endpoint: tcp://NAME:PORT[,tcp://NAME:REPLAY][,...]"),
+        Meta(
+            description="name with one A (or AAAA) record per pod, as an endpoint: tcp://NAME:PORT[,tcp://NAME:REPLAY][,...]"
+        ),
     ] = []  # noqa: RUF012 - msgspec copies it
     kubernetes_selector: Annotated[
         str, Meta(description="label selector of the pods that run engines; empty: no discovery from Kubernetes")
@@ -31,7 +34,11 @@ class BridgeSettings(Section, frozen=True, kw_only=True):
     kubernetes_namespace: Annotated[str, Meta(description="their namespace; empty: all")] = ""
     kubernetes_config: Annotated[str, Meta(description="kubeconfig file; empty: the pod's own service account")] = ""
     kubernetes_annotations: Annotated[
-        str, Meta(description="prefix of the annotations port, replay-port, model, engine, dp, store, announcements")
+        str,
+        Meta(
+            description="prefix of the annotations port, replay-port, model, engine, dp, store, announcements, "
+            "chunk-blocks"
+        ),
     ] = "kvatlas.io/"
     kubernetes_port: Annotated[int, Meta(description="live port without annotation", ge=1, le=65535)] = 5557
     kubernetes_replay_port: Annotated[

@@ -47,12 +47,19 @@ class WorkerSettings(Section, frozen=True, kw_only=True):
     block_size_tokens: Annotated[int, Meta(description="tokens in a canonical block", ge=1, le=4096)] = 16
 
     announcements: Annotated[
-        Literal["presence", "copies"],
-        Meta(description="what an engine's repeated store means: still there, or one more copy to be removed"),
-    ] = "copies"
+        Literal["auto", "copies", "presence"],
+        Meta(
+            description="what an engine's repeated store means: one more copy to be removed, still there, or "
+            "(auto) one more copy unless its place in the stream shows a report of what is there"
+        ),
+    ] = "auto"
     clears: Annotated[
-        Literal["all", "gpu"], Meta(description="tiers that an engine's clear of its prefix cache ends")
-    ] = "all"
+        Literal["engine", "all", "gpu"],
+        Meta(
+            description="tiers that an engine's clear of its prefix cache ends; engine: the GPU of vLLM, all but "
+            "the shared ones of SGLang"
+        ),
+    ] = "engine"
     strict_gaps: Annotated[bool, Meta(description="an unrepaired gap ends all older entries of the pod")] = False
     default_store: Annotated[str, Meta(description="shared store of pods that announce shared blocks")] = "default"
     orphan_blocks: Annotated[

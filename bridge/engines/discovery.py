@@ -105,8 +105,12 @@ async def resolve(text: str) -> list[EngineSpec]:
     """
     host = parse_engine(text)[0].live.partition("://")[2].rpartition(":")[0]
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(host, None, family=socket.AF_INET, type=socket.SOCK_STREAM)
+        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise UnresolvedError(f"DNS name {host}: {error}") from error
-    addresses = sorted({str(entry[4][0]) for entry in found})
+    # A pod of two families has an address of each: one is enough.
+    old = {str(entry[4][0]) for entry in found if entry[0] == socket.AF_INET}
+    addresses = sorted(old or {f"[{entry[4][0]}]" for entry in found if entry[0] == socket.AF_INET6})
+    if not addresses:
+        raise UnresolvedError(f"DNS name {host}: no IPv4 or IPv6 address")
     return [spec for address in addresses for spec in parse_engine(text.replace(f"://{host}:", f"://{address}:"))]

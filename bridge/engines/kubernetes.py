@@ -3,7 +3,8 @@
 A thread lists the pods and then watches from there; when the watch breaks or its place is too old (410), it lists
 again. A pod is taken once it is ready, and kept while it runs: an engine that fails its readiness for a while still
 has its cache. Annotations of a pod (prefix ``kvatlas.io/`` by default) say what an endpoint spec says: ``port``,
-``replay-port``, ``model``, ``engine``, ``dp``, ``store``, ``announcements``.
+``replay-port``, ``model``, ``engine``, ``dp``, ``store``, ``announcements``,
+``chunk-blocks``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from kvatlas.bridge.options import BridgeSettings
 _WATCH_SECONDS: Final = 240
 _CONNECT_SECONDS: Final = 10
 _BACKOFF_SECONDS: Final = (0.2, 0.5, 1.0, 2.0, 5.0)
-_OPTIONS: Final = ("model", "engine", "dp", "store", "announcements")
+_OPTIONS: Final = ("model", "engine", "dp", "store", "announcements", "chunk-blocks")
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def pod_specs(pod: Mapping[str, Any], settings: BridgeSettings) -> list[EngineSp
     host = f"[{address}]" if ":" in address else address
     port = notes.get(f"{prefix}port", str(settings.kubernetes_port))
     replay = notes.get(f"{prefix}replay-port", str(settings.kubernetes_replay_port))
-    options = {name: str(notes[prefix + name]) for name in _OPTIONS if prefix + name in notes}
+    options = {name.replace("-", "_"): str(notes[prefix + name]) for name in _OPTIONS if prefix + name in notes}
     options["pod"] = str(meta.get("name", ""))
     where = f"pod {meta.get('namespace', '')}/{meta.get('name', '')}"
     return engine_specs(where, f"tcp://{host}:{port}", "" if replay in ("", "0") else f"tcp://{host}:{replay}", options)

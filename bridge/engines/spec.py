@@ -7,10 +7,12 @@ from typing import Any, Final
 import msgspec
 
 from kvatlas.bridge.errors import SettingsError
+from kvatlas.bridge.model import topics
 from kvatlas.bridge.model.adapters import ADAPTERS
 
-COPIES: Final = "copies"
-PRESENCE: Final = "presence"
+#: What an engine's announcements mean, see ``announcements`` of :class:`EngineSpec`.
+ANNOUNCEMENTS: Final = ("auto", "copies", "presence")
+_CHUNK_MAX: Final = 65_536
 
 
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,8 +28,10 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
         ranks: ranks of the engine.
         store: shared store that the pod mounts.
         bound: whether the engine connected to us (``live`` is then a name, not an address).
-        announcements: ``copies`` or ``presence``: whether every copy of a block is announced and removed on its own;
-            empty for the deployment's default.
+        announcements: ``copies``, ``presence`` or ``auto``: whether every copy of a block is announced and removed on
+            its own; empty for the deployment's default.
+        chunk_blocks: engine blocks that its offload tier stores and loads as one, for engines whose events name a
+            chunk by one key without saying so; 0 where the events say it.
     """
 
     live: str
@@ -39,6 +43,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     ranks: int = 1
     store: str = ""
     announcements: str = ""
+    chunk_blocks: int = 0
     bound: bool = False
 
     def replace(self, **changes: Any) -> EngineSpec:
@@ -49,6 +54,15 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     def key(self) -> str:
         """What tells endpoints apart."""
         return self.live
+
+    def headers(self) -> topics.Headers:
+        """Return the headers that tell readers of the pod's messages what only its endpoint's options say."""
+        told = {
+            topics.H_STORE: self.store,
+            topics.H_ANNOUNCEMENTS: self.announcements,
+            topics.H_CHUNK_BLOCKS: str(self.chunk_blocks) if self.chunk_blocks else "",
+        }
+        return [(name, value.encode()) for name, value in told.items() if value]
 
     @property
     def fallback_pod(self) -> str:
@@ -111,8 +125,8 @@ def split_spec(text: str, names: tuple[str, ...]) -> tuple[list[str], dict[str, 
     return addresses, options
 
 
-_OPTIONS: Final = ("pod", "model", "engine", "dp", "store", "announcements")
-_BIND_OPTIONS: Final = ("model", "engine", "store", "announcements", "replay_port")
+_OPTIONS: Final = ("pod", "model", "engine", "dp", "store", "announcements", "chunk_blocks")
+_BIND_OPTIONS: Final = ("model", "engine", "store", "announcements", "chunk_blocks", "replay_port")
 
 
 def engine_specs(where: str, live: str, replay: str, options: dict[str, str]) -> list[EngineSpec]:
@@ -131,8 +145,15 @@ def engine_specs(where: str, live: str, replay: str, options: dict[str, str]) ->
     if engine not in ADAPTERS:
         raise SettingsError(f"engine {where!r}: engine={engine!r}; known engines: {', '.join(sorted(ADAPTERS))}")
     announcements = options.get("announcements", "")
-    if announcements not in ("", COPIES, PRESENCE):
-        raise SettingsError(f"engine {where!r}: announcements={announcements!r}; expected {COPIES} or {PRESENCE}")
+    if announcements and announcements not in ANNOUNCEMENTS:
+        known = ", ".join(ANNOUNCEMENTS)
+        raise SettingsError(f"engine {where!r}: announcements={announcements!r}; expected one of {known}")
+    chunk = options.get("chunk_blocks", "0")
+    if not chunk.isdecimal() or int(chunk) > _CHUNK_MAX:
+        raise SettingsError(
+            f"engine {where!r}: chunk_blocks={chunk!r}; expected engine blocks in a chunk of its offload tier, up to "
+            f"{_CHUNK_MAX}"
+        )
     ranks = options.get("dp", "1")
     if not ranks.isdecimal() or not 1 <= int(ranks) <= 1024:
         raise SettingsError(f"engine {where!r}: dp={ranks!r}; expected the number of ranks, 1 to 1024")
@@ -156,6 +177,7 @@ def engine_specs(where: str, live: str, replay: str, options: dict[str, str]) ->
             ranks=int(ranks),
             store=options.get("store", ""),
             announcements=announcements,
+            chunk_blocks=int(chunk),
         )
         for rank in range(int(ranks))
     ]
@@ -167,6 +189,10 @@ def _check_address(where: str, address: str) -> None:
         raise SettingsError(f"engine {where!r}: address {address!r}; expected tcp://HOST:PORT or ipc://PATH")
     if scheme == "tcp":
         host, colon, port = rest.rpartition(":")
+        if ":" in host and not host.startswith("["):
+            raise SettingsError(
+                f"engine {where!r}: address {address!r}; an IPv6 address stands in brackets: tcp://[{host}]:{port}"
+            )
         if not colon or not host or "*" in host or not port.isdecimal() or not 0 < int(port) < 65536:
             raise SettingsError(f"engine {where!r}: address {address!r}; expected tcp://HOST:PORT to connect to")
 

@@ -298,9 +298,7 @@ class PodStream:
             (topics.H_ENGINE, self.spec.engine.encode()),
             (topics.H_MODEL, found.model.encode()),
         ]
-        for name, value in ((topics.H_STORE, self.spec.store), (topics.H_ANNOUNCEMENTS, self.spec.announcements)):
-            if value:
-                self._fixed.append((name, value.encode()))
+        self._fixed += self.spec.headers()
         self.record = msgspec.structs.replace(
             known.record,
             state=records.LIVE,

@@ -27,8 +27,9 @@ TOKEN_BYTES: Final = 4
 _digest = xxhash.xxh3_128_digest
 _encode = msgspec.msgpack.Encoder(order="deterministic").encode
 
-#: One extra key of one block: ``("mm", item hash, offset of the item's first token relative to the block)`` or
-#: ``("raw", the engine's value)`` for what has no type of ours.
+#: One extra key of one block: ``("mm", item hash, offset of the item's first token relative to the block)``,
+#: ``("wide", token id above 32 bits, its offset in the block)`` or ``("raw", the engine's value)`` for what has no
+#: type of ours.
 ExtraKey = tuple[str, object] | tuple[str, object, int]
 
 
@@ -50,6 +51,62 @@ def pack_tokens(token_ids: Sequence[int]) -> bytes:
     return packed.tobytes()
 
 
+def pack_wide_tokens(token_ids: Sequence[int]) -> tuple[bytes, dict[int, int]]:
+    """Pack token ids of up to 64 bits: their low 32 bits as :func:`pack_tokens`, and the whole ids of wide ones.
+
+    Engines that put a picture's hash in place of its tokens use ids above 32 bits. The key of a block has them as
+    ``("wide", id, offset)`` extra keys.
+
+    Returns:
+        The packed low halves, and position -> id of the tokens above 2**32 - 1.
+
+    Raises:
+        OverflowError: a token id is negative or above 2**64 - 1.
+        TypeError: a token id is not an integer.
+    """
+    wide = {at: token for at, token in enumerate(token_ids) if token > _TOKEN_MAX}
+    if any(token > _WIDE_MAX for token in wide.values()):
+        raise OverflowError("token id is above 2**64 - 1")
+    return pack_tokens([token & _TOKEN_MAX if token > _TOKEN_MAX else token for token in token_ids]), wide
+
+
+def wide_extra(wide: Mapping[int, int], block_size_tokens: int, blocks: int) -> list[list[ExtraKey]]:
+    """Return the extra keys of each block that wide tokens of :func:`pack_wide_tokens` make."""
+    extra: list[list[ExtraKey]] = [[] for _ in range(blocks)]
+    for at, token in wide.items():
+        number, offset = divmod(at, block_size_tokens)
+        if number < blocks:
+            extra[number].append(("wide", token, offset))
+    return extra
+
+
+def ahead_key(key: bytes, next_token: bytes) -> bytes:
+    """Return the name of a block together with the token behind it (4 bytes, little-endian).
+
+    Engines whose cache is keyed by pairs of tokens hold a block only for prompts that go on with the same token.
+    """
+    return _digest(key + b"\x01ahead" + next_token)
+
+
+def ahead_keys(keys: Sequence[bytes], packed: bytes, block_size_tokens: int) -> list[bytes]:
+    """Return :func:`ahead_key` of a prompt's blocks; a last block with no token behind it has none.
+
+    Args:
+        keys: the block keys from :func:`block_keys`.
+        packed: the prompt's tokens, from its start.
+        block_size_tokens: tokens in one block.
+    """
+    step = block_size_tokens * TOKEN_BYTES
+    ends = range(step, (len(keys) + 1) * step, step)
+    return [
+        ahead_key(key, packed[end : end + TOKEN_BYTES])
+        for key, end in zip(keys, ends, strict=True)
+        if end + TOKEN_BYTES <= len(packed)
+    ]
+
+
+_TOKEN_MAX: Final = (1 << 32) - 1
+_WIDE_MAX: Final = (1 << 64) - 1
 _BIG_ENDIAN: Final = array("H", [1]).tobytes() != b"\x01\x00"
 
 

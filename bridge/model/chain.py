@@ -7,6 +7,9 @@ goes on from::
     C = 4, E = 3:   | 0 1 2 | 3 4 5 | 6 7 8 |      engine blocks a, b, c
                     | 0 1 2 3 | 4 5 6 7 | 8 ..     a names none, b names the first, c the second
 
+An engine whose cache is keyed by pairs of tokens has a block only for prompts that also go on with the same token:
+what the index knows is then the block's name together with that token, while the chain goes on from its plain key.
+
 Offsets of multimodal items are relative to the engine block on the wire and to the canonical block in its key. The
 length of a placeholder is not on the wire: with E > C an item counts from the canonical block it begins in to the end
 of the engine block, so canonical blocks behind its end carry it too and match no prompt of ours.
@@ -20,7 +23,7 @@ from typing import Any, Final
 import msgspec
 
 from kvatlas.bridge.errors import WireError
-from kvatlas.bridge.model.block_key import KEY_BYTES, TOKEN_BYTES, ExtraKey, chain, encode_extra
+from kvatlas.bridge.model.block_key import KEY_BYTES, TOKEN_BYTES, ExtraKey, ahead_key, chain, encode_extra
 
 _MAX_OFFSET: Final = 1 << 40
 
@@ -75,6 +78,8 @@ def extend(
     tokens: bytes,
     extra: Sequence[ExtraKey],
     canonical_tokens: int,
+    *,
+    ahead: bytes = b"",
 ) -> tuple[bytes, list[bytes], Tail]:
     """Lay one engine block behind a tail.
 
@@ -84,9 +89,11 @@ def extend(
         tokens: its tokens, little-endian u32.
         extra: its typed extra keys, offsets relative to it.
         canonical_tokens: canonical block size.
+        ahead: the token behind it, of engines whose blocks also depend on that one; its canonical blocks then have
+            the names of :func:`~kvatlas.bridge.model.block_key.ahead_key`.
 
     Returns:
-        The packed keys of the canonical blocks that end in it, the engine keys before it in the first of them, and
+        The packed names of the canonical blocks that end in it, the engine keys before it in the first of them, and
         the tail behind it.
     """
     step = canonical_tokens * TOKEN_BYTES
@@ -98,11 +105,13 @@ def extend(
         return b"", [], Tail(tail.key, packed, merged, [*tail.members, engine_key])
     key = tail.key
     keys: list[bytes] = []
+    behind = packed + ahead
     for number in range(blocks):
         touching = _inside(_moved(ours, -number * canonical_tokens), canonical_tokens)
         items = [*tail.extra, *touching] if number == 0 else touching
-        key = chain(key, packed[number * step : (number + 1) * step], canonical_extra(items))
-        keys.append(key)
+        end = (number + 1) * step
+        key = chain(key, packed[number * step : end], canonical_extra(items))
+        keys.append(ahead_key(key, behind[end : end + TOKEN_BYTES]) if ahead else key)
     if not rest:
         return b"".join(keys), tail.members, Tail(key)
     open_extra = list(_distinct(_moved(ours, -blocks * canonical_tokens)))
@@ -120,11 +129,18 @@ def _inside(items: Iterable[ExtraKey], size_tokens: int) -> list[ExtraKey]:
 
 
 def _moved(items: Iterable[ExtraKey], by_tokens: int) -> list[ExtraKey]:
-    return [("mm", item[1], item[2] + by_tokens) if _placed(item) else item for item in items]  # type: ignore[misc]
+    """Return items with offsets from a block further on; a wide token of an earlier block is not among them."""
+    moved: list[ExtraKey] = []
+    for item in items:
+        if not _placed(item):
+            moved.append(item)
+        elif item[0] == "mm" or item[2] + by_tokens >= 0:  # type: ignore[misc]
+            moved.append((item[0], item[1], item[2] + by_tokens))  # type: ignore[misc]
+    return moved
 
 
 def _placed(item: ExtraKey) -> bool:
-    return item[0] == "mm" and len(item) == 3 and type(item[2]) is int
+    return item[0] in ("mm", "wide") and len(item) == 3 and type(item[2]) is int
 
 
 def _distinct(items: Iterable[ExtraKey]) -> Iterable[ExtraKey]:

@@ -7,6 +7,7 @@ an int becomes its 8 big-endian bytes modulo 2**64, bytes stay as they are and a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum
 from typing import Final
 
@@ -36,8 +37,9 @@ class Kind(IntEnum):
     """Encoder-only and cross attention: a prefix hit does not need this group."""
 
 
-#: vLLM's ``kv_cache_spec_kind`` -> kind; an unknown text counts as full attention (never over-credits).
-KINDS: Final = {
+#: vLLM's ``kv_cache_spec_kind`` -> kind; another text counts as full attention (never over-credits).
+KINDS: Final[Mapping[str, Kind | None]] = {
+    "unknown": None,
     "full_attention": Kind.FULL,
     "mla_attention": Kind.FULL,
     "sink_full_attention": Kind.FULL,
@@ -57,11 +59,18 @@ _TIERS: Final = {
     "hbm": Tier.GPU,
     "cpu": Tier.CPU,
     "cpu_pinned": Tier.CPU,
+    "cpu_tier1": Tier.CPU,
+    "cpu_tier2": Tier.DISK,
     "disk": Tier.DISK,
+    "nvme": Tier.DISK,
     "fs": Tier.DISK,
     "obj": Tier.SHARED,
     "object_store": Tier.SHARED,
     "shared_storage": Tier.SHARED,
+    "external": Tier.SHARED,
+    "network": Tier.SHARED,
+    "remote": Tier.SHARED,
+    "shared": Tier.SHARED,
 }
 
 
@@ -80,6 +89,22 @@ def engine_key(value: int | bytes) -> bytes:
     return value
 
 
+class Context(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Tokens between the last block that was announced and an event's parent: for the chain only, not resident.
+
+    Attributes:
+        parent: engine key of the last announced block, None at the start of a prompt.
+        tokens: the tokens since, little-endian u32; whole blocks.
+        extra: typed extra keys of each of their blocks, or empty.
+        cache_salt: salt of the first of them, as in :class:`Stored`.
+    """
+
+    parent: bytes | None
+    tokens: bytes
+    extra: list[list[ExtraKey]] = []
+    cache_salt: str | None = None
+
+
 class Stored(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Blocks became available on one tier of the pod.
 
@@ -91,13 +116,20 @@ class Stored(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         block_size_tokens: tokens per engine block; 0 for placeholders.
         tier: where the blocks are.
         group: KV-cache group index.
-        kind: attention kind of the group.
+        kind: attention kind of the group; None when the event does not say, so that what is known stays.
         window_tokens: sliding window of the group, 0 when it has none.
         lora: adapter name, None for the base model.
         cache_salt: salt of the first block when ``parent`` is None and the event says it.
         extra: per block the typed extra keys (LoRA and salt taken out), or empty when no block has any.
         masked: the tokens do not line up with the keys, so no key may be derived from them.
         lookahead: the engine hashed tokens behind each block into its key, so that two keys may name one block.
+        ahead: the one token behind the last block, little-endian u32, from an engine whose cache is keyed by pairs of
+            tokens (speculative decoding in SGLang): a block then counts only when the token behind it is the same too.
+        ownership: whose copy it is, empty for the engine's own; one owner's removal leaves the others' copies.
+        unnamed: the event never carries salts, pictures and embeddings, so tokens alone do not name its blocks; what
+            is known of an engine key stands.
+        bare: an unnamed event that says no group either, as stores do whose keys are not the engine's own.
+        context: tokens between the last announced block and ``parent``, when the event has them.
     """
 
     keys: list[bytes]
@@ -106,21 +138,36 @@ class Stored(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     block_size_tokens: int = 0
     tier: Tier = Tier.GPU
     group: int = 0
-    kind: Kind = Kind.FULL
+    kind: Kind | None = None
     window_tokens: int = 0
     lora: str | None = None
     cache_salt: str | None = None
     extra: list[list[ExtraKey]] = []
     masked: bool = False
     lookahead: bool = False
+    ahead: bytes = b""
+    ownership: str = ""
+    unnamed: bool = False
+    bare: bool = False
+    context: Context | None = None
 
 
 class Removed(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """Blocks are gone from one tier; ``group`` None means group 0, as engines without groups mean it."""
+    """Blocks are gone from one tier.
+
+    Attributes:
+        keys: engine keys of the blocks.
+        tier: where they were.
+        group: KV-cache group index; 0 for engines without groups.
+        ownership: whose copies are gone, as in :class:`Stored`.
+        remaining: copies left of each block, 0 for none, None where the engine does not know; empty when it never says.
+    """
 
     keys: list[bytes]
     tier: Tier = Tier.GPU
     group: int = 0
+    ownership: str = ""
+    remaining: list[int | None] = []
 
 
 class Cleared(msgspec.Struct, frozen=True, gc=False):

@@ -76,6 +76,9 @@ class PodRecord(msgspec.Struct, frozen=True, kw_only=True):
         lost: messages lost for good since the pod is known.
         groups: KV-cache groups by index.
         store: shared store that the pod mounts, empty for none.
+        pairs: the engine's cache is keyed by pairs of tokens: a block counts only with the token behind it.
+        named: salts, pictures or embeddings are in use, so blocks named by their tokens alone count nothing.
+        chunk_tokens: tokens that the pod's offload tiers load as one; 0 for blocks as they are.
         events_partition, events_offset: position in ``kv-events`` that this record reflects.
         load: what the pod reports of itself, by name (running and waiting requests, ...).
         updated_ns: the writer's wall clock in ns.
@@ -104,6 +107,9 @@ class PodRecord(msgspec.Struct, frozen=True, kw_only=True):
     groups: dict[int, GroupSpec] = {}
     store: str = ""
     approximate: bool = False
+    pairs: bool = False
+    named: bool = False
+    chunk_tokens: int = 0
     events_partition: int = -1
     events_offset: int = -1
     load: dict[str, float] = {}
@@ -298,8 +304,12 @@ class KeyedStored(msgspec.Struct, frozen=True, kw_only=True, array_like=True, ta
         block_keys: packed canonical keys, ``len(engine_keys) * keys_per_block`` of them.
         keys_per_block: canonical blocks in one engine block; 0 for blocks that could not be keyed, which mean what an
             event without tokens means: a tier is added to blocks that are known already.
-        tier, group, kind, window_tokens, block_size_tokens, lookahead: as in
+        tier, group, window_tokens, block_size_tokens, lookahead, ownership, unnamed, bare: as in
             :class:`kvatlas.bridge.model.events.Stored`.
+        kind: as there; -1 when the event does not say.
+        names: as ``block_keys``, what the index knows the blocks by where the token behind a block counts; else empty.
+        salted, pictured, adapted: the event's blocks have a salt, extra keys, an adapter.
+        chunk_tokens: tokens of an unnamed event, which the tier loads as one.
     """
 
     engine_keys: list[bytes]
@@ -312,14 +322,24 @@ class KeyedStored(msgspec.Struct, frozen=True, kw_only=True, array_like=True, ta
     window_tokens: int
     block_size_tokens: int
     lookahead: bool = False
+    names: bytes = b""
+    ownership: str = ""
+    unnamed: bool = False
+    bare: bool = False
+    salted: bool = False
+    pictured: bool = False
+    adapted: bool = False
+    chunk_tokens: int = 0
 
 
 class KeyedRemoved(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag="removed"):
-    """A removal in a stripped batch."""
+    """A removal in a stripped batch; see :class:`kvatlas.bridge.model.events.Removed`."""
 
     engine_keys: list[bytes]
     tier: int
     group: int
+    ownership: str = ""
+    remaining: list[int | None] = []
 
 
 class KeyedCleared(msgspec.Struct, frozen=True, array_like=True, tag="cleared"):

@@ -45,9 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_rebuild_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say how a past state is rebuilt."""
     parser.add_argument("--block-size-tokens", type=at_least(1), default=16, help="canonical block size (default 16)")
-    parser.add_argument("--announcements", choices=("copies", "presence"), default="copies", help="as the workers run")
+    parser.add_argument(
+        "--announcements", choices=("auto", "copies", "presence"), default="auto", help="as the workers run"
+    )
     parser.add_argument("--strict-gaps", action="store_true", help="as the workers run")
-    parser.add_argument("--clears", choices=("all", "gpu"), default="all", help="as the workers run")
+    parser.add_argument("--clears", choices=("engine", "all", "gpu"), default="engine", help="as the workers run")
     parser.add_argument("--snapshots", type=Path, metavar="DIR", help="go on from the nearest saved state in DIR")
 
 

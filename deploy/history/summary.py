@@ -31,7 +31,7 @@ class _Stored(msgspec.Struct, gc=False, frozen=True):
     block_size: int
     lora_id: int | None = None
     medium: str | None = None
-    lora_name: str | None = None
+    lora_name: Any = None
     extra_keys: msgspec.Raw = msgspec.Raw(b"\xc0")
     group_idx: int | None = None
     kv_cache_spec_kind: str | None = None
@@ -76,6 +76,12 @@ class _MapBatch(msgspec.Struct, gc=False, frozen=True, array_like=True):
     data_parallel_rank: int | None = None
 
 
+class _BatchOfMaps(msgspec.Struct, gc=False, frozen=True):
+    ts: float
+    events: list[_StoredMap | _RemovedMap | _ClearedMap]
+    data_parallel_rank: int | None = None
+
+
 class _ArrayBatch(msgspec.Struct, gc=False, frozen=True, array_like=True):
     ts: float
     events: list[_StoredArray | _RemovedArray | _ClearedArray]
@@ -84,6 +90,7 @@ class _ArrayBatch(msgspec.Struct, gc=False, frozen=True, array_like=True):
 
 _map_batch: Final = msgspec.msgpack.Decoder(_MapBatch)
 _array_batch: Final = msgspec.msgpack.Decoder(_ArrayBatch)
+_batch_of_maps: Final = msgspec.msgpack.Decoder(_BatchOfMaps)
 
 STORED: Final = "stored"
 REMOVED: Final = "removed"
@@ -198,9 +205,9 @@ def read_message(record: Record, headers: dict[str, bytes] | None = None) -> Mes
         if content == _KEYS:
             keyed = records.decode(records.KeyedBatch, value)
             return Message(record, headers, keyed.timestamp, keyed.events)
-        batch: _MapBatch | _ArrayBatch
+        batch: _MapBatch | _ArrayBatch | _BatchOfMaps
         try:
-            batch = _map_batch.decode(value)
+            batch = (_map_batch if b"\x90" <= value[:1] < b"\xde" else _batch_of_maps).decode(value)
         except msgspec.ValidationError:
             batch = _array_batch.decode(value)
         return Message(record, headers, batch.ts, batch.events)
@@ -218,7 +225,7 @@ def _line(event: Any) -> EventLine:
             block_size_tokens=event.block_size,
             tier=_tier_name(event.medium, event.locality),
             group=event.group_idx or 0,
-            lora=event.lora_name or "",
+            lora=event.lora_name if isinstance(event.lora_name, str) else "",
             first=_hex(keys[0]) if keys else "",
             last=_hex(keys[-1]) if keys else "",
             parent=_hex(event.parent_block_hash),

@@ -175,13 +175,16 @@ class PagedCache:
     def match(
         self, tokens: Sequence[int], *, cache_salt: str | None = None, lora: str | None = None
     ) -> tuple[list[int], list[str]]:
-        """Return how far a prompt would hit: keys of the leading blocks and the best tier of each."""
+        """Return how far a prompt would hit: keys of the leading blocks and the tier that each is taken from.
+
+        First what the GPU holds, then from there what the second tier holds, as vLLM looks a prompt up.
+        """
         usable = max(len(tokens) - 1, 0) // self.block_size_tokens
         keys: list[int] = []
         tiers: list[str] = []
         chain = self.hasher.chain(tokens[: usable * self.block_size_tokens], cache_salt=cache_salt, lora=lora)
         for key in chain:
-            if key in self._slots_of:
+            if key in self._slots_of and "cpu" not in tiers[-1:]:
                 tiers.append("gpu")
             elif key in self._cpu:
                 tiers.append("cpu")
@@ -252,12 +255,11 @@ class PagedCache:
         running.slots = []
 
     def clear(self) -> bool:
-        """Drop everything on every tier; refused (False) while requests run, as engines do."""
+        """Drop everything on the GPU; refused (False) while requests run, as engines do."""
         if len(self._free) != self.blocks:
             return False
         self._slots_of.clear()
         self._key_of = [None] * self.blocks
-        self._cpu.clear()
         self._events.append(ClearedCache())
         return True
 

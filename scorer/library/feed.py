@@ -296,9 +296,4 @@ class Feed:
 
 def _message(spec: EngineSpec, item: Item) -> Message:
     """Return what is to be applied of a record that an engine's stream sent."""
-    headers = item.headers
-    if spec.store:
-        headers = [*headers, (topics.H_STORE, spec.store.encode())]
-    if spec.announcements:
-        headers = [*headers, (topics.H_ANNOUNCEMENTS, spec.announcements.encode())]
-    return parse_message(item.key, item.value, headers)
+    return parse_message(item.key, item.value, [*item.headers, *spec.headers()])

@@ -32,11 +32,12 @@ class _Held(LinkedBlocks):
             if block is None or not block.link.keys:
                 continue
             keys, members = split_keys(block.link.keys), block.link.members
-            for tier, (_, epoch) in block.tiers.items():
+            assumed = block.link.assumed
+            for tier, epoch in block.levels().items():
                 # The first of its keys may begin in blocks before it, which have to be there as well.
                 first = both(epoch, self._oldest(members, tier, engine_key)) if members else epoch
-                self._change(keys[:1], tier, None, first)
-                self._change(keys[1:], tier, None, epoch)
+                self._change(keys[:1], tier, None, first, assumed=assumed)
+                self._change(keys[1:], tier, None, epoch, assumed=assumed)
 
 
 def restated(pod: str, view: DictView, options: ResolveOptions) -> list[BlocksRecord]:
@@ -72,7 +73,7 @@ def _updates(ref: int, view: DictView, state: PodState, options: ResolveOptions)
         updates,
         Counter(),
         store_ref=pod_ids.store_ref(state.store or options.store),
-        copies=True,
+        announcements=options.announcements,
         canonical_tokens=options.block_size_tokens,
         orphan_blocks=0,
     )

@@ -7,7 +7,7 @@ meaning is worked out once and remembered; the walk (:mod:`kvatlas.scorer.scorin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
@@ -16,7 +16,7 @@ from kvatlas.bridge.model.events import Kind, Tier
 from kvatlas.bridge.model.pod_ids import pod_ref, store_ref
 from kvatlas.bridge.model.records import GONE, PodRecord
 from kvatlas.bridge.model.validity import SPECULATIVE, Validity
-from kvatlas.streams.index.holders import HOLDER
+from kvatlas.streams.index.holders import ASSUMED, HOLDER
 
 _SHARED: Final = int(Tier.SHARED)
 _GPU: Final = int(Tier.GPU)
@@ -82,6 +82,9 @@ class Pod(NamedTuple):
         full: full-attention groups; None when the pod's groups are not known, then any group counts.
         windows: groups without full attention.
         engine_block_tokens: matches are multiples of this; the least common multiple of the groups' block sizes.
+        chunk_blocks: canonical blocks that an offload tier loads as one, counted from the prompt's start.
+        pairs: the engine's cache is keyed by pairs of tokens, see :func:`kvatlas.bridge.model.block_key.ahead_key`.
+        named: blocks that tokens alone name count nothing, see :data:`kvatlas.streams.index.holders.ASSUMED`.
     """
 
     number: int
@@ -96,11 +99,18 @@ class Pod(NamedTuple):
     windows: tuple[Window, ...]
     engine_block_tokens: int
     approximate: bool
+    chunk_blocks: int = 1
+    pairs: bool = False
+    named: bool = False
 
     def usable_blocks(self, tokens: int, block_size_tokens: int, *, whole_prompt: bool) -> int:
-        """Return how many blocks of a prompt this pod can reuse at most: engines recompute the last token."""
+        """Return how many blocks of a prompt this pod can reuse at most: engines recompute the last token.
+
+        Where the cache is keyed by pairs of tokens, a prompt has one pair less than tokens.
+        """
         engine = self.engine_block_tokens
-        usable = tokens if whole_prompt else (tokens - 1) // engine * engine
+        units = tokens - 1 if self.pairs else tokens
+        usable = units if whole_prompt else (units - 1) // engine * engine
         return max(usable, 0) // block_size_tokens
 
     @property
@@ -131,6 +141,7 @@ def _pod(index: int, record: PodRecord, block_size_tokens: int) -> Pod:
             windows.append(Window(group, 0, spec.window_tokens))
         else:
             full.append(group)
+    engine = math.lcm(*sizes)
     return Pod(
         number=index,
         name=record.pod,
@@ -142,16 +153,28 @@ def _pod(index: int, record: PodRecord, block_size_tokens: int) -> Pod:
         suspect_before=record.suspect_before,
         full=tuple(full) if full or windows else None,
         windows=tuple(windows),
-        engine_block_tokens=math.lcm(*sizes),
+        engine_block_tokens=engine,
         approximate=record.approximate,
+        chunk_blocks=math.lcm(engine, block_size_tokens, record.chunk_tokens or 1) // block_size_tokens,
+        pairs=record.pairs,
+        named=record.named,
     )
 
 
 class Cell(NamedTuple):
-    """One pod in one value: what the block is worth to it, and which of its windows hold it (bit per window)."""
+    """One pod in one value.
+
+    Attributes:
+        grade: what the block is worth to it, on whatever tier it is worth most.
+        held: which of its windows hold it, a bit per window.
+        gpu: whether it is on the GPU, or a decision says that it soon is.
+        offload: what it is worth on the tiers behind the GPU, None when it is on none of them.
+    """
 
     grade: Grade | None
     held: int
+    gpu: bool = False
+    offload: Grade | None = None
 
 
 class Fleet:
@@ -174,6 +197,8 @@ class Fleet:
             if pod.store:
                 self.by_store.setdefault(store_ref(pod.store), []).append(pod)
         self.windowed_only: tuple[Pod, ...] = tuple(pod for pod in self.pods if pod.windowed_only)
+        #: Blocks up to which a pod may be met first: the last block of a chunk stands for the chunk.
+        self.longest_chunk = max((pod.chunk_blocks for pod in self.pods), default=1)
         self._scenes: dict[tuple[str, Weights], Scene] = {}
 
     def scene(self, model: str, weights: Weights) -> Scene:
@@ -208,19 +233,19 @@ class Scene:
         return found
 
     def _classify(self, value: bytes) -> dict[int, Cell]:
-        offers: dict[int, dict[int, Grade]] = {}
+        offers: dict[int, _Offers] = {}
         by_ref = self.fleet.by_ref
         for ref, group, tier, kind, _window, epoch in HOLDER.iter_unpack(value):
             pod = by_ref.get(ref)
             if pod is not None:
                 grade = self._grade(pod, tier, epoch)
-                if grade is not None:
+                if grade is not None and not (kind & ASSUMED and pod.named):
                     _offer(offers, pod, group, kind, grade)
             elif tier == _SHARED and not (self.weights.end_at_zero and self.weights.shared <= 0):
                 grade = Grade(self._weight_of[_SHARED], _SHARED, suspect=False)
                 for pod in self.fleet.by_store.get(ref, ()):
                     # Only the same model's pods can read these blocks.
-                    if not pod.model or pod.model == self.model:
+                    if (not pod.model or pod.model == self.model) and not (kind & ASSUMED and pod.named):
                         _offer(offers, pod, group, kind, grade)
         cells = {}
         for index, held in offers.items():
@@ -246,36 +271,52 @@ class Scene:
 
 
 _ANY_GROUP: Final = -1
+#: Best grade by group, and whether it is one of the GPU: (group, True) or (group, False).
+_Offers = dict[tuple[int, bool], Grade]
 
 
-def _offer(offers: dict[int, dict[int, Grade]], pod: Pod, group: int, kind: int, grade: Grade) -> None:
-    """Note that a pod holds a block in a group; the best grade per group wins."""
+def _offer(offers: dict[int, _Offers], pod: Pod, group: int, kind: int, grade: Grade) -> None:
+    """Note that a pod holds a block in a group; the best grade per group wins, on the GPU and behind it."""
     held = offers.setdefault(pod.number, {})
     if pod.full is None:
-        groups: tuple[int, ...] = () if kind == Kind.CROSS else (_ANY_GROUP,)
+        groups: tuple[int, ...] = () if kind & ~ASSUMED == Kind.CROSS else (_ANY_GROUP,)
     elif grade.tier == SPECULATIVE:  # a decision speaks of the whole request, so of all groups
         groups = (*pod.full, *(window.group for window in pod.windows))
     else:
         groups = (group,)
+    gpu = grade.tier in (_GPU, SPECULATIVE)
     for each in groups:
-        best = held.get(each)
+        best = held.get((each, gpu))
         if best is None or grade.weight > best.weight:
-            held[each] = grade
+            held[each, gpu] = grade
 
 
-def _cell(pod: Pod, held: Mapping[int, Grade]) -> Cell:
+def _cell(pod: Pod, held: Mapping[tuple[int, bool], Grade]) -> Cell:
     bits = 0
     for bit, window in enumerate(pod.windows):
-        if window.group in held:
+        if (window.group, True) in held or (window.group, False) in held:
             bits |= 1 << bit
     if pod.full is None:
-        return Cell(held.get(_ANY_GROUP), 0)
-    needed = pod.full or tuple(window.group for window in pod.windows if window.group in held)
+        needed: tuple[int, ...] = (_ANY_GROUP,)
+    else:
+        needed = pod.full or tuple(window.group for bit, window in enumerate(pod.windows) if bits >> bit & 1)
+    gpu, offload = [held.get((group, True)) for group in needed], [held.get((group, False)) for group in needed]
+    best = [_better(one, other) for one, other in zip(gpu, offload, strict=True)]
+    return Cell(_worst(best), bits, None not in gpu and bool(gpu), _worst(offload))
+
+
+def _better(one: Grade | None, other: Grade | None) -> Grade | None:
+    if one is None or other is None:
+        return one or other
+    return other if other.weight > one.weight else one
+
+
+def _worst(grades: Sequence[Grade | None]) -> Grade | None:
+    """Return the grade of a block that all groups need: that of the slowest; None when one has none."""
     worst: Grade | None = None
-    for group in needed:
-        grade = held.get(group)
+    for grade in grades:
         if grade is None:
-            return Cell(None, bits)
+            return None
         if worst is None or grade.weight < worst.weight:
             worst = grade
-    return Cell(worst, bits)
+    return worst

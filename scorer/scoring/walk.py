@@ -7,12 +7,17 @@ per *run* of equal values, not per block: 512 blocks held by the same 8 pods are
 What a pod's match of ``m`` blocks needs, by the kind of each of its groups (C = canonical block size in tokens):
 
 =================  ===========================================================================================
-full attention     every block ``0 .. m-1``, on any tier
+full attention     every block ``0 .. m-1``, on the GPU, and from the first that is not there on the tiers behind it
 sliding window     the last ``ceil((window - 1) / C)`` of them (all of them, when ``m`` is less)
 mamba              block ``m-1`` alone, which carries the state
 chunked local      the blocks of the unfinished attention chunk at the end: from ``floor(m*C / chunk) * chunk / C``
 cross, encoder     nothing
 =================  ===========================================================================================
+
+That is how engines look a prompt up: first the prefix that the GPU holds; from there on what the offload tiers hold
+without a gap, in whole chunks counted from the prompt's start. A block that is on the GPU again behind a gap of those
+counts for nothing. A block of several canonical blocks, be it the engine's or a tier's chunk, is held when its last
+one is: that one's name stands for all of them.
 
 The match is the largest ``m`` that satisfies all groups and is a multiple of the engine's block size; where only
 usable blocks are asked for, it also leaves the prompt's last token to be computed. A sliding window or chunk of unknown
@@ -23,7 +28,7 @@ group; groups without full attention decide only whether the match holds.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from kvatlas.bridge.model.validity import SPECULATIVE
 from kvatlas.scorer.scoring.fleet import Cell, Fleet, Grade, Pod, Scene, Weights, tier_name
@@ -54,40 +59,61 @@ class Match(NamedTuple):
 class _Track:
     """One pod on its way along the prompt."""
 
-    __slots__ = ("align", "best", "grades", "held", "lengths", "limit", "pod", "walked")
+    __slots__ = ("align", "behind", "best", "chunk", "grades", "held", "lengths", "limit", "matched", "pod")
 
-    def __init__(self, pod: Pod, limit: int, align: int) -> None:
+    def __init__(self, pod: Pod, limit: int, align: int, start: int) -> None:
+        """Begin at block ``start``; the blocks before it, less than a chunk, do not hold the pod."""
         self.pod = pod
         self.limit = limit
         self.align = align
-        self.walked = 0
+        self.chunk = max(pod.chunk_blocks, align)
+        self.behind = start >= align  # past the prefix that the GPU holds
+        self.matched = 0
         self.best = 0  # longest match that satisfies all windows
         self.grades: list[Grade | None] = []
         self.lengths: list[int] = []
         self.held = [0] * len(pod.windows)  # unbroken blocks up to here, per window
 
-    def extend(self, cell: Cell, blocks: int, block_size_tokens: int) -> None:
-        """Walk over a run of equal blocks."""
-        grades = self.grades
-        if grades and grades[-1] is cell.grade:
+    def walk_on(self, cell: Cell | None, start: int, end: int, block_size_tokens: int) -> bool:
+        """Walk over a run of equal blocks; tells whether more of them can matter."""
+        pod = self.pod
+        if pod.windowed_only:
+            self._match(end, None if cell is None else cell.grade)
+        elif not self.behind and cell is not None and cell.gpu:
+            self._match(end // self.align * self.align, cell.grade)
+        elif self.behind or (start // self.align + 1) * self.align <= end:
+            self.behind = True
+            if cell is not None and cell.offload is not None:
+                self._match(end // self.chunk * self.chunk, cell.offload)
+            elif (start // self.chunk + 1) * self.chunk <= end:
+                return False
+        if pod.windows:
+            self._look_back(0 if cell is None else cell.held, start, end, block_size_tokens)
+        return end < self.limit
+
+    def _match(self, end: int, grade: Grade | None) -> None:
+        blocks = end - self.matched
+        if blocks <= 0:
+            return
+        self.matched = end
+        if self.grades and self.grades[-1] is grade:
             self.lengths[-1] += blocks
         else:
-            grades.append(cell.grade)
+            self.grades.append(grade)
             self.lengths.append(blocks)
-        start = self.walked
-        self.walked = end = start + blocks
-        if not self.pod.windows:
-            return
-        longest = min(end, self.limit) // self.align * self.align
+
+    def _look_back(self, held: int, start: int, end: int, block_size_tokens: int) -> None:
+        """Find the longest match that ends in this run and has what every window needs."""
+        longest = min(self.matched, self.limit) // self.align * self.align
         searched = range(longest, start, -self.align)
         if not any(window.chunk_tokens for window in self.pod.windows):
             # Windows only fill up inside a run: when its longest match fails, so do the shorter ones.
             searched = searched[:1]
         for match in searched:
-            if self._satisfied(match, start, cell.held, block_size_tokens):
+            if self._satisfied(match, start, held, block_size_tokens):
                 self.best = match
                 break
-        self.held = [count + blocks if cell.held >> bit & 1 else 0 for bit, count in enumerate(self.held)]
+        self.held = [count + end - start if held >> bit & 1 else 0 for bit, count in enumerate(self.held)]
 
     def _satisfied(self, match: int, start: int, held: int, block_size_tokens: int) -> bool:
         for bit, window in enumerate(self.pod.windows):
@@ -103,7 +129,7 @@ class _Track:
 
     def finish(self, block_size_tokens: int) -> Match | None:
         """Return the match, None when there is none."""
-        blocks = self.best if self.pod.windows else min(self.walked, self.limit) // self.align * self.align
+        blocks = self.best if self.pod.windows else min(self.matched, self.limit) // self.align * self.align
         if not blocks:
             return None
         score = 0.0
@@ -162,6 +188,8 @@ class Walk:
         self._tokens = tokens
         self._whole_prompt = whole_prompt
         self._allowed = frozenset(pods)
+        self._met = scene.fleet.longest_chunk
+        self._seen: set[int] = set()
         self._tracks: list[_Track] = []
         self._walking: list[_Track] = []
 
@@ -186,7 +214,7 @@ class Walk:
                 return False
             current = value
             count = 1
-        return self._run(current, count) if count else self.walked == 0 or bool(self._walking)
+        return self._run(current, count) if count else self.walked < self._met or bool(self._walking)
 
     def _run(self, value: bytes | None, blocks: int) -> bool:
         start = self.walked
@@ -196,37 +224,31 @@ class Walk:
             self._walking = []
             return False
         cells = self._scene.cells(value)
-        if start == 0:
-            self._start(cells)
-        self.walked = start + blocks
+        if start < self._met:
+            self._start(cells, start)
+        self.walked = end = start + blocks
         size = self._scene.fleet.block_size_tokens
-        still = []
-        for track in self._walking:
-            cell = cells.get(track.pod.number)
-            if cell is None or cell.grade is None:
-                if not track.pod.windowed_only:
-                    continue
-                cell = cell or _NOTHING
-            track.extend(cell, blocks, size)
-            if track.walked < track.limit:
-                still.append(track)
+        still = [track for track in self._walking if track.walk_on(cells.get(track.pod.number), start, end, size)]
         self._walking = still
-        return bool(still)
+        return bool(still) or end < self._met
 
-    def _start(self, cells: Mapping[int, Cell]) -> None:
+    def _start(self, cells: Mapping[int, Cell], start: int) -> None:
+        """Begin with the pods that hold the first block, or one that may be the last of their first chunk."""
         fleet = self._scene.fleet
         size = fleet.block_size_tokens
         indexes = dict.fromkeys(cells)
-        for pod in fleet.windowed_only:
-            indexes[pod.number] = None
+        if not start:
+            indexes.update(dict.fromkeys(pod.number for pod in fleet.windowed_only))
         for index in indexes:
             pod = fleet.pods[index]
-            if self._allowed and pod.name not in self._allowed:
+            if (self._allowed and pod.name not in self._allowed) or start >= pod.chunk_blocks or index in self._seen:
                 continue
+            self._seen.add(index)
             limit = pod.usable_blocks(self._tokens, size, whole_prompt=self._whole_prompt)
-            if limit:
-                self._tracks.append(_Track(pod, limit, max(1, pod.engine_block_tokens // size)))
-        self._walking = list(self._tracks)
+            if limit > start:
+                track = _Track(pod, limit, max(1, pod.engine_block_tokens // size), start)
+                self._tracks.append(track)
+                self._walking.append(track)
 
     def matches(self) -> list[Match]:
         """Return the match of every pod that has one, best score first."""
@@ -234,9 +256,6 @@ class Walk:
         found = [match for track in self._tracks if (match := track.finish(size)) is not None]
         found.sort(key=lambda match: (-match.score, match.pod.name))
         return found
-
-
-_NOTHING: Final = Cell(None, 0)
 
 
 def walk(

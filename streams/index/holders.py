@@ -5,6 +5,9 @@ A *holder* says that a pod has a block on a tier, in one group, as of an epoch. 
     0        8      10   11    12            16       24
     | pod ref | group | tier | kind | window tokens | epoch |
 
+The highest bit of the kind, :data:`ASSUMED`, says that the block's name was concluded from its tokens alone, from an
+event that could not say salts and pictures: it counts nothing once the pod is known to use those.
+
 The first 11 bytes are its identity: (pod, group, tier) holds a block once. A ``block_index`` value is its holders
 one after the other, sorted as bytes, so equal sets of holders are equal bytes and a walk over a prompt compares
 neighbours with one comparison. For tier ``SHARED`` the reference is that of the store, not of a pod, and the epoch
@@ -21,6 +24,7 @@ HOLDER: Final = struct.Struct(">QHBBIQ")
 HOLDER_BYTES: Final = HOLDER.size
 IDENTITY_BYTES: Final = 11
 POD_BYTES: Final = 8
+ASSUMED: Final = 0x80
 EPOCH_AT: Final = 16
 
 
@@ -28,7 +32,7 @@ pack_holder = HOLDER.pack
 
 
 class Holder(NamedTuple):
-    """One decoded holder; see the module's text."""
+    """One decoded holder; see the module's text. ``kind`` may have the bit :data:`ASSUMED`."""
 
     pod_ref: int
     group: int

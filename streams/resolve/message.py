@@ -29,6 +29,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         receive_ns: the bridge's wall clock, ns since the epoch.
         store: shared store that the pod mounts, empty for the deployment's default.
         announcements: ``copies`` or ``presence``, empty for the deployment's default.
+        chunk_blocks: engine blocks in a chunk of the pod's offload tier; 0 where its events say it.
         partition: ``kv-events`` partition.
         offset: ``kv-events`` offset.
         headers: all headers as received.
@@ -45,6 +46,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     receive_ns: int = 0
     store: str = ""
     announcements: str = ""
+    chunk_blocks: int = 0
     partition: int = -1
     offset: int = -1
     headers: Mapping[str, bytes] = {}
@@ -86,6 +88,7 @@ def parse_message(
         receive_ns=max(receive_ns, 0),
         store=_text(get(topics.H_STORE)),
         announcements=_text(get(topics.H_ANNOUNCEMENTS)),
+        chunk_blocks=_small(get(topics.H_CHUNK_BLOCKS)),
         partition=partition,
         offset=offset,
         headers=found,
@@ -107,6 +110,11 @@ def _readable_numbers(headers: Mapping[str, bytes]) -> tuple[list[int], str]:
 
 def _text(value: bytes | None) -> str:
     return value.decode(errors="replace") if value else ""
+
+
+def _small(value: bytes | None) -> int:
+    """Return an option's number; 0 for what is none, as options decide nothing that would lose the message."""
+    return int(value) if value is not None and len(value) <= 9 and value.isdigit() else 0
 
 
 def _number(value: bytes | None) -> int:

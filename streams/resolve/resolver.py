@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Final, Literal
 
@@ -9,7 +10,7 @@ import msgspec
 
 from kvatlas.bridge.errors import WireError
 from kvatlas.bridge.model import epochs, pod_ids, records, topics
-from kvatlas.bridge.model.adapters import adapter
+from kvatlas.bridge.model.adapters import CLEARS_HOST, adapter
 from kvatlas.bridge.model.block_key import KEY_BYTES, root_key
 from kvatlas.bridge.model.events import Cleared, Event, Kind, Limits, Removed, Stored, Tier
 from kvatlas.streams.index.view import View
@@ -17,7 +18,7 @@ from kvatlas.streams.resolve import engine_blocks as eb
 from kvatlas.streams.resolve.effects import DeadLetter, Effects
 from kvatlas.streams.resolve.engine_blocks import PodState
 from kvatlas.streams.resolve.message import ABSENT, Message, parse_message
-from kvatlas.streams.resolve.pod_blocks import PodBlocks, RefusedError
+from kvatlas.streams.resolve.pod_blocks import PodBlocks
 
 __all__ = ["Message", "ResolveOptions", "Resolver", "parse_message", "pod_record"]
 
@@ -41,8 +42,9 @@ class ResolveOptions(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         block_size_tokens: canonical block size.
         announcements: ``copies``: an engine announces every copy of a block and every eviction of one; ``presence``:
-            it announces a block once. A message's header wins.
-        clears: what AllBlocksCleared ends: ``all`` tiers or the ``gpu`` alone.
+            it announces a block once or again and again, and its eviction once; ``auto``: copies, but for reports of
+            what is there, which are known by their place in the stream. A message's header wins.
+        clears: what AllBlocksCleared ends: ``all`` tiers, the ``gpu`` alone, or what it ends in each ``engine``.
         strict_gaps: an unrepaired gap ends the pod's epoch instead of making older entries suspect.
         orphan_blocks: blocks that wait for an unknown parent, per pod, at most.
         owners: when to keep which engine keys stand for one block key of a pod: ``auto``, once a pod's events may
@@ -52,8 +54,8 @@ class ResolveOptions(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     block_size_tokens: int = 16
-    announcements: Literal["copies", "presence"] = "copies"
-    clears: Literal["all", "gpu"] = "all"
+    announcements: Literal["auto", "copies", "presence"] = "auto"
+    clears: Literal["engine", "all", "gpu"] = "engine"
     strict_gaps: bool = False
     orphan_blocks: int = 8192
     owners: Literal["auto", "always"] = "auto"
@@ -166,6 +168,7 @@ class Resolver:
         state.model = message.model or state.model
         state.engine = message.engine or state.engine
         state.store = message.store or state.store
+        state.chunk_blocks = message.chunk_blocks
 
     def _admit(self, state: PodState | None, message: Message, effects: Effects) -> PodState | None:
         """Return the state that a message goes on from; None when it was applied before or came too late."""
@@ -210,7 +213,7 @@ class Resolver:
             updates,
             effects.counts,
             store_ref=pod_ids.store_ref(state.store or self._options.store),
-            copies=(message.announcements or self._options.announcements) != "presence",
+            announcements=message.announcements or self._options.announcements,
             canonical_tokens=self._options.block_size_tokens,
             orphan_blocks=self._options.orphan_blocks,
         )
@@ -235,10 +238,13 @@ class Resolver:
             (event, _EMPTY if isinstance(event, Cleared) else blocks.table_keys(event)) for event in batch.events
         ]
         view.prefetch(_wanted(planned, blocks))
-        for event, table_keys in planned:
+        for number, (event, table_keys) in enumerate(planned):
+            if isinstance(event, Stored) and event.parent is None:
+                follower = planned[number + 1][0] if number + 1 < len(planned) else None
+                blocks.recognise(event, table_keys, follower)
             try:
                 self._event(event, table_keys, state, blocks, effects)
-            except (WireError, RefusedError) as error:
+            except WireError as error:
                 effects.counts["events_dead"] += 1
                 _bury(effects, message, msgspec.msgpack.encode(event), f"{type(error).__name__}: {error}")
         blocks.finish()
@@ -250,6 +256,7 @@ class Resolver:
             effects.counts["blocks_stored"] += len(event.keys)
             if event.tier == Tier.SHARED and not state.store:
                 state.store = self._options.store
+            _note_names(state, event, effects)
             blocks.stored(event, table_keys, self._root(state.model, event))
         elif isinstance(event, Removed):
             effects.counts["blocks_removed"] += len(event.keys)
@@ -262,7 +269,8 @@ class Resolver:
         effects.counts["epochs_raised"] += 1
         effects.urgent = True
         state.clears += 1
-        if self._options.clears == "gpu":
+        clears = self._options.clears
+        if clears == "gpu" or (clears == "engine" and state.engine not in CLEARS_HOST):
             state.gpu_valid_from = state.epoch
         else:
             state.valid_from = state.epoch
@@ -270,7 +278,7 @@ class Resolver:
         blocks.epoch_rose()
 
     def _root(self, model: str, event: Stored) -> bytes:
-        name = (model, event.lora, event.cache_salt)
+        name = (model, event.lora, event.cache_salt if event.context is None else event.context.cache_salt)
         root = self._roots.get(name)
         if root is None:
             if len(self._roots) >= _ROOTS:
@@ -296,16 +304,23 @@ class Resolver:
         if not 0 <= event.group <= self._options.limits.group_max:
             raise WireError(f"group is {event.group}; expected 0 to {self._options.limits.group_max}")
         if isinstance(event, records.KeyedRemoved):
-            removed = Removed(keys=event.engine_keys, tier=Tier(event.tier), group=event.group)
+            removed = Removed(
+                keys=event.engine_keys,
+                tier=Tier(event.tier),
+                group=event.group,
+                ownership=event.ownership,
+                remaining=event.remaining if len(event.remaining) == len(event.engine_keys) else [],
+            )
             self._event(removed, blocks.table_keys(removed), state, blocks, effects)
             return
         if event.window_tokens < 0 or event.block_size_tokens < 0:
             raise WireError(f"window or block size is negative: {event.window_tokens}, {event.block_size_tokens}")
         width = event.keys_per_block * KEY_BYTES
-        if width < 0 or len(event.block_keys) != width * len(event.engine_keys):
+        size = width * len(event.engine_keys)
+        if width < 0 or len(event.block_keys) != size or len(event.names) not in (0, size):
             raise WireError(
-                f"block_keys has {len(event.block_keys)} bytes for {len(event.engine_keys)} engine keys "
-                f"of {event.keys_per_block} block keys each"
+                f"block_keys has {len(event.block_keys)} bytes, names {len(event.names)} for {len(event.engine_keys)} "
+                f"engine keys of {event.keys_per_block} block keys each"
             )
         stored = Stored(
             keys=event.engine_keys,
@@ -313,10 +328,14 @@ class Resolver:
             block_size_tokens=event.block_size_tokens,
             tier=Tier(event.tier),
             group=event.group,
-            kind=Kind(event.kind),
+            kind=None if event.kind < 0 else Kind(event.kind),
             window_tokens=event.window_tokens,
             lookahead=event.lookahead,
+            ownership=event.ownership,
+            unnamed=event.unnamed,
+            bare=event.bare,
         )
+        _note_keyed(state, event, effects)
         if not width:
             # Without keys and without tokens: known blocks gain a tier, unknown ones stay unknown.
             self._event(stored, _EMPTY, state, blocks, effects)
@@ -326,8 +345,8 @@ class Resolver:
             state.store = self._options.store
         table_keys = blocks.table_keys(stored)
         view.prefetch(table_keys)
-        keys = [event.block_keys[at : at + width] for at in range(0, len(event.block_keys), width)]
-        blocks.keyed(stored, table_keys, keys)
+        keys, names = _cut(event.block_keys, width), _cut(event.names, width)
+        blocks.keyed(stored, table_keys, keys, names)
 
 
 def pod_record(state: PodState, now_ns: int) -> records.PodRecord:
@@ -353,10 +372,47 @@ def pod_record(state: PodState, now_ns: int) -> records.PodRecord:
         lost=state.lost,
         groups=dict(state.groups),
         store=state.store,
+        pairs=state.pairs,
+        named=state.named,
+        chunk_tokens=state.chunk_blocks * main.block_size_tokens or state.chunk_tokens,
         events_partition=state.events_partition,
         events_offset=state.events_offset,
         updated_ns=now_ns,
     )
+
+
+def _cut(packed: bytes, width: int) -> list[bytes]:
+    return [packed[at : at + width] for at in range(0, len(packed), width)]
+
+
+def _note_names(state: PodState, event: Stored, effects: Effects) -> None:
+    """Note what an event shows to be in use beyond tokens."""
+    state.pairs = state.pairs or bool(event.ahead)
+    if event.unnamed:
+        _note(state, 0, event.bare, effects)
+    elif event.cache_salt or event.extra or event.lora:
+        salts, extras = eb.SALTS if event.cache_salt else 0, eb.EXTRAS if event.extra else 0
+        _note(state, salts | extras | (eb.ADAPTERS if event.lora else 0), False, effects)
+
+
+def _note_keyed(state: PodState, event: records.KeyedStored, effects: Effects) -> None:
+    """Note what a stripped event shows to be in use beyond tokens."""
+    state.pairs = state.pairs or bool(event.names)
+    if event.unnamed:
+        _note(state, 0, event.bare, effects)
+    else:
+        salts, extras = eb.SALTS if event.salted else 0, eb.EXTRAS if event.pictured else 0
+        _note(state, salts | extras | (eb.ADAPTERS if event.adapted else 0), False, effects)
+    if event.chunk_tokens > 0:
+        state.chunk_tokens = math.gcd(state.chunk_tokens, event.chunk_tokens)
+
+
+def _note(state: PodState, names: int, bare: bool, effects: Effects) -> None:
+    was = state.named
+    state.names |= names
+    state.bare = state.bare or bare
+    if state.named and not was:
+        effects.urgent = True  # readers must know before they see what is stored from here on
 
 
 def _wanted(planned: list[tuple[Event, list[bytes]]], blocks: PodBlocks) -> list[bytes]:

@@ -77,7 +77,7 @@ def _over(value: bytes, incarnation: int) -> bool:
 
 def _only_shared(value: bytes) -> bool:
     try:
-        return set(eb.decode_block(value).tiers) == {int(Tier.SHARED)}
+        return set(eb.decode_block(value).levels()) == {int(Tier.SHARED)}
     except WireError:
         return False
 
@@ -93,6 +93,8 @@ def _alive(kind: bytes, value: bytes, bounds: Validity) -> bytes | None:
             return value if len(left) == len(owners) else (eb.encode_record(left) if left else None)
         if kind == eb.KIND_WAITING:
             return value if eb.decode_waiting(value).epoch >= bounds.valid_from else None
+        if kind == eb.KIND_TICKET:
+            return value if eb.decode_ticket(value).epoch >= bounds.valid_from else None
     except WireError:
         pass
     return value
@@ -100,10 +102,10 @@ def _alive(kind: bytes, value: bytes, bounds: Validity) -> bytes | None:
 
 def _live_block(value: bytes, bounds: Validity) -> bytes | None:
     block = eb.decode_block(value)
-    tiers = {tier: held for tier, held in block.tiers.items() if bounds.counts(tier, held[1])}
+    tiers = {tier: held for tier, held in block.tiers.items() if bounds.counts(eb.tier_at(tier), held[1])}
     if len(tiers) == len(block.tiers) and tiers:
         return value
-    if not tiers and (not block.link.finals or block.link.epoch < bounds.valid_from):
+    if not tiers and (not block.link.finals or block.link.epoch < max(bounds.valid_from, bounds.gpu_valid_from)):
         return None
     if len(tiers) == len(block.tiers):
         return value

@@ -8,7 +8,7 @@ from kvatlas.bridge.model.block_key import KEY_BYTES, TOKEN_BYTES
 from kvatlas.bridge.model.chain import split_keys
 from kvatlas.bridge.model.events import Removed, Stored, Tier
 from kvatlas.bridge.model.records import GroupSpec
-from kvatlas.streams.index.holders import pack_holder
+from kvatlas.streams.index.holders import ASSUMED, pack_holder
 from kvatlas.streams.index.view import View
 from kvatlas.streams.resolve import engine_blocks as eb
 from kvatlas.streams.resolve.effects import PodUpdates
@@ -25,7 +25,8 @@ class BlockUpdates:
         updates: where block updates go.
         counts: what happened, by name.
         store_ref: reference of the shared store that the pod mounts.
-        copies: whether announcements are counted.
+        announcements: ``copies``, ``presence`` or ``auto``, as in
+            :class:`~kvatlas.streams.resolve.resolver.ResolveOptions`.
         canonical_tokens: canonical block size.
         orphan_blocks: blocks that may wait for their parents.
     """
@@ -39,7 +40,7 @@ class BlockUpdates:
         counts: Counter[str],
         *,
         store_ref: int,
-        copies: bool,
+        announcements: str,
         canonical_tokens: int,
         orphan_blocks: int,
     ) -> None:
@@ -50,14 +51,17 @@ class BlockUpdates:
         self._updates = updates
         self._counts = counts
         self._store_ref = store_ref
-        self._copies = copies
+        self._copies = announcements != "presence"
+        self._auto = announcements == "auto"
+        self._report = False
+        self._guessed = False
         self._canonical = canonical_tokens
         self._step = canonical_tokens * TOKEN_BYTES
         self._orphan_blocks = orphan_blocks
         self._epoch = state.epoch
         self._group = 0
         self._prefix = eb.block_prefix(self._ref_bytes, 0)
-        self._holders: dict[tuple[int, int], bytes] = {}
+        self._holders: dict[tuple[int, int, bool], bytes] = {}
         self._keyless: list[tuple[int, bytes]] = []
 
     def epoch_rose(self) -> None:
@@ -81,37 +85,50 @@ class BlockUpdates:
 
     # --- updates --------------------------------------------------------------------------------------------------
 
-    def _holder(self, tier: int, epoch: int) -> bytes:
+    def _holder(self, tier: int, epoch: int, *, assumed: bool = False) -> bytes:
         """Return a holder's 24 bytes in this group; the last few are kept."""
-        holder = self._holders.get((tier, epoch))
+        holder = self._holders.get((tier, epoch, assumed))
         if holder is None:
             spec = self._state.groups.get(self._group) or GroupSpec()
             ref = self._store_ref if tier == Tier.SHARED else self._ref
-            holder = pack_holder(ref, self._group, tier, spec.kind, spec.window_tokens, epoch)
-            self._holders[tier, epoch] = holder
+            kind = spec.kind | ASSUMED if assumed else spec.kind
+            holder = pack_holder(ref, self._group, tier, kind, spec.window_tokens, epoch)
+            self._holders[tier, epoch, assumed] = holder
         return holder
+
+    def _place_of(self, tier: int, ownership: str) -> int:
+        """Return the place of an owner's copies on a tier; an owner that is new gets the next slot."""
+        if not ownership:
+            return tier
+        owners = self._state.owners
+        if ownership not in owners and len(owners) < eb.SLOTS_MAX:
+            owners.append(ownership)
+        slot = owners.index(ownership) + 1 if ownership in owners else eb.SLOTS_MAX
+        return eb.place_of(tier, slot)
 
     def _add(self, packed: list[bytes], tier: int, epoch: int) -> None:
         self._updates.add(flat(packed), self._holder(tier, epoch))
 
-    def _emit(self, keys: list[bytes], tier: int, was: int | None, now: int | None, owner: bytes) -> None:
+    def _emit(
+        self, keys: list[bytes], tier: int, was: int | None, now: int | None, owner: bytes, *, assumed: bool
+    ) -> None:
         """Emit that an engine key stands for block keys on a tier as of ``now`` and no longer as of ``was``."""
         if was == now or not keys:
             return
         if not self._state.aliasing:
-            self._change(keys, tier, was, now)
+            self._change(keys, tier, was, now, assumed=assumed)
             return
         for key in keys:
             others = self._own(key, tier, now, owner)
-            self._change([key], tier, either(was, others), either(now, others))
+            self._change([key], tier, either(was, others), either(now, others), assumed=assumed)
 
-    def _change(self, keys: list[bytes], tier: int, was: int | None, now: int | None) -> None:
+    def _change(self, keys: list[bytes], tier: int, was: int | None, now: int | None, *, assumed: bool) -> None:
         if was == now:
             return
         if was is not None and (now is None or now < was):
             self._updates.remove(keys, self._holder(tier, was))
         if now is not None:
-            self._updates.add(keys, self._holder(tier, now))
+            self._updates.add(keys, self._holder(tier, now, assumed=assumed))
 
     def _own(self, key: bytes, tier: int, now: int | None, owner: bytes) -> int | None:
         """Note whether an engine key stands for a block key; return the newest epoch of the others that do."""

@@ -13,6 +13,9 @@ from kvatlas.bridge.errors import WireError
 from kvatlas.bridge.model.adapters import sglang, vllm
 from kvatlas.bridge.model.events import Batch, Limits
 
+#: Engines whose clear also empties their host memory; elsewhere it is the GPU's reset alone.
+CLEARS_HOST: Final = frozenset({sglang.NAME})
+
 Decode = Callable[[bytes, Limits], Batch]
 
 ADAPTERS: Final[Mapping[str, Decode]] = {vllm.NAME: vllm.decode, sglang.NAME: sglang.decode}

@@ -1,19 +1,20 @@
 """What the engines' formats share: a batch of tagged events, each read by index (array) or by key (map).
 
-Every engine so far sends ``[ts, events, data_parallel_rank or nil]`` in msgpack. An event is either an array whose
-first element is the type name, or a map with the key ``"type"``. An adapter gives one :class:`Layout`: the array
-position of each field; the map key is the field's name.
+Every engine so far sends ``[ts, events, data_parallel_rank or nil]`` in msgpack, or the same three as a map. An event
+is either an array whose first element is the type name, or a map with the key ``"type"``. An adapter gives one
+:class:`Format`: the structs of its events and how it names blocks beyond their tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from kvatlas.bridge.errors import LimitError, WireError
-from kvatlas.bridge.model.block_key import ExtraKey, pack_tokens
+from kvatlas.bridge.model.block_key import ExtraKey, pack_tokens, pack_wide_tokens, wide_extra
 from kvatlas.bridge.model.events import (
     KINDS,
     Batch,
@@ -58,10 +59,6 @@ class RemovedFields(msgspec.Struct, gc=False, frozen=True):
     locality: str | None = None
 
 
-class StoredArray(StoredFields, gc=False, frozen=True, array_like=True, tag="BlockStored"):
-    """BlockStored as an array: the order above is the wire order; extra elements are ignored."""
-
-
 class RemovedArray(RemovedFields, gc=False, frozen=True, array_like=True, tag="BlockRemoved"):
     """BlockRemoved as an array."""
 
@@ -70,45 +67,83 @@ class ClearedArray(msgspec.Struct, gc=False, frozen=True, array_like=True, tag="
     """AllBlocksCleared as an array of one."""
 
 
-class StoredMap(StoredFields, gc=False, frozen=True, tag="BlockStored"):
-    """BlockStored as a map; only maps ever had the fields listed here."""
-
-    lookahead_token_ids: Any = None
-
-
 class RemovedMap(RemovedFields, gc=False, frozen=True, tag="BlockRemoved"):
-    """BlockRemoved as a map."""
+    """BlockRemoved as a map; only maps ever had the fields listed here."""
+
+    ownership: str | None = None
+    remaining_copy_counts: list[int | None] | None = None
 
 
 class ClearedMap(msgspec.Struct, gc=False, frozen=True, tag="AllBlocksCleared"):
     """AllBlocksCleared as a map with its type alone."""
 
 
-class _BatchFields(msgspec.Struct, gc=False, frozen=True, array_like=True):
+class Named(NamedTuple):
+    """What names an event's blocks beyond their tokens.
+
+    Attributes:
+        lora: adapter name, None for the base model.
+        salt: cache salt, as far as the event says it.
+        extra: typed extra keys per block, or empty.
+    """
+
+    lora: str | None
+    salt: str | None
+    extra: list[list[ExtraKey]]
+
+
+class Format(NamedTuple):
+    """One engine's events.
+
+    Attributes:
+        array, map: decoders of an event in the two layouts.
+        names: what names a stored event's blocks beyond their tokens.
+        finish: adds what only this engine's newer events say.
+    """
+
+    array: msgspec.msgpack.Decoder[Any]
+    map: msgspec.msgpack.Decoder[Any]
+    names: Callable[[Any], Named]
+    finish: Callable[[Any, Stored, Limits], Stored]
+
+
+class _BatchArray(msgspec.Struct, gc=False, frozen=True, array_like=True):
     ts: float
     events: list[msgspec.Raw]
     data_parallel_rank: int | None = None
 
 
-class _Envelope(msgspec.Struct, gc=False, frozen=True, array_like=True):
+class _BatchMap(msgspec.Struct, gc=False, frozen=True):
+    ts: float
+    events: list[msgspec.Raw]
+    data_parallel_rank: int | None = None
+
+
+class _EnvelopeArray(msgspec.Struct, gc=False, frozen=True, array_like=True):
     ts: float
     events: msgspec.Raw
     data_parallel_rank: int | None = None
 
 
-_batch: Final = msgspec.msgpack.Decoder(_BatchFields)
-_envelope: Final = msgspec.msgpack.Decoder(_Envelope)
-_array: Final = msgspec.msgpack.Decoder(StoredArray | RemovedArray | ClearedArray)
-_map: Final = msgspec.msgpack.Decoder(StoredMap | RemovedMap | ClearedMap)
-_MAP_FIRST_BYTES: Final = frozenset([*range(0x80, 0x90), 0xDE, 0xDF])
+class _EnvelopeMap(msgspec.Struct, gc=False, frozen=True):
+    ts: float
+    events: msgspec.Raw
+    data_parallel_rank: int | None = None
 
-SplitExtra = Callable[[list[Any], str | None, bool], tuple[str | None, list[ExtraKey]]]
+
+_batch_array: Final = msgspec.msgpack.Decoder(_BatchArray)
+_batch_map: Final = msgspec.msgpack.Decoder(_BatchMap)
+_envelope_array: Final = msgspec.msgpack.Decoder(_EnvelopeArray)
+_envelope_map: Final = msgspec.msgpack.Decoder(_EnvelopeMap)
+_MAP_FIRST_BYTES: Final = frozenset([*range(0x80, 0x90), 0xDE, 0xDF])
+_WIDE_MIN: Final = 1 << 32
 
 
 def peek_rank(payload: bytes) -> int | None:
     """Return a batch's data-parallel rank without reading its events; None when it has none or cannot be read."""
+    decoder = _envelope_map if payload[:1] and payload[0] in _MAP_FIRST_BYTES else _envelope_array
     try:
-        return _envelope.decode(payload).data_parallel_rank
+        return decoder.decode(payload).data_parallel_rank
     except (msgspec.MsgspecError, RecursionError):
         return None
 
@@ -128,7 +163,7 @@ def count_events(payload: bytes) -> int:
     return int.from_bytes(payload[11:15], "big") if first == 0xDD else 0
 
 
-def decode_batch(payload: bytes, limits: Limits, split_extra: SplitExtra) -> Batch:
+def decode_batch(payload: bytes, limits: Limits, wire: Format) -> Batch:
     """Decode a message; events that cannot be used come back as ``rejected``, each alone.
 
     Raises:
@@ -137,8 +172,9 @@ def decode_batch(payload: bytes, limits: Limits, split_extra: SplitExtra) -> Bat
     """
     if len(payload) > limits.message_bytes:
         raise LimitError(f"message of {len(payload)} bytes is over the limit of {limits.message_bytes} bytes")
+    decoder = _batch_map if payload[:1] and payload[0] in _MAP_FIRST_BYTES else _batch_array
     try:
-        fields = _batch.decode(payload)
+        fields = decoder.decode(payload)
     except (msgspec.MsgspecError, RecursionError) as error:
         raise WireError(f"not an event batch [ts, events, rank]: {error}") from error
     if len(fields.events) > limits.events_per_batch:
@@ -147,65 +183,89 @@ def decode_batch(payload: bytes, limits: Limits, split_extra: SplitExtra) -> Bat
     rejected: list[Rejected] = []
     for raw in fields.events:
         try:
-            events.append(_event(raw, limits, split_extra))
+            events.append(_event(raw, limits, wire))
         except (msgspec.MsgspecError, WireError, OverflowError, RecursionError, TypeError) as error:
             rejected.append(Rejected(bytes(raw), f"{type(error).__name__}: {error}"))
     return Batch(fields.ts, events, rejected, fields.data_parallel_rank)
 
 
-def _event(raw: msgspec.Raw, limits: Limits, split_extra: SplitExtra) -> Event:
-    fields = (_map if memoryview(raw)[0] in _MAP_FIRST_BYTES else _array).decode(raw)
+def _event(raw: msgspec.Raw, limits: Limits, wire: Format) -> Event:
+    fields = (wire.map if memoryview(raw)[0] in _MAP_FIRST_BYTES else wire.array).decode(raw)
     if isinstance(fields, StoredFields):
-        return _stored(fields, limits, split_extra)
+        return _stored(fields, limits, wire)
     if isinstance(fields, RemovedFields):
-        return Removed(
-            keys=[engine_key(value) for value in _bounded(fields.block_hashes, limits)],
-            tier=tier_of(fields.medium, fields.locality),
-            group=_group(fields.group_idx, limits),
-        )
+        return _removed(fields, limits)
     return Cleared()
 
 
-def _stored(fields: StoredFields, limits: Limits, split_extra: SplitExtra) -> Stored:
-    size = fields.block_size
+def _removed(fields: RemovedFields, limits: Limits) -> Removed:
+    keys = [engine_key(value) for value in _bounded(fields.block_hashes, limits)]
+    tier, group = tier_of(fields.medium, fields.locality), _group(fields.group_idx, limits)
+    if not isinstance(fields, RemovedMap) or not (fields.ownership or fields.remaining_copy_counts):
+        return Removed(keys=keys, tier=tier, group=group)
+    remaining = fields.remaining_copy_counts or []
+    if len(remaining) != len(keys) or any(count is not None and count < 0 for count in remaining):
+        remaining = []  # counts that fit no block say nothing; the removal itself still does
+    return Removed(keys=keys, tier=tier, group=group, ownership=fields.ownership or "", remaining=remaining)
+
+
+def _stored(fields: StoredFields, limits: Limits, wire: Format) -> Stored:
+    size, token_ids = fields.block_size, fields.token_ids
     if size < 0:
         raise WireError(f"block_size is {size}; expected 0 or more")
-    if len(fields.token_ids) > limits.tokens_per_event:
-        raise LimitError(f"event of {len(fields.token_ids)} tokens is over the limit of {limits.tokens_per_event}")
+    if len(token_ids) > limits.tokens_per_event:
+        raise LimitError(f"event of {len(token_ids)} tokens is over the limit of {limits.tokens_per_event}")
     keys = [engine_key(value) for value in _bounded(fields.block_hashes, limits)]
-    lora = fields.lora_name or (f"lora:{fields.lora_id}" if fields.lora_id else None)
-    salt, extra = _extra(fields, len(keys), split_extra)
-    tokens = pack_tokens(fields.token_ids)
-    return Stored(
+    lora, salt, extra = wire.names(fields)
+    tokens, ahead, wide = _pack(token_ids)
+    if wide and size:
+        more = wide_extra(wide, size, len(keys))
+        extra = [[*one, *other] for one, other in zip(extra, more, strict=True)] if extra else more
+    kind = fields.kv_cache_spec_kind
+    stored = Stored(
         keys=keys,
         parent=None if fields.parent_block_hash is None else engine_key(fields.parent_block_hash),
         tokens=tokens,
         block_size_tokens=size,
         tier=tier_of(fields.medium, fields.locality),
         group=_group(fields.group_idx, limits),
-        kind=KINDS.get(fields.kv_cache_spec_kind or "full_attention", Kind.FULL),
+        kind=None if kind is None else KINDS.get(kind, Kind.FULL),
         window_tokens=max(fields.kv_cache_spec_sliding_window or 0, 0),
         lora=lora,
         cache_salt=salt,
         extra=extra,
-        masked=bool(tokens) and len(fields.token_ids) != len(keys) * size,
-        lookahead=isinstance(fields, StoredMap) and bool(fields.lookahead_token_ids),
+        masked=bool(tokens) and len(token_ids) != len(keys) * size,
+        ahead=ahead,
     )
+    return wire.finish(fields, stored, limits)
 
 
-def _extra(fields: StoredFields, blocks: int, split_extra: SplitExtra) -> tuple[str | None, list[list[ExtraKey]]]:
-    if not fields.extra_keys or not any(fields.extra_keys):
-        return None, []
-    if len(fields.extra_keys) != blocks:
-        raise WireError(f"extra_keys has {len(fields.extra_keys)} entries for {blocks} block hashes")
-    salt: str | None = None
-    extra: list[list[ExtraKey]] = []
-    for number, values in enumerate(fields.extra_keys):
-        first = number == 0 and fields.parent_block_hash is None
-        found, typed = split_extra(values or [], fields.lora_name, first)
-        salt = found or salt
-        extra.append(typed)
-    return salt, extra if any(extra) else []
+def _pack(token_ids: Sequence[Any]) -> tuple[bytes, bytes, dict[int, int]]:
+    """Return an event's tokens: packed, the token behind them where they are pairs, and those above 32 bits."""
+    ahead = b""
+    if token_ids and isinstance(token_ids[0], list):
+        token_ids, behind = _unpair(token_ids)
+        ahead = pack_wide_tokens([behind])[0]
+    try:
+        return pack_tokens(token_ids), ahead, {}
+    except OverflowError:
+        if max(token_ids) < _WIDE_MIN:
+            raise
+    packed, wide = pack_wide_tokens(token_ids)
+    return packed, ahead, wide
+
+
+def _unpair(pairs: Sequence[Any]) -> tuple[list[int], int]:
+    """Return the first tokens of overlapping pairs, and the second token of the last.
+
+    Raises:
+        WireError: they are no pairs of tokens, or one does not go on where the one before ended.
+    """
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise WireError("token_ids: expected pairs of tokens throughout")
+    if any(one[1] != other[0] for one, other in pairwise(pairs)):
+        raise WireError("token_ids: pairs of tokens that do not overlap")
+    return [pair[0] for pair in pairs], pairs[-1][1]
 
 
 def _bounded(values: list[HashValue], limits: Limits) -> list[HashValue]:

@@ -1,18 +1,52 @@
-"""SGLang's events: vLLM's array layout with 5 to 9 fields for a stored block, shorter ones padded by defaults.
+"""SGLang's events, from 0.5.12 on.
 
-SGLang's extra keys are plain strings that separate caches (LoRA, tenant); they carry no types, so each is kept
-verbatim in its block's key.
+Arrays up to 0.5.19, of 5 elements and more for a stored block; 0.5.18 and 0.5.19 put a map behind the medium, at index
+7, with the cache salt. Maps since 0.5.20, with ``cache_salt``, ``session_id`` and ``lora_name`` as fields of their own.
+Salt and adapter stand on every event of a chain, on every tier.
+
+With speculative decoding (EAGLE, NEXTN) ``token_ids`` is a list of overlapping pairs, see
+:class:`kvatlas.bridge.model.events.Stored`. Pictures stand as token ids above 32 bits, made from their hash.
+
+Extra keys of other builds are plain strings that separate caches; they carry no types, so each is kept verbatim in
+its block's key.
 """
 
 from __future__ import annotations
 
 from typing import Any, Final
 
-from kvatlas.bridge.model.adapters.fields import decode_batch
+import msgspec
+
+from kvatlas.bridge.errors import WireError
+from kvatlas.bridge.model.adapters.fields import (
+    ClearedArray,
+    ClearedMap,
+    Format,
+    Named,
+    RemovedArray,
+    RemovedMap,
+    StoredFields,
+    decode_batch,
+)
 from kvatlas.bridge.model.block_key import ExtraKey
-from kvatlas.bridge.model.events import Batch, Limits
+from kvatlas.bridge.model.events import Batch, Limits, Stored
 
 NAME: Final = "sglang"
+
+
+class _Stored(StoredFields, gc=False, frozen=True):
+    token_ids: list[int | list[int]]  # type: ignore[assignment]
+    lora_name: Any = None
+
+
+class StoredArray(_Stored, gc=False, frozen=True, array_like=True, tag="BlockStored"):
+    """BlockStored as an array; index 7 may be a map of what later versions have as fields."""
+
+
+class StoredMap(_Stored, gc=False, frozen=True, tag="BlockStored"):
+    """BlockStored as a map."""
+
+    cache_salt: str | None = None
 
 
 def decode(payload: bytes, limits: Limits) -> Batch:
@@ -21,10 +55,43 @@ def decode(payload: bytes, limits: Limits) -> Batch:
     Raises:
         WireError: the payload is not a batch.
     """
-    return decode_batch(payload, limits, split_extra)
+    return decode_batch(payload, limits, _FORMAT)
 
 
-def split_extra(values: list[Any], lora_name: str | None, first: bool) -> tuple[str | None, list[ExtraKey]]:
-    """Keep every extra key verbatim, but for the adapter's name, which the root carries."""
-    del first
-    return None, [("raw", value) for value in values if value != lora_name]
+def _names(fields: _Stored) -> Named:
+    more: Any = fields.lora_name
+    lora: str | None = _text(more)
+    salt: str | None = None
+    if isinstance(more, dict):
+        lora, salt = _text(more.get("lora_name")), _text(more.get("cache_salt"))
+    if isinstance(fields, StoredMap):
+        salt = fields.cache_salt
+    if lora is None and fields.lora_id:
+        lora = f"lora:{fields.lora_id}"
+    return Named(lora or None, salt or None, _extra(fields, lora))
+
+
+def _extra(fields: _Stored, lora: str | None) -> list[list[ExtraKey]]:
+    values = fields.extra_keys
+    if not values or not any(values):
+        return []
+    if len(values) != len(fields.block_hashes):
+        raise WireError(f"extra_keys has {len(values)} entries for {len(fields.block_hashes)} block hashes")
+    return [[("raw", value) for value in entry or () if value != lora] for entry in values]
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _finish(fields: _Stored, stored: Stored, limits: Limits) -> Stored:
+    del fields, limits
+    return stored
+
+
+_FORMAT: Final = Format(
+    array=msgspec.msgpack.Decoder(StoredArray | RemovedArray | ClearedArray),
+    map=msgspec.msgpack.Decoder(StoredMap | RemovedMap | ClearedMap),
+    names=_names,
+    finish=_finish,
+)

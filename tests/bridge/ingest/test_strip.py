@@ -24,7 +24,7 @@ def _stored(number: int, parent: int | None) -> dict[str, Any]:
         "token_ids": list(range(number * 16, number * 16 + 16)),
         "block_size": 16,
         "lora_id": None,
-        "medium": "CPU",
+        "medium": "GPU",
         "lora_name": None,
     }
 
@@ -52,7 +52,7 @@ def test_a_child_before_its_parent_in_one_message_is_keyed() -> None:
 
 def test_waiting_moves_nothing_past_a_removal_or_a_clear() -> None:
     """A child that waited stands where it stood among the other events."""
-    removed = {"type": "BlockRemoved", "block_hashes": [2], "medium": "CPU"}
+    removed = {"type": "BlockRemoved", "block_hashes": [2], "medium": "GPU"}
     stripped = _strip(removed, _stored(1, 1), {"type": "AllBlocksCleared"}, _stored(0, None))
     kinds = [type(event) for event in stripped.batch.events]
     assert kinds == [KeyedRemoved, KeyedStored, KeyedCleared, KeyedStored]

@@ -271,14 +271,24 @@ def test_the_cpu_tier_keeps_what_the_gpu_evicts() -> None:
     assert [event.key for event in gone] == [first.keys[0]]
 
 
-def test_a_clear_drops_every_tier() -> None:
-    """After a clear nothing hits and one event says so."""
+def test_a_clear_drops_the_gpu_alone() -> None:
+    """After a clear the second tier still hits, and one event says what happened."""
     cache = PagedCache(blocks=4, block_size_tokens=SIZE, seed=1, cpu_blocks=4)
     run(cache, request(*range(8)))
     cache.take_events()
     assert cache.clear()
     assert cache.take_events() == [ClearedCache()]
-    assert cache.held() == {}
+    assert cache.match([*range(8), 1])[1] == ["cpu", "cpu"]
+
+
+def test_the_second_tier_counts_from_where_the_gpu_ends() -> None:
+    """A block that is on the GPU again behind one that is not there is taken from the second tier."""
+    cache = PagedCache(blocks=4, block_size_tokens=SIZE, seed=1, cpu_blocks=2)
+    first = run(cache, request(*range(8)))
+    cache._slots_of.pop(first.keys[0])
+    assert cache.match([*range(8), 1])[1] == ["cpu", "cpu"]
+    del cache._cpu[first.keys[1]]
+    assert cache.match([*range(8), 1])[1] == ["cpu"]
 
 
 @pytest.mark.parametrize(("blocks", "size", "cpu"), [(0, 4, 0), (4, 0, 0), (4, 4, -1)])

@@ -82,7 +82,7 @@ def fold(payloads: list[bytes], size: int = 16) -> dict[str, set[str]]:
             elif isinstance(event, Removed):
                 copies.subtract((event.tier, key) for key in event.keys)
             elif isinstance(event, Cleared):
-                copies.clear()
+                copies = Counter({held: count for held, count in copies.items() if held[0] != Tier.GPU})
     assert min(copies.values(), default=0) >= 0
     return {
         text: {name[key].hex() for (tier, key), count in copies.items() if tier == wanted and count}

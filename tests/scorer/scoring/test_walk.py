@@ -14,7 +14,7 @@ from kvatlas.bridge.model.events import Kind, Tier
 from kvatlas.bridge.model.pod_ids import pod_ref, store_ref
 from kvatlas.bridge.model.records import GroupSpec, PodRecord
 from kvatlas.scorer.scoring.walk import SPECULATIVE, Fleet, Walk, Weights, walk
-from kvatlas.streams.index.holders import add_holder, holders, pack_holder
+from kvatlas.streams.index.holders import ASSUMED, add_holder, holders, pack_holder
 
 SIZE = 16
 
@@ -178,30 +178,34 @@ WINDOW = st.sampled_from([0, 1, 17, 33, 64])
 def naive(values: list[bytes | None], record: PodRecord, tokens: int, weights: Weights) -> tuple[int, float]:
     """Walk one pod block by block, trying every match length from the longest."""
 
-    def grade(raw: bytes | None, group: int) -> float | None:
+    def grade(raw: bytes | None, group: int, tiers: tuple[int, ...] = (1, 2, 3)) -> float | None:
         best = None
         for h in holders(raw or b""):
             if h.pod_ref != pod_ref(record.pod) or h.group != group or h.epoch < record.valid_from:
+                continue
+            if h.tier not in tiers:
                 continue
             worth = weights.of(h.tier) * (weights.suspect_factor if h.epoch < record.suspect_before else 1)
             best = worth if best is None else max(best, worth)
         return best
 
     window = record.groups[1].window_tokens
+    full = (0,) if window else (0, 1)
+    gpu = 0  # the prefix that the GPU holds
+    while gpu < len(values) and all(grade(values[gpu], group, (1,)) is not None for group in full):
+        gpu += 1
     for match in range(min(len(values), tokens // SIZE), 0, -1):
-        if any(grade(v, 0) is None for v in values[:match]):
+        each = [
+            [grade(v, group, (1, 2, 3) if number < gpu else (2, 3)) for group in full]
+            for number, v in enumerate(values[:match])
+        ]
+        if any(None in grades for grades in each):
             continue
         if window:
             need = min(math.ceil((window - 1) / SIZE), match)
             if any(grade(v, 1) is None for v in values[match - need : match]):
                 continue
-        elif any(grade(v, 1) is None for v in values[:match]):
-            continue
-        each = [
-            grade(v, 0) if window else min(grade(v, 0), grade(v, 1))  # type: ignore[type-var]
-            for v in values[:match]
-        ]
-        return match, sum(each)  # type: ignore[arg-type]
+        return match, sum(min(grades) for grades in each)  # type: ignore[type-var]
     return 0, 0.0
 
 
@@ -258,6 +262,52 @@ def test_equal_neighbours_are_worked_out_once():
     assert (runs, len(scene._memo)) == ([512], 1)
 
 
+def test_offload_tiers_count_from_where_the_gpu_prefix_ends():
+    """The GPU's prefix comes first; behind it a block that is on the GPU alone is a gap."""
+    gpu, cpu, both = value(on("a")), value(on("a", Tier.CPU)), value(on("a"), on("a", Tier.CPU))
+    assert scores([gpu, cpu, gpu, cpu], [pod("a")])[2]["a"].blocks == 2
+    assert scores([cpu, both, cpu, gpu], [pod("a")])[2]["a"].blocks == 3
+    assert scores([both, both, gpu, cpu], [pod("a")])[2]["a"].tiers == {"gpu": 3, "cpu": 1}
+    shared = value(on("s", Tier.SHARED))
+    assert scores([gpu, cpu, shared, gpu], [pod("a", store="s")])[2]["a"].tiers == {"gpu": 1, "cpu": 1, "shared": 1}
+
+
+def test_offload_tiers_count_in_whole_chunks():
+    """A chunk is loaded whole or not at all, counted from the prompt's start; its last block names it."""
+    gpu, cpu, both = value(on("a")), value(on("a", Tier.CPU)), value(on("a"), on("a", Tier.CPU))
+    chunked = [pod("a", chunk_tokens=4 * SIZE)]
+    assert scores([cpu] * 7, chunked)[2]["a"].blocks == 4
+    assert scores([b"", b"", b"", cpu, b"", b"", b"", cpu, cpu], chunked)[2]["a"].blocks == 8
+    assert scores([gpu, gpu, gpu, both, gpu, b"", b"", cpu, cpu], chunked)[2]["a"].tiers == {"gpu": 5, "cpu": 3}
+    assert scores([gpu, gpu, cpu], chunked)[2]["a"].blocks == 2
+    assert scores([b"", b"", cpu, b""], chunked)[0] == {}
+    assert scores([b"", b"", b"", gpu, cpu, cpu, cpu, cpu], chunked)[0] == {}
+
+
+def test_the_last_block_of_an_engine_block_stands_for_it():
+    """Another engine block with the same beginning may have taken that one's holder with it when it went."""
+    big = [pod("a", groups={0: GroupSpec(Kind.FULL, 0, 2 * SIZE)})]
+    gpu, cpu = value(on("a")), value(on("a", Tier.CPU))
+    assert scores([b"", gpu, cpu, gpu, gpu], big)[2]["a"].blocks == 4
+    assert scores([gpu, b"", gpu, gpu], big)[0] == {}
+
+
+def test_a_block_named_by_its_tokens_alone_counts_until_salts_are_in_use():
+    """Once a pod is known to name blocks otherwise too, what tokens alone named may be anybody's."""
+    guess = value(("a", Tier.CPU, 0, Kind.FULL | ASSUMED, 0))
+    assert scores([guess], [pod("a")])[2]["a"].blocks == 1
+    assert scores([guess], [pod("a", named=True)])[0] == {}
+
+
+def test_a_cache_of_pairs_has_one_unit_less_than_tokens():
+    """The last token of a prompt begins no pair, and the engine computes one more for itself."""
+    held = [value(on("a"))] * 2
+    assert scores(held, [pod("a", pairs=True)], tokens=32)[2]["a"].blocks == 1
+    assert scores(held, [pod("a", pairs=True)], tokens=33)[2]["a"].blocks == 2
+    assert scores(held, [pod("a", pairs=True)], tokens=33, whole_prompt=False)[2]["a"].blocks == 1
+    assert scores(held, [pod("a", pairs=True)], tokens=34, whole_prompt=False)[2]["a"].blocks == 2
+
+
 GROUP = st.one_of(
     st.just(GroupSpec(Kind.FULL, 0, SIZE)),
     st.just(GroupSpec(Kind.MAMBA, 0, SIZE)),
@@ -268,8 +318,8 @@ GROUP = st.one_of(
 KINDS = ("a", "b")
 
 
-def needed(spec: GroupSpec, match: int) -> range:
-    """Return the blocks that a group must hold for a match of so many."""
+def needed(spec: GroupSpec, match: int, step: int) -> range:
+    """Return the blocks that a group must hold for a match of so many; of an engine block the last stands for all."""
     if spec.kind == Kind.CROSS:
         return range(0)
     if spec.kind == Kind.MAMBA:
@@ -278,7 +328,7 @@ def needed(spec: GroupSpec, match: int) -> range:
         return range(max(match - math.ceil((spec.window_tokens - 1) / SIZE), 0), match)
     if spec.kind == Kind.CHUNKED_LOCAL:
         return range(match * SIZE // spec.window_tokens * spec.window_tokens // SIZE, match)
-    return range(match)
+    return range(step - 1, match, step)
 
 
 @settings(max_examples=150, deadline=None)
@@ -314,7 +364,7 @@ def test_every_kind_of_group_matches_as_far_as_a_search_says(blocks, repeat, gro
             if h.pod_ref == pod_ref(record.pod)
         }
         for match in range(limit // (engine // SIZE) * (engine // SIZE), 0, -(engine // SIZE)):
-            if all((n, g) in held for g, spec in record.groups.items() for n in needed(spec, match)):
+            if all((n, g) in held for g, spec in record.groups.items() for n in needed(spec, match, engine // SIZE)):
                 expected[record.pod] = match
                 break
     scene = Fleet(records, SIZE).scene("m", Weights())

@@ -116,7 +116,7 @@ def machine(world_class, make, sizes, owners):
     class Machine(RuleBasedStateMachine):
         def __init__(self) -> None:
             super().__init__()
-            self.world = world_class(block_size_tokens=C, owners=owners)
+            self.world = world_class(block_size_tokens=C, owners=owners, clears="all", announcements="copies")
             self.model = {pod: Pod(sizes) for pod in PODS}
             self.late: list[tuple[int, bytes]] = []
             self.universe = {
@@ -145,7 +145,8 @@ def machine(world_class, make, sizes, owners):
             hashes = [self.key(pod, group, path[:end]) for end in range(start + 1, len(path) + 1)]
             parent = self.key(pod, group, path[:start]) if start else None
             tokens = tokens_of(path[start:], sizes[group])
-            self.send(pod, make.stored(hashes, tokens, sizes[group], parent, medium=medium, group_idx=group))
+            told = {"medium": medium, "group_idx": group, "extra_keys": [None] * len(hashes)}
+            self.send(pod, make.stored(hashes, tokens, sizes[group], parent, **told))
 
         @rule(pod=pods, group=groups, path=paths, medium=media)
         def offload(self, pod, group, path, medium) -> None:

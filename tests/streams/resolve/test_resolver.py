@@ -205,15 +205,20 @@ def test_orphans_end_with_their_epoch(world, make, end):
     assert w.counts["orphans_dropped"] == 1
 
 
-def test_orphans_are_bounded_and_the_rest_is_reported(world, make):
-    """Beyond the bound a pod's orphans go to the dead letters with the reason, and other blocks are not touched."""
+def test_orphans_are_bounded_and_the_oldest_go_first(world, make):
+    """Beyond the bound those that have waited longest make room, counted; the newest find their parents."""
     w = world(orphan_blocks=3)
-    w.send("p", make.stored([12, 13, 14, 15, 16], make.run(1, 80), 16, parent=11))
+    w.send("p", make.stored([92, 93, 94, 95], make.run(901, 964), 16, parent=91))
+    w.send("p", make.stored([2, 3], make.run(17, 48), 16, parent=1))
     assert w.state("p").orphans == 3
-    assert w.counts["orphans_refused"] == 2
-    assert "2 blocks not taken" in w.dead[0].reason
+    assert w.counts["orphans_evicted"] == 3
+    assert not w.dead
     w.send("p", make.stored([1], make.run(1, 16), 16))
-    assert w.held("p", w.keys(make.run(1, 16))) == [True]
+    assert w.held("p", w.keys(make.run(1, 48))) == [True, True, True]
+    assert w.state("p").orphans == 1
+    w.send("p", make.stored([4], make.run(49, 64), 16, parent=3), make.removed([95]))
+    assert w.state("p").orphans == 0
+    assert not [key for key in w.engine.values if key[8:9] in (b"\x03", b"\x04")]
 
 
 def test_a_known_block_needs_no_parent(world, make):
@@ -304,7 +309,7 @@ def test_many_copies_count_exactly(world, make):
 
 def test_a_clear_ends_every_tier_and_group_of_one_pod(world, make):
     """After a clear only other pods' entries exist, in O(1); what is stored again is there again."""
-    w = world()
+    w = world(clears="all")
     key = w.keys(make.run(1, 16))[0]
     for pod in ("p", "q"):
         w.send(pod, make.stored([1], make.run(1, 16), 16), make.stored([1], make.run(1, 16), 16, group_idx=1))
