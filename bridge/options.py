@@ -18,7 +18,7 @@ class BridgeSettings(Section, frozen=True, kw_only=True):
         Meta(
             description="engine endpoint: http://HOST:PORT of its API, which tells the rest, or "
             "tcp://HOST:PORT[,tcp://HOST:REPLAY][,pod=NAME][,model=NAME]"
-            "[,engine=vllm|sglang][,dp=N][,store=NAME][,announcements=auto|copies|presence][,chunk_blocks=N]"
+            "[,engine=vllm|sglang][,dp=N][,store=NAME][,announcements=auto|copies|presence][,blocks_per_chunk=N]"
         ),
     ] = []  # noqa: RUF012 - msgspec copies it
     engines_file: Annotated[str, Meta(description="TOML, YAML or JSON file of endpoints, watched for changes")] = ""
@@ -37,7 +37,7 @@ class BridgeSettings(Section, frozen=True, kw_only=True):
         str,
         Meta(
             description="prefix of the annotations port, replay-port, model, engine, dp, store, announcements, "
-            "chunk-blocks"
+            "blocks-per-chunk"
         ),
     ] = "kvatlas.io/"
     kubernetes_port: Annotated[int, Meta(description="live port without annotation", ge=1, le=65535)] = 5557

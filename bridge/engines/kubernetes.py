@@ -4,7 +4,7 @@ A thread lists the pods and then watches from there; when the watch breaks or it
 again. A pod is taken once it is ready, and kept while it runs: an engine that fails its readiness for a while still
 has its cache. Annotations of a pod (prefix ``kvatlas.io/`` by default) say what an endpoint spec says: ``port``,
 ``replay-port``, ``model``, ``engine``, ``dp``, ``store``, ``announcements``,
-``chunk-blocks``.
+``blocks-per-chunk``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kvatlas.bridge.options import BridgeSettings
 _WATCH_SECONDS: Final = 240
 _CONNECT_SECONDS: Final = 10
 _BACKOFF_SECONDS: Final = (0.2, 0.5, 1.0, 2.0, 5.0)
-_OPTIONS: Final = ("model", "engine", "dp", "store", "announcements", "chunk-blocks")
+_OPTIONS: Final = ("model", "engine", "dp", "store", "announcements", "blocks-per-chunk")
 
 log = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
         bound: whether the engine connected to us (``live`` is then a name, not an address).
         announcements: ``copies``, ``presence`` or ``auto``: whether every copy of a block is announced and removed on
             its own; empty for the deployment's default.
-        chunk_blocks: engine blocks that its offload tier stores and loads as one, for engines whose events name a
+        blocks_per_chunk: engine blocks that its offload tier stores and loads as one, for engines whose events name a
             chunk by one key without saying so; 0 where the events say it.
     """
 
@@ -43,7 +43,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     ranks: int = 1
     store: str = ""
     announcements: str = ""
-    chunk_blocks: int = 0
+    blocks_per_chunk: int = 0
     bound: bool = False
 
     def replace(self, **changes: Any) -> EngineSpec:
@@ -60,7 +60,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
         told = {
             topics.H_STORE: self.store,
             topics.H_ANNOUNCEMENTS: self.announcements,
-            topics.H_CHUNK_BLOCKS: str(self.chunk_blocks) if self.chunk_blocks else "",
+            topics.H_BLOCKS_PER_CHUNK: str(self.blocks_per_chunk) if self.blocks_per_chunk else "",
         }
         return [(name, value.encode()) for name, value in told.items() if value]
 
@@ -125,8 +125,8 @@ def split_spec(text: str, names: tuple[str, ...]) -> tuple[list[str], dict[str, 
     return addresses, options
 
 
-_OPTIONS: Final = ("pod", "model", "engine", "dp", "store", "announcements", "chunk_blocks")
-_BIND_OPTIONS: Final = ("model", "engine", "store", "announcements", "chunk_blocks", "replay_port")
+_OPTIONS: Final = ("pod", "model", "engine", "dp", "store", "announcements", "blocks_per_chunk")
+_BIND_OPTIONS: Final = ("model", "engine", "store", "announcements", "blocks_per_chunk", "replay_port")
 
 
 def engine_specs(where: str, live: str, replay: str, options: dict[str, str]) -> list[EngineSpec]:
@@ -148,10 +148,10 @@ def engine_specs(where: str, live: str, replay: str, options: dict[str, str]) ->
     if announcements and announcements not in ANNOUNCEMENTS:
         known = ", ".join(ANNOUNCEMENTS)
         raise SettingsError(f"engine {where!r}: announcements={announcements!r}; expected one of {known}")
-    chunk = options.get("chunk_blocks", "0")
+    chunk = options.get("blocks_per_chunk", "0")
     if not chunk.isdecimal() or int(chunk) > _CHUNK_MAX:
         raise SettingsError(
-            f"engine {where!r}: chunk_blocks={chunk!r}; expected engine blocks in a chunk of its offload tier, up to "
+            f"engine {where!r}: blocks_per_chunk={chunk!r}; expected engine blocks in a chunk of its offload tier, up to "
             f"{_CHUNK_MAX}"
         )
     ranks = options.get("dp", "1")
@@ -177,7 +177,7 @@ def engine_specs(where: str, live: str, replay: str, options: dict[str, str]) ->
             ranks=int(ranks),
             store=options.get("store", ""),
             announcements=announcements,
-            chunk_blocks=int(chunk),
+            blocks_per_chunk=int(chunk),
         )
         for rank in range(int(ranks))
     ]

@@ -83,7 +83,9 @@ H_ENGINE: Final = "engine"  # adapter name
 H_MODEL: Final = "model"  # model name
 H_STORE: Final = "store"  # shared store that the pod mounts; absent for the deployment's default
 H_ANNOUNCEMENTS: Final = "announcements"  # auto | copies | presence; absent for the deployment's default
-H_CHUNK_BLOCKS: Final = "chunk_blocks"  # decimal text, engine blocks in an offload chunk; absent where events say it
+H_BLOCKS_PER_CHUNK: Final = (
+    "blocks_per_chunk"  # decimal text, engine blocks in an offload chunk; absent where events say it
+)
 H_REASON: Final = "reason"  # DLQ: why
 H_ORIGIN: Final = "origin"  # DLQ: topic/partition/offset it came from, or the endpoint
 SOURCE_LIVE: Final = "live"

@@ -243,7 +243,7 @@ class PodState(msgspec.Struct, array_like=True):
         bare: the pod announces blocks with keys of their own, which say neither salt nor adapter.
         pairs: the engine's cache is keyed by pairs of tokens.
         chunk_tokens: tokens that an offload tier stores and loads as one, as its events show; 0 until they do.
-        chunk_blocks: engine blocks of such a chunk as the endpoint's options say; 0 when they do not.
+        blocks_per_chunk: engine blocks of such a chunk as the endpoint's options say; 0 when they do not.
         next_ticket: ticket of the next block that waits; tickets begin with 1.
         first_ticket: no block waits with an older one.
         owners: names of those that own copies of their own, in the order of their slots from 1 on.
@@ -278,7 +278,7 @@ class PodState(msgspec.Struct, array_like=True):
     bare: bool = False
     pairs: bool = False
     chunk_tokens: int = 0
-    chunk_blocks: int = 0
+    blocks_per_chunk: int = 0
     next_ticket: int = 1
     first_ticket: int = 1
     owners: list[str] = []

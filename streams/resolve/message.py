@@ -29,7 +29,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         receive_ns: the bridge's wall clock, ns since the epoch.
         store: shared store that the pod mounts, empty for the deployment's default.
         announcements: ``copies`` or ``presence``, empty for the deployment's default.
-        chunk_blocks: engine blocks in a chunk of the pod's offload tier; 0 where its events say it.
+        blocks_per_chunk: engine blocks in a chunk of the pod's offload tier; 0 where its events say it.
         partition: ``kv-events`` partition.
         offset: ``kv-events`` offset.
         headers: all headers as received.
@@ -46,7 +46,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     receive_ns: int = 0
     store: str = ""
     announcements: str = ""
-    chunk_blocks: int = 0
+    blocks_per_chunk: int = 0
     partition: int = -1
     offset: int = -1
     headers: Mapping[str, bytes] = {}
@@ -88,7 +88,7 @@ def parse_message(
         receive_ns=max(receive_ns, 0),
         store=_text(get(topics.H_STORE)),
         announcements=_text(get(topics.H_ANNOUNCEMENTS)),
-        chunk_blocks=_small(get(topics.H_CHUNK_BLOCKS)),
+        blocks_per_chunk=_small(get(topics.H_BLOCKS_PER_CHUNK)),
         partition=partition,
         offset=offset,
         headers=found,

@@ -168,7 +168,7 @@ class Resolver:
         state.model = message.model or state.model
         state.engine = message.engine or state.engine
         state.store = message.store or state.store
-        state.chunk_blocks = message.chunk_blocks
+        state.blocks_per_chunk = message.blocks_per_chunk
 
     def _admit(self, state: PodState | None, message: Message, effects: Effects) -> PodState | None:
         """Return the state that a message goes on from; None when it was applied before or came too late."""
@@ -374,7 +374,7 @@ def pod_record(state: PodState, now_ns: int) -> records.PodRecord:
         store=state.store,
         pairs=state.pairs,
         named=state.named,
-        chunk_tokens=state.chunk_blocks * main.block_size_tokens or state.chunk_tokens,
+        chunk_tokens=state.blocks_per_chunk * main.block_size_tokens or state.chunk_tokens,
         events_partition=state.events_partition,
         events_offset=state.events_offset,
         updated_ns=now_ns,
