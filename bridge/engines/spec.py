@@ -151,8 +151,8 @@ def engine_specs(where: str, live: str, replay: str, options: dict[str, str]) ->
     chunk = options.get("blocks_per_chunk", "0")
     if not chunk.isdecimal() or int(chunk) > _CHUNK_MAX:
         raise SettingsError(
-            f"engine {where!r}: blocks_per_chunk={chunk!r}; expected engine blocks in a chunk of its offload tier, up to "
-            f"{_CHUNK_MAX}"
+            f"engine {where!r}: blocks_per_chunk={chunk!r}; expected the engine blocks in a chunk of its offload tier, "
+            f"up to {_CHUNK_MAX}"
         )
     ranks = options.get("dp", "1")
     if not ranks.isdecimal() or not 1 <= int(ranks) <= 1024:
