@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Final, Literal
 
@@ -11,14 +10,16 @@ import msgspec
 from kvatlas.bridge.errors import WireError
 from kvatlas.bridge.model import epochs, pod_ids, records, topics
 from kvatlas.bridge.model.adapters import CLEARS_HOST, adapter
-from kvatlas.bridge.model.block_key import KEY_BYTES, root_key
-from kvatlas.bridge.model.events import Cleared, Event, Kind, Limits, Removed, Stored, Tier
+from kvatlas.bridge.model.block_key import root_key
+from kvatlas.bridge.model.events import Cleared, Event, Limits, Removed, Stored, Tier
 from kvatlas.streams.index.view import View
 from kvatlas.streams.resolve import engine_blocks as eb
 from kvatlas.streams.resolve.effects import DeadLetter, Effects
 from kvatlas.streams.resolve.engine_blocks import PodState
 from kvatlas.streams.resolve.message import ABSENT, Message, parse_message
+from kvatlas.streams.resolve.naming import note_names, note_stripped
 from kvatlas.streams.resolve.pod_blocks import PodBlocks
+from kvatlas.streams.resolve.stripped import removed_of, stored_of
 
 __all__ = ["Message", "ResolveOptions", "Resolver", "parse_message", "pod_record"]
 
@@ -256,7 +257,7 @@ class Resolver:
             effects.counts["blocks_stored"] += len(event.keys)
             if event.tier == Tier.SHARED and not state.store:
                 state.store = self._options.store
-            _note_names(state, event, effects)
+            note_names(state, event, effects)
             blocks.stored(event, table_keys, self._root(state.model, event))
         elif isinstance(event, Removed):
             effects.counts["blocks_removed"] += len(event.keys)
@@ -304,39 +305,12 @@ class Resolver:
         if not 0 <= event.group <= self._options.limits.group_max:
             raise WireError(f"group is {event.group}; expected 0 to {self._options.limits.group_max}")
         if isinstance(event, records.KeyedRemoved):
-            removed = Removed(
-                keys=event.engine_keys,
-                tier=Tier(event.tier),
-                group=event.group,
-                ownership=event.ownership,
-                remaining=event.remaining if len(event.remaining) == len(event.engine_keys) else [],
-            )
+            removed = removed_of(event)
             self._event(removed, blocks.table_keys(removed), state, blocks, effects)
             return
-        if event.window_tokens < 0 or event.block_size_tokens < 0:
-            raise WireError(f"window or block size is negative: {event.window_tokens}, {event.block_size_tokens}")
-        width = event.keys_per_block * KEY_BYTES
-        size = width * len(event.engine_keys)
-        if width < 0 or len(event.block_keys) != size or len(event.names) not in (0, size):
-            raise WireError(
-                f"block_keys has {len(event.block_keys)} bytes, names {len(event.names)} for {len(event.engine_keys)} "
-                f"engine keys of {event.keys_per_block} block keys each"
-            )
-        stored = Stored(
-            keys=event.engine_keys,
-            parent=event.parent,
-            block_size_tokens=event.block_size_tokens,
-            tier=Tier(event.tier),
-            group=event.group,
-            kind=None if event.kind < 0 else Kind(event.kind),
-            window_tokens=event.window_tokens,
-            lookahead=event.lookahead,
-            ownership=event.ownership,
-            unnamed=event.unnamed,
-            bare=event.bare,
-        )
-        _note_keyed(state, event, effects)
-        if not width:
+        stored, keys, names = stored_of(event)
+        note_stripped(state, event, effects)
+        if not keys:
             # Without keys and without tokens: known blocks gain a tier, unknown ones stay unknown.
             self._event(stored, _EMPTY, state, blocks, effects)
             return
@@ -345,7 +319,6 @@ class Resolver:
             state.store = self._options.store
         table_keys = blocks.table_keys(stored)
         view.prefetch(table_keys)
-        keys, names = _cut(event.block_keys, width), _cut(event.names, width)
         blocks.keyed(stored, table_keys, keys, names)
 
 
@@ -379,40 +352,6 @@ def pod_record(state: PodState, now_ns: int) -> records.PodRecord:
         events_offset=state.events_offset,
         updated_ns=now_ns,
     )
-
-
-def _cut(packed: bytes, width: int) -> list[bytes]:
-    return [packed[at : at + width] for at in range(0, len(packed), width)]
-
-
-def _note_names(state: PodState, event: Stored, effects: Effects) -> None:
-    """Note what an event shows to be in use beyond tokens."""
-    state.pairs = state.pairs or bool(event.ahead)
-    if event.unnamed:
-        _note(state, 0, event.bare, effects)
-    elif event.cache_salt or event.extra or event.lora:
-        salts, extras = eb.SALTS if event.cache_salt else 0, eb.EXTRAS if event.extra else 0
-        _note(state, salts | extras | (eb.ADAPTERS if event.lora else 0), False, effects)
-
-
-def _note_keyed(state: PodState, event: records.KeyedStored, effects: Effects) -> None:
-    """Note what a stripped event shows to be in use beyond tokens."""
-    state.pairs = state.pairs or bool(event.names)
-    if event.unnamed:
-        _note(state, 0, event.bare, effects)
-    else:
-        salts, extras = eb.SALTS if event.salted else 0, eb.EXTRAS if event.pictured else 0
-        _note(state, salts | extras | (eb.ADAPTERS if event.adapted else 0), False, effects)
-    if event.chunk_tokens > 0:
-        state.chunk_tokens = math.gcd(state.chunk_tokens, event.chunk_tokens)
-
-
-def _note(state: PodState, names: int, bare: bool, effects: Effects) -> None:
-    was = state.named
-    state.names |= names
-    state.bare = state.bare or bare
-    if state.named and not was:
-        effects.urgent = True  # readers must know before they see what is stored from here on
 
 
 def _wanted(planned: list[tuple[Event, list[bytes]]], blocks: PodBlocks) -> list[bytes]:

@@ -34,16 +34,16 @@ from kvatlas.bridge.model.events import Batch, Limits, Stored
 NAME: Final = "sglang"
 
 
-class _Stored(StoredFields, gc=False, frozen=True):
+class _SglangStored(StoredFields, gc=False, frozen=True):
     token_ids: list[int | list[int]]  # type: ignore[assignment]
     lora_name: Any = None
 
 
-class StoredArray(_Stored, gc=False, frozen=True, array_like=True, tag="BlockStored"):
+class SglangStoredArray(_SglangStored, gc=False, frozen=True, array_like=True, tag="BlockStored"):
     """BlockStored as an array; index 7 may be a map of what later versions have as fields."""
 
 
-class StoredMap(_Stored, gc=False, frozen=True, tag="BlockStored"):
+class SglangStoredMap(_SglangStored, gc=False, frozen=True, tag="BlockStored"):
     """BlockStored as a map."""
 
     cache_salt: str | None = None
@@ -58,20 +58,20 @@ def decode(payload: bytes, limits: Limits) -> Batch:
     return decode_batch(payload, limits, _FORMAT)
 
 
-def _names(fields: _Stored) -> Named:
+def _names(fields: _SglangStored) -> Named:
     more: Any = fields.lora_name
     lora: str | None = _text(more)
     salt: str | None = None
     if isinstance(more, dict):
         lora, salt = _text(more.get("lora_name")), _text(more.get("cache_salt"))
-    if isinstance(fields, StoredMap):
+    if isinstance(fields, SglangStoredMap):
         salt = fields.cache_salt
     if lora is None and fields.lora_id:
         lora = f"lora:{fields.lora_id}"
     return Named(lora or None, salt or None, _extra(fields, lora))
 
 
-def _extra(fields: _Stored, lora: str | None) -> list[list[ExtraKey]]:
+def _extra(fields: _SglangStored, lora: str | None) -> list[list[ExtraKey]]:
     values = fields.extra_keys
     if not values or not any(values):
         return []
@@ -84,14 +84,14 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _finish(fields: _Stored, stored: Stored, limits: Limits) -> Stored:
+def _finish(fields: _SglangStored, stored: Stored, limits: Limits) -> Stored:
     del fields, limits
     return stored
 
 
 _FORMAT: Final = Format(
-    array=msgspec.msgpack.Decoder(StoredArray | RemovedArray | ClearedArray),
-    map=msgspec.msgpack.Decoder(StoredMap | RemovedMap | ClearedMap),
+    array=msgspec.msgpack.Decoder(SglangStoredArray | RemovedArray | ClearedArray),
+    map=msgspec.msgpack.Decoder(SglangStoredMap | RemovedMap | ClearedMap),
     names=_names,
     finish=_finish,
 )

@@ -38,11 +38,11 @@ NAME: Final = "vllm"
 _PAIR: Final = 2
 
 
-class StoredArray(StoredFields, gc=False, frozen=True, array_like=True, tag="BlockStored"):
+class VllmStoredArray(StoredFields, gc=False, frozen=True, array_like=True, tag="BlockStored"):
     """BlockStored as an array: the order of the fields is the wire order; extra elements are ignored."""
 
 
-class StoredMap(StoredFields, gc=False, frozen=True, tag="BlockStored"):
+class VllmStoredMap(StoredFields, gc=False, frozen=True, tag="BlockStored"):
     """BlockStored as a map; only maps ever had the fields listed here."""
 
     ownership: str | None = None
@@ -68,7 +68,7 @@ def _names(fields: StoredFields) -> Named:
         return Named(lora, None, [])
     if len(values) != len(fields.block_hashes):
         raise WireError(f"extra_keys has {len(values)} entries for {len(fields.block_hashes)} block hashes")
-    bare = isinstance(fields, StoredArray)
+    bare = isinstance(fields, VllmStoredArray)
     salt, extra = split_extra(values, fields.lora_name, begins=fields.parent_block_hash is None, bare_items=bare)
     return Named(lora, salt, extra)
 
@@ -112,7 +112,7 @@ def _finish(fields: StoredFields, stored: Stored, limits: Limits) -> Stored:
     if stored.tier != Tier.GPU and fields.extra_keys is None:
         more["unnamed"] = True
         more["bare"] = fields.group_idx is None
-    if isinstance(fields, StoredMap):
+    if isinstance(fields, VllmStoredMap):
         if fields.lookahead_token_ids:
             more["lookahead"] = True
         if fields.ownership:
@@ -122,7 +122,7 @@ def _finish(fields: StoredFields, stored: Stored, limits: Limits) -> Stored:
     return msgspec.structs.replace(stored, **more) if more else stored
 
 
-def _context(fields: StoredMap, token_ids: list[int], limits: Limits) -> Context | None:
+def _context(fields: VllmStoredMap, token_ids: list[int], limits: Limits) -> Context | None:
     """Return the tokens between the last announced block and the parent, None when they are no whole blocks."""
     if len(token_ids) > limits.tokens_per_event:
         raise LimitError(f"context of {len(token_ids)} tokens is over the limit of {limits.tokens_per_event}")
@@ -145,8 +145,8 @@ def _context(fields: StoredMap, token_ids: list[int], limits: Limits) -> Context
 
 
 _FORMAT: Final = Format(
-    array=msgspec.msgpack.Decoder(StoredArray | RemovedArray | ClearedArray),
-    map=msgspec.msgpack.Decoder(StoredMap | RemovedMap | ClearedMap),
+    array=msgspec.msgpack.Decoder(VllmStoredArray | RemovedArray | ClearedArray),
+    map=msgspec.msgpack.Decoder(VllmStoredMap | RemovedMap | ClearedMap),
     names=_names,
     finish=_finish,
 )
