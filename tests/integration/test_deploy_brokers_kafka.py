@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,34 +115,48 @@ async def test_topics_do_not_appear_by_themselves(brokers: str, kafka_admin: AIO
     assert "kvatlas-no-such-topic" not in await kafka_admin.list_topics()
 
 
-async def test_data_and_address_survive_kill_and_restart(own_kafka: KafkaNode) -> None:
+#: Tests that treat a node as no other test would like; one node for them all, which each leaves running.
+_own_node = pytest.mark.xdist_group("own node")
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaNode]:
+    """A node of these tests."""
+    with KafkaNode(tmp_path_factory.mktemp("own")) as started:
+        yield started
+
+
+@_own_node
+async def test_data_and_address_survive_kill_and_restart(node: KafkaNode) -> None:
     """After SIGKILL, and after a clean restart, the node is at its old address with all it acknowledged."""
-    admin = AIOKafkaAdminClient(bootstrap_servers=own_kafka.bootstrap)
+    admin = AIOKafkaAdminClient(bootstrap_servers=node.bootstrap)
     await admin.start()
     await admin.create_topics([NewTopic("kept", 1, 1)])
     await admin.close()
-    address = own_kafka.bootstrap
+    address = node.bootstrap
     assert await _send("kept", address, [b"one"], acks="all") == [0]
-    own_kafka.kill()
-    assert not own_kafka.running
-    assert read_state(own_kafka.data_dir) is None
+    node.kill()
+    assert not node.running
+    assert read_state(node.data_dir) is None
     with pytest.raises(KafkaConnectionError):
         await _read("kept", address, 1)
-    own_kafka.start()
-    assert own_kafka.bootstrap == address
+    node.start()
+    assert node.bootstrap == address
     assert await _send("kept", address, [b"two"], acks="all") == [1]
-    own_kafka.restart()
+    node.restart()
     assert await _read("kept", address, 2) == [b"one", b"two"]
 
 
-async def test_paused_node_answers_again_after_resume(own_kafka: KafkaNode) -> None:
+@_own_node
+async def test_paused_node_answers_again_after_resume(node: KafkaNode) -> None:
     """A paused node answers nothing, and goes on where it stopped when resumed."""
-    own_kafka.pause()
-    assert own_kafka.running
+    before = await _list_topics(node.bootstrap, patience_ms=60_000)
+    node.pause()
+    assert node.running
     with pytest.raises((KafkaConnectionError, TimeoutError)):
-        await _list_topics(own_kafka.bootstrap, patience_ms=1000)
-    own_kafka.resume()
-    assert await _list_topics(own_kafka.bootstrap, patience_ms=60_000) == []
+        await _list_topics(node.bootstrap, patience_ms=1000)
+    node.resume()
+    assert await _list_topics(node.bootstrap, patience_ms=60_000) == before
 
 
 async def _list_topics(brokers: str, patience_ms: int) -> list[str]:
@@ -153,11 +168,12 @@ async def _list_topics(brokers: str, patience_ms: int) -> list[str]:
         await admin.close()
 
 
-def test_second_start_of_a_data_folder_is_refused(own_kafka: KafkaNode) -> None:
+@_own_node
+def test_second_start_of_a_data_folder_is_refused(node: KafkaNode) -> None:
     """A second node on a folder in use says so, and the first one goes on."""
     with pytest.raises(BrokerStateError, match="runs already"):
-        KafkaNode(own_kafka.data_dir).start()
-    assert own_kafka.running
+        KafkaNode(node.data_dir).start()
+    assert node.running
 
 
 def test_bad_property_shows_the_log(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from kvatlas.connector.offload.transfer import PagedKV
 from kvatlas.connector.outcome import Outcome, Tier
 from tests.connector.conftest import ENOSPC, Fleet, fail, key
 
+pytestmark = pytest.mark.torch
+
 WAIT = 60
 
 

@@ -19,6 +19,8 @@ from kvatlas.connector.offload.engine import EngineSettings, Item, OffloadEngine
 from kvatlas.connector.offload.lanes import BUFFERS, CpuLane, CudaLane
 from kvatlas.connector.offload.transfer import Mover, PagedKV, Placement, Ref
 
+pytestmark = pytest.mark.torch
+
 BLOCKS, SLOTS = 12, 9
 
 
