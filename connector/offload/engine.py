@@ -80,7 +80,7 @@ def host_memory(
     tensor = torch.frombuffer(view, dtype=torch.int8).view(slots, slot_bytes)
     if pin_for is not None:
         with torch.cuda.device(pin_for):
-            code = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), size, 0)  # type: ignore[no-untyped-call]
+            code = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), size, 0)
         if int(code):
             raise CapacityError(f"{size} bytes of host memory cannot be pinned (CUDA error {int(code)}); ask for less")
     return tensor, view
@@ -269,7 +269,7 @@ class OffloadEngine:
         if self.files is not None:
             self.files.drain()
         if self._pinned is not None:
-            torch.cuda.cudart().cudaHostUnregister(self._pinned.data_ptr())  # type: ignore[no-untyped-call]
+            torch.cuda.cudart().cudaHostUnregister(self._pinned.data_ptr())
 
     # -- parts -----------------------------------------------------------------------------------------------
 

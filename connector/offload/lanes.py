@@ -72,8 +72,8 @@ class CudaLane(Lane):
         self._device = device
         with torch.cuda.device(device):
             priority = -1 if urgent else 0
-            self._kernels = torch.cuda.Stream(priority=priority)  # type: ignore[no-untyped-call]
-            self._copies = torch.cuda.Stream(priority=priority)  # type: ignore[no-untyped-call]
+            self._kernels = torch.cuda.Stream(priority=priority)
+            self._copies = torch.cuda.Stream(priority=priority)
             with torch.cuda.stream(self._kernels):
                 self._buffers = [torch.zeros(shape, dtype=torch.int8, device=device) for _ in range(BUFFERS)]
                 # Buffers are filled with zeros first, which the stream of the copies must not overtake.
@@ -81,7 +81,7 @@ class CudaLane(Lane):
 
     @staticmethod
     def _mark(stream: torch.cuda.Stream, *, blocking: bool = False) -> torch.cuda.Event:
-        event = torch.cuda.Event(blocking=blocking)  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(blocking=blocking)
         event.record(stream)
         return event
 

@@ -70,7 +70,7 @@ class PagedKV:
 
     def blocks(self, group: int) -> int:
         """Return how many blocks a group has."""
-        return min(self.tensors[ref.tensor].shape[0] for ref in self.groups[group])
+        return int(min(self.tensors[ref.tensor].shape[0] for ref in self.groups[group]))
 
     @property
     def slot_bytes(self) -> int:
@@ -144,7 +144,7 @@ class Mover:
         """Return an event at this point of the calling thread's stream; None on the CPU."""
         if self.device.type != "cuda":
             return None
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.device))
         return event
 

@@ -301,7 +301,7 @@ def _gpu_cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield _figure(f"gpu-load-{page >> 10}KB", times["load"], times["plain-load"], total)
         if page == 2 << 20:
             yield _matmul_case(torch, mover, places)
-        torch.cuda.cudart().cudaHostUnregister(host.data_ptr())  # type: ignore[no-untyped-call]
+        torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
 
 
 def _matmul_case(torch: Any, mover: Any, places: Sequence[Any]) -> dict[str, Any]:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from kvatlas.bridge.engines.publisher import EnginePublisher
+from kvatlas.connector.files.blocks import Block
 from kvatlas.connector.files.catalog import Budget
 from kvatlas.connector.files.events import BlockMeta, StorageEvents
+from kvatlas.connector.files.evictor import evict_root
 from kvatlas.connector.files.layout import Fingerprint
 from kvatlas.connector.files.settings import FileTierSettings
 from kvatlas.connector.files.tier import FileTier
-from kvatlas.connector.offload.engine import EngineSettings, Item, OffloadEngine
-from kvatlas.connector.offload.transfer import PagedKV
 from kvatlas.connector.outcome import Outcome
 from kvatlas.scorer.client import ScorerClient
 from tests.connector.conftest import EIO, FaultyFileSystem, fail
@@ -55,10 +55,7 @@ class Node:
         self.fs = FaultyFileSystem()
         settings = FileTierSettings(root=root, threads=2, budget=Budget(max_percent=None))
         self.files = FileTier(settings, fingerprint, fs=self.fs, listener=self.events)
-        self.memory = torch.arange(_BLOCKS * 2048, dtype=torch.float32).view(_BLOCKS, 2048).clone()
-        kv = PagedKV.from_layers([[self.memory]])
-        # One slot of host memory, so that a load comes from the files.
-        self.core = OffloadEngine(kv, EngineSettings(host_bytes=kv.slot_bytes, threads=1), self.files)
+        self.memory = [bytearray(random.Random(number).randbytes(8192)) for number in range(_BLOCKS)]
 
     @property
     def flag(self) -> str:
@@ -90,12 +87,16 @@ class Node:
         """Spill blocks to the files, as the engine does: what is known of each is told first."""
         for number in numbers:
             self.describe(number)
-            result = self.core.store([Item(_key(number), 0, number)]).result(90)[_key(number)]
+            result = self.files.store([self.block(number)]).result(90)[_key(number)]
             assert result.outcome is Outcome.STORED, result
+
+    def block(self, number: int) -> Block:
+        """Return a block in the engine's memory."""
+        return Block(_key(number), [memoryview(self.memory[number])])
 
     def load(self, number: int) -> Outcome:
         """Bring one block back."""
-        return self.core.load([Item(_key(number), 0, number)]).result(90)[_key(number)].outcome
+        return self.files.load([self.block(number)]).result(90)[_key(number)].outcome
 
     def path(self, number: int) -> Path:
         """Return a block's file."""
@@ -104,7 +105,6 @@ class Node:
 
     def close(self) -> None:
         """End the threads and close the sockets."""
-        self.core.close()
         self.files.close()
         self.events.close()
         self.publisher.close()
@@ -184,12 +184,12 @@ def test_files_are_a_tier_of_the_pod_until_they_are_gone(
         score = client.score(_MODEL, tokens=_TOKENS).scores["pod-k"]
         assert (score.matched_tokens, score.score) == (5 * _BLOCK, pytest.approx(5 * weight))
 
-        before = node.memory[1].clone()
-        node.memory[1].zero_()
+        before = bytes(node.memory[1])
+        node.memory[1][:] = bytes(len(before))
         assert node.load(1) is Outcome.LOADED
-        assert torch.equal(node.memory[1], before)
+        assert node.memory[1] == before
 
-        assert node.core.evict([_key(4)])[_key(4)].outcome is Outcome.MISS
+        assert node.files.evict([_key(4)])[_key(4)].outcome is Outcome.MISS
         _says(client, "pod-k", {tier: 4}, stack)
 
         data = bytearray(node.path(2).read_bytes())
@@ -215,7 +215,7 @@ def test_a_store_that_failed_never_reaches_the_index(stack: Stack, nodes: list[N
     with ScorerClient(stack.start("scorer", "--listen=127.0.0.1:0")) as client:
         node.store(0)
         node.fs.faults["pwritev"] = fail(EIO)
-        result = node.core.store([Item(_key(1), 0, 1)]).result(90)[_key(1)]
+        result = node.files.store([node.block(1)]).result(90)[_key(1)]
         assert result.outcome is Outcome.FAILED
         assert "EIO" in result.detail
         node.fs.faults.clear()
@@ -243,7 +243,30 @@ def test_after_a_restart_the_files_are_told_again(stack: Stack, nodes: list[Node
         _says(client, "pod-r", {}, stack)
         for number in (0, 1):
             second.describe(number)
-            item = Item(_key(number), 0, number)
-            move = second.core.load if number else second.core.store
-            assert move([item]).result(90)[item.key].ok
+            move = second.files.load if number else second.files.store
+            assert move([second.block(number)]).result(90)[_key(number)].ok
         _says(client, "pod-r", {"disk": 2}, stack)
+
+
+def test_pods_that_share_a_store_are_both_scored_and_both_hear_of_eviction(
+    stack: Stack, nodes: list[Node], tmp_path: Path
+) -> None:
+    """What one pod stored another loads; both score it as shared until the evictor took it and each asked for it."""
+    first, second = (Node(tmp_path / "root", pod, "REMOTE") for pod in ("pod-a", "pod-b"))
+    nodes += [first, second]
+    stack.start("bridge", first.flag, second.flag)
+    with ScorerClient(stack.start("scorer", "--listen=127.0.0.1:0")) as client:
+        first.store(0, 1, 2)
+        _says(client, "pod-a", {"shared": 3}, stack)
+        for number in range(3):
+            second.describe(number)
+            second.memory[number][:] = bytes(8192)
+            assert second.load(number) is Outcome.LOADED
+            assert second.memory[number] == first.memory[number]
+        _says(client, "pod-b", {"shared": 3}, stack)
+        report = evict_root(tmp_path / "root", Budget(max_bytes=1, max_percent=None))
+        assert (report.evicted_blocks, report.failed) == (3, 0)
+        for node in (first, second):
+            assert {node.load(number) for number in range(3)} == {Outcome.MISS}
+            assert node.memory == first.memory
+            _says(client, node.pod, {}, stack)
