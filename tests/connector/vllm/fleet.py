@@ -45,7 +45,7 @@ def content(tokens: list[int]) -> bytes:
     return np.random.Generator(np.random.PCG64(int.from_bytes(seed[:8], "big"))).bytes(PAGE_BYTES)
 
 
-def make_scheduler(root: Path, scratch: Path, *, whole_spec: bool = False, **tier: Any) -> Scheduler:
+def make_scheduler(root: Path | str, scratch: Path, *, whole_spec: bool = False, **tier: Any) -> Scheduler:
     """Return a scheduler whose connector spills to our file tier below ``root``."""
     model = scratch / "model"
     model.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def make_scheduler(root: Path, scratch: Path, *, whole_spec: bool = False, **tie
     )
 
 
-def _extra(root: Path, tier: dict[str, Any], *, whole_spec: bool) -> dict[str, Any]:
+def _extra(root: Path | str, tier: dict[str, Any], *, whole_spec: bool) -> dict[str, Any]:
     size = {"cpu_bytes_to_use": HOST_CHUNKS * max(PAGE_BYTES, 4096)}
     if whole_spec:
         return {
@@ -135,11 +135,13 @@ class Runner:
     def shutdown(self) -> None:
         """End the publisher's part."""
 
-    def add(self, tokens: list[int]) -> None:
+    def add(self, tokens: list[int], **transfer: Any) -> None:
+        """Add a request, with what it says of its transfers (``kv_transfer_params``)."""
         self._number += 1
         name = f"r{self._number}"
         self.tokens[name] = tokens
-        parameters = SamplingParams(max_tokens=1, ignore_eos=True)
+        extra = {"kv_transfer_params": transfer} if transfer else None
+        parameters = SamplingParams(max_tokens=1, ignore_eos=True, extra_args=extra)
         parameters.update_from_generation_config({}, eos_token_id=50)
         request = Request(name, tokens, parameters, None, block_hasher=self._hasher)
         for number, found in enumerate(request.block_hashes):
