@@ -183,7 +183,8 @@ class FileTier:
             return dict.fromkeys(keys, Result(Outcome.FAILED, "the root is read-only"))
         if not self._capacity.make_room(size + layout.header_bytes(len(fresh))):
             self.metrics.count("shed", len(fresh))
-            return dict.fromkeys(keys, Result(Outcome.SHED, "the budget is used up"))
+            why = "the disk is full" if self._capacity.full else "the budget is used up"
+            return dict.fromkeys(keys, Result(Outcome.SHED, why))
         begin = time.perf_counter()
         try:
             written = self._segments.write(fresh)
@@ -210,7 +211,7 @@ class FileTier:
         self.metrics.count("failed", len(failed))
         results.update(dict.fromkeys(failed, Result(Outcome.FAILED, error_text(error))))
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            self._queue(lambda: self._capacity.relieve(needed))
+            self._queue(lambda: self._capacity.refused(needed))
         return results
 
     def _admit(self, written: Written) -> frozenset[bytes]:
@@ -332,6 +333,8 @@ class FileTier:
         # On a read-only root uses could only pile up in memory.
         if not self.read_only and self._usage.touch(keys, now):
             self._queue(self._usage.flush)
+            if self._capacity.exceeded():  # an engine that only loads gives room back too, on a disk that it shares
+                self._queue(self.evict_excess)
 
     @property
     def used_bytes(self) -> int:
