@@ -17,8 +17,11 @@ from kvatlas.connector.files.catalog import Budget
 from kvatlas.connector.files.fs import FileSystem, Space
 from kvatlas.connector.files.holdings import Holdings
 
+#: How often the file system is asked for its free space, and how often where little is left that others may take.
 _LIMIT_SECONDS: Final = 5.0
-_RELIEF_SECONDS: Final = 5.0
+_NEAR_SECONDS: Final = 0.25
+_NEAR_FREE: Final = 0.1
+_RELIEF_SECONDS: Final = 2.0
 #: Share of the bytes in use that goes when the file system is full, or nearly so.
 _RELIEF_SHARE: Final = 0.05
 #: Free share of the file system below which room is given back, and half of it, below which nothing is stored.
@@ -69,7 +72,8 @@ class Capacity:
         """Ask the file system for its size and free space, now and then; False while it never answered."""
         # On a remote file system the question is a round trip, and stores ask twice.
         now = self._monotonic()
-        if not self._space.total or now - self._asked >= _LIMIT_SECONDS:
+        near = self._free_bytes() < self._space.total * _NEAR_FREE
+        if not self._space.total or now - self._asked >= (_NEAR_SECONDS if near else _LIMIT_SECONDS):
             try:
                 self._space = self._fs.space(self._directory)
             except OSError:

@@ -46,7 +46,7 @@ def test_each_time_of_no_space_costs_a_bounded_share(fleet: Fleet) -> None:
     for number in range(40):
         assert store(tier, [number])[key(number)].ok
     load(tier, 0)
-    for wait in (2, 2, 6, 2):
+    for wait in (3.0, 1.5, 3.0, 1.5):
         fleet.monotonic += wait
         fleet.fs.faults["pwritev"] = fail(ENOSPC)
         outcomes = {result.outcome for result in store(tier, range(50, 55)).values()}
