@@ -16,7 +16,7 @@ import grpc
 import grpc.aio
 import msgspec
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaConnectionError, KafkaError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -54,6 +54,8 @@ _HOUSEKEEPING_SECONDS: Final = 1.0
 _DECISIONS_SECONDS: Final = 10.0
 #: Decisions on their way to Kafka at once; more are not published.
 _MOST_SENDING: Final = 10_000
+#: A Kafka that could not be reached is not asked again for so long; decisions made meanwhile are lost at once.
+_AWAY_SECONDS: Final = 1.0
 
 
 def _socket_target(path: str) -> str:
@@ -165,6 +167,7 @@ class ScorerService:
         self._producer: AIOKafkaProducer | None = None
         self._producer_lock = asyncio.Lock()
         self._sending = 0
+        self._away_until = 0.0
         self._begun = 0.0
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -316,7 +319,8 @@ class ScorerService:
 
     def publish(self, record: records.DecisionRecord) -> None:
         """Put a record on ``kv-decisions`` in the background; one that Kafka does not take is lost and counted."""
-        if self._sending < _MOST_SENDING:
+        away = self._producer is None and time.monotonic() < self._away_until
+        if self._sending < _MOST_SENDING and not away:
             self._spawn(self._send(record))
         else:  # Kafka is away and must not fill the memory
             metrics.DECISIONS_LOST.inc()
@@ -349,6 +353,8 @@ class ScorerService:
     async def _started_producer(self) -> AIOKafkaProducer:
         async with self._producer_lock:
             if self._producer is None:
+                if time.monotonic() < self._away_until:
+                    raise KafkaConnectionError("Kafka was away a moment ago")
                 producer = AIOKafkaProducer(
                     **client_config(self._kafka, f"kvatlas-scorer-{self._settings.name}"),
                     max_request_size=32 * 1024 * 1024,
@@ -356,6 +362,7 @@ class ScorerService:
                 try:
                     await producer.start()
                 except BaseException:
+                    self._away_until = time.monotonic() + _AWAY_SECONDS
                     await producer.stop()
                     raise
                 self._producer = producer

@@ -19,12 +19,16 @@ class Arrival(NamedTuple):
         blocks: ids of the prompt's blocks; equal ids are equal blocks with equal prefix.
         output_blocks: blocks that the answer fills.
         pod: pod that really served it, empty when unknown (a trace without decisions).
+        tokens: length of the prompt, 0 where only whole blocks are known.
+        output_tokens: length of the answer, 0 where only blocks are known.
     """
 
     time_ms: float
     blocks: Sequence[int]
     output_blocks: int = 0
     pod: str = ""
+    tokens: int = 0
+    output_tokens: int = 0
 
 
 class PrefixCache:

@@ -19,7 +19,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
-from kvatlas.deploy.whatif.fleet import PrefixCache
+import msgspec
+
+from kvatlas.deploy.whatif.fleet import Arrival, PrefixCache
 
 #: No prompt is free: the engine computes its last token again.
 _LEAST_TOKENS: Final = 1
@@ -212,6 +214,69 @@ class Simulation:
         router = self._router
         self._at(now + self._delay, lambda then: router.ended(request, number, then))
         self._begin(now, number)
+
+
+class FirstTokens(msgspec.Struct, frozen=True, kw_only=True):
+    """What a policy made of the requests, in the queueing model.
+
+    Attributes:
+        policy: its name as given.
+        replicas: deciders.
+        mean_ms, p50_ms, p90_ms, p99_ms: time to first token.
+        hit_ratio: prompt tokens found in caches.
+        requests_per_second: of the whole fleet.
+        balance: requests of the busiest pod over the mean.
+    """
+
+    policy: str
+    replicas: int
+    mean_ms: float
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    hit_ratio: float
+    requests_per_second: float
+    balance: float
+
+
+def sum_up(policy: str, replicas: int, result: Result) -> FirstTokens:
+    """Return a result's figures."""
+    times = sorted(result.first_token)
+    count = len(times)
+
+    def share(part: float) -> float:
+        return round(times[min(int(part * count), count - 1)] * 1e3, 1)
+
+    return FirstTokens(
+        policy=policy,
+        replicas=replicas,
+        mean_ms=round(sum(times) / count * 1e3, 1),
+        p50_ms=share(0.5),
+        p90_ms=share(0.9),
+        p99_ms=share(0.99),
+        hit_ratio=round(result.hit_tokens / max(result.prompt_tokens, 1), 4),
+        requests_per_second=round(count / max(result.seconds, 1e-9), 3),
+        balance=round(max(result.requests) * len(result.requests) / count, 2),
+    )
+
+
+def requests_of(arrivals: Sequence[Arrival], block_tokens: int) -> list[Request]:
+    """Return a trace's arrivals as requests.
+
+    Traces round their times: those of one moment are spread evenly up to the next moment, as they really came.
+    """
+    ordered = sorted(arrivals, key=lambda one: one.time_ms)
+    found: list[Request] = []
+    for moment, group in itertools.groupby(ordered, key=lambda one: one.time_ms):
+        together = list(group)
+        after = len(found) + len(together)
+        until = ordered[after].time_ms if after < len(ordered) else moment
+        for place, one in enumerate(together):
+            at = (moment + (until - moment) * place / len(together)) / 1e3
+            tokens = one.tokens or len(one.blocks) * block_tokens
+            output = one.output_tokens or one.output_blocks * block_tokens
+            found.append(Request(len(found), at, one.blocks, max(tokens, 1), output))
+    return found
 
 
 def shared_bound(requests: Sequence[Request], engine: Engine, pods: int) -> float:

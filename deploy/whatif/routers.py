@@ -65,7 +65,8 @@ class Knobs:
         self.sync_seconds = sync_seconds
         self.seed = seed
         self.weights = weights or CostWeights()
-        self.rules = rules or Rules()
+        # Nothing is refused in the model.
+        self.rules = (rules or Rules())._replace(most_requests=0, most_usage=0.0)
         self.load_tokens_per_second = load_tokens_per_second or engine.tokens_per_second
 
 
@@ -386,15 +387,24 @@ ROUTERS: Final[OrderedDict[str, Callable[[Knobs], _Router]]] = OrderedDict(
 )
 
 
+def split(name: str) -> tuple[str, int]:
+    """Return kind and replicas of ``KIND`` or ``KIND:N``.
+
+    Raises:
+        SettingsError: the kind is unknown, or N is no number from 1 on.
+    """
+    kind, _, count = name.partition(":")
+    if kind not in ROUTERS:
+        raise SettingsError(f"unknown policy {kind!r}; the queueing model knows {', '.join(ROUTERS)}, as KIND:N")
+    if count and (not count.isdecimal() or int(count) < 1):
+        raise SettingsError(f"policy {name!r}: {count!r} is not a number of replicas, 1 or more")
+    return kind, int(count or 1)
+
+
 def router(name: str, knobs: Knobs) -> _Router:
     """Build a policy by name.
 
     Raises:
         SettingsError: there is none of that name.
     """
-    make = ROUTERS.get(name)
-    if make is None:
-        raise SettingsError(
-            f"unknown policy {name!r}; the queueing model knows {', '.join(ROUTERS)}, as KIND or KIND:N"
-        )
-    return make(knobs)
+    return ROUTERS[split(name)[0]](knobs)

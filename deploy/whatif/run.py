@@ -59,7 +59,9 @@ def read_trace(path: Path, block_size_tokens: int) -> Iterator[Arrival]:
                 except msgspec.MsgspecError as error:
                     raise SettingsError(f"{path} line {number}: {error}") from error
                 output = request.output_length // block_size_tokens
-                yield Arrival(request.timestamp, request.hash_ids, output)
+                yield Arrival(
+                    request.timestamp, request.hash_ids, output, "", request.input_length, request.output_length
+                )
     except OSError as error:
         raise SettingsError(f"cannot read trace {path}: {error}") from error
 

@@ -114,6 +114,8 @@ class PickerDecider:
         known = await self._looker.look(incoming)
         if known.degraded:
             metrics.DEGRADED.labels(known.degraded).inc()
+        elif known.prompt is not None and known.prompt.partial:
+            metrics.DEGRADED.labels("partial").inc()
         if known.degraded == UNREADABLE and self._settings.unreadable == "refuse":
             return self._refuse(400, "the request's body cannot be read as what its path takes", UNREADABLE)
         now = self._clock()

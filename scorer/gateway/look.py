@@ -16,6 +16,7 @@ from kvatlas.scorer.tokenization.requests import Shape, shape_of
 
 log = logging.getLogger(__name__)
 
+_SCORER_SHARE: Final = 0.8
 UNREADABLE: Final = "unreadable"
 #: What a prompt that was not scored is called, by the error; the first that fits.
 _CAUSES: Final[tuple[tuple[type[BaseException], str], ...]] = (
@@ -71,9 +72,11 @@ class Looker:
     async def _scored(self, shape: Shape, body: Body) -> tuple[Prompt | None, str]:
         if self._prefixes is None:
             return None, "no-index"
+        # The scorer gets less: what it has found in that time, partial as it is, beats load alone.
+        until = time.monotonic() + self._seconds * _SCORER_SHARE
         try:
             async with asyncio.timeout(self._seconds):
-                return await self._prefixes.of(shape, body.document, time.monotonic() + self._seconds), ""
+                return await self._prefixes.of(shape, body.document, until), ""
         except (KvatlasError, TimeoutError) as error:
             return None, next(cause for kind, cause in _CAUSES if isinstance(error, kind))
         except Exception as error:  # noqa: BLE001 - load alone still decides; the text may hold a prompt

@@ -91,7 +91,7 @@ class PickerSettings(Section, frozen=True, kw_only=True):
         float, Meta(description="a request whose end nobody saw counts as running for so long", gt=0)
     ] = 60.0
 
-    queue_weight: Annotated[float, Meta(description="cost of a waiting token beside one to compute", ge=0)] = 0.2
+    queue_weight: Annotated[float, Meta(description="cost of a waiting token beside one to compute", ge=0)] = 0.15
     decode_tokens: Annotated[float, Meta(description="cost of a running request, in tokens", ge=0)] = 32.0
     full_tokens: Annotated[float, Meta(description="cost of a full KV cache, in tokens", ge=0)] = 4_096.0
     soft_usage: Annotated[float, Meta(description="KV cache in use from which that begins", ge=0, lt=1)] = 0.9
@@ -108,7 +108,7 @@ class PickerSettings(Section, frozen=True, kw_only=True):
     hot_tokens: Annotated[
         float,
         Meta(description="a queue longer than the shortest by more is left for the second best; 0: never", ge=0),
-    ] = 64_000.0
+    ] = 128_000.0
     burst: Annotated[
         Literal["cost", "hold", "spread"],
         Meta(description="a burst of one new prefix: by cost, on one pod up to the hot limit, or spread"),
@@ -117,8 +117,11 @@ class PickerSettings(Section, frozen=True, kw_only=True):
         int, Meta(description="a pod with so many requests takes no more (429 when all have); 0: no limit", ge=0)
     ] = 0
     max_usage: Annotated[
-        float, Meta(description="a pod whose KV cache is in use to this share, with a queue, takes no more", gt=0)
-    ] = 1.0
+        float,
+        Meta(
+            description="a pod whose KV cache is in use to this share, with a queue, takes no more; 0: no limit", ge=0
+        ),
+    ] = 0.0
     session_seconds: Annotated[float, Meta(description="a session is forgotten after so long", ge=0)] = 600.0
     sessions: Annotated[int, Meta(description="sessions remembered", ge=0)] = 100_000
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -72,7 +71,7 @@ class CorePrefixes:
         )
         for place in request.multimodal:
             asked.multimodal.add(identifier=place.identifier, offset=place.offset, length=place.length)
-        scored = await self._core.run(asked, max(deadline, time.monotonic()))
+        scored = await self._core.run(asked, deadline)
         return _prompt(asked, scored)
 
 

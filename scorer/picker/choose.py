@@ -38,7 +38,7 @@ class Rules(NamedTuple):
         hot_tokens: a pod whose queue is longer than the shortest by more is left out; 0: never.
         burst: one of :data:`BURSTS`.
         most_requests: an endpoint with so many requests takes no more; 0: no limit.
-        most_usage: an endpoint whose KV cache is in use to this share, with requests waiting, takes no more.
+        most_usage: an endpoint whose KV cache is in use to this share, with a queue, takes no more; 0: no limit.
         fallbacks: further endpoints named after the first.
     """
 
@@ -48,7 +48,7 @@ class Rules(NamedTuple):
     hot_tokens: float = 0.0
     burst: str = "cost"
     most_requests: int = 0
-    most_usage: float = 1.0
+    most_usage: float = 0.0
     fallbacks: int = 2
 
 
@@ -159,7 +159,7 @@ class Chooser:
         rules = self.rules
         if rules.most_requests and load.requests >= rules.most_requests:
             return True
-        return load.usage >= rules.most_usage and load.waiting > 0
+        return 0 < rules.most_usage <= load.usage and load.waiting > 0
 
     def _cool(self, candidates: list[Candidate]) -> list[Candidate]:
         """Leave hot pods out."""

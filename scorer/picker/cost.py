@@ -35,7 +35,7 @@ class CostWeights(NamedTuple):
         unknown_tier: for tiers that are not named.
     """
 
-    queue: float = 0.2
+    queue: float = 0.15
     decode_tokens: float = 32.0
     full_tokens: float = 4_096.0
     soft_usage: float = 0.9

@@ -94,7 +94,7 @@ def test_trace_files_read_plain_and_compressed(tmp_path: Path):
     with gzip.open(tmp_path / "t.jsonl.gz", "wt") as file:
         file.write(line + "\n")
     assert list(read_trace(tmp_path / "t.jsonl", 512)) == list(read_trace(tmp_path / "t.jsonl.gz", 512))
-    assert list(read_trace(tmp_path / "t.jsonl", 512)) == [Arrival(5, [1, 2], 1)]
+    assert list(read_trace(tmp_path / "t.jsonl", 512)) == [Arrival(5, [1, 2], 1, "", 1024, 600)]
     (tmp_path / "bad.jsonl").write_text(line + "\n{}\n")
     with pytest.raises(SettingsError, match="line 2"):
         list(read_trace(tmp_path / "bad.jsonl", 512))

@@ -63,7 +63,7 @@ def test_session_breaks_ties_and_no_more() -> None:
 
 def test_burst_is_held_together_or_spread_by_rule() -> None:
     held = {"pod-1": gpu(9_984, speculative=9_984)}
-    loads = {PODS[1].address: Load(prefill_tokens=60_000, stale=False)}
+    loads = {PODS[1].address: Load(prefill_tokens=90_000, stale=False)}
     assert choose(Chooser(CostWeights(), Rules(burst="hold")), held, loads).best.endpoint.pod == "pod-1"
     assert choose(Chooser(CostWeights(), Rules(burst="cost")), held, loads).best.endpoint.pod != "pod-1"
     assert choose(Chooser(CostWeights(), Rules(burst="spread")), held).rule == "cold"
@@ -125,7 +125,7 @@ def test_cost_is_never_negative_and_never_less_for_more_load(prompt: int, held: 
 def test_choice_names_each_endpoint_once_and_stays_near_the_least_cost(
     held: dict[str, Held], loads: list[Load], burst: str, temperature: float
 ) -> None:
-    rules = Rules(burst=burst, temperature=temperature)
+    rules = Rules(burst=burst, temperature=temperature, most_usage=1.0)
     by_address = dict(zip((pod.address for pod in PODS), loads, strict=True))
     choice = Chooser(CostWeights(), rules, lambda: 0.5).choose(Ask("m", 9_000, held), PODS, by_address.__getitem__)
     free = [pod for pod in PODS if not (by_address[pod.address].usage >= 1.0 and by_address[pod.address].waiting > 0)]

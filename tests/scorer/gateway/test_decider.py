@@ -1,0 +1,241 @@
+"""The decision within its deadline: what is scored, what is missing, who is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from kvatlas.bridge.model.records import DecisionRecord
+from kvatlas.scorer.errors import NotReadyError, UnknownModelError
+from kvatlas.scorer.gateway import metrics
+from kvatlas.scorer.gateway.decider import Made, PickerDecider
+from kvatlas.scorer.gateway.discovery import parse_endpoint
+from kvatlas.scorer.gateway.options import PickerSettings
+from kvatlas.scorer.gateway.outcome import Joined, ResponseWatch
+from kvatlas.scorer.gateway.prefixes import Prompt
+from kvatlas.scorer.gateway.state import PickerState
+from kvatlas.scorer.picker import names
+from kvatlas.scorer.picker.endpoints import Held
+from kvatlas.scorer.picker.load import EngineReport
+from kvatlas.scorer.picker.route import Decision, Destination, Incoming, Refusal
+from kvatlas.scorer.scoring.remembered import Remembered
+
+PODS = ["10.0.0.1:8000,pod=a,model=m", "10.0.0.2:8000,pod=b,model=m", "10.0.0.3:8000,pod=c,model=m"]
+BODY = {"model": "m", "prompt": "SECRET words of a prompt"}
+NOTHING_KNOWN = Remembered("m", "", b"", 16, {}, {}, {})
+
+
+class Stub:
+    """Prefixes that answer as told."""
+
+    def __init__(self, held: Mapping[str, Held] | None = None, tokens: int = 1_000) -> None:
+        self.held = held or {}
+        self.tokens = tokens
+        self.error: BaseException | None = None
+        self.seconds = 0.0
+        self.partial = False
+
+    async def of(self, shape: str, body: Mapping[str, Any], deadline: float) -> Prompt:
+        if self.seconds:
+            await asyncio.sleep(self.seconds)
+        if self.error is not None:
+            raise self.error
+        return Prompt("m", self.tokens, self.held, self.partial, NOTHING_KNOWN)
+
+
+class Desk:
+    """A decider with its surroundings."""
+
+    def __init__(self, stub: Stub | None, **settings: Any) -> None:
+        self.settings = PickerSettings(name="p", **settings)
+        self.state = PickerState(self.settings, time.monotonic)
+        self.state.use([one for text in PODS for one in parse_endpoint(text)])
+        self.made: list[Made] = []
+        self.joined: list[Joined] = []
+
+        def record(made: Made) -> int:
+            self.made.append(made)
+            return 0
+
+        self.decider = PickerDecider(self.settings, self.state, stub, report=record, outcome=self.watch)
+
+    def watch(self, request_id: str) -> ResponseWatch:
+        return ResponseWatch(request_id, self.state, self.joined.append, clock=time.monotonic)
+
+    async def decide(
+        self, body: Any = BODY, path: str = "/v1/completions", subset: frozenset[str] | None = None, **headers: str
+    ) -> Decision:
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return await self.decider.decide(Incoming({":path": path, **named}, data, subset, "r1"))
+
+    async def picked(self, **more: Any) -> str:
+        decision = await self.decide(**more)
+        assert isinstance(decision, Destination), decision
+        return decision.addresses[0]
+
+
+def degraded(cause: str) -> float:
+    return metrics.DEGRADED.labels(cause)._value.get()
+
+
+async def test_prompt_goes_to_its_holder_with_fallbacks() -> None:
+    desk = Desk(Stub({"b": Held(900, {"gpu": 900})}))
+    decision = await desk.decide()
+    assert isinstance(decision, Destination)
+    assert decision.addresses[0] == "10.0.0.2:8000"
+    assert len(decision.addresses) == 3
+    assert desk.made[0].prediction.cached_tokens == 900
+    assert desk.state.loads.load("10.0.0.2:8000", time.monotonic()).prefill_tokens == pytest.approx(100, abs=60)
+
+
+async def test_one_address_where_the_data_plane_takes_one() -> None:
+    decision = await Desk(Stub(), one_address=True).decide()
+    assert isinstance(decision, Destination)
+    assert len(decision.addresses) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (NotReadyError("no worker"), "index"),
+        (UnknownModelError("no tokenizer"), "no-tokenizer"),
+        (ZeroDivisionError("SECRET"), "fault"),
+        (TimeoutError(), "deadline"),
+    ],
+)
+async def test_what_is_missing_leaves_load_alone_and_says_so(
+    error: BaseException, cause: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    stub = Stub({"b": Held(900, {"gpu": 900})})
+    stub.error = error
+    desk = Desk(stub)
+    now = time.monotonic()
+    for pod in ("10.0.0.1:8000", "10.0.0.2:8000"):
+        desk.state.loads.reported(pod, EngineReport(50, 10, 0.5, now))
+    before = degraded(cause)
+    assert await desk.picked() == "10.0.0.3:8000"
+    assert degraded(cause) == before + 1
+    assert desk.made[0].prediction.degraded == cause
+    assert "SECRET" not in caplog.text
+
+
+async def test_slow_tokenizer_is_not_waited_for() -> None:
+    stub = Stub()
+    stub.seconds = 30
+    desk = Desk(stub, deadline_ms=100)
+    before, began = degraded("deadline"), time.monotonic()
+    assert await desk.picked()
+    assert time.monotonic() - began < 5
+    assert degraded("deadline") == before + 1
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b"\xff", b"{" * 100_000, b"SECRET"])
+async def test_unreadable_body_goes_by_load_or_is_refused(body: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    before = degraded("unreadable")
+    assert await Desk(Stub()).picked(body=body)
+    assert degraded("unreadable") == before + 1
+    refusal = await Desk(Stub(), unreadable="refuse").decide(body=body)
+    assert isinstance(refusal, Refusal)
+    assert refusal.status == 400
+    assert "SECRET" not in caplog.text + refusal.text
+
+
+async def test_path_that_is_no_inference_is_routed_and_not_counted() -> None:
+    desk = Desk(Stub())
+    assert await desk.picked(path="/v1/models", body=None)
+    assert not desk.made
+
+
+async def test_subset_and_model_without_endpoint_are_503() -> None:
+    desk = Desk(Stub({"a": Held(900, {"gpu": 900})}))
+    assert await desk.picked(subset=frozenset({"10.0.0.3"})) == "10.0.0.3:8000"
+    for decision in (await desk.decide(subset=frozenset()), await desk.decide(subset=frozenset({"10.9.9.9:1"}))):
+        assert isinstance(decision, Refusal)
+        assert (decision.status, decision.reason) == (503, "rejected-no-endpoints")
+    desk.state.use([])
+    assert isinstance(await desk.decide(), Refusal)
+
+
+async def test_all_past_their_limit_is_429() -> None:
+    desk = Desk(Stub(), max_requests=4)
+    now = time.monotonic()
+    for text in PODS:
+        desk.state.loads.reported(text.partition(",")[0], EngineReport(4, 0, 0.1, now))
+    decision = await desk.decide()
+    assert isinstance(decision, Refusal)
+    assert (decision.status, decision.reason) == (429, "rejected-saturated")
+
+
+async def test_session_comes_back_by_header_or_body() -> None:
+    desk = Desk(Stub())
+    first = await desk.picked(body={**BODY, "session_id": "s"})
+    others = [await desk.picked() for _ in range(2)]
+    assert first not in others
+    assert await desk.picked(x_session_id="s") == first
+    assert all(made.session != "s" for made in desk.made)
+
+
+async def test_prefill_pod_is_chosen_unless_decode_holds_the_prefix() -> None:
+    stub = Stub(tokens=1_000)
+    desk = Desk(stub, split_uncached_tokens=256)
+    desk.state.use(
+        [one for text in (PODS[0] + ",role=decode", PODS[1] + ",role=prefill") for one in parse_endpoint(text)]
+    )
+    decision = await desk.decide()
+    assert isinstance(decision, Destination)
+    assert (decision.addresses, decision.headers) == (("10.0.0.1:8000",), ((names.PREFILL, "10.0.0.2:8000"),))
+    stub.held = {"a": Held(900, {"gpu": 900})}
+    decision = await desk.decide()
+    assert isinstance(decision, Destination)
+    assert decision.headers == ()
+
+
+async def test_peer_source_is_off_by_default_and_names_the_best_other_holder() -> None:
+    stub = Stub({"a": Held(900, {"gpu": 900})})
+    desk = Desk(stub, peer_tokens=128, peer_in_body=True)
+    desk.state.loads.given("x", "10.0.0.1:8000", 500_000, time.monotonic())
+    decision = await desk.decide()
+    assert isinstance(decision, Destination)
+    assert decision.addresses[0] != "10.0.0.1:8000"
+    assert dict(decision.headers) == {names.PEER_SOURCE: "10.0.0.1:8000", names.PEER_TOKENS: "900"}
+    changed = json.loads(decision.body or b"")
+    assert changed.pop("kv_transfer_params") == {"kv_cache_source": {"endpoint": "10.0.0.1:8000", "tokens": 900}}
+    assert changed == BODY
+    plain = await Desk(stub).decide()
+    assert isinstance(plain, Destination)
+    assert (plain.headers, plain.body) == ((), None)
+
+
+async def test_engines_word_is_joined_with_the_decision() -> None:
+    desk = Desk(Stub({"b": Held(900, {"gpu": 900})}))
+    await desk.decide()
+    watch = desk.watch("r1")
+    watch.headers(200, "text/event-stream", "10.0.0.2:8000")
+    watch.chunk(b'data: {"choices": [{"text": "a"}]}\n\n')
+    usage = {"prompt_tokens": 1000, "prompt_tokens_details": {"cached_tokens": 896}}
+    watch.chunk(b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\ndata: [DONE]\n\n")
+    watch.ended(complete=True)
+    (joined,) = desk.joined
+    assert (joined.verdict.kind, joined.verdict.cause, joined.usage.cached_tokens) == ("over", "evicted", 896)
+    assert joined.first_token_ms >= 0
+    assert desk.state.loads.open_requests("10.0.0.2:8000") == 0
+
+
+async def test_decisions_of_another_picker_count_as_load_until_their_end() -> None:
+    desk = Desk(Stub())
+    record = DecisionRecord(
+        request_id="other", pod="a", scorer="another", endpoint="10.0.0.1:8000", compute_tokens=9_000.0
+    )
+    desk.state.take(record)
+    now = time.monotonic()
+    assert desk.state.loads.load("10.0.0.1:8000", now).prefill_tokens == pytest.approx(9_000, rel=0.1)
+    desk.state.take(DecisionRecord(request_id="mine", pod="a", scorer="p", endpoint="10.0.0.1:8000"))
+    assert desk.state.loads.open_requests("10.0.0.1:8000") == 1
+    desk.state.take(DecisionRecord(kind="served", request_id="other", pod="a", scorer="another"))
+    assert desk.state.loads.open_requests("10.0.0.1:8000") == 0
