@@ -1,0 +1,134 @@
+"""Payloads made by the engines' own encoders: every one decodes to what it means."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvatlas.bridge.model.adapters import adapter
+from kvatlas.bridge.model.block_key import pack_tokens
+from kvatlas.bridge.model.events import Batch, Cleared, Event, Kind, Limits, Removed, Stored, Tier, engine_key
+
+DATA = Path(__file__).parents[2] / "data" / "captures"
+SGLANG: dict[str, dict[str, Any]] = json.loads((DATA / "golden_sglang.json").read_text())
+OFFLOAD: dict[str, dict[str, Any]] = json.loads((DATA / "golden_vllm_offload.json").read_text())
+TIERS = {
+    "GPU": Tier.GPU,
+    "CPU": Tier.CPU,
+    "CPU_PINNED": Tier.CPU,
+    "DISK": Tier.DISK,
+    "EXTERNAL": Tier.SHARED,
+}
+FIELDS = ("type", "block_hashes", "parent_block_hash", "token_ids", "block_size", "lora_id", "medium", "more")
+
+
+def events_of(case: dict[str, Any]) -> bool:
+    return bool(case["hex"]) and isinstance(case.get("json"), list) and isinstance(case["json"][1], list)
+
+
+def decoded(case: dict[str, Any]) -> Batch:
+    batch = adapter(case["engine"])(bytes.fromhex(case["hex"]), Limits())
+    assert not batch.rejected
+    assert batch.timestamp == case["json"][0]
+    assert batch.dp_rank == case["json"][2]
+    return batch
+
+
+def as_map(event: Any) -> dict[str, Any]:
+    """Return an event as a map, whatever its layout."""
+    if isinstance(event, dict):
+        return event
+    if event[0] == "BlockRemoved":
+        return dict(zip(("type", "block_hashes", "medium"), event, strict=True))
+    found = dict(zip(FIELDS, event, strict=False))
+    return found | found.pop("more", {})
+
+
+def check_removed(found: Event, told: dict[str, Any], tier: Tier) -> None:
+    assert isinstance(found, Removed)
+    assert found.keys == [engine_key(value) for value in told["block_hashes"]]
+    assert (found.tier, found.group) == (tier, told.get("group_idx", 0))
+    assert found.ownership == told.get("ownership", "")
+
+
+def check_stored(found: Event, told: dict[str, Any], tier: Tier) -> Stored:
+    assert isinstance(found, Stored)
+    parent = told["parent_block_hash"]
+    assert found.keys == [engine_key(value) for value in told["block_hashes"]]
+    assert found.parent == (None if parent is None else engine_key(parent))
+    assert (found.tier, found.group, found.lora) == (tier, told.get("group_idx", 0), told.get("lora_name"))
+    assert found.block_size_tokens == told["block_size"]
+    assert not found.masked
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name, case in SGLANG.items() if events_of(case)])
+def test_sglang(name: str) -> None:
+    """Every version's stores, removals, clears, salts, adapters, pairs, media, ranks and pictures."""
+    case = SGLANG[name]
+    batch = decoded(case)
+    for found, raw in zip(batch.events, case["json"][1], strict=True):
+        told = as_map(raw)
+        if told["type"] == "AllBlocksCleared":
+            assert found == Cleared()
+        elif told["type"] == "BlockRemoved":
+            check_removed(found, told, TIERS[told["medium"]])
+        else:
+            stored = check_stored(found, told, TIERS[told["medium"]])
+            tokens = told["token_ids"]
+            pairs = isinstance(tokens[0], list)
+            firsts = [pair[0] for pair in tokens] if pairs else tokens
+            assert stored.tokens == pack_tokens([token % 2**32 for token in firsts])
+            assert stored.ahead == (pack_tokens([tokens[-1][1]]) if pairs else b"")
+            assert stored.cache_salt == told.get("cache_salt")
+            assert not stored.unnamed
+            size = told["block_size"]
+            assert stored.extra == (
+                [
+                    [("wide", token, at) for at, token in enumerate(firsts[first : first + size]) if token >= 2**32]
+                    for first in range(0, len(firsts), size)
+                ]
+                if max(firsts) >= 2**32
+                else []
+            )
+
+
+def test_sglang_versions_are_all_there() -> None:
+    """The file has what this test is about."""
+    assert sum(events_of(case) for case in SGLANG.values()) > 180
+    assert {name.split("/")[0] for name in SGLANG} >= {f"0.5.{minor}" for minor in range(17, 24)}
+
+
+@pytest.mark.parametrize("name", [name for name, case in OFFLOAD.items() if events_of(case)])
+def test_vllm_offload(name: str) -> None:
+    """Placeholders, self-describing events, chunks, salts, adapters, pictures, owners, groups and storage of vLLM."""
+    case = OFFLOAD[name]
+    for found, told in zip(decoded(case).events, case["json"][1], strict=True):
+        tier = TIERS.get(told.get("medium", "GPU"), Tier.DISK)
+        if told.get("locality") == "REMOTE":
+            tier = Tier.SHARED
+        if told["type"] == "AllBlocksCleared":
+            assert found == Cleared()
+        elif told["type"] == "BlockRemoved":
+            check_removed(found, told, tier)
+        else:
+            stored = check_stored(found, told, tier)
+            assert stored.tokens == pack_tokens(told["token_ids"])
+            assert stored.ownership == told.get("ownership", "")
+            assert stored.unnamed == (tier != Tier.GPU)
+            assert (stored.kind is None) == ("kv_cache_spec_kind" not in told)
+            entries = told.get("extra_keys") or []
+            salts = [text for entry in entries for text in entry or () if isinstance(text, str)]
+            assert stored.cache_salt == next((text for text in salts if text != told["lora_name"]), None)
+            items = [[("mm", *item) for item in entry or () if isinstance(item, list)] for entry in entries]
+            assert stored.extra == (items if any(items) else [])
+
+
+def test_a_window_of_a_group_is_told() -> None:
+    """Windowed groups stay placeholders, with kind and window."""
+    events = decoded(OFFLOAD["selfdesc_hybrid.1"]).events
+    window = [event for event in events if isinstance(event, Stored) and event.group == 1]
+    assert {(event.kind, event.window_tokens, event.tokens) for event in window} == {(Kind.SLIDING_WINDOW, 8, b"")}
