@@ -11,7 +11,7 @@ RECIPE := pyproject.toml tests/constraints.txt
 PYTEST := $(BIN)/python -m pytest -q
 # Tests whose module says that they need torch run in test-torch, those inside a vLLM in test-vllm.
 HERE := not gpu and not vllm and not torch
-PARALLEL := -n 4 --dist loadgroup
+PARALLEL := -n 4
 PROTOS := $(wildcard streams/v1/*.proto scorer/v1/*.proto)
 
 .DEFAULT_GOAL := help

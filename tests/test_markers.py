@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.conftest import ONE_PROCESS
+
 TESTS = Path(__file__).parent
 MODULES = sorted(path for path in TESTS.rglob("test_*.py") if path != Path(__file__))
 
@@ -53,3 +55,12 @@ def test_the_list_of_promises_names_every_test_on_the_real_kafka_and_nothing_els
     there = {str(path.relative_to(TESTS)) for path in MODULES}
     assert named - there == set()
     assert {name for name in there - named if name.startswith(("integration/", "soak/"))} == set()
+
+
+@pytest.mark.parametrize("path", sorted((TESTS / "integration").glob("test_*.py")), ids=lambda path: path.name)
+def test_a_module_whose_tests_share_a_fixture_stays_in_one_process(path: Path) -> None:
+    """In a parallel run each process would make what is shared anew: a node, a pipeline."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    made = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    shared = any("scope='module'" in ast.unparse(mark) for node in made for mark in node.decorator_list)
+    assert shared == (path.name in ONE_PROCESS)

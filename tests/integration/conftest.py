@@ -30,6 +30,13 @@ _KAFKA_FIXTURES = {"brokers", "own_kafka", "node"}
 _START_SECONDS = 240.0
 #: A test's node lives for seconds: the optimising compiler would cost it more than it brings (half of its CPU time).
 os.environ.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1")
+#: Modules whose tests share a node or processes: in a parallel run one process has them all.
+ONE_PROCESS = {
+    "test_deploy_brokers_kafka.py",
+    "test_deploy_brokers_security.py",
+    "test_deploy_secured.py",
+    "test_library_cases.py",
+}
 _counter = itertools.count()
 _shared = pytest.StashKey[KafkaNode]()
 
@@ -56,6 +63,20 @@ def _begin(node: KafkaNode) -> None:
 def pytest_configure_node(node: Any) -> None:
     """Tell a process of a parallel run where the node is."""
     node.workerinput["kafka_dir"] = str(node.config.stash[_shared].data_dir)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand out tests one by one, but modules of `ONE_PROCESS` as a whole."""
+    # The marker `xdist_group` would say the same, but xdist 3.8 loses it with pytest 9.2.
+    from xdist.scheduler import LoadScopeScheduling  # noqa: PLC0415 - there in parallel runs
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return path if Path(path).name in ONE_PROCESS else nodeid
+
+    return Scheduling(config, log)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -115,18 +115,13 @@ async def test_topics_do_not_appear_by_themselves(brokers: str, kafka_admin: AIO
     assert "kvatlas-no-such-topic" not in await kafka_admin.list_topics()
 
 
-#: Tests that treat a node as no other test would like; one node for them all, which each leaves running.
-_own_node = pytest.mark.xdist_group("own node")
-
-
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaNode]:
-    """A node of these tests."""
+    """A node for tests that treat it as no other test would like; each leaves it running."""
     with KafkaNode(tmp_path_factory.mktemp("own")) as started:
         yield started
 
 
-@_own_node
 async def test_data_and_address_survive_kill_and_restart(node: KafkaNode) -> None:
     """After SIGKILL, and after a clean restart, the node is at its old address with all it acknowledged."""
     admin = AIOKafkaAdminClient(bootstrap_servers=node.bootstrap)
@@ -147,7 +142,6 @@ async def test_data_and_address_survive_kill_and_restart(node: KafkaNode) -> Non
     assert await _read("kept", address, 2) == [b"one", b"two"]
 
 
-@_own_node
 async def test_paused_node_answers_again_after_resume(node: KafkaNode) -> None:
     """A paused node answers nothing, and goes on where it stopped when resumed."""
     before = await _list_topics(node.bootstrap, patience_ms=60_000)
@@ -168,7 +162,6 @@ async def _list_topics(brokers: str, patience_ms: int) -> list[str]:
         await admin.close()
 
 
-@_own_node
 def test_second_start_of_a_data_folder_is_refused(node: KafkaNode) -> None:
     """A second node on a folder in use says so, and the first one goes on."""
     with pytest.raises(BrokerStateError, match="runs already"):

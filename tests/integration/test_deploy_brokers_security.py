@@ -28,9 +28,6 @@ from kvatlas.deploy.brokers.kafka import KafkaNode
 from kvatlas.deploy.brokers.security import Security
 from kvatlas.deploy.brokers.topics import ensure_topics
 
-#: One node for all: in a parallel run they stay in one process.
-pytestmark = pytest.mark.xdist_group("brokers security")
-
 PASSWORDS = {"admin": "first-secret", "bridge": "second-secret"}
 
 

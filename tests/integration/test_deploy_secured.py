@@ -20,7 +20,7 @@ from kvatlas.scorer.v1 import scorer_pb2 as pb
 from tests.integration.pipeline_support import MODEL, PODS, RecordedEngine, Service, eventually, wrong_hits
 from tests.integration.secured_support import PREFIX, Accounts, security
 
-pytestmark = [pytest.mark.xdist_group("secured"), pytest.mark.kafka, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.kafka, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

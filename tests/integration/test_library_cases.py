@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,7 @@ from tests.integration.cases_support import (
 from tests.integration.pipeline_support import DATA
 from tests.integration.redis_support import RedisServer
 
-#: The first test on a pipeline starts it; the others use it, in the same process of a parallel run.
-pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("library cases")]
+pytestmark = pytest.mark.timeout(600)  # the first test on a pipeline starts it
 
 Deploy = Callable[..., World]
 SUBJECTS = ("memory", "memory-bytes", "rocksdb", "redis", "valkey", "pipeline", "replica", "mirror")
@@ -54,7 +54,7 @@ def pipelines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         if options not in made:
             brokers = request.getfixturevalue("brokers")
             folder = tmp_path_factory.mktemp("pipeline")
-            made[options] = Pipeline(brokers, f"{folder.name}-", folder, options, servers("redis").url)
+            made[options] = Pipeline(brokers, f"t{os.getpid()}-{folder.name}-", folder, options, servers("redis").url)
         return made[options]
 
     yield get
