@@ -34,9 +34,10 @@ from kvatlas.scorer.api.core import Core
 from kvatlas.scorer.api.grpc_server import SERVICE, ScorerFront
 from kvatlas.scorer.api.names import also_named, pairs
 from kvatlas.scorer.api.security import Guard, server_credentials, worker_credentials
+from kvatlas.scorer.lookups.index import ServiceLookups
 from kvatlas.scorer.lookups.local import LocalTables, TableLookups
 from kvatlas.scorer.lookups.pods import PodTable
-from kvatlas.scorer.lookups.router import Lookups, PartitionRouter
+from kvatlas.scorer.lookups.router import PartitionRouter
 from kvatlas.scorer.lookups.versions import VersionReader, Versions
 from kvatlas.scorer.lookups.workers import WorkerTable
 from kvatlas.scorer.options import ScorerSettings
@@ -181,7 +182,7 @@ class ScorerService:
             block_size_tokens=self._settings.block_size_tokens if name == topics.BASE_VERSION else 0,
         )
 
-    def _lookups(self, index_version: str, workers: WorkerTable) -> Lookups:
+    def _lookups(self, index_version: str, workers: WorkerTable) -> ServiceLookups:
         router = PartitionRouter(
             workers,
             hedge_seconds=self._settings.hedge_ms / 1e3,

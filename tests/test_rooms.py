@@ -68,15 +68,11 @@ INIT_PARAMETERS: Final = 8
 
 R2_EXCEPTIONS: Final[frozenset[tuple[str, str]]] = frozenset(
     {
-        ("scorer.lookups.versions", "scorer.api.core"),
     }
 )
 R3_EXCEPTIONS: Final[frozenset[tuple[str, str]]] = frozenset(
     {
         ("connector.files.layout", "os"),
-        ("scorer.scoring.decisions", "google"),
-        ("scorer.scoring.pick", "google"),
-        ("scorer.scoring.remembered", "google"),
     }
 )
 R4_EXCEPTIONS: Final[frozenset[tuple[str, str]]] = frozenset(
@@ -98,7 +94,6 @@ R4_EXCEPTIONS: Final[frozenset[tuple[str, str]]] = frozenset(
 R5_EXCEPTIONS: Final[frozenset[frozenset[str]]] = frozenset(
     {
         frozenset({"bridge.ingest.shared", "bridge.ingest.stream"}),
-        frozenset({"scorer.api.core", "scorer.api.explain", "scorer.api.outcomes"}),
     }
 )
 R6_EXCEPTIONS: Final[frozenset[str]] = frozenset(

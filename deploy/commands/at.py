@@ -163,13 +163,11 @@ def _answers(args: argparse.Namespace, past: PastIndex, questions: list[ask.Ques
     if args.question == "pods":
         found = ask.pods(past)
         yield from (json.dumps(pod) for pod in found) if args.json else _pod_rows(found)
-    for question in questions:
-        if args.question == "score":
-            answer = ask.score(past, args.model, question)
-            yield json.dumps(answer) if args.json else _score_rows(answer)
-        else:
-            rows = ask.explain(past, args.model, question)
-            yield json.dumps({"blocks": rows}) if args.json else _explain_rows(rows)
+    asked, rows = (ask.score, _score_rows) if args.question == "score" else (ask.explain, _explain_rows)
+    with asyncio.Runner() as runner:
+        for question in questions:
+            answer = runner.run(asked(past, args.model, question))
+            yield json.dumps(answer) if args.json else rows(answer)
 
 
 def _pod_rows(found: list[dict[str, Any]]) -> Iterator[str]:
@@ -189,9 +187,10 @@ def _score_rows(answer: dict[str, Any]) -> str:
     return "\n".join(rows) or "no pod held the first block"
 
 
-def _explain_rows(rows: list[dict[str, Any]]) -> str:
-    return "\n".join(
+def _explain_rows(answer: dict[str, Any]) -> str:
+    rows = [
         f"{row['number']:>5} {row['key']}  "
         + (", ".join(f"{one['pod']}:{one['tier']}({one['state']})" for one in row["holders"]) or "nobody")
-        for row in rows
-    )
+        for row in answer["blocks"]
+    ]
+    return "\n".join([*rows, *(f"{pod}: {reason}" for pod, reason in answer["walks"].items())])

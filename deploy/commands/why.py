@@ -125,7 +125,7 @@ async def _why(
                 )
                 if not held:
                     note_beginning(past)
-                held.append(leading(past, decision))
+                held.append(await leading(past, decision))
                 past.close(keep=False)
     return decision, outcome, served, judge(decision, *held)
 

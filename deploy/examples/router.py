@@ -24,7 +24,7 @@ from kvatlas.deploy.examples.engine import StandInEngine
 from kvatlas.deploy.sim import traffic
 from kvatlas.deploy.sim.options import SimSettings
 from kvatlas.scorer import Indexer
-from kvatlas.scorer.library.answers import Scored
+from kvatlas.scorer.scoring.answers import Scored
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.tokenization.pool import TokenizerPool
 

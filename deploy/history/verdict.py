@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import msgspec
 
 from kvatlas.bridge.model import block_key, records
+from kvatlas.deploy.history.past import view_of
 from kvatlas.deploy.history.rebuild import PastIndex
-from kvatlas.scorer.scoring.walk import Fleet, Weights, walk
+from kvatlas.scorer.scoring.scorer import Chunks, look_up
+from kvatlas.scorer.scoring.walk import Walk, Weights
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,13 +33,13 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     reasons: list[str]
 
 
-def leading(past: PastIndex, decision: records.DecisionRecord) -> dict[str, int]:
-    """Return, per pod, how many leading blocks of a decision's prompt the scorer's walk counts as of a state."""
-    keys = keys_of(decision)
-    scene = Fleet(past.pods().values(), past.options.block_size_tokens).scene(decision.model, Weights())
-    values = [past.blocks.get(key) or b"" for key in keys]
-    matches, _ = walk(values, scene, len(keys) * past.options.block_size_tokens, whole_prompt=True)
-    return {pod.name: 0 for pod in scene.fleet.pods} | {match.pod.name: match.blocks for match in matches}
+async def leading(past: PastIndex, decision: records.DecisionRecord) -> dict[str, int]:
+    """Return, per pod, how many leading blocks of a decision's prompt the scoring engine counts as of a state."""
+    keys, view = keys_of(decision), view_of(past)
+    tokens = len(keys) * view.fleet.block_size_tokens
+    steps = Walk(view.fleet.scene(decision.model, Weights()), tokens, whole_prompt=True)
+    await look_up(view.lookups, keys, steps, math.inf, chunks=Chunks())
+    return {pod.name: 0 for pod in view.fleet.pods} | {match.pod.name: match.blocks for match in steps.matches()}
 
 
 def judge(decision: records.DecisionRecord, before: Mapping[str, int], after: Mapping[str, int]) -> Verdict:

@@ -9,6 +9,7 @@ answer that differs is asked for again, and counts only when it keeps differing.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, NamedTuple
@@ -18,10 +19,14 @@ import msgspec
 from kvatlas.bridge.model.block_key import TOKEN_BYTES
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.reindex.prompts import Prompt
-from kvatlas.scorer.api.core import Core
+from kvatlas.scorer.errors import NotReadyError
 from kvatlas.scorer.lookups.versions import VersionReader
 from kvatlas.scorer.options import ScorerSettings
-from kvatlas.scorer.v1 import scorer_pb2 as pb
+from kvatlas.scorer.scoring.answers import Scored
+from kvatlas.scorer.scoring.lookup import IndexView
+from kvatlas.scorer.scoring.query import PromptTokens, ScoreQuery
+from kvatlas.scorer.scoring.scorer import Scorer
+from kvatlas.scorer.scoring.strategies import Weighing
 
 _ROUNDS: Final = 10
 
@@ -86,16 +91,8 @@ class Versions:
 
     def __init__(self, kafka: KafkaSettings, old: str, new: str, settings: ScorerSettings) -> None:
         self._readers = [VersionReader(name, kafka, client_id="kvatlas-reindex") for name in (old, new)]
-        self._cores = [
-            Core(
-                settings,
-                reader.index.pods,
-                reader.index.lookups,
-                block_size=reader.index.block_size,
-                partition_count=reader.index.partition_count,
-            )
-            for reader in self._readers
-        ]
+        self._scorers = [_scorer(reader, settings) for reader in self._readers]
+        self._deadline_seconds = settings.deadline_ms / 1e3
         self._timeout_seconds = settings.start_timeout_seconds
 
     async def __aenter__(self) -> Versions:
@@ -124,16 +121,26 @@ class Versions:
         Raises:
             ScorerError: a version cannot answer at all.
         """
-        request = pb.ScoreRequest(
-            model=prompt.model, tokens_packed=prompt.tokens, lora=prompt.lora, cache_salt=prompt.cache_salt
+        query = ScoreQuery(
+            model=prompt.model, prompt=PromptTokens(prompt.tokens), lora=prompt.lora, cache_salt=prompt.cache_salt
         )
-        old, new = await asyncio.gather(*(core.score(request) for core in self._cores))
+        deadline = time.monotonic() + self._deadline_seconds
+        old, new = await asyncio.gather(*(scorer.score(query, deadline) for scorer in self._scorers))
         return _matched(old), _matched(new)
 
 
-def _matched(response: pb.ScoreResponse) -> Matched:
-    tokens = {pod: entry.matched_tokens for pod, entry in response.scores.items()}
-    return Matched(tokens, response.block_size_tokens, response.freshness.partial)
+def _scorer(reader: VersionReader, settings: ScorerSettings) -> Scorer:
+    def view() -> IndexView:
+        if (why := reader.index.unready(require_workers=settings.require_workers)) is not None:
+            raise NotReadyError(f"index version {reader.name} is not ready: {why}")
+        return reader.index.view()
+
+    return Scorer(view, Weighing.from_settings(settings), clock_ns=time.time_ns, timer=time.perf_counter)
+
+
+def _matched(scored: Scored) -> Matched:
+    tokens = {pod: found.matched_tokens for pod, found in scored.scores.items()}
+    return Matched(tokens, scored.block_size_tokens, scored.partial)
 
 
 async def compare(

@@ -2,64 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
-from typing import NamedTuple
+from collections.abc import AsyncGenerator, Callable
 
 from kvatlas.bridge.errors import KvatlasError
-from kvatlas.bridge.model.block_key import KEY_BYTES, partition_of
+from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.model.records import GONE, DecisionRecord, PodRecord
-from kvatlas.scorer.api import inputs, replies
-from kvatlas.scorer.api.explain import block_infos, walk_ends
+from kvatlas.scorer.api import inputs
 from kvatlas.scorer.api.gate import Gate
 from kvatlas.scorer.api.intake import Intake
-from kvatlas.scorer.api.outcomes import outcome_of
+from kvatlas.scorer.api.replies import explained_reply, pick_query, pick_reply, pod_info, reply_of
 from kvatlas.scorer.api.status import code_of
 from kvatlas.scorer.errors import InputError, NotReadyError, TooLargeError, UnknownRequestError
+from kvatlas.scorer.lookups.index import Index, ServiceLookups
 from kvatlas.scorer.lookups.pods import PodTable
-from kvatlas.scorer.lookups.router import Lookups, Seen
 from kvatlas.scorer.options import ScorerSettings
+from kvatlas.scorer.scoring.answers import Scored
 from kvatlas.scorer.scoring.decisions import Decisions
+from kvatlas.scorer.scoring.lookup import IndexView
+from kvatlas.scorer.scoring.outcomes import outcome_of
 from kvatlas.scorer.scoring.pick import choose
 from kvatlas.scorer.scoring.remembered import Prompts, Remembered, remember
+from kvatlas.scorer.scoring.scorer import Chunks, Scorer, ScoringRun
 from kvatlas.scorer.scoring.strategies import Weighing, full_score
-from kvatlas.scorer.scoring.walk import Match, Walk
 from kvatlas.scorer.tokenization.pool import TokenizerPool
 from kvatlas.scorer.v1 import scorer_pb2 as pb
-
-_GROWTH = 4
-
-
-class Index(NamedTuple):
-    """One index version as a core reads it; a request stays with the one that it began with.
-
-    Attributes:
-        pods: table that a follower feeds.
-        lookups: where block keys are looked up.
-        block_size: canonical block size in tokens, None while unknown.
-        partition_count: partitions of ``kv-blocks``, 0 while unknown.
-    """
-
-    pods: PodTable
-    lookups: Lookups
-    block_size: Callable[[], int | None]
-    partition_count: Callable[[], int] = lambda: 0
-
-    def unready(self, *, require_workers: bool) -> str | None:
-        """Return why no score can be given from it now, None when it can."""
-        if self.block_size() is None:
-            return "the canonical block size is not known yet: no worker has announced itself"
-        return self.lookups.unready() if require_workers else None
-
-
-class Scored(NamedTuple):
-    """One scored prompt with what it was made of."""
-
-    source: Index
-    response: pb.ScoreResponse
-    keys: list[bytes]
-    values: list[bytes | None]
-    matches: list[Match]
 
 
 class Core:
@@ -76,7 +44,7 @@ class Core:
         self,
         settings: ScorerSettings,
         pods: PodTable,
-        lookups: Lookups,
+        lookups: ServiceLookups,
         *,
         block_size: Callable[[], int | None],
         pool: TokenizerPool | None = None,
@@ -84,7 +52,7 @@ class Core:
         clock_ns: Callable[[], int] = time.time_ns,
         observe: Callable[[str, float], None] = lambda _stage, _seconds: None,
         partition_count: Callable[[], int] = lambda: 0,
-        answered: Callable[[str, pb.ScoreResponse], None] = lambda _model, _response: None,
+        answered: Callable[[str, Scored], None] = lambda _model, _scored: None,
     ) -> None:
         """Put the parts together.
 
@@ -105,12 +73,21 @@ class Core:
         self._index = Index(pods, lookups, block_size, partition_count)
         self._pool = pool
         self._clock_ns = clock_ns
-        self._observe = observe
         self._answered = answered
         self.gate = Gate(settings.max_concurrent, "requests are worked on (max_concurrent)")
         self.watchers = Gate(settings.max_watchers, "streams are open (max_watchers)")
         self.intake = Intake(settings, pool, lambda: self._index.pods)
-        self._weighing = Weighing(settings)
+        self._weighing = Weighing.from_settings(settings)
+        self._chunks = Chunks(settings.lookup_chunk_blocks, settings.lookup_chunk_max_blocks)
+        self._scorer = Scorer(
+            self._view,
+            self._weighing,
+            chunks=self._chunks,
+            overlay=self.decisions,
+            clock_ns=clock_ns,
+            timer=time.perf_counter,
+            observe=observe,
+        )
         self._prompts = Prompts(settings)
 
     def unready(self) -> str | None:
@@ -127,13 +104,22 @@ class Core:
         index.pods.adopt_watchers(self._index.pods)
         self._index = index
 
+    def _view(self) -> IndexView:
+        if (why := self.unready()) is not None:
+            raise NotReadyError(f"not ready: {why}")
+        return self._index.view()
+
+    def _lookup_deadline(self, deadline: float) -> float:
+        # A caller that can wait long waits for its tokenizer, not for a worker that is silent.
+        return min(deadline, time.monotonic() + self._settings.deadline_ms / 1e3)
+
     async def score(self, request: pb.ScoreRequest, deadline: float | None = None) -> pb.ScoreResponse:
         """Score one prompt; ``deadline`` in monotonic seconds.
 
         Raises:
             ScorerError: the request cannot be scored; see :mod:`kvatlas.scorer.errors`.
         """
-        return (await self.run(request, deadline)).response
+        return reply_of((await self.run(request, deadline)).scored)
 
     async def tokens(self, request: pb.ScoreRequest, deadline: float) -> tuple[bytes, str]:
         """Return a request's token ids, packed little-endian u32, and the backend that made them (or empty).
@@ -142,82 +128,29 @@ class Core:
             ScorerError: the prompt cannot be tokenized.
         """
         tokens = await inputs.tokens_of(request, self._settings, self._pool, deadline)
-        return tokens.packed, tokens.backend
+        return tokens.packed, tokens.tokenizer
 
-    async def run(self, request: pb.ScoreRequest, deadline: float | None = None, *, all_blocks: bool = False) -> Scored:
+    async def run(
+        self, request: pb.ScoreRequest, deadline: float | None = None, *, all_blocks: bool = False
+    ) -> ScoringRun:
         """Score one prompt and keep what was found; ``all_blocks`` looks past the end of the walk.
 
         Raises:
             ScorerError: the request cannot be scored.
         """
-        clock = time.perf_counter
-        began = clock()
+        began = time.perf_counter()
         if deadline is None:
-            deadline = time.monotonic() + self._settings.deadline_ms / 1e3
-        index = self._index
-        if (why := index.unready(require_workers=self._settings.require_workers)) is not None:
-            raise NotReadyError(f"not ready: {why}")
-        size = index.block_size() or 16
-        index.pods.set_block_size(size)
-        strategy, weights = self._weighing.of(request.model, request.strategy)
-        tokens = await inputs.tokens_of(request, self._settings, self._pool, deadline)
-        tokenized = clock()
-        keys = inputs.keys_of(request, tokens.packed, size)
-        hashed = clock()
-        steps = Walk(
-            index.pods.fleet.scene(request.model, weights),
-            tokens.tokens,
-            pods=request.pods,
-            whole_prompt=not request.usable_only,
-        )
-        values, seen, looked = await self._walk(index.lookups, keys, steps, deadline, all_blocks=all_blocks)
-        matches = steps.matches()
-        response = pb.ScoreResponse(
-            prompt_tokens=tokens.tokens, block_size_tokens=size, blocks=len(keys), tokenizer=tokens.backend
-        )
-        replies.fill_scores(response, matches, strategy, len(keys))
-        response.freshness.partial = steps.partial
-        replies.fill_freshness(response.freshness, matches, seen, index.pods.merged, self._clock_ns())
-        done = clock()
-        stages = response.stages
-        stages.tokenize_ms = (tokenized - began) * 1e3
-        stages.keys_ms = (hashed - tokenized) * 1e3
-        stages.lookup_ms = looked * 1e3
-        stages.score_ms = (done - hashed - looked) * 1e3
-        observe = self._observe
-        observe("tokenize", tokenized - began)
-        observe("keys", hashed - tokenized)
-        observe("lookup", looked)
-        observe("score", done - hashed - looked)
-        self._answered(request.model, response)
+            deadline = self._lookup_deadline(math.inf)
+        # What no tokens can mend is refused before they are made.
+        self._view()
+        self._weighing.of(request.model, request.strategy)
+        prompt = await inputs.tokens_of(request, self._settings, self._pool, deadline)
+        query = inputs.query_of(request, prompt._replace(seconds=time.perf_counter() - began))
+        run = await self._scorer.run(query, self._lookup_deadline(deadline), all_blocks=all_blocks)
+        self._answered(request.model, run.scored)
         if request.request_id:
-            self._prompts.put(request, keys, response)
-        return Scored(index, response, keys, values, matches)
-
-    async def _walk(
-        self, lookups: Lookups, keys: list[bytes], steps: Walk, deadline: float, *, all_blocks: bool
-    ) -> tuple[list[bytes | None], dict[int, Seen], float]:
-        """Look up and walk in rounds that grow, until no pod is walking; returns values, partitions, seconds."""
-        settings = self._settings
-        # A caller that can wait long waits for its tokenizer, not for a worker that is silent.
-        deadline = min(deadline, time.monotonic() + settings.deadline_ms / 1e3)
-        now_ns = self._clock_ns()
-        values: list[bytes | None] = []
-        seen: dict[int, Seen] = {}
-        spent = 0.0
-        chunk = min(settings.lookup_chunk_blocks, lookups.first_blocks or settings.lookup_chunk_blocks)
-        walking = True
-        while len(values) < len(keys) and (walking or all_blocks):
-            part = keys[len(values) : len(values) + chunk]
-            began = time.perf_counter()
-            answers = await lookups.lookup(part, deadline)
-            spent += time.perf_counter() - began
-            _merge(seen, answers.partitions)
-            found = self.decisions.overlay(part, answers.values, now_ns)
-            values.extend(found)
-            walking = walking and steps.feed(found)
-            chunk = min(chunk * _GROWTH, settings.lookup_chunk_max_blocks)
-        return values, seen, spent
+            self._prompts.put(request.request_id, query, run.keys, run.scored)
+        return run
 
     def salt_of(self, request_id: str) -> str | None:
         """Return the cache salt of the prompt that is remembered under a request id, None without one."""
@@ -250,16 +183,15 @@ class Core:
             NotReadyError: no pod serves this model.
         """
         wanted = request.request
-        scored = await self.run(wanted, deadline)
+        run = await self.run(wanted, deadline)
         allowed = set(wanted.pods)
         pods = [r for r in self.pods.listed(wanted.model) if not allowed or r.pod in allowed]
-        strategy, weights = self._weighing.of(wanted.model, wanted.strategy)
-        full = full_score(strategy, weights, scored.matches, len(scored.keys), scored.response.block_size_tokens)
-        response = choose(request, scored.response, pods, self._settings, full=full)
-        if request.report and response.pod:
-            prompt = remember(wanted, scored.keys, scored.response)
-            self._decide(wanted.request_id, response.pod, prompt, policy="pick", ttl_ms=0)
-        return response
+        full = full_score(run.strategy, run.weights, run.matches, len(run.keys), run.scored.block_size_tokens)
+        choice = choose(pick_query(request), run.scored, pods, self._settings, full=full)
+        if request.report and choice.pod:
+            prompt = remember(run.query, run.keys, run.scored)
+            self._decide(wanted.request_id, choice.pod, prompt, policy="pick", ttl_ms=0)
+        return pick_reply(choice, run.scored)
 
     async def explain(self, request: pb.ScoreRequest, deadline: float | None = None) -> pb.ExplainResponse:
         """Say block by block who holds the prompt, and why each pod's walk ended.
@@ -267,19 +199,7 @@ class Core:
         Raises:
             ScorerError: the prompt cannot be scored.
         """
-        scored = await self.run(request, deadline, all_blocks=True)
-        fleet = scored.source.pods.fleet
-        count = scored.source.partition_count()
-        response = pb.ExplainResponse(
-            blocks=block_infos(scored.keys, scored.values, fleet, lambda key: partition_of(key, count) if count else 0),
-            scored=scored.response,
-        )
-        _, weights = self._weighing.of(request.model, request.strategy)
-        scene = fleet.scene(request.model, weights)
-        for pod, (blocks, reason) in walk_ends(scored, scene, request, response).items():
-            response.walks[pod].matched_blocks = blocks
-            response.walks[pod].reason = reason
-        return response
+        return explained_reply((await self.run(request, deadline, all_blocks=True)).explained())
 
     async def report(
         self, request: pb.ReportDecisionRequest, deadline: float | None = None
@@ -295,8 +215,8 @@ class Core:
             raise InputError("request_id and pod: both are needed")
         prompt = self._prompts.get(request.request_id)
         if request.HasField("request"):
-            scored = await self.run(request.request, deadline)
-            prompt = remember(request.request, scored.keys, scored.response)
+            run = await self.run(request.request, deadline)
+            prompt = remember(run.query, run.keys, run.scored)
         if prompt is None:
             raise UnknownRequestError(
                 f"request_id {request.request_id!r} was not scored here lately; send the prompt in `request`"
@@ -320,7 +240,14 @@ class Core:
     async def judge(self, record: DecisionRecord) -> DecisionRecord:
         """Compare a decision with what the index shows now; returns its outcome record."""
         _, weights = self._weighing.of(record.model)
-        return await outcome_of(record, self._index, weights, self._settings, self._clock_ns())
+        return await outcome_of(
+            record,
+            self._view(),
+            weights,
+            self._clock_ns(),
+            chunks=self._chunks,
+            deadline=self._lookup_deadline(math.inf),
+        )
 
     def list_pods(self, request: pb.ListPodsRequest) -> pb.ListPodsResponse:
         """List the pods."""
@@ -342,11 +269,4 @@ class Core:
 
     def pod_info(self, record: PodRecord) -> pb.PodInfo:
         """Return a pod as the API shows it."""
-        return replies.pod_info(record, self._clock_ns())
-
-
-def _merge(seen: dict[int, Seen], more: Mapping[int, Seen]) -> None:
-    for number, state in more.items():
-        before = seen.get(number)
-        if before is None or before.role == "active":
-            seen[number] = state
+        return pod_info(record, self._clock_ns())

@@ -1,4 +1,4 @@
-"""From a request to block keys: the form of input, its limits, tokens, keys."""
+"""From a request to a query: the form of input, its limits, tokens."""
 
 from __future__ import annotations
 
@@ -7,33 +7,19 @@ import json
 import sys
 import time
 from array import array
-from collections.abc import Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Final
 
-from kvatlas.bridge.model.block_key import TOKEN_BYTES, block_keys, multimodal_extra, root_key
+from kvatlas.bridge.model.block_key import TOKEN_BYTES
 from kvatlas.scorer.errors import DeadlineError, InputError, TooLargeError, UnknownModelError
 from kvatlas.scorer.options import ScorerSettings
-from kvatlas.scorer.scoring.walk import blocks_to_ask
+from kvatlas.scorer.scoring.query import PromptTokens, ScoreQuery
 from kvatlas.scorer.tokenization.body_fields import EFFORTS
 from kvatlas.scorer.tokenization.pool import TokenizerPool
 from kvatlas.scorer.tokenization.records import ChatInput, Truncation
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 
-#: So often may multimodal items cover a prompt, on average: sound lies within video, nothing within a hundred items.
-_DEEPEST: Final = 8
 _SIDES: Final = {"": None, "left": "left", "right": "right"}
-
-
-class Tokens(NamedTuple):
-    """Token ids of a prompt, packed little-endian u32, and the tokenizer backend that made them (empty: given)."""
-
-    packed: bytes
-    backend: str
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens."""
-        return len(self.packed) // TOKEN_BYTES
 
 
 def pack(tokens: Any) -> bytes:
@@ -46,7 +32,7 @@ def pack(tokens: Any) -> bytes:
 
 async def tokens_of(
     request: pb.ScoreRequest, settings: ScorerSettings, pool: TokenizerPool | None, deadline: float
-) -> Tokens:
+) -> PromptTokens:
     """Return a request's token ids; ``deadline`` in monotonic seconds.
 
     Raises:
@@ -72,20 +58,20 @@ async def tokens_of(
     if not request.model:
         raise InputError("model: missing; block keys differ by model")
     if not forms:
-        return Tokens(b"", "")
+        return PromptTokens(b"")
     if request.tokens:
-        packed = Tokens(pack(request.tokens), "")
+        found = PromptTokens(pack(request.tokens))
     elif request.tokens_packed:
         if len(request.tokens_packed) % TOKEN_BYTES:
             raise InputError(f"tokens_packed: {len(request.tokens_packed)} bytes are no multiple of {TOKEN_BYTES}")
-        packed = Tokens(request.tokens_packed, "")
+        found = PromptTokens(request.tokens_packed)
     else:
-        packed = await _tokenized(request, settings, pool, deadline)
+        found = await _tokenized(request, settings, pool, deadline)
     if forms[0].startswith("tokens") and request.truncate_tokens:
-        packed = Tokens(_truncated(packed.packed, request), "")
-    if packed.tokens > settings.max_tokens:
-        raise TooLargeError(f"{packed.tokens} tokens; at most {settings.max_tokens} (max_tokens)")
-    return packed
+        found = PromptTokens(_truncated(found.packed, request))
+    if found.tokens > settings.max_tokens:
+        raise TooLargeError(f"{found.tokens} tokens; at most {settings.max_tokens} (max_tokens)")
+    return found
 
 
 def _truncated(packed: bytes, request: pb.ScoreRequest) -> bytes:
@@ -99,7 +85,7 @@ def _truncated(packed: bytes, request: pb.ScoreRequest) -> bytes:
 
 async def _tokenized(
     request: pb.ScoreRequest, settings: ScorerSettings, pool: TokenizerPool | None, deadline: float
-) -> Tokens:
+) -> PromptTokens:
     if pool is None:
         raise UnknownModelError(f"no tokenizer for {request.model!r} here: this scorer takes token ids only")
     if request.truncation_side not in _SIDES:
@@ -127,7 +113,7 @@ async def _tokenized(
         raise DeadlineError(
             f"the text was not tokenized in time; is the tokenizer of {request.model!r} loading?"
         ) from error
-    return Tokens(encoded.ids, encoded.backend or "local")
+    return PromptTokens(encoded.ids, encoded.backend or "local")
 
 
 def chat_input(chat: pb.Chat, settings: ScorerSettings) -> ChatInput:
@@ -188,32 +174,15 @@ def _json(text: str, where: str, kind: type) -> Any:
     return value
 
 
-def keys_of(request: pb.ScoreRequest, packed: bytes, block_size_tokens: int) -> list[bytes]:
-    """Return the block keys that can matter to any pod, first block first.
-
-    Raises:
-        InputError: a multimodal item lies outside the prompt.
-        TooLargeError: the items overlap too much.
-    """
-    count = len(packed) // TOKEN_BYTES
-    blocks = blocks_to_ask(count, block_size_tokens, whole_prompt=not request.usable_only)
-    root = root_key(request.model, request.lora or None, request.cache_salt or None)
-    extra = None
-    if request.multimodal:
-        extra = multimodal_extra(_items(request.multimodal, count), block_size_tokens, blocks)
-    return block_keys(root, packed[: blocks * block_size_tokens * TOKEN_BYTES], block_size_tokens, extra)
-
-
-def _items(items: Sequence[pb.MultimodalItem], tokens: int) -> list[tuple[str, int, int]]:
-    for number, item in enumerate(items):
-        if not item.identifier or not item.length or item.offset + item.length > tokens:
-            raise InputError(
-                f"multimodal[{number}]: needs an identifier and a range inside the prompt of {tokens} tokens, "
-                f"has offset {item.offset} and length {item.length}"
-            )
-    covered = sum(item.length for item in items)
-    if covered > _DEEPEST * tokens:
-        raise TooLargeError(
-            f"multimodal: the items cover {covered} tokens of a prompt of {tokens}; they overlap too much"
-        )
-    return [(item.identifier, item.offset, item.length) for item in items]
+def query_of(request: pb.ScoreRequest, prompt: PromptTokens) -> ScoreQuery:
+    """Return what a request asks, with its tokens."""
+    return ScoreQuery(
+        model=request.model,
+        prompt=prompt,
+        lora=request.lora,
+        cache_salt=request.cache_salt,
+        items=[(item.identifier, item.offset, item.length) for item in request.multimodal],
+        pods=frozenset(request.pods),
+        strategy=request.strategy,
+        usable_only=request.usable_only,
+    )

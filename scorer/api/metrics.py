@@ -7,7 +7,7 @@ from typing import Final
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from kvatlas.scorer.v1 import scorer_pb2 as pb
+from kvatlas.scorer.scoring.answers import Scored
 
 _BUCKETS: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.125, 0.25, 0.5, 1, 2.5)
 _AGES: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
@@ -55,16 +55,15 @@ def model_label(model: str, *, held: bool) -> str:
     return model if model in _models else _OTHER
 
 
-def answered(model: str, response: pb.ScoreResponse) -> None:
+def answered(model: str, scored: Scored) -> None:
     """Count an answer: how complete it is, how much of the prompt is cached, how old what it rests on is."""
-    freshness = response.freshness
-    kind = "partial" if freshness.partial else "standby" if freshness.standby else "complete"
+    kind = "partial" if scored.partial else "standby" if scored.standby else "complete"
     ANSWERS.labels(kind).inc()
-    longest = max((entry.matched_blocks for entry in response.scores.values()), default=0)
+    longest = max((entry.matched_blocks for entry in scored.scores.values()), default=0)
     label = model_label(model, held=longest > 0)
-    PROMPT_BLOCKS.labels(label).inc(response.blocks)
+    PROMPT_BLOCKS.labels(label).inc(scored.blocks)
     CACHED_BLOCKS.labels(label).inc(longest)
-    if ages := [pod.age_ms for pod in freshness.pods.values() if pod.age_ms >= 0]:
+    if ages := [pod.age_ms for pod in scored.freshness.values() if pod.age_ms >= 0]:
         POD_AGE.observe(max(ages) / 1e3)
-    if received := [part.applied_receive_ns for part in freshness.partitions if part.applied_receive_ns > 0]:
+    if received := [seen.applied_receive_ns for seen in scored.partitions.values() if seen.applied_receive_ns > 0]:
         INDEX_AGE.observe(max(time.time_ns() - min(received), 0) / 1e9)

@@ -1,60 +1,104 @@
-"""From matches to the messages of ``scorer.proto``: scores, freshness, pods. Pure."""
+"""From plain values to the messages of ``scorer.proto``, and back where a request carries more than a query. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 from kvatlas.bridge.model.records import PodRecord
-from kvatlas.scorer.lookups.router import STANDBY, Seen
-from kvatlas.scorer.scoring.strategies import Strategy
-from kvatlas.scorer.scoring.walk import Match
+from kvatlas.scorer.scoring.answers import Explained, Scored
+from kvatlas.scorer.scoring.pick import LOAD_TERMS, PickQuery, PodChoice
+from kvatlas.scorer.scoring.scorer import age_ms
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 
 
-def fill_scores(response: pb.ScoreResponse, matches: Sequence[Match], strategy: Strategy, blocks: int) -> None:
-    """Put the matches in; what is zero stays unset."""
+def reply_of(scored: Scored) -> pb.ScoreResponse:
+    """Return an answer as the API gives it; what is zero stays unset."""
+    response = pb.ScoreResponse(
+        prompt_tokens=scored.prompt_tokens,
+        block_size_tokens=scored.block_size_tokens,
+        blocks=scored.blocks,
+        tokenizer=scored.tokenizer,
+    )
+    _fill_scores(response, scored)
+    _fill_freshness(response.freshness, scored)
+    stages, took = response.stages, scored.took_ms
+    stages.tokenize_ms = took.get("tokenize", 0.0)
+    stages.keys_ms = took.get("keys", 0.0)
+    stages.lookup_ms = took.get("lookup", 0.0)
+    stages.score_ms = took.get("score", 0.0)
+    return response
+
+
+def _fill_scores(response: pb.ScoreResponse, scored: Scored) -> None:
     scores = response.scores
-    for match in matches:
-        entry = scores[match.pod.name]
-        entry.score = strategy.score(match, blocks)
-        entry.matched_blocks = match.blocks
-        entry.matched_tokens = match.tokens
-        for name, count in match.tiers.items():
+    for pod, found in scored.scores.items():
+        entry = scores[pod]
+        entry.score = found.score
+        entry.matched_blocks = found.matched_blocks
+        entry.matched_tokens = found.matched_tokens
+        for name, count in found.tiers.items():
             entry.tiers[name] = count
-        if match.suspect:
-            entry.suspect_blocks = match.suspect
-        if match.speculative:
-            entry.speculative_blocks = match.speculative
-        if match.pod.approximate:
+        if found.suspect_blocks:
+            entry.suspect_blocks = found.suspect_blocks
+        if found.speculative_blocks:
+            entry.speculative_blocks = found.speculative_blocks
+        if found.approximate:
             entry.approximate = True
 
 
-def fill_freshness(
-    freshness: pb.Freshness,
-    matches: Sequence[Match],
-    seen: Mapping[int, Seen],
-    pods: Mapping[str, PodRecord],
-    now_ns: int,
-) -> None:
-    """Put in what the answer is based on: the partitions that were asked, and the pods that matched."""
-    for number, state in sorted(seen.items()):
+def _fill_freshness(freshness: pb.Freshness, scored: Scored) -> None:
+    freshness.partial = scored.partial
+    for number, seen in sorted(scored.partitions.items()):
         freshness.partitions.add(
             partition=number,
-            applied_offset=state.applied_offset,
-            applied_receive_ns=state.applied_receive_ns,
-            role=state.role,
-            worker=state.worker,
+            applied_offset=seen.applied_offset,
+            applied_receive_ns=seen.applied_receive_ns,
+            role=seen.role,
+            worker=seen.worker,
         )
-        if state.role == STANDBY:
-            freshness.standby = True
-    for match in matches:
-        record = pods.get(match.pod.name)
-        if record is not None:
-            entry = freshness.pods[match.pod.name]
-            entry.last_sequence = record.last_sequence
-            entry.age_ms = age_ms(record, now_ns)
-            entry.state = record.state
-            entry.epoch = record.epoch
+    freshness.standby = scored.standby
+    for pod, found in scored.freshness.items():
+        entry = freshness.pods[pod]
+        entry.last_sequence = found.last_sequence
+        entry.age_ms = found.age_ms
+        entry.state = found.state
+        entry.epoch = found.epoch
+
+
+def explained_reply(explained: Explained) -> pb.ExplainResponse:
+    """Return an explanation as the API gives it."""
+    scored = explained.scored
+    response = pb.ExplainResponse(scored=reply_of(scored))
+    for block in explained.blocks:
+        info = response.blocks.add(
+            number=block.number, key=block.key, partition=block.partition, answered=block.answered
+        )
+        for holder in block.holders:
+            info.holders.add(
+                pod=holder.pod, tier=holder.tier, group=holder.group, epoch=holder.epoch, state=holder.state
+            )
+    for pod, reason in explained.ends.items():
+        end = response.walks[pod]
+        end.matched_blocks = scored.scores[pod].matched_blocks if pod in scored.scores else 0
+        end.reason = reason
+    return response
+
+
+def pick_query(request: pb.PickRequest) -> PickQuery:
+    """Return what a Pick says beside its prompt."""
+    return PickQuery(
+        model=request.request.model,
+        request_id=request.request.request_id,
+        load={pod: {term: getattr(load, term) for term in LOAD_TERMS} for pod, load in request.load.items()},
+        weights=dict(request.weights),
+        tie_break=request.tie_break,
+    )
+
+
+def pick_reply(choice: PodChoice, scored: Scored) -> pb.PickResponse:
+    """Return a choice as the API gives it."""
+    response = pb.PickResponse(pod=choice.pod, reason=choice.reason, scored=reply_of(scored))
+    for each in choice.candidates:
+        response.candidates.add(pod=each.pod, total=each.total, terms=each.terms, matched_tokens=each.matched_tokens)
+    return response
 
 
 def pod_info(record: PodRecord, now_ns: int) -> pb.PodInfo:
@@ -77,8 +121,3 @@ def pod_info(record: PodRecord, now_ns: int) -> pb.PodInfo:
         load=record.load,
         approximate=record.approximate,
     )
-
-
-def age_ms(record: PodRecord, now_ns: int) -> float:
-    """Return the age of a pod's last known message in ms; -1 before the first."""
-    return max(now_ns - record.receive_ns, 0) / 1e6 if record.receive_ns else -1.0

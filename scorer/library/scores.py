@@ -1,30 +1,25 @@
-"""Scores of the indexer library: keys, lookup, walk, answer; whatever feeds the index."""
+"""Scores of the indexer library: its arguments as queries of the scoring engine, whatever feeds the index."""
 
 from __future__ import annotations
 
-import logging
+import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
-from kvatlas.bridge.model.block_key import TOKEN_BYTES, block_keys, multimodal_extra, pack_tokens, root_key
+from kvatlas.bridge.model.block_key import TOKEN_BYTES, pack_tokens
 from kvatlas.scorer.errors import InputError, NotReadyError, UnknownModelError
-from kvatlas.scorer.library.answers import Explained, PodFreshness, PodScore, Scored
 from kvatlas.scorer.library.backends.base import Backend
-from kvatlas.scorer.library.backends.errors import BackendError
-from kvatlas.scorer.library.explain import explain
+from kvatlas.scorer.library.lookups import BackendLookups
 from kvatlas.scorer.library.options import IndexerOptions, Source, Tokenizers, Tokens
 from kvatlas.scorer.lookups.pods import PodTable
-from kvatlas.scorer.scoring.strategies import strategy_named
-from kvatlas.scorer.scoring.walk import Match, Walk
-
-log = logging.getLogger(__name__)
-
-_FIRST_BLOCKS = 1_024
-_GROWTH = 4
-_MOST_BLOCKS = 65_536
+from kvatlas.scorer.scoring.answers import Explained, Scored
+from kvatlas.scorer.scoring.lookup import IndexView
+from kvatlas.scorer.scoring.query import PlacedItem, PromptTokens, ScoreQuery, keys_of
+from kvatlas.scorer.scoring.scorer import Scorer
+from kvatlas.scorer.scoring.strategies import Weighing
 
 
 class Scores:
@@ -62,12 +57,17 @@ class Scores:
         self._tokenizers = tokenizers
         self._clock = clock
         self._observe = observe
-        self._strategy = strategy_named(options.strategy)
-        self._weights = self._strategy.weights(options.weights)
         self._size = options.block_size_tokens
         self._pods = PodTable(self._size)
         self._source: Source | None = None
-        self._away = False
+        self._lookups = BackendLookups(backend, lambda: self._running)
+        self._scorer = Scorer(
+            self._view,
+            Weighing(options.weights, options.strategy),
+            clock_ns=clock,
+            timer=time.perf_counter,
+            observe=observe,
+        )
 
     @property
     def _running(self) -> Source:
@@ -76,6 +76,10 @@ class Scores:
         if (error := self._source.failed()) is not None:
             raise NotReadyError(f"the indexer has stopped reading: {error}") from error
         return self._source
+
+    def _view(self) -> IndexView:
+        _ = self._running
+        return IndexView(self._pods.fleet, self._pods.merged, self._lookups)
 
     def _set_block_size(self, tokens: int) -> None:
         self._size = tokens
@@ -102,14 +106,8 @@ class Scores:
         Raises:
             InputError: no model, or a token id that is none.
         """
-        if not model:
-            raise InputError("model: missing; block keys differ by model")
-        packed = _packed(tokens)
-        extra = None
-        if multimodal:
-            _check_items(multimodal, len(packed) // TOKEN_BYTES)
-            extra = multimodal_extra(multimodal, self._size, len(packed) // TOKEN_BYTES // self._size)
-        return block_keys(root_key(model, lora, cache_salt), packed, self._size, extra)
+        query = _query(PromptTokens(_packed(tokens)), model, lora=lora, cache_salt=cache_salt, multimodal=multimodal)
+        return keys_of(query, self._size)
 
     async def score_tokens(
         self,
@@ -135,11 +133,10 @@ class Scores:
             InputError: the request does not make sense.
             NotReadyError: the indexer is not running.
         """
-        packed = _packed(tokens)
-        began = time.perf_counter()
-        keys = self.block_keys(packed, model, lora=lora, cache_salt=cache_salt, multimodal=multimodal)
-        scored, _ = await self._score(keys, len(packed) // TOKEN_BYTES, model, pods, began=began)
-        return scored
+        query = self._asked(
+            PromptTokens(_packed(tokens)), model, lora=lora, cache_salt=cache_salt, pods=pods, multimodal=multimodal
+        )
+        return await self._scorer.score(query, math.inf)
 
     async def score_prompt(
         self,
@@ -159,7 +156,8 @@ class Scores:
         """
         began = time.perf_counter()
         encoded = await self._pool(model).encode(model, prompt, add_special_tokens)
-        return await self._score_encoded(encoded, began, model=model, lora=lora, cache_salt=cache_salt, pods=pods)
+        query = self._asked(_encoded(encoded, began), model, lora=lora, cache_salt=cache_salt, pods=pods)
+        return await self._scorer.score(query, math.inf)
 
     async def score_chat(
         self,
@@ -188,29 +186,13 @@ class Scores:
         began = time.perf_counter()
         chat = messages if isinstance(messages, ChatInput) else ChatInput(messages=list(messages))
         encoded = await self._pool(model).encode_chat(model, chat)
-        return await self._score_encoded(encoded, began, model=model, lora=lora, cache_salt=cache_salt, pods=pods)
+        query = self._asked(_encoded(encoded, began), model, lora=lora, cache_salt=cache_salt, pods=pods)
+        return await self._scorer.score(query, math.inf)
 
     def _pool(self, model: str) -> Tokenizers:
         if self._tokenizers is None:
             raise UnknownModelError(f"no tokenizer for {model!r}: pass a TokenizerPool as `tokenizers`")
         return self._tokenizers
-
-    async def _score_encoded(
-        self,
-        encoded: Any,
-        began: float,
-        *,
-        model: str,
-        lora: str | None,
-        cache_salt: str | None,
-        pods: Collection[str],
-    ) -> Scored:
-        tokenized = time.perf_counter()
-        keys = self.block_keys(encoded.ids, model, lora=lora, cache_salt=cache_salt)
-        scored, _ = await self._score(keys, len(encoded), model, pods, began=tokenized)
-        self._observe("tokenize", tokenized - began)
-        took = {"tokenize": (tokenized - began) * 1e3} | scored.took_ms
-        return msgspec.structs.replace(scored, tokenizer=encoded.backend, took_ms=took)
 
     async def explain(
         self,
@@ -227,107 +209,35 @@ class Scores:
         Raises:
             ScorerError: the request cannot be scored.
         """
-        packed = _packed(tokens)
-        keys = self.block_keys(packed, model, lora=lora, cache_salt=cache_salt, multimodal=multimodal)
-        began = time.perf_counter()
-        scored, values = await self._score(keys, len(packed) // TOKEN_BYTES, model, pods, began=began, all_blocks=True)
-        scene = self._pods.fleet.scene(model, self._weights)
-        return explain(scored, keys, values, scene, pods, usable_only=self._options.usable_only)
+        query = self._asked(
+            PromptTokens(_packed(tokens)), model, lora=lora, cache_salt=cache_salt, pods=pods, multimodal=multimodal
+        )
+        return await self._scorer.explain(query, math.inf)
 
-    async def _score(
+    def _asked(
         self,
-        keys: list[bytes],
-        tokens: int,
+        prompt: PromptTokens,
         model: str,
-        pods: Collection[str],
         *,
-        began: float,
-        all_blocks: bool = False,
-    ) -> tuple[Scored, list[bytes | None]]:
-        hashed = time.perf_counter()
+        lora: str | None,
+        cache_salt: str | None,
+        pods: Collection[str],
+        multimodal: Sequence[PlacedItem] = (),
+    ) -> ScoreQuery:
         if isinstance(pods, str):
             raise InputError(f"pods: {pods!r} is text; expected a collection of pod ids")
-        source = self._running
-        scene = self._pods.fleet.scene(model, self._weights)
-        steps = Walk(scene, tokens, pods=pods, whole_prompt=not self._options.usable_only)
-        values: list[bytes | None] = []
-        looked, chunk, walking = 0.0, _FIRST_BLOCKS, True
-        while len(values) < len(keys) and (walking or all_blocks):
-            part = keys[len(values) : len(values) + chunk]
-            start = time.perf_counter()
-            found = await self._lookup(source, part)
-            looked += time.perf_counter() - start
-            values.extend(found)
-            walking = walking and steps.feed(found)
-            chunk = min(chunk * _GROWTH, _MOST_BLOCKS)
-        matches = steps.matches()
-        done = time.perf_counter()
-        took = {"keys": hashed - began, "lookup": looked, "score": done - hashed - looked}
-        for stage, seconds in took.items():
-            self._observe(stage, seconds)
-        scored = Scored(
-            prompt_tokens=tokens,
-            block_size_tokens=self._size,
-            blocks=len(keys),
-            scores=self._scored(matches, len(keys)),
-            freshness=self._freshness(matches),
-            partial=steps.partial,
-            stale=source.stale,
-            took_ms={stage: seconds * 1e3 for stage, seconds in took.items()},
-        )
-        return scored, values
-
-    async def _lookup(self, source: Source, keys: list[bytes]) -> Sequence[bytes | None]:
-        if source.rebuilding:
-            return [None] * len(keys)
-        try:
-            found = await self.backend.lookup(keys)
-        except BackendError as error:
-            if not error.retriable:
-                raise
-            # As with a worker that is away: no answer is not "nobody holds it", and the score says that it is partial.
-            (log.debug if self._away else log.warning)("%s; scores are partial meanwhile", error)
-            self._away = True
-            return [None] * len(keys)
-        self._away = False
-        return found
-
-    def _scored(self, matches: Sequence[Match], blocks: int) -> dict[str, PodScore]:
-        value = self._strategy.score
-        found = {match.pod.name: _score_of(match, value(match, blocks)) for match in matches}
-        return dict(sorted(found.items(), key=lambda item: -item[1].score))
-
-    def _freshness(self, matches: Sequence[Match]) -> dict[str, PodFreshness]:
-        now = self._clock()
-        found = {}
-        for match in matches:
-            record = self._pods.merged.get(match.pod.name)
-            if record is not None:
-                age_ms = max(now - record.receive_ns, 0) / 1e6 if record.receive_ns else -1.0
-                found[record.pod] = PodFreshness(
-                    last_sequence=record.last_sequence, age_ms=age_ms, state=record.state, epoch=record.epoch
-                )
-        return found
+        query = _query(prompt, model, lora=lora, cache_salt=cache_salt, multimodal=multimodal)
+        return msgspec.structs.replace(query, pods=frozenset(pods), usable_only=self._options.usable_only)
 
 
-def _score_of(match: Match, score: float) -> PodScore:
-    return PodScore(
-        score=score,
-        matched_blocks=match.blocks,
-        matched_tokens=match.tokens,
-        tiers=match.tiers,
-        suspect_blocks=match.suspect,
-        approximate=match.pod.approximate,
-    )
+def _query(
+    prompt: PromptTokens, model: str, *, lora: str | None, cache_salt: str | None, multimodal: Sequence[PlacedItem]
+) -> ScoreQuery:
+    return ScoreQuery(model=model, prompt=prompt, lora=lora or "", cache_salt=cache_salt or "", items=tuple(multimodal))
 
 
-def _check_items(items: Sequence[tuple[str, int, int]], tokens: int) -> None:
-    for number, (identifier, offset, length) in enumerate(items):
-        if not identifier or offset < 0 or length < 1 or offset + length > tokens:
-            raise InputError(
-                f"multimodal[{number}]: needs an identifier and a range inside the prompt of {tokens} tokens, "
-                f"has offset {offset} and length {length}"
-            )
+def _encoded(encoded: Any, began: float) -> PromptTokens:
+    return PromptTokens(encoded.ids, encoded.backend, time.perf_counter() - began)
 
 
 def _packed(tokens: Tokens) -> bytes:

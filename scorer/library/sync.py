@@ -11,10 +11,10 @@ from typing import Any, Self, TypeVar
 from kvatlas.bridge.engines.spec import EngineSpec
 from kvatlas.bridge.model.records import PodRecord
 from kvatlas.scorer.errors import NotReadyError
-from kvatlas.scorer.library.answers import Explained, Scored
 from kvatlas.scorer.library.backends.base import Stats
 from kvatlas.scorer.library.indexer import Indexer
 from kvatlas.scorer.library.options import Tokens
+from kvatlas.scorer.scoring.answers import Explained, Scored
 
 _T = TypeVar("_T")
 

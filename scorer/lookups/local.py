@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
-from kvatlas.scorer.lookups.router import ACTIVE, RESTORING, STANDBY, UNANSWERED, Answers, Lookups, Seen, partitions_of
+from kvatlas.scorer.lookups.index import ServiceLookups
+from kvatlas.scorer.lookups.router import partitions_of
+from kvatlas.scorer.scoring.lookup import ACTIVE, RESTORING, STANDBY, UNANSWERED, Answers, Seen
 from kvatlas.streams.serving.answers import Readable, fill, read_all
 
 _ROLES: Final = {"ACTIVE": ACTIVE, "STANDBY": STANDBY, "RESTORING": RESTORING}
@@ -49,11 +51,12 @@ class TableLookups:
     """
 
     first_blocks = _FIRST_BLOCKS
+    stale = False
 
     def __init__(
         self,
         tables: LocalTables,
-        remote: Lookups | None = None,
+        remote: ServiceLookups | None = None,
     ) -> None:
         """Take the worker's side.
 

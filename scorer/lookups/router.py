@@ -1,7 +1,8 @@
 """Lookups of a prompt's block keys, wherever their partitions are.
 
-Two transports behind one seam, :class:`Lookups`: :class:`PartitionRouter` asks the workers that own the partitions,
-in parallel, over gRPC; :class:`~kvatlas.scorer.lookups.local.TableLookups` reads the tables of this very process.
+Two transports behind :class:`~kvatlas.scorer.scoring.lookup.Lookups`: :class:`PartitionRouter` asks the workers that
+own the partitions, in parallel, over gRPC; :class:`~kvatlas.scorer.lookups.local.TableLookups` reads the tables of
+this very process.
 
 What the router does (:mod:`kvatlas.scorer.lookups.attempts`):
 
@@ -20,7 +21,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final
 
 import grpc
 import grpc.aio
@@ -30,6 +31,7 @@ import numpy.typing as npt
 from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.scorer.lookups.attempts import Asking, Outcome
 from kvatlas.scorer.lookups.workers import WorkerTable
+from kvatlas.scorer.scoring.lookup import ACTIVE, RESTORING, STANDBY, UNANSWERED, Answers, Seen
 from kvatlas.streams.index.columns import NOT_ANSWERED, read_index
 from kvatlas.streams.v1 import block_index_pb2 as pb
 
@@ -47,11 +49,6 @@ _CHANNEL_OPTIONS: Final = (
     ("grpc.use_local_subchannel_pool", 1),
 )
 
-ACTIVE: Final = "active"
-STANDBY: Final = "standby"
-RESTORING: Final = "restoring"
-UNANSWERED: Final = "unanswered"
-
 _ROLES: Final = {
     pb.PartitionState.ACTIVE: ACTIVE,
     pb.PartitionState.STANDBY: STANDBY,
@@ -61,56 +58,6 @@ _ROLES: Final = {
 
 #: What is said of a partition that several workers spoke of: the one that its values are from.
 _RANK: Final = {ACTIVE: 3, STANDBY: 2, RESTORING: 1, UNANSWERED: 0}
-
-
-class Seen(NamedTuple):
-    """State of one partition when it answered (or did not)."""
-
-    role: str
-    worker: str
-    applied_offset: int
-    applied_receive_ns: int
-
-
-class Answers(NamedTuple):
-    """Answers for a stretch of keys.
-
-    Attributes:
-        values: per key its packed holders: empty when nobody holds it, None when there is no answer.
-        partitions: state of every partition that the keys touched.
-    """
-
-    values: list[bytes | None]
-    partitions: dict[int, Seen]
-
-
-class Lookups(Protocol):
-    """Where block keys are looked up.
-
-    Attributes:
-        first_blocks: most blocks that it makes sense to ask for first; 0 leaves it to the settings.
-    """
-
-    @property
-    def first_blocks(self) -> int:
-        """See above."""
-
-    async def lookup(self, keys: Sequence[bytes], deadline: float) -> Answers:
-        """Look keys up; never raises for a worker that is away.
-
-        Args:
-            keys: 16-byte block keys in the prompt's order.
-            deadline: monotonic seconds (``time.monotonic``) after which what is missing stays None.
-        """
-
-    def unready(self) -> str | None:
-        """Return why no lookup can be answered now, None when it can."""
-
-    async def forget_gone(self) -> None:
-        """Close connections to endpoints that nobody announces any more."""
-
-    async def close(self) -> None:
-        """Let connections go."""
 
 
 def partitions_of(packed: bytes, count: int) -> npt.NDArray[np.uint32]:
@@ -123,6 +70,7 @@ class PartitionRouter:
     """Lookups at the workers that own the partitions; see the module's text."""
 
     first_blocks = 0
+    stale = False
 
     def __init__(
         self,

@@ -18,10 +18,11 @@ from kvatlas.bridge.kafka.follower import TopicFollower
 from kvatlas.bridge.model import records, topics
 from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.runtime.settings import KafkaSettings
-from kvatlas.scorer.api.core import Index
+from kvatlas.scorer.lookups.index import Index, ServiceLookups
 from kvatlas.scorer.lookups.pods import PodTable
-from kvatlas.scorer.lookups.router import ACTIVE, Lookups, PartitionRouter
+from kvatlas.scorer.lookups.router import PartitionRouter
 from kvatlas.scorer.lookups.workers import WorkerTable
+from kvatlas.scorer.scoring.lookup import ACTIVE
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class VersionReader:
         *,
         client_id: str,
         clock_ns: Callable[[], int] = time.time_ns,
-        lookups: Callable[[WorkerTable], Lookups] = PartitionRouter,
+        lookups: Callable[[WorkerTable], ServiceLookups] = PartitionRouter,
         block_size_tokens: int = 0,
     ) -> None:
         """Describe what to read; nothing is opened yet.

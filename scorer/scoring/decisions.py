@@ -5,7 +5,7 @@ its prompt until it expires or its pod's epoch ends, so the keys of all open dec
 a lookup stops at the first key that no decision has.
 
 What came of a decision is judged once, after a delay, from what the index says then
-(:mod:`kvatlas.scorer.api.outcomes`).
+(:mod:`kvatlas.scorer.scoring.outcomes`).
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class Decisions:
                 if not held:
                     del self._holders[key]
 
-    def overlay(self, keys: Sequence[bytes], values: list[bytes | None], now_ns: int) -> list[bytes | None]:
+    def overlay(self, keys: Sequence[bytes], values: Sequence[bytes | None], now_ns: int) -> Sequence[bytes | None]:
         """Return the values with the speculative holders added; a block without an answer stays without one."""
         if not self._holders:
             return values

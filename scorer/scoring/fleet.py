@@ -184,11 +184,13 @@ class Fleet:
         """Take the records of all pods that may score.
 
         Args:
-            records: merged records; pods that are gone are left out.
+            records: merged records; of pods that are gone only the names are kept, for Explain.
             block_size_tokens: canonical block size.
         """
         self.block_size_tokens = block_size_tokens
-        alive = [record for record in records if record.state != GONE]
+        known = list(records)
+        alive = [record for record in known if record.state != GONE]
+        self.gone: dict[int, str] = {pod_ref(record.pod): record.pod for record in known if record.state == GONE}
         self.pods: tuple[Pod, ...] = tuple(_pod(index, record, block_size_tokens) for index, record in enumerate(alive))
         self.by_ref: dict[int, Pod] = {pod.ref: pod for pod in self.pods}
         self.by_name: dict[str, Pod] = {pod.name: pod for pod in self.pods}
@@ -232,6 +234,10 @@ class Scene:
             found = self._memo[value] = self._classify(value)
         return found
 
+    def reads(self, pod: Pod) -> bool:
+        """Tell whether a pod can use what its shared store holds of this model."""
+        return not pod.model or pod.model == self.model
+
     def _classify(self, value: bytes) -> dict[int, Cell]:
         offers: dict[int, _Offers] = {}
         by_ref = self.fleet.by_ref
@@ -244,8 +250,7 @@ class Scene:
             elif tier == _SHARED and not (self.weights.end_at_zero and self.weights.shared <= 0):
                 grade = Grade(self._weight_of[_SHARED], _SHARED, suspect=False)
                 for pod in self.fleet.by_store.get(ref, ()):
-                    # Only the same model's pods can read these blocks.
-                    if (not pod.model or pod.model == self.model) and not (kind & ASSUMED and pod.named):
+                    if self.reads(pod) and not (kind & ASSUMED and pod.named):
                         _offer(offers, pod, group, kind, grade)
         cells = {}
         for index, held in offers.items():

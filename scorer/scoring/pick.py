@@ -10,33 +10,69 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
+import msgspec
 import xxhash
 
 from kvatlas.bridge.model.records import LIVE, PodRecord
 from kvatlas.scorer.errors import InputError, NotReadyError
 from kvatlas.scorer.options import ScorerSettings
-from kvatlas.scorer.v1 import scorer_pb2 as pb
+from kvatlas.scorer.scoring.answers import Scored
 
 CACHE: Final = "cache"
 LOAD_TERMS: Final = ("waiting", "running", "cache_usage")
 _TIE: Final = 1e-9
 
 
+class PickQuery(msgspec.Struct, frozen=True, kw_only=True):
+    """What a caller says beside the prompt.
+
+    Attributes:
+        model: model name, for the refusal.
+        request_id: decides ties by hash.
+        load: pod id -> load term -> value; pods that are not in it count with what they report.
+        weights: term -> weight, in place of the setting.
+        tie_break: ``random``, ``least_loaded`` or ``hash``; empty takes the setting.
+    """
+
+    model: str
+    request_id: str = ""
+    load: Mapping[str, Mapping[str, float]] = {}
+    weights: Mapping[str, float] = {}
+    tie_break: str = ""
+
+
+class PodTotal(NamedTuple):
+    """A pod that could be chosen: its total, the terms that add up to it, and its match."""
+
+    pod: str
+    total: float
+    terms: dict[str, float]
+    matched_tokens: int
+
+
+class PodChoice(NamedTuple):
+    """The pod chosen, all candidates with it first, and why, for people."""
+
+    pod: str
+    candidates: list[PodTotal]
+    reason: str
+
+
 def choose(
-    request: pb.PickRequest,
-    scored: pb.ScoreResponse,
+    query: PickQuery,
+    scored: Scored,
     pods: Sequence[PodRecord],
     settings: ScorerSettings,
     *,
     full: float,
     draw: Callable[[int], int] = random.randrange,
-) -> pb.PickResponse:
+) -> PodChoice:
     """Choose a pod.
 
     Args:
-        request: loads, weights and tie-break of the caller.
+        query: loads, weights and tie-break of the caller.
         scored: scores of the prompt.
         pods: pods that may be chosen.
         settings: weights and tie-break where the caller names none.
@@ -47,41 +83,33 @@ def choose(
         InputError: a weight or tie-break that does not exist, or a weight or load that is no finite number.
         NotReadyError: there is no pod to choose.
     """
-    weights = _weights(request.weights, settings)
-    tie_break = request.tie_break or settings.pick_tie_break
+    weights = _weights(query.weights, settings)
+    tie_break = query.tie_break or settings.pick_tie_break
     if tie_break not in ("random", "least_loaded", "hash"):
         raise InputError(f"tie_break: {tie_break!r} is not one of random, least_loaded, hash")
     live = [record for record in pods if record.state == LIVE] or list(pods)
     if not live:
-        raise NotReadyError(f"no pod serves model {request.request.model!r}")
-    loads = {record.pod: _load(request, record) for record in live}
+        raise NotReadyError(f"no pod serves model {query.model!r}")
+    loads = {record.pod: _load(query, record) for record in live}
     most = {term: max(load[term] for load in loads.values()) for term in LOAD_TERMS}
     candidates = []
     for record in live:
-        entry = scored.scores[record.pod] if record.pod in scored.scores else None  # noqa: SIM401 - a map field, get() copies none
+        entry = scored.scores.get(record.pod)
         terms = {CACHE: weights[CACHE] * (min(entry.score / full, 1.0) if entry and full > 0 else 0.0)}
         for term in LOAD_TERMS:
             share = loads[record.pod][term] if term == "cache_usage" else _share(loads[record.pod][term], most[term])
             terms[term] = -weights[term] * share
-        candidates.append(
-            pb.Candidate(
-                pod=record.pod,
-                total=sum(terms.values()),
-                terms=terms,
-                matched_tokens=entry.matched_tokens if entry else 0,
-            )
-        )
+        candidates.append(PodTotal(record.pod, sum(terms.values()), terms, entry.matched_tokens if entry else 0))
     candidates.sort(key=lambda candidate: (-candidate.total, candidate.pod))
     tied = [c for c in candidates if candidates[0].total - c.total <= _TIE]
-    winner = tied[_break(tie_break, tied, loads, request.request.request_id, draw)]
+    winner = tied[_break(tie_break, tied, loads, query.request_id, draw)]
     candidates.remove(winner)
     candidates.insert(0, winner)
-    return pb.PickResponse(
-        pod=winner.pod,
-        candidates=candidates,
-        reason=_reason(winner, scored.prompt_tokens, loads[winner.pod], len(candidates))
+    return PodChoice(
+        winner.pod,
+        candidates,
+        _reason(winner, scored.prompt_tokens, loads[winner.pod], len(candidates))
         + (f", by {tie_break} among {len(tied)} equal ones" if len(tied) > 1 else ""),
-        scored=scored,
     )
 
 
@@ -101,10 +129,9 @@ def _weights(given: Mapping[str, float], settings: ScorerSettings) -> dict[str, 
     return weights
 
 
-def _load(request: pb.PickRequest, record: PodRecord) -> dict[str, float]:
-    if record.pod in request.load:
-        given = request.load[record.pod]
-        load = {term: float(getattr(given, term)) for term in LOAD_TERMS}
+def _load(query: PickQuery, record: PodRecord) -> dict[str, float]:
+    if (given := query.load.get(record.pod)) is not None:
+        load = {term: float(given.get(term, 0.0)) for term in LOAD_TERMS}
         if wrong := [term for term, value in load.items() if not math.isfinite(value)]:
             raise InputError(f"load of {record.pod!r}: {wrong[0]} is {load[wrong[0]]}; a finite number is wanted")
     else:
@@ -118,7 +145,7 @@ def _share(value: float, most: float) -> float:
 
 def _break(
     how: str,
-    tied: Sequence[pb.Candidate],
+    tied: Sequence[PodTotal],
     loads: Mapping[str, Mapping[str, float]],
     request_id: str,
     draw: Callable[[int], int],
@@ -134,7 +161,7 @@ def _break(
     return draw(len(tied))
 
 
-def _reason(winner: pb.Candidate, tokens: int, load: Mapping[str, float], candidates: int) -> str:
+def _reason(winner: PodTotal, tokens: int, load: Mapping[str, float], candidates: int) -> str:
     return (
         f"{winner.pod} has {winner.matched_tokens} of {tokens} tokens cached, {load['waiting']:g} waiting and "
         f"{load['running']:g} running; highest total of {candidates} pods"

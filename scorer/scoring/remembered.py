@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.scorer.options import ScorerSettings
-from kvatlas.scorer.v1 import scorer_pb2 as pb
+from kvatlas.scorer.scoring.answers import Scored
+from kvatlas.scorer.scoring.query import ScoreQuery
 
 #: So many pods of an answer go into a decision, best first.
 _MOST_SCORES = 16
@@ -32,17 +34,17 @@ class Remembered(NamedTuple):
     partitions: dict[int, int]
 
 
-def remember(request: pb.ScoreRequest, keys: list[bytes], response: pb.ScoreResponse) -> Remembered:
+def remember(query: ScoreQuery, keys: Sequence[bytes], scored: Scored) -> Remembered:
     """Return what a decision needs of an answer."""
-    best = sorted(response.scores.items(), key=lambda item: -item[1].score)[:_MOST_SCORES]
+    best = list(scored.scores.items())[:_MOST_SCORES]
     return Remembered(
-        request.model,
-        request.cache_salt,
+        query.model,
+        query.cache_salt,
         b"".join(keys),
-        response.block_size_tokens,
+        scored.block_size_tokens,
         {pod: (entry.score, entry.matched_blocks) for pod, entry in best},
         {pod: entry.speculative_blocks for pod, entry in best if entry.speculative_blocks},
-        {part.partition: part.applied_offset for part in response.freshness.partitions},
+        {number: seen.applied_offset for number, seen in sorted(scored.partitions.items())},
     )
 
 
@@ -59,13 +61,13 @@ class Prompts:
         """Return the prompt of a request id, None when there is none."""
         return self._known.get(request_id)
 
-    def put(self, request: pb.ScoreRequest, keys: list[bytes], response: pb.ScoreResponse) -> None:
+    def put(self, request_id: str, query: ScoreQuery, keys: Sequence[bytes], scored: Scored) -> None:
         """Remember a prompt under its request id."""
         if not self._most:
             return
-        kept = remember(request, keys, response)
-        before = self._known.pop(request.request_id, None)
-        self._known[request.request_id] = kept
+        kept = remember(query, keys, scored)
+        before = self._known.pop(request_id, None)
+        self._known[request_id] = kept
         self._bytes += len(kept.keys) - (len(before.keys) if before is not None else 0)
         while len(self._known) > self._most or self._bytes > self._most_bytes:
             _, gone = self._known.popitem(last=False)

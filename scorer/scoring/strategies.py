@@ -111,15 +111,29 @@ def strategy_named(name: str) -> Strategy:
 
 
 class Weighing:
-    """Weights and strategy per model, from the settings."""
+    """Weights and strategy per model."""
 
-    def __init__(self, settings: ScorerSettings) -> None:
-        """Read the settings.
+    def __init__(self, weights: Weights | None = None, strategy: str = "longest-prefix") -> None:
+        """Weigh all models alike.
 
         Raises:
-            SettingsError: an entry of ``models`` cannot be read.
+            InputError: there is no such strategy.
         """
-        self._weights = Weights(
+        strategy_named(strategy)
+        self._weights = weights or Weights()
+        self._strategy = strategy
+        self._models: dict[str, tuple[Weights, str]] = {}
+
+    @classmethod
+    def from_settings(cls, settings: ScorerSettings) -> Weighing:
+        """Read a scorer's settings.
+
+        Raises:
+            SettingsError: there is no such strategy, or an entry of ``models`` cannot be read.
+        """
+        if settings.strategy not in STRATEGIES:
+            raise SettingsError(f"[scorer] strategy {settings.strategy!r}: known are {', '.join(sorted(STRATEGIES))}")
+        weights = Weights(
             gpu=settings.weight_gpu,
             cpu=settings.weight_cpu,
             disk=settings.weight_disk,
@@ -128,10 +142,9 @@ class Weighing:
             speculative=settings.weight_speculative,
             suspect_factor=settings.suspect_factor,
         )
-        self._strategy = settings.strategy
-        self._models = _models(settings.models, self._weights, settings.strategy)
-        if settings.strategy not in STRATEGIES:
-            raise SettingsError(f"[scorer] strategy {settings.strategy!r}: known are {', '.join(sorted(STRATEGIES))}")
+        made = cls(weights, settings.strategy)
+        made._models = _models(settings.models, weights, settings.strategy)
+        return made
 
     def of(self, model: str, strategy: str = "") -> tuple[Strategy, Weights]:
         """Return how a request for a model is scored; ``strategy`` is what the request asks for, empty for nothing.

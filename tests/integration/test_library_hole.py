@@ -17,10 +17,10 @@ from kvatlas.bridge.model.records import IndexCatalog, IndexVersion, PodRecord, 
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.scorer import Indexer
-from kvatlas.scorer.library.answers import Scored
 from kvatlas.scorer.library.backends import Backend, MemoryBackend
 from kvatlas.scorer.library.backends.rocks import RocksBackend
 from kvatlas.scorer.library.replica import Replica
+from kvatlas.scorer.scoring.answers import Scored
 from kvatlas.streams.index.blocks_record import OP_ADD, OP_REMOVE, Run, encode_blocks
 from kvatlas.streams.index.holders import pack_holder
 from tests.integration.streams_support import make_topics, producing

@@ -1,4 +1,4 @@
-"""Fleets of every kind drawn at random: hybrid groups, windows, shared stores, clears, gaps, guesses, silent partitions."""
+"""Fleets drawn at random: hybrid groups, windows, shared stores, clears, gaps, guesses, silent partitions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kvatlas.bridge.model.block_key import KEY_BYTES, block_keys, pack_tokens, p
 from kvatlas.bridge.model.events import Kind, Tier
 from kvatlas.bridge.model.pod_ids import pod_ref, store_ref
 from kvatlas.bridge.model.records import GONE, LIVE, STALE, DecisionRecord, GroupSpec, PodRecord
-from kvatlas.scorer.lookups.router import ACTIVE, Answers, Seen
+from kvatlas.scorer.scoring.lookup import ACTIVE, Answers, Seen
 from kvatlas.streams.index.holders import add_holder, pack_holder
 
 SIZE = 16
@@ -76,7 +76,7 @@ class TableLookup:
     def __init__(self, fleet: RandomFleet) -> None:
         self._fleet = fleet
 
-    async def lookup(self, keys: Sequence[bytes], deadline: float) -> Answers:  # noqa: ARG002
+    async def lookup(self, keys: Sequence[bytes], deadline: float) -> Answers:
         fleet = self._fleet
         parts = [partition_of(key, PARTITIONS) for key in keys]
         values = [

@@ -65,27 +65,31 @@ def value(*held: tuple[str, int, int]) -> bytes:
 DECISION = DecisionRecord(request_id="r", pod="a", model="m", keys=b"".join(KEYS), block_size_tokens=16)
 
 
-def test_what_was_held_is_what_the_scorer_counts_of_groups_and_windows() -> None:
+async def test_what_was_held_is_what_the_scorer_counts_of_groups_and_windows() -> None:
     """A block in one of two groups is no hit; a window needs only its end; a chunk of the engine counts as a whole."""
     full, both = value(("a", Tier.GPU, 0)), value(("a", Tier.GPU, 0), ("a", Tier.GPU, 1))
     hybrid = pod("a", groups={0: GroupSpec(Kind.FULL, 0, 16), 1: GroupSpec(Kind.FULL, 0, 16)})
     window = pod("a", groups={0: GroupSpec(Kind.FULL, 0, 16), 1: GroupSpec(Kind.SLIDING_WINDOW, 17, 16)})
     found = dict(zip(KEYS, [both, full, full, both], strict=True))
-    assert leading(past([hybrid], found), DECISION) == {"a": 1}
-    assert leading(past([window], found), DECISION) == {"a": 4}
-    assert leading(
+    assert await leading(past([hybrid], found), DECISION) == {"a": 1}
+    assert await leading(past([window], found), DECISION) == {"a": 4}
+    assert await leading(
         past([pod("a", groups={0: GroupSpec(Kind.FULL, 0, 32)})], dict.fromkeys(KEYS[:3], full)), DECISION
     ) == {"a": 2}
 
 
-def test_a_shared_store_holds_blocks_for_the_pods_of_the_model_alone() -> None:
+async def test_a_shared_store_holds_blocks_for_the_pods_of_the_model_alone() -> None:
     """Pods of another model that mount the same store cannot read its blocks."""
     pods = [pod("a", store="s"), pod("b", model="other", store="s"), pod("c")]
-    assert leading(past(pods, dict.fromkeys(KEYS, value(("s", Tier.SHARED, 0)))), DECISION) == {"a": 4, "b": 0, "c": 0}
+    assert await leading(past(pods, dict.fromkeys(KEYS, value(("s", Tier.SHARED, 0)))), DECISION) == {
+        "a": 4,
+        "b": 0,
+        "c": 0,
+    }
 
 
-def test_what_had_ended_was_not_held() -> None:
+async def test_what_had_ended_was_not_held() -> None:
     """A clear narrowed to the GPU and a removal count for a past state as they do for the scorer."""
     held = dict.fromkeys(KEYS, value(("a", Tier.GPU, 0)))
-    assert leading(past([pod("a", gpu_valid_from=epoch_of(1))], held), DECISION) == {"a": 0}
-    assert leading(past([pod("a", state="gone")], held), DECISION) == {}
+    assert await leading(past([pod("a", gpu_valid_from=epoch_of(1))], held), DECISION) == {"a": 0}
+    assert await leading(past([pod("a", state="gone")], held), DECISION) == {}

@@ -54,7 +54,7 @@ async def replies(seed: int) -> dict[str, Any]:
         usable_only=dice.random() < 0.4,
         request_id="asked",
     )
-    one, two = [pod.pod for pod in fleet.pods][0], [pod.pod for pod in fleet.pods][-1]
+    one, two = fleet.pods[0].pod, fleet.pods[-1].pod
     picked = pb.PickRequest(request=request, load={one: pb.PodLoad(waiting=3)}, tie_break="hash", report=True)
     calls = {
         "score": lambda: core.score(request),

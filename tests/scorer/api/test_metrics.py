@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import msgspec
 from prometheus_client import REGISTRY
 
 from kvatlas.scorer.api import metrics
-from kvatlas.scorer.v1 import scorer_pb2 as pb
+from kvatlas.scorer.scoring.answers import PodFreshness, PodScore, Scored
+from kvatlas.scorer.scoring.lookup import ACTIVE, STANDBY, Seen
 
 
 def _value(name: str, **labels: str) -> float:
     return REGISTRY.get_sample_value(f"kvatlas_scorer_{name}", labels) or 0.0
 
 
-def _answer(*matched: int, blocks: int = 10, **freshness: Any) -> pb.ScoreResponse:
-    answer = pb.ScoreResponse(blocks=blocks, freshness=pb.Freshness(**freshness))
-    for number, count in enumerate(matched):
-        answer.scores[f"p{number}"].matched_blocks = count
-    return answer
+def _answer(*matched: int, blocks: int = 10, partial: bool = False, role: str = ACTIVE) -> Scored:
+    scores = {
+        f"p{number}": PodScore(score=1.0, matched_blocks=count, matched_tokens=count * 16)
+        for number, count in enumerate(matched)
+    }
+    partitions = {0: Seen(role, "w0", 0, 0)}
+    return Scored(
+        prompt_tokens=0, block_size_tokens=16, blocks=blocks, scores=scores, partitions=partitions, partial=partial
+    )
 
 
 def test_answers_by_kind_and_hits_by_model() -> None:
@@ -26,8 +30,8 @@ def test_answers_by_kind_and_hits_by_model() -> None:
     kinds = ("complete", "standby", "partial")
     before = {kind: _value("answers_total", kind=kind) for kind in kinds}
     metrics.answered("hits", _answer(4, 7))
-    metrics.answered("hits", _answer(1, blocks=5, standby=True))
-    metrics.answered("hits", _answer(partial=True, standby=True))
+    metrics.answered("hits", _answer(1, blocks=5, role=STANDBY))
+    metrics.answered("hits", _answer(partial=True, role=STANDBY))
     assert {kind: _value("answers_total", kind=kind) - value for kind, value in before.items()} == dict.fromkeys(
         kinds, 1
     )
@@ -46,9 +50,12 @@ def test_models_that_nobody_holds_get_no_label_of_their_own() -> None:
 def test_ages() -> None:
     """The oldest pod and the oldest partition of an answer count; what was never heard of does not."""
     pods, index = _value("pod_age_seconds_sum"), _value("index_age_seconds_count")
-    freshness = pb.Freshness(partitions=[pb.PartitionFreshness(applied_receive_ns=at) for at in (0, 5)])
-    for name, age in (("a", 2_000.0), ("b", 3_000.0), ("c", -1.0)):
-        freshness.pods[name].age_ms = age
-    metrics.answered("ages", pb.ScoreResponse(freshness=freshness))
-    metrics.answered("ages", pb.ScoreResponse())
+    freshness = {
+        name: PodFreshness(last_sequence=0, age_ms=age, state="live", epoch=0)
+        for name, age in (("a", 2_000.0), ("b", 3_000.0), ("c", -1.0))
+    }
+    partitions = {number: Seen(ACTIVE, "w0", 0, at) for number, at in enumerate((0, 5))}
+    empty = Scored(prompt_tokens=0, block_size_tokens=16, blocks=0)
+    metrics.answered("ages", msgspec.structs.replace(empty, freshness=freshness, partitions=partitions))
+    metrics.answered("ages", empty)
     assert (_value("pod_age_seconds_sum") - pods, _value("index_age_seconds_count") - index) == (3.0, 1)

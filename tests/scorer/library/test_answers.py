@@ -9,8 +9,8 @@ import pytest
 
 from kvatlas.scorer import Indexer, IndexerOptions
 from kvatlas.scorer.errors import InputError
-from kvatlas.scorer.library.answers import HolderInfo, PodFreshness, PodScore, Scored
 from kvatlas.scorer.options import ScorerSettings
+from kvatlas.scorer.scoring.answers import BlockInfo, HolderInfo, PodFreshness, PodScore, Scored
 from kvatlas.scorer.scoring.strategies import STRATEGIES
 from kvatlas.scorer.scoring.walk import Weights
 from kvatlas.scorer.v1 import scorer_pb2 as pb
@@ -22,13 +22,13 @@ def fields(message: Any) -> set[str]:
 
 
 def test_answers_have_the_service_s_fields():
-    """What differs is named here: decisions and worker partitions are the service's, stages are a dict."""
-    assert fields(pb.PodScore) - set(PodScore.__struct_fields__) == {"speculative_blocks"}
-    assert set(PodScore.__struct_fields__) <= fields(pb.PodScore)
+    """What differs is named here: freshness is flat and stages are a dict."""
+    assert fields(pb.PodScore) == set(PodScore.__struct_fields__)
     assert fields(pb.PodFreshness) == set(PodFreshness.__struct_fields__)
     assert fields(pb.HolderInfo) == set(HolderInfo.__struct_fields__)
     assert fields(pb.ScoreResponse) - set(Scored.__struct_fields__) == {"stages", "error"}
-    assert set(Scored.__struct_fields__) - fields(pb.ScoreResponse) == {"partial", "stale", "took_ms"}
+    assert set(Scored.__struct_fields__) - fields(pb.ScoreResponse) == {"partitions", "partial", "stale", "took_ms"}
+    assert fields(pb.BlockInfo) == set(BlockInfo.__struct_fields__)
 
 
 def test_weights_are_the_service_s():

@@ -11,7 +11,7 @@ import pytest
 
 from kvatlas.bridge.model.block_key import block_keys, pack_tokens, partition_of, root_key
 from kvatlas.scorer.lookups.local import LocalTables, TableLookups
-from kvatlas.scorer.lookups.router import Answers, Seen
+from kvatlas.scorer.scoring.lookup import Answers, Seen
 from kvatlas.streams.state.cache import BytesCache
 from kvatlas.streams.state.partition import Reflected
 

@@ -12,9 +12,9 @@ from kvatlas.bridge.model.block_key import partition_of
 from kvatlas.bridge.model.records import IndexCatalog, IndexVersion, WorkerRecord, encode
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.scorer.lookups.pods import PodTable
-from kvatlas.scorer.lookups.router import ACTIVE, Answers, Seen
 from kvatlas.scorer.lookups.versions import VersionReader, Versions
 from kvatlas.scorer.lookups.workers import Layout, WorkerTable
+from kvatlas.scorer.scoring.lookup import ACTIVE, Answers, Seen
 
 
 class Answering:

@@ -11,9 +11,9 @@ from kvatlas.bridge.model.records import PodRecord
 from kvatlas.scorer.client import score_request
 from kvatlas.scorer.errors import InputError, NotReadyError
 from kvatlas.scorer.options import ScorerSettings
-from kvatlas.scorer.scoring.pick import choose
+from kvatlas.scorer.scoring.answers import PodScore, Scored
+from kvatlas.scorer.scoring.pick import PickQuery, choose
 from kvatlas.scorer.scoring.strategies import STRATEGIES
-from kvatlas.scorer.v1 import scorer_pb2 as pb
 from tests.scorer.rig import PARTITIONS, TOKENS, Index, Rig
 
 
@@ -24,11 +24,10 @@ def _pod(name: str, **fields: Any) -> PodRecord:
 def _choose(
     scores: dict[str, float], pods: list[PodRecord], draw: int = 0, **fields: Any
 ) -> tuple[str, list[tuple[str, float]]]:
-    scored = pb.ScoreResponse(
-        prompt_tokens=160, blocks=10, scores={name: pb.PodScore(score=score) for name, score in scores.items()}
-    )
-    request = pb.PickRequest(request=pb.ScoreRequest(model="m", request_id="r"), **fields)
-    answer = choose(request, scored, pods, ScorerSettings(), full=10.0, draw=lambda _most: draw)
+    found = {name: PodScore(score=score, matched_blocks=0, matched_tokens=0) for name, score in scores.items()}
+    scored = Scored(prompt_tokens=160, block_size_tokens=16, blocks=10, scores=found)
+    query = PickQuery(model="m", request_id="r", **fields)
+    answer = choose(query, scored, pods, ScorerSettings(), full=10.0, draw=lambda _most: draw)
     assert answer.candidates[0].pod == answer.pod
     assert answer.pod in answer.reason
     return answer.pod, [(c.pod, round(c.total, 6)) for c in answer.candidates]
@@ -38,7 +37,7 @@ def test_cached_share_and_load_of_caller_and_pods_add_up() -> None:
     """Loads are relative to the busiest; the caller's replace what a pod reports; shares end at 1."""
     pods = [_pod("a", load={"waiting": 4.0}), _pod("b", load={"waiting": 2.0, "cache_usage": 0.5}), _pod("c")]
     assert _choose({"a": 10.0, "b": 20.0}, pods) == ("b", [("b", 0.625), ("a", 0.5), ("c", 0.0)])
-    found = _choose({"a": 10.0, "b": 20.0}, pods, load={"b": pb.PodLoad(waiting=8, running=1)})
+    found = _choose({"a": 10.0, "b": 20.0}, pods, load={"b": {"waiting": 8, "running": 1}})
     assert found == ("a", [("a", 0.75), ("b", 0.25), ("c", 0.0)])
     assert _choose({"a": 10.0}, pods, weights={"cache": 0.0})[0] == "c"
 
@@ -66,7 +65,7 @@ def test_numbers_that_are_none_are_refused(number: float) -> None:
     with pytest.raises(InputError, match="weights: waiting"):
         _choose({}, [_pod("a")], weights={"waiting": number})
     with pytest.raises(InputError, match="load of 'a': running"):
-        _choose({}, [_pod("a")], load={"a": pb.PodLoad(running=number)})
+        _choose({}, [_pod("a")], load={"a": {"running": number}})
     assert _choose({"a": 5.0}, [_pod("a", load={"waiting": number}), _pod("b")])[0] == "a"
     for wrong in ({"weights": {"speed": 1.0}}, {"tie_break": "never"}):
         with pytest.raises(InputError, match=r"speed|never"):

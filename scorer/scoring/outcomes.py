@@ -9,22 +9,20 @@ only the log knows (``kvatlas why``).
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING, Final
+from collections.abc import Sequence
+from typing import Final
 
 import msgspec
 
 from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.model.pod_ids import pod_ref
 from kvatlas.bridge.model.records import GONE, DecisionRecord, PodRecord
-from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.scoring.decisions import OUTCOME
 from kvatlas.scorer.scoring.fleet import Weights
+from kvatlas.scorer.scoring.lookup import IndexView
+from kvatlas.scorer.scoring.scorer import Chunks, look_up
 from kvatlas.scorer.scoring.walk import Walk
 from kvatlas.streams.index.holders import EPOCH_AT, HOLDER_BYTES, POD_BYTES
-
-if TYPE_CHECKING:
-    from kvatlas.scorer.api.core import Index
 
 COLD: Final = "cold"
 HIT: Final = "hit"
@@ -35,34 +33,44 @@ WRONG: Final = "wrong"
 
 
 async def outcome_of(
-    record: DecisionRecord,
-    index: Index,
-    weights: Weights,
-    settings: ScorerSettings,
-    now_ns: int,
+    record: DecisionRecord, view: IndexView, weights: Weights, now_ns: int, *, chunks: Chunks, deadline: float
 ) -> DecisionRecord:
-    """Compare a decision with what the index shows now; returns its outcome record."""
+    """Compare a decision with what the index shows now; returns its outcome record.
+
+    Args:
+        record: the decision.
+        view: the index now.
+        weights: of the decision's model.
+        now_ns: wall clock in ns.
+        chunks: how many blocks to ask for.
+        deadline: monotonic seconds after which the index counts as silent.
+    """
     outcome = msgspec.structs.replace(record, kind=OUTCOME, keys=b"", decided_ns=now_ns)
-    if record.block_size_tokens != index.block_size():  # of another index version: its keys mean nothing here
+    if record.block_size_tokens != view.fleet.block_size_tokens:  # of another index version: its keys mean nothing here
         return outcome
     keys = [record.keys[at : at + KEY_BYTES] for at in range(0, len(record.keys), KEY_BYTES)]
     steps = Walk(
-        index.pods.fleet.scene(record.model, weights),
+        view.fleet.scene(record.model, weights),
         len(keys) * record.block_size_tokens,
         pods=[record.pod],
         whole_prompt=True,
     )
-    at, chunk = 0, settings.lookup_chunk_blocks
-    deadline = time.monotonic() + settings.deadline_ms / 1e3
-    while at < len(keys):
-        answers = await index.lookups.lookup(keys[at : at + chunk], deadline)
-        if not steps.feed([value and as_of(value, record) for value in answers.values]):
-            break
-        at += chunk
+    await look_up(view.lookups, keys, steps, deadline, chunks=chunks, overlay=AsOf(record))
     found = steps.matches()
     real = found[0].blocks if found else 0
-    came = "" if steps.partial else judge(record, real, index.pods.merged.get(record.pod))
+    came = "" if steps.partial else judge(record, real, view.pods.get(record.pod))
     return msgspec.structs.replace(outcome, real_blocks=real, outcome=came)
+
+
+class AsOf:
+    """Overlay that takes out what a decision's pod has stored since."""
+
+    def __init__(self, record: DecisionRecord) -> None:
+        self._record = record
+
+    def overlay(self, keys: Sequence[bytes], values: Sequence[bytes | None], now_ns: int) -> list[bytes | None]:  # noqa: ARG002 - part of the protocol
+        """Return the values as of the decision."""
+        return [value and as_of(value, self._record) for value in values]
 
 
 def as_of(value: bytes, record: DecisionRecord) -> bytes:

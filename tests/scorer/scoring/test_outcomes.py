@@ -8,7 +8,7 @@ import pytest
 
 from kvatlas.bridge.model.pod_ids import pod_ref
 from kvatlas.bridge.model.records import GONE, DecisionRecord, PodRecord, encode
-from kvatlas.scorer.api.outcomes import HIT, LOST_EVICTION, LOST_STALE, WRONG, judge
+from kvatlas.scorer.scoring.outcomes import HIT, LOST_EVICTION, LOST_STALE, WRONG, judge
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 from kvatlas.streams.index.holders import add_holder, pack_holder
 from tests.scorer.rig import KEYS, PARTITIONS, TOKENS, Index, Rig
