@@ -123,9 +123,7 @@ R7_EXCEPTIONS: Final[frozenset[str]] = frozenset(
         "PodTable",
         "Position",
         "Publisher",
-        "Scored",
         "Tier",
-        "Tokens",
         "Waiting",
     }
 )

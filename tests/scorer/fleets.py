@@ -9,6 +9,7 @@ from kvatlas.bridge.model.block_key import KEY_BYTES, block_keys, pack_tokens, p
 from kvatlas.bridge.model.events import Kind, Tier
 from kvatlas.bridge.model.pod_ids import pod_ref, store_ref
 from kvatlas.bridge.model.records import GONE, LIVE, STALE, DecisionRecord, GroupSpec, PodRecord
+from kvatlas.bridge.model.validity import SPECULATIVE
 from kvatlas.scorer.scoring.lookup import ACTIVE, Answers, Seen
 from kvatlas.streams.index.holders import add_holder, pack_holder
 
@@ -39,9 +40,9 @@ class RandomFleet:
         silent: partitions that do not answer.
     """
 
-    def __init__(self, dice: random.Random, *, silent: bool = True, guesses: bool = True) -> None:
+    def __init__(self, dice: random.Random, *, silent: bool = True, guesses: bool = True, first_token: int = 0) -> None:
         self.pods = [_pod(dice, name) for name in ("a", "b", "c", "d")[: dice.randint(1, 4)]]
-        self.tokens = list(range(dice.randint(0, 12 * SIZE)))
+        self.tokens = list(range(first_token, first_token + dice.randint(0, 12 * SIZE)))
         self.salt = dice.choice(SALTS)
         self.keys = block_keys(root_key(MODEL, None, self.salt or None), pack_tokens(self.tokens), SIZE)
         self.table: dict[bytes, bytes] = {}
@@ -134,6 +135,11 @@ def _value(dice: random.Random, pods: Sequence[PodRecord]) -> bytes:
     return value
 
 
-def prefix(keys: bytes) -> list[bytes]:
-    """Cut packed keys."""
-    return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
+def decided(fleet: RandomFleet) -> dict[bytes, bytes]:
+    """The table with the open decisions' holders written into it."""
+    extra: dict[bytes, set[bytes]] = {}
+    for made in fleet.decisions:
+        for at in range(0, len(made.keys), KEY_BYTES):
+            holder = pack_holder(pod_ref(made.pod), 0, SPECULATIVE, 0, 0, made.pod_epoch)
+            extra.setdefault(made.keys[at : at + KEY_BYTES], set()).add(holder)
+    return fleet.table | {key: fleet.table.get(key, b"") + b"".join(sorted(held)) for key, held in extra.items()}
