@@ -23,6 +23,7 @@ from kvatlas.scorer.scoring.decisions import Decisions
 from kvatlas.scorer.scoring.lookup import IndexView
 from kvatlas.scorer.scoring.outcomes import outcome_of
 from kvatlas.scorer.scoring.pick import choose
+from kvatlas.scorer.scoring.query import ScoreQuery
 from kvatlas.scorer.scoring.remembered import Prompts, Remembered, remember
 from kvatlas.scorer.scoring.scorer import Chunks, Scorer, ScoringRun
 from kvatlas.scorer.scoring.strategies import Weighing, full_score
@@ -146,10 +147,19 @@ class Core:
         self._weighing.of(request.model, request.strategy)
         prompt = await inputs.tokens_of(request, self._settings, self._pool, deadline)
         query = inputs.query_of(request, prompt._replace(seconds=time.perf_counter() - began))
-        run = await self._scorer.run(query, self._lookup_deadline(deadline), all_blocks=all_blocks)
-        self._answered(request.model, run.scored)
+        run = await self.run_query(query, deadline, all_blocks=all_blocks)
         if request.request_id:
             self._prompts.put(request.request_id, query, run.keys, run.scored)
+        return run
+
+    async def run_query(self, query: ScoreQuery, deadline: float, *, all_blocks: bool = False) -> ScoringRun:
+        """Score a query of a caller in this process.
+
+        Raises:
+            ScorerError: it cannot be scored.
+        """
+        run = await self._scorer.run(query, self._lookup_deadline(deadline), all_blocks=all_blocks)
+        self._answered(query.model, run.scored)
         return run
 
     def salt_of(self, request_id: str) -> str | None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
-from kvatlas.scorer.api.core import Core, Scored
+from kvatlas.scorer.api.core import Core
 from kvatlas.scorer.picker.endpoints import Held
+from kvatlas.scorer.scoring.query import PromptTokens, ScoreQuery
 from kvatlas.scorer.scoring.remembered import Remembered, remember
+from kvatlas.scorer.scoring.scorer import ScoringRun
 from kvatlas.scorer.tokenization import requests
 from kvatlas.scorer.tokenization.pool import TokenizerPool
-from kvatlas.scorer.v1 import scorer_pb2 as pb
 
 
 class Prompt(NamedTuple):
@@ -62,29 +63,23 @@ class CorePrefixes:
         """
         request = requests.read(shape, body)[0]
         encoded = await self._pool.tokens_of(request.model, request)
-        asked = pb.ScoreRequest(
+        query = ScoreQuery(
             model=request.model,
-            tokens_packed=encoded.ids,
+            prompt=PromptTokens(encoded.ids, encoded.backend),
             cache_salt=request.cache_salt,
             lora=request.lora,
+            items=[(place.identifier, place.offset, place.length) for place in request.multimodal],
             usable_only=True,
         )
-        for place in request.multimodal:
-            asked.multimodal.add(identifier=place.identifier, offset=place.offset, length=place.length)
-        scored = await self._core.run(asked, deadline)
-        return _prompt(asked, scored)
+        return _prompt(await self._core.run_query(query, deadline))
 
 
-def _prompt(asked: pb.ScoreRequest, scored: Scored) -> Prompt:
-    size = scored.response.block_size_tokens
+def _prompt(run: ScoringRun) -> Prompt:
+    scored = run.scored
+    size = scored.block_size_tokens
     held = {}
-    for match in scored.matches:
-        tiers = {name: blocks * size for name, blocks in match.tiers.items()}
-        held[match.pod.name] = Held(match.tokens, tiers, match.speculative * size, match.suspect * size)
-    return Prompt(
-        asked.model,
-        scored.response.prompt_tokens,
-        held,
-        scored.response.freshness.partial,
-        remember(asked, scored.keys, scored.response),
-    )
+    for pod, found in scored.scores.items():
+        tiers = {name: blocks * size for name, blocks in found.tiers.items()}
+        held[pod] = Held(found.matched_tokens, tiers, found.speculative_blocks * size, found.suspect_blocks * size)
+    remembered = remember(run.query, run.keys, scored)
+    return Prompt(run.query.model, scored.prompt_tokens, held, scored.partial, remembered)

@@ -60,7 +60,7 @@ class Lookups(Protocol):
         """
 
 
-class Overlay(Protocol):
+class HolderOverlay(Protocol):
     """What is known beside the index: see :class:`kvatlas.scorer.scoring.decisions.Decisions`."""
 
     def overlay(self, keys: Sequence[bytes], values: Sequence[bytes | None], now_ns: int) -> Sequence[bytes | None]:

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 from kvatlas.bridge.model.records import PodRecord
 from kvatlas.scorer.scoring.answers import Explained, PodFreshness, PodScore, Scored
 from kvatlas.scorer.scoring.explain import explain
-from kvatlas.scorer.scoring.lookup import IndexView, Lookups, Overlay, Seen
+from kvatlas.scorer.scoring.lookup import HolderOverlay, IndexView, Lookups, Seen
 from kvatlas.scorer.scoring.query import ScoreQuery, keys_of
 from kvatlas.scorer.scoring.strategies import Strategy, Weighing
 from kvatlas.scorer.scoring.walk import Match, Walk, Weights
@@ -82,7 +82,7 @@ async def look_up(
     deadline: float,
     *,
     chunks: Chunks,
-    overlay: Overlay | None = None,
+    overlay: HolderOverlay | None = None,
     now_ns: int = 0,
     all_blocks: bool = False,
     timer: Callable[[], float] = lambda: 0.0,
@@ -138,7 +138,7 @@ class Scorer:
         weighing: Weighing,
         *,
         chunks: Chunks | None = None,
-        overlay: Overlay | None = None,
+        overlay: HolderOverlay | None = None,
         clock_ns: Callable[[], int],
         timer: Callable[[], float],
         observe: Callable[[str, float], None] = lambda _stage, _seconds: None,

@@ -121,7 +121,7 @@ def searched(fleet: RandomFleet, record: PodRecord, *, usable_only: bool) -> int
 @settings(max_examples=250, deadline=None)
 @given(dice=st.randoms(use_true_random=False), usable_only=st.booleans())
 def test_matches_are_what_a_search_by_the_rule_finds(dice: random.Random, usable_only: bool) -> None:
-    """Hybrid groups, windows, stores, guesses, clears and gaps: each pod's match is the longest that the rule allows."""
+    """Groups, windows, stores, guesses, clears and gaps: each pod's match is the longest that the rule allows."""
     fleet = RandomFleet(dice, silent=False)
     run = run_now(scored_by(fleet, usable_only=usable_only))
     expected = {

@@ -30,10 +30,12 @@ _FILLED = Counter[str]()
 class _Told:
     """A source of updates that a test writes itself."""
 
-    counts = Counter[str]()
     stale = False
     rebuilding = False
     caught_up = True
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
 
     def failed(self) -> None:
         return None
