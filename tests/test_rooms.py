@@ -66,10 +66,7 @@ INIT_PARAMETERS: Final = 8
 
 # --- exceptions, by name; each list only shrinks -------------------------------------------------------------------
 
-R2_EXCEPTIONS: Final[frozenset[tuple[str, str]]] = frozenset(
-    {
-    }
-)
+R2_EXCEPTIONS: Final[frozenset[tuple[str, str]]] = frozenset({})
 R3_EXCEPTIONS: Final[frozenset[tuple[str, str]]] = frozenset(
     {
         ("connector.files.layout", "os"),

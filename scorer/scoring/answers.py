@@ -89,7 +89,8 @@ class HolderInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         state: ``live``, ``suspect``, ``speculative``, ``dead`` (an ended epoch, a removed pod), ``other-model`` (a pod
-            that mounts the store and serves another model) or ``unknown-pod``.
+            that mounts the store and serves another model), ``assumed`` (named by its tokens alone, while the pod uses
+            salts or pictures) or ``unknown-pod``.
     """
 
     pod: str

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Final
 
 from kvatlas.bridge.model.block_key import partition_of
 from kvatlas.bridge.model.events import Tier
 from kvatlas.scorer.scoring.answers import BlockInfo, Explained, HolderInfo, Scored
-from kvatlas.scorer.scoring.walk import Pod, Scene, tier_name
-from kvatlas.streams.index.holders import Holder, holders
+from kvatlas.scorer.scoring.walk import Pod, Scene, stopped_at, tier_name
+from kvatlas.streams.index.holders import ASSUMED, Holder, holders
+
+#: States of holders that count for nothing -> what the walk says where there are no others.
+_WITHOUT_CREDIT: Final = {
+    "dead": "held only by epochs that ended",
+    "other-model": "held only in a shared store, for another model",
+    "assumed": "named by its tokens alone, while the pod uses salts or pictures",
+}
 
 
 def explain(
@@ -46,19 +54,22 @@ def explain(
     ends = {}
     for pod in scene.fleet.pods:
         if pod.name in named and (not pods or pod.name in pods):
-            limit = pod.usable_blocks(scored.prompt_tokens, scored.block_size_tokens, whole_prompt=not usable_only)
-            ends[pod.name] = _end(pod, blocks[:limit], values, scene, scored, partitioned=partition_count > 0)
+            whole = not usable_only
+            limit = pod.usable_blocks(scored.prompt_tokens, scored.block_size_tokens, whole_prompt=whole)
+            stopped = stopped_at(pod, values, scene, scored.prompt_tokens, whole_prompt=whole)
+            ends[pod.name] = _end(pod, blocks, scored, stopped, limit=limit, partitioned=partition_count > 0)
     return Explained(scored=scored, blocks=blocks, ends=ends)
 
 
 def _infos(holder: Holder, scene: Scene) -> list[HolderInfo]:
-    fleet = scene.fleet
+    fleet, assumed = scene.fleet, bool(holder.kind & ASSUMED)
     pod = fleet.by_ref.get(holder.pod_ref)
     if pod is not None:
-        named = [(pod.name, pod.validity.state(holder.tier, holder.epoch))]
+        state = pod.validity.state(holder.tier, holder.epoch)
+        named = [(pod.name, "assumed" if assumed and pod.named and state != "dead" else state)]
     elif holder.tier == Tier.SHARED and holder.pod_ref in fleet.by_store:
         mounts = fleet.by_store[holder.pod_ref]
-        named = [(pod.name, "live" if scene.reads(pod) else "other-model") for pod in mounts]
+        named = [(pod.name, _in_store(pod, scene, assumed=assumed)) for pod in mounts]
     elif holder.pod_ref in fleet.gone:
         named = [(fleet.gone[holder.pod_ref], "dead")]
     else:
@@ -69,38 +80,37 @@ def _infos(holder: Holder, scene: Scene) -> list[HolderInfo]:
     ]
 
 
+def _in_store(pod: Pod, scene: Scene, *, assumed: bool) -> str:
+    if not scene.reads(pod):
+        return "other-model"
+    return "assumed" if assumed and pod.named else "live"
+
+
 def _end(
-    pod: Pod,
-    blocks: Sequence[BlockInfo],
-    values: Sequence[bytes | None],
-    scene: Scene,
-    scored: Scored,
-    *,
-    partitioned: bool,
+    pod: Pod, blocks: Sequence[BlockInfo], scored: Scored, stopped: int | None, *, limit: int, partitioned: bool
 ) -> str:
-    for block, value in zip(blocks, values, strict=False):
-        if value is None:
-            silent = f"partition {block.partition}" if partitioned else "the index"
-            return f"block {block.number}: {silent} did not answer, so the match may be longer"
-        cell = scene.cells(value).get(pod.number)
-        if pod.windowed_only or (cell is not None and cell.grade is not None):
-            continue
-        return f"block {block.number}: {_why_not(pod, [holder for holder in block.holders if holder.pod == pod.name])}"
     matched = scored.scores[pod.name].matched_blocks if pod.name in scored.scores else 0
-    if pod.windows and matched < len(blocks):
+    if stopped is not None:
+        block = blocks[stopped]
+        if not block.answered:
+            silent = f"partition {block.partition}" if partitioned else "the index"
+            return f"block {stopped}: {silent} did not answer, so the match may be longer"
+        theirs = [holder for holder in block.holders if holder.pod == pod.name]
+        return f"block {stopped}: {_why_not(pod, theirs)}"
+    if pod.windows and matched < limit:
         groups = ", ".join(str(window.group) for window in pod.windows)
         return f"the match ends at block {matched}, the last place where every window (groups {groups}) is filled"
-    return f"end of the prompt: all {len(blocks)} blocks that count are held"
+    return f"end of the prompt: all {limit} blocks that count are held"
 
 
 def _why_not(pod: Pod, theirs: Sequence[HolderInfo]) -> str:
     if not theirs:
         return "not held on any tier"
-    there = [holder for holder in theirs if holder.state not in ("dead", "other-model")]
+    there = [holder for holder in theirs if holder.state not in _WITHOUT_CREDIT]
     if not there:
         dead = [holder.epoch for holder in theirs if holder.state == "dead"]
         if not dead:
-            return "held only in a shared store, for another model"
+            return _WITHOUT_CREDIT[theirs[0].state]
         newest = max(dead)
         bound = min((each for each in pod.validity[:3] if each > newest), default=pod.valid_from)
         return f"held only by epoch {newest}, which ended; the pod counts from epoch {bound}"
@@ -108,4 +118,6 @@ def _why_not(pod: Pod, theirs: Sequence[HolderInfo]) -> str:
     missing = set() if any(holder.state == "speculative" for holder in there) else set(pod.full or ()) - held
     if missing:
         return f"full-attention group {', '.join(str(group) for group in sorted(missing))} does not hold it"
+    if all(holder.tier in ("gpu", "speculative") for holder in there):
+        return "held on the GPU, behind blocks that are not; from there on engines look in the offload tiers alone"
     return "held, but on tiers or epochs that this strategy gives no weight"

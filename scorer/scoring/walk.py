@@ -258,6 +258,27 @@ class Walk:
         return found
 
 
+def stopped_at(
+    pod: Pod, values: Sequence[bytes | None], scene: Scene, tokens: int, *, whole_prompt: bool = False
+) -> int | None:
+    """Return the block at which one pod's walk stopped: not answered, or not held; None at the end of the prompt."""
+    size = scene.fleet.block_size_tokens
+    limit = pod.usable_blocks(tokens, size, whole_prompt=whole_prompt)
+    track: _Track | None = None
+    for number, value in enumerate(values[:limit]):
+        if value is None:
+            return number
+        cell = scene.cells(value).get(pod.number)
+        if track is None and (cell is not None or pod.windowed_only):
+            track = _Track(pod, limit, max(1, pod.engine_block_tokens // size), number)
+        if track is None:
+            if number + 1 >= pod.chunk_blocks:
+                return number
+        elif not track.walk_on(cell, number, number + 1, size):
+            return None if number + 1 >= limit and track.matched > number else number
+    return None
+
+
 def walk(
     values: Sequence[bytes | None],
     scene: Scene,

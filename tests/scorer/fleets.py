@@ -11,7 +11,7 @@ from kvatlas.bridge.model.pod_ids import pod_ref, store_ref
 from kvatlas.bridge.model.records import GONE, LIVE, STALE, DecisionRecord, GroupSpec, PodRecord
 from kvatlas.bridge.model.validity import SPECULATIVE
 from kvatlas.scorer.scoring.lookup import ACTIVE, Answers, Seen
-from kvatlas.streams.index.holders import add_holder, pack_holder
+from kvatlas.streams.index.holders import ASSUMED, add_holder, pack_holder
 
 SIZE = 16
 MODEL = "m"
@@ -113,6 +113,8 @@ def _pod(dice: random.Random, name: str) -> PodRecord:
         store=dice.choice(("", "", "s")),
         load=dice.choice(({}, {"waiting": 2.0})),
         approximate=dice.random() < 0.2,
+        chunk_tokens=dice.choice((0, 0, 0, 4 * SIZE)),
+        named=dice.random() < 0.2,
     )
 
 
@@ -126,6 +128,7 @@ def _value(dice: random.Random, pods: Sequence[PodRecord]) -> bytes:
                 continue
             for tier in {dice.choice((1, 1, 1, 2, 3, 0)), dice.choice((1, 2))}:
                 kind = pod.groups[group].kind if group in pod.groups else Kind.FULL
+                kind |= ASSUMED if dice.random() < 0.1 else 0
                 epoch = pod.epoch if dice.random() < 0.7 else dice.randint(0, pod.epoch)
                 value = add_holder(value, pack_holder(pod_ref(pod.pod), group, tier, kind, 0, epoch))
     if dice.random() < 0.2:

@@ -24,7 +24,7 @@ from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.scoring.answers import Explained
 from kvatlas.scorer.scoring.scorer import ScoringRun
 from kvatlas.scorer.v1 import scorer_pb2 as pb
-from kvatlas.streams.index.holders import Holder, holders
+from kvatlas.streams.index.holders import ASSUMED, Holder, holders
 from kvatlas.streams.resolve.resolver import ResolveOptions
 from tests.scorer.fleets import MODEL, NOW_NS, PARTITIONS, SIZE, RandomFleet, TableLookup, decided
 
@@ -70,6 +70,8 @@ async def scored_by(fleet: RandomFleet, **fields: Any) -> ScoringRun:
 
 def _groups_of(record: PodRecord, holder: Holder) -> set[int] | None:
     """Groups in which a holder holds its block for a pod; None for every one."""
+    if holder.kind & ASSUMED and record.named:
+        return set()
     if holder.pod_ref == pod_ref(record.pod):
         if not record.validity.counts(holder.tier, holder.epoch):
             return set()
@@ -79,10 +81,13 @@ def _groups_of(record: PodRecord, holder: Holder) -> set[int] | None:
     return set()
 
 
-def _holds(record: PodRecord, value: bytes, group: int | None) -> bool:
+def _holds(record: PodRecord, value: bytes, group: int | None, *, gpu: bool | None = None) -> bool:
+    """Whether a pod holds a block in a group (None: in any): on the GPU, behind it, or anywhere."""
     for holder in holders(value):
+        if gpu is not None and (holder.tier in (Tier.GPU, SPECULATIVE)) != gpu:
+            continue
         held = _groups_of(record, holder)
-        if group is None and held != set() and holder.kind != Kind.CROSS:
+        if group is None and held != set() and holder.kind & ~ASSUMED != Kind.CROSS:
             return True
         if group is not None and (held is None or group in held):
             return True
@@ -95,25 +100,37 @@ def _needed(record: PodRecord, group: int, match: int) -> range:
         return range(match - 1, match)
     if spec.kind == Kind.SLIDING_WINDOW:
         return range(max(match - math.ceil((spec.window_tokens - 1) / SIZE), 0), match)
-    if spec.kind == Kind.CHUNKED_LOCAL:
-        return range(match * SIZE // spec.window_tokens * spec.window_tokens // SIZE, match)
-    return range(match)
+    return range(match * SIZE // spec.window_tokens * spec.window_tokens // SIZE, match)
+
+
+def _reach(record: PodRecord, values: list[bytes], full: list[int | None], step: int) -> int:
+    """Blocks that full attention finds: the GPU's prefix, then whole chunks of the tiers behind it."""
+    on_gpu = 0
+    while on_gpu + step <= len(values) and all(
+        _holds(record, values[on_gpu + step - 1], group, gpu=True) for group in full
+    ):
+        on_gpu += step
+    chunk = math.lcm(step, (record.chunk_tokens or SIZE) // SIZE)
+    reach, end = on_gpu, (on_gpu // chunk + 1) * chunk
+    while end <= len(values) and all(_holds(record, values[end - 1], group, gpu=False) for group in full):
+        reach, end = end, end + chunk
+    return reach
 
 
 def searched(fleet: RandomFleet, record: PodRecord, *, usable_only: bool) -> int:
     """Longest match of a pod, found by trying every length from the longest."""
     values = [decided(fleet).get(key, b"") for key in fleet.keys]
     counted = [group for group, spec in record.groups.items() if spec.kind != Kind.CROSS]
+    windows = [group for group in counted if record.groups[group].kind != Kind.FULL]
+    full: list[int | None] = [group for group in counted if group not in windows] if counted else [None]
     sizes = {record.block_size_tokens or SIZE, *(record.groups[group].block_size_tokens for group in counted)}
     align = math.lcm(*sizes)
     tokens = len(fleet.tokens)
     limit = (max(tokens - 1, 0) // align * align if usable_only else tokens) // SIZE
     step = max(1, align // SIZE)
-    for match in range(min(limit, len(values)) // step * step, 0, -step):
-        if not counted:
-            if all(_holds(record, value, None) for value in values[:match]):
-                return match
-        elif all(_holds(record, values[n], group) for group in counted for n in _needed(record, group, match)):
+    reach = _reach(record, values, full, step) if full else len(values)
+    for match in range(min(limit, reach) // step * step, 0, -step):
+        if all(_holds(record, values[n], group) for group in windows for n in _needed(record, group, match)):
             return match
     return 0
 
@@ -190,7 +207,11 @@ def test_explain_gives_the_reason_of_the_match_that_was_scored(dice: random.Rand
         for holder in block.holders:
             if holder.pod in records and holder.tier not in ("shared", "speculative"):
                 tier = int(Tier[holder.tier.upper()])
-                assert holder.state == records[holder.pod].validity.state(tier, holder.epoch)
+                record = records[holder.pod]
+                state = record.validity.state(tier, holder.epoch)
+                assert holder.state in (
+                    (state, "assumed") if records[holder.pod].named and state != "dead" else (state,)
+                )
     pods = {pod.name: pod for pod in run.view.fleet.pods}
     for name, reason in explained.ends.items():
         matched = run.scored.scores[name].matched_blocks if name in run.scored.scores else 0
@@ -198,7 +219,7 @@ def test_explain_gives_the_reason_of_the_match_that_was_scored(dice: random.Rand
         if reason.startswith("block "):
             stopped = int(reason.split(":")[0].removeprefix("block "))
             assert matched <= stopped
-            assert pods[name].windows or matched == stopped // step * step
+            assert pods[name].windows or matched > stopped - max(step, pods[name].chunk_blocks)
             assert ("did not answer" in reason) == (not explained.blocks[stopped].answered)
         elif reason.startswith("the match ends at block "):
             assert pods[name].windows
