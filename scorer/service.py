@@ -140,17 +140,13 @@ class ScorerService:
         )
         self._tracing = tracing = _tracing(settings)
         self._decisions = Decisions(settings, self._publish)
-        index = self._versions.used.index
         self.core = Core(
             settings,
-            index.pods,
-            index.lookups,
-            block_size=index.block_size,
+            self._versions.used.index,
             pool=self._pool,
             decisions=self._decisions,
             clock_ns=clock_ns,
             observe=_observe if tracing is None else lambda stage, seconds: _traced(tracing, stage, seconds),
-            partition_count=index.partition_count,
             answered=metrics.answered,
         )
         self._guard = Guard.from_settings(settings)

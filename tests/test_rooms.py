@@ -137,7 +137,6 @@ R8_INIT: Final[frozenset[str]] = frozenset(
         "bridge.engines.publisher.EnginePublisher",
         "bridge.ingest.tracker.Tracker",
         "connector.files.segments.SegmentFiles",
-        "scorer.api.core.Core",
         "streams.resolve.updates.BlockUpdates",
     }
 )

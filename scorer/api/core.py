@@ -15,7 +15,7 @@ from kvatlas.scorer.api.intake import Intake
 from kvatlas.scorer.api.replies import explained_reply, pick_query, pick_reply, pod_info, reply_of
 from kvatlas.scorer.api.status import code_of
 from kvatlas.scorer.errors import InputError, NotReadyError, TooLargeError, UnknownRequestError
-from kvatlas.scorer.lookups.index import Index, ServiceLookups
+from kvatlas.scorer.lookups.index import Index
 from kvatlas.scorer.lookups.pods import PodTable
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.scoring.answers import Scored
@@ -44,34 +44,28 @@ class Core:
     def __init__(
         self,
         settings: ScorerSettings,
-        pods: PodTable,
-        lookups: ServiceLookups,
+        index: Index,
         *,
-        block_size: Callable[[], int | None],
         pool: TokenizerPool | None = None,
         decisions: Decisions | None = None,
         clock_ns: Callable[[], int] = time.time_ns,
         observe: Callable[[str, float], None] = lambda _stage, _seconds: None,
-        partition_count: Callable[[], int] = lambda: 0,
         answered: Callable[[str, Scored], None] = lambda _model, _scored: None,
     ) -> None:
         """Put the parts together.
 
         Args:
             settings: weights, limits, deadlines.
-            pods: table that a follower feeds.
-            lookups: where block keys are looked up.
-            block_size: canonical block size in tokens, None while unknown.
+            index: the index version to begin with.
             pool: tokenizers; None takes token ids only.
             decisions: open decisions; None for none.
             clock_ns: wall clock in ns, for ages.
             observe: told of each stage's duration in seconds.
-            partition_count: partitions of ``kv-blocks``, 0 while unknown; for Explain.
             answered: told of the model and the answer of every score, for metrics.
         """
         self.decisions = decisions or Decisions(settings)
         self._settings = settings
-        self._index = Index(pods, lookups, block_size, partition_count)
+        self._index = index
         self._pool = pool
         self._clock_ns = clock_ns
         self._answered = answered

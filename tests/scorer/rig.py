@@ -20,6 +20,7 @@ from kvatlas.scorer.api.grpc_server import ScorerFront
 from kvatlas.scorer.api.security import Guard
 from kvatlas.scorer.api.tracing import Tracing
 from kvatlas.scorer.client import AsyncScorerClient
+from kvatlas.scorer.lookups.index import Index as VersionIndex
 from kvatlas.scorer.lookups.pods import PodTable
 from kvatlas.scorer.lookups.router import PartitionRouter
 from kvatlas.scorer.lookups.workers import WorkerTable
@@ -74,12 +75,14 @@ class Rig:
         self.sent: list[Any] = []
         self.core = Core(
             self.settings,
-            self.pods,
-            self.router,
+            VersionIndex(
+                self.pods,
+                self.router,
+                lambda: self.workers.layout.block_size_tokens if self.workers.layout else None,
+                lambda: PARTITIONS,
+            ),
             pool=pool,
-            block_size=lambda: self.workers.layout.block_size_tokens if self.workers.layout else None,
             decisions=Decisions(self.settings, self.sent.append),
-            partition_count=lambda: PARTITIONS,
             observe=lambda stage, seconds: self.tracing.stage(stage, seconds) if self.tracing else None,
         )
         self.guard = Guard.from_settings(self.settings)

@@ -14,6 +14,7 @@ from google.protobuf.json_format import MessageToDict
 from kvatlas.bridge.errors import KvatlasError
 from kvatlas.bridge.model.records import encode
 from kvatlas.scorer.api.core import Core
+from kvatlas.scorer.lookups.index import Index
 from kvatlas.scorer.lookups.pods import PodTable
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.v1 import scorer_pb2 as pb
@@ -38,11 +39,8 @@ async def replies(seed: int) -> dict[str, Any]:
             pick_tie_break="least_loaded",
             lookup_chunk_blocks=dice.choice((2, 1024)),
         ),
-        pods,
-        TableLookup(fleet),
-        block_size=lambda: SIZE,
+        Index(pods, TableLookup(fleet), lambda: SIZE, lambda: PARTITIONS),
         clock_ns=lambda: NOW_NS,
-        partition_count=lambda: PARTITIONS,
     )
     for made in fleet.decisions:
         core.decisions.put(made, NOW_NS)

@@ -19,6 +19,7 @@ from kvatlas.bridge.model.validity import SPECULATIVE
 from kvatlas.deploy.history import ask
 from kvatlas.deploy.history.verdict import leading
 from kvatlas.scorer.api.core import Core
+from kvatlas.scorer.lookups.index import Index
 from kvatlas.scorer.lookups.pods import PodTable
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.scoring.answers import Explained
@@ -36,11 +37,8 @@ def scorer_over(fleet: RandomFleet) -> Core:
         pods.apply(f"streams|{record.pod}".encode(), encode(record))
     core = Core(
         ScorerSettings(name="one", lookup_chunk_blocks=3),
-        pods,
-        TableLookup(fleet),
-        block_size=lambda: SIZE,
+        Index(pods, TableLookup(fleet), lambda: SIZE, lambda: PARTITIONS),
         clock_ns=lambda: NOW_NS,
-        partition_count=lambda: PARTITIONS,
     )
     for made in fleet.decisions:
         core.decisions.put(made, NOW_NS)

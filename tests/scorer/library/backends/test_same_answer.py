@@ -15,6 +15,7 @@ from kvatlas.scorer.api.core import Core
 from kvatlas.scorer.library.backends import Backend
 from kvatlas.scorer.library.options import IndexerOptions
 from kvatlas.scorer.library.scores import Scores
+from kvatlas.scorer.lookups.index import Index
 from kvatlas.scorer.lookups.pods import PodTable
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.scoring.answers import Explained, Scored
@@ -99,11 +100,8 @@ async def test_the_same_fleet_has_the_same_answer(backend: Backend, strategy: st
             table.apply(f"streams|{record.pod}".encode(), encode(record))
         service = Core(
             ScorerSettings(name="same"),
-            table,
-            TableLookup(fleet),
-            block_size=lambda: SIZE,
+            Index(table, TableLookup(fleet), lambda: SIZE, lambda: PARTITIONS),
             clock_ns=lambda: NOW_NS,
-            partition_count=lambda: PARTITIONS,
         )
         request = pb.ScoreRequest(
             model=MODEL,
