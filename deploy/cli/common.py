@@ -34,6 +34,7 @@ SECTIONS: Final = {
     "picker": ("kvatlas.scorer.gateway.options", "PickerSettings"),
     "tokenizer": ("kvatlas.scorer.tokenization.options", "TokenizerSettings"),
     "sim": ("kvatlas.deploy.sim.options", "SimSettings"),
+    "console": ("kvatlas.deploy.console.options", "ConsoleSettings"),
 }
 
 #: Sections whose flags always carry a prefix, since their field names say too little alone.

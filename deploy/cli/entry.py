@@ -39,6 +39,7 @@ COMMANDS: Final = {
     "why": "why a request went where it went, and what came of it",
     "whatif": "replay decisions through other routing policies",
     "doctor": "check engines, Kafka, workers and scorer, and say what to fix",
+    "console": "web page of fleet, prefixes, decisions and flow",
     "top": "live view of fleet, workers and scorers",
     "reindex": "build a new index version beside the live one",
     "evictor": "keep a shared offload folder within its budget",

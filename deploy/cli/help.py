@@ -52,6 +52,10 @@ EXAMPLES: Final[dict[str, tuple[str, ...]]] = {
         "kvatlas broker start --ephemeral --users-file users.txt --super-user admin",
         "kvatlas broker stop --data-dir kafka",
     ),
+    "console": (
+        "kvatlas console --brokers kafka:9092 --scorer scorer:50051",
+        "kvatlas console --brokers kafka:9092 --scorer scorer:50051 --listen 0.0.0.0:8090 --page-token-file token",
+    ),
     "doctor": (
         "kvatlas doctor http://10.0.0.5:8000 --brokers kafka:9092 --scorer scorer:50051",
         "kvatlas doctor http://10.0.0.5:8000 --engines-only --json",

@@ -54,13 +54,13 @@ def add_connection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timeout", type=float, default=10.0, metavar="SECONDS", help="deadline of a request")
 
 
-def connect(args: argparse.Namespace) -> ScorerClient:
-    """Return the client that the flags describe.
+def connect(args: argparse.Namespace, *, token: str = "") -> ScorerClient:
+    """Return the client that the flags describe; ``token`` is used instead of the file's where it is given.
 
     Raises:
         SettingsError: a file cannot be read, or flags contradict each other.
     """
-    token = _read(args.token_file, "--token-file").decode(errors="replace").strip()
+    token = token or _read(args.token_file, "--token-file").decode(errors="replace").strip()
     return ScorerClient(args.scorer, token=token, credentials=_credentials(args), timeout_seconds=args.timeout)
 
 

@@ -31,10 +31,12 @@ class Service:
 
     Attributes:
         log: file of its standard error.
+        line: its ready line, once it has come.
     """
 
     def __init__(self, log: Path, *words: str, env: Mapping[str, str] | None = None) -> None:
         self.log = log
+        self.line = ""
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         with log.open("ab") as errors:
             self.process = subprocess.Popen(
@@ -55,7 +57,7 @@ class Service:
 
     def ready(self, timeout: float = 150.0) -> str:
         """Wait for the ready line; returns the address in it."""
-        line = self._lines.get(timeout=timeout)
+        line = self.line = self._lines.get(timeout=timeout)
         found = re.match(r"ready \S*?(?:scorer|worker|metrics)=(\S*)|ready bridge metrics=(\S*)", line)
         assert found, f"no ready line but {line!r}; log:\n{self.tail()}"
         return found[1] or found[2] or ""

@@ -1,0 +1,119 @@
+"""The log read back for the page: a pod's timeline, dead letters, a request's story, the index as of a moment.
+
+Each works on a bounded part of the log, one at a time: a page must not read Kafka for everybody at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from kvatlas.bridge.errors import WireError
+from kvatlas.bridge.model import records, topics
+from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.deploy.history import ask
+from kvatlas.deploy.history.log import LogReader
+from kvatlas.deploy.history.moment import LATEST, Moment, parse_moment
+from kvatlas.deploy.history.rebuild import rebuild
+from kvatlas.streams.resolve.resolver import ResolveOptions
+
+_LETTERS: Final = 500
+_MARKS: Final = 500
+
+
+class Past:
+    """Questions to the log; one is answered at a time, the others wait.
+
+    Args:
+        kafka: how to reach it.
+        options: what events mean, as the workers run.
+    """
+
+    def __init__(self, kafka: KafkaSettings, options: ResolveOptions) -> None:
+        self._kafka = kafka
+        self._options = options
+        self._turn = asyncio.Lock()
+
+    async def timeline(self, pod: str, since: str) -> list[dict[str, Any]]:
+        """Return what happened to a pod since a moment: starts, gaps, restarts, as the bridge wrote them down.
+
+        Raises:
+            SettingsError: the moment is none.
+            LogError: Kafka does not answer.
+        """
+        start = parse_moment(since, time.time_ns() // 1_000_000)
+        found: deque[dict[str, Any]] = deque(maxlen=_MARKS)
+        async with self._turn, LogReader(self._kafka) as reader:
+            async for chunk in reader.read(await reader.range(topics.EVENTS, start, LATEST)):
+                for record in chunk:
+                    if record.key != pod.encode():
+                        continue
+                    headers = dict(record.headers)
+                    if headers.get(topics.H_CONTENT_TYPE) != topics.CONTENT_CONTROL.encode():
+                        continue
+                    try:
+                        control = records.decode(records.Control, record.value or b"")
+                    except WireError:
+                        continue
+                    found.append({"at_ms": record.timestamp_ms, **msgspec.to_builtins(control)})
+        return list(found)
+
+    async def dead_letters(self, since: str) -> list[dict[str, Any]]:
+        """Return the newest dead letters since a moment, with their reasons; values are left out.
+
+        Raises:
+            SettingsError: the moment is none.
+            LogError: Kafka does not answer.
+        """
+        start = parse_moment(since, time.time_ns() // 1_000_000)
+        found: deque[dict[str, Any]] = deque(maxlen=_LETTERS)
+        async with self._turn, LogReader(self._kafka) as reader:
+            async for chunk in reader.read(await reader.range(topics.DLQ, start, LATEST)):
+                for record in chunk:
+                    headers = dict(record.headers)
+                    found.append(
+                        {
+                            "at_ms": record.timestamp_ms,
+                            "pod": (record.key or b"").decode(errors="replace"),
+                            "reason": (headers.get(topics.H_REASON) or b"").decode(errors="replace"),
+                            "origin": (headers.get(topics.H_ORIGIN) or b"").decode(errors="replace"),
+                            "bytes": len(record.value or b""),
+                            "partition": record.partition,
+                            "offset": record.offset,
+                        }
+                    )
+        return list(found)
+
+    async def ask(self, moment: str, model: str, question: ask.Question) -> dict[str, Any]:
+        """Return scores and blocks as of a moment.
+
+        Raises:
+            SettingsError: the moment is none.
+            LogError: Kafka does not answer, or the log does not reach back.
+        """
+        when: Moment = parse_moment(moment, time.time_ns() // 1_000_000)
+        async with self._turn, LogReader(self._kafka) as reader:
+            with tempfile.TemporaryDirectory(prefix="kvatlas-console-") as folder:
+                past = await rebuild(
+                    reader,
+                    self._kafka,
+                    when,
+                    folder=Path(folder),
+                    options=self._options,
+                    clock=time.time_ns,
+                    snapshots=None,
+                    progress=None,
+                )
+                try:
+                    return {
+                        **await asyncio.to_thread(ask.score, past, model, question),
+                        "blocks": await asyncio.to_thread(ask.explain, past, model, question),
+                    }
+                finally:
+                    past.close(keep=False)

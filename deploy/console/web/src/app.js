@@ -1,0 +1,50 @@
+// The page: one view at a time, named in the address.
+import { html, render } from "htm/preact";
+import { useEffect, useState } from "preact/hooks";
+import { call, setToken, takeToken } from "./api.js";
+import { Ask } from "./ask.js";
+import { Decisions } from "./decisions.js";
+import { Fleet } from "./fleet.js";
+import { Flow } from "./flow.js";
+import { Prefixes } from "./prefixes.js";
+import { WhatIf } from "./whatif.js";
+
+const VIEWS = { fleet: ["Fleet", Fleet], prefixes: ["Prefixes", Prefixes], ask: ["Ask", Ask], decisions: ["Decisions", Decisions], flow: ["Flow", Flow], "what-if": ["What if", WhatIf] };
+
+function App() {
+  const named = () => (window.location.hash.slice(1) in VIEWS ? window.location.hash.slice(1) : "fleet");
+  const [view, setView] = useState(named());
+  const [locked, setLocked] = useState(false);
+  useEffect(() => {
+    const moved = () => setView(named());
+    window.addEventListener("hashchange", moved);
+    call("decisions?after=0").catch((error) => setLocked(error.status === 401));
+    return () => window.removeEventListener("hashchange", moved);
+  }, []);
+  useEffect(() => {
+    document.title = `${VIEWS[view][0]} – kvatlas`;
+  }, [view]);
+  if (locked) return html`<${Unlock} done=${() => setLocked(false)} />`;
+  return html`<header><h1>kvatlas</h1><nav aria-label="Views">${Object.entries(VIEWS).map(([name, [title]]) => html`<a href=${`#${name}`} aria-current=${name === view ? "page" : null}>${title}</a>`)}</nav></header>
+    <main id="main">${html`<${VIEWS[view][1]} key=${view} />`}</main>`;
+}
+
+function Unlock({ done }) {
+  const [problem, setProblem] = useState("");
+  async function open(event) {
+    event.preventDefault();
+    setToken("token", new FormData(event.target).get("token"));
+    try {
+      await call("decisions?after=0");
+      done();
+    } catch (error) {
+      setProblem(error.message);
+    }
+  }
+  return html`<main><h1>kvatlas</h1><form onSubmit=${open}><label>Token <input name="token" type="password" autocomplete="off" required /><small>as printed by kvatlas console, or from its token file</small></label><button class="do">Open</button></form>${problem ? html`<p class="problem" role="alert">${problem}</p>` : null}</main>`;
+}
+
+takeToken();
+const place = document.getElementById("app");
+place.replaceChildren();
+render(html`<${App} />`, place);

@@ -1,0 +1,71 @@
+// Fleet: pods by model and state, what they hold, how old what is known of them is; a pod's timeline.
+import { html } from "htm/preact";
+import { useState } from "preact/hooks";
+import { call } from "./api.js";
+import { age, clock, Figures, Problem, show, Table, usePoll } from "./parts.js";
+
+const total = (pods, tier) => pods.reduce((sum, pod) => sum + (pod.blocks[tier] || 0), 0);
+
+export function Fleet() {
+  const { data, problem } = usePoll(() => call("picture"), 2, []);
+  const [model, setModel] = useState("");
+  const [state, setState] = useState("");
+  const [pod, setPod] = useState("");
+  const pods = data ? data.pods : [];
+  const models = [...new Set(pods.map((row) => row.model))].sort();
+  const shown = pods.filter((row) => (!model || row.model === model) && (!state || row.state === state)).map((row) => ({ ...row, key: row.pod }));
+  if (pod) return html`<${Pod} name=${pod} row=${pods.find((row) => row.pod === pod)} back=${() => setPod("")} />`;
+  return html`<h2>Fleet</h2>
+    <${Problem} error=${problem} />
+    <${Figures} figures=${[
+      ["pods", show(pods.length)],
+      ["live", show(pods.filter((row) => row.state === "live").length)],
+      ["blocks on GPU", show(total(pods, "gpu"))],
+      ["blocks on CPU", show(total(pods, "cpu"))],
+      ["messages/s", show(pods.reduce((sum, row) => sum + row.messages_per_second, 0))],
+      ["messages lost", show(pods.reduce((sum, row) => sum + row.lost, 0))],
+    ]} />
+    <div class="row">
+      <label>Model <select value=${model} onChange=${(event) => setModel(event.target.value)}><option value="">all</option>${models.map((name) => html`<option value=${name}>${name || "(none)"}</option>`)}</select></label>
+      <label>State <select value=${state} onChange=${(event) => setState(event.target.value)}><option value="">all</option>${["live", "stale", "gone"].map((name) => html`<option value=${name}>${name}</option>`)}</select></label>
+    </div>
+    <h3>${shown.length} pods</h3>
+    <${Table} label="Pods" tall rows=${shown} columns=${[
+      ["Pod", (row) => html`<button class="link" onClick=${() => setPod(row.pod)}>${row.pod}</button>`],
+      ["State", (row) => html`<span class=${`state-${row.state}`}>${row.state}</span>`],
+      ["Model", (row) => row.model],
+      ["GPU blocks", (row) => show(row.blocks.gpu || 0), { number: true }],
+      ["CPU blocks", (row) => show(row.blocks.cpu || 0), { number: true }],
+      ["Disk blocks", (row) => show(row.blocks.disk || 0), { number: true }],
+      ["Messages/s", (row) => show(row.messages_per_second), { number: true }],
+      ["Last heard", (row) => age(row.age_ms), { number: true }],
+      ["Lost", (row) => html`<span class=${row.lost ? "warned" : ""}>${show(row.lost)}</span>`, { number: true }],
+    ]} />`;
+}
+
+function Pod({ name, row, back }) {
+  const [since, setSince] = useState("-1h");
+  const { data, problem } = usePoll(() => call(`timeline?pod=${encodeURIComponent(name)}&since=${encodeURIComponent(since)}`), 0, [name, since]);
+  return html`<p><button class="link" onClick=${back}>← all pods</button></p>
+    <h2>${name}</h2>
+    <${Problem} error=${problem} />
+    ${row
+      ? html`<${Figures} figures=${[
+          ["state", row.state],
+          ["model", row.model || "–"],
+          ["epoch", `${Math.floor(row.epoch / 2 ** 32)}.${row.epoch % 2 ** 32}`],
+          ["sequence", show(row.sequence)],
+          ["last heard", age(row.age_ms)],
+          ...Object.entries(row.blocks).map(([tier, blocks]) => [`${tier} blocks`, show(blocks)]),
+          ["lost", row.lost ? `${show(row.lost)} (last ${row.first_lost} to ${row.last_lost})` : "0"],
+        ]} />`
+      : html`<p class="note">not in the fleet any more</p>`}
+    <div class="row"><label>Since <select value=${since} onChange=${(event) => setSince(event.target.value)}>${["-15m", "-1h", "-6h", "-1d", "earliest"].map((text) => html`<option value=${text}>${text === "earliest" ? "the log begins" : `${text.slice(1)} ago`}</option>`)}</select></label></div>
+    <h3>Timeline</h3>
+    <${Table} label="Timeline" rows=${(data ? data.marks : []).map((mark, at) => ({ ...mark, key: at })).reverse()} empty=${data ? "no start, gap, restart or removal in this time" : "reading the log …"} columns=${[
+      ["Time", (mark) => clock(mark.at_ms)],
+      ["What", (mark) => mark.kind],
+      ["Why", (mark) => mark.reason || "–"],
+      ["Sequence", (mark) => show(mark.next_sequence ?? mark.sequence), { number: true }],
+    ]} />`;
+}

@@ -1,0 +1,55 @@
+"""The page's files, and who may open it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from kvatlas.bridge.errors import SettingsError
+from kvatlas.deploy.commands.console import token_of
+from kvatlas.deploy.console.options import ConsoleSettings
+
+FOLDER = Path(__file__).parents[3] / "deploy" / "console"
+
+
+def test_the_bundle_is_made_of_the_sources() -> None:
+    """`make console` bundles the page anew after a change of its sources."""
+    sources = [FOLDER / "web" / "package.json", *sorted((FOLDER / "web" / "src").glob("*.js"))]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    assert (FOLDER / "static" / "sources.sha256").read_text().strip() == digest
+
+
+def test_the_page_needs_nothing_from_elsewhere() -> None:
+    """No address of another host, no inline script, no inline style: it works without internet and under its CSP."""
+    page = (FOLDER / "static" / "index.html").read_text()
+    assert "//" not in page.replace("<!doctype", "")
+    assert "<style" not in page
+    assert page.count("<script") == page.count('<script type="module" src="app.js">') == 1
+    assert "style=" not in page
+    bundle = (FOLDER / "static" / "app.js").read_text()
+    assert "https://" not in bundle
+    assert "eval(" not in bundle
+
+
+@pytest.mark.parametrize(
+    ("listen", "told"),
+    [("127.0.0.1:0", False), ("localhost:1", False), ("[::1]:1", False), ("0.0.0.0:1", True), ("console:1", True)],
+)
+def test_a_page_that_others_can_reach_asks_for_a_token(listen: str, told: bool) -> None:
+    """On loopback alone there is none; elsewhere one is made, and told once."""
+    token, made = token_of(ConsoleSettings(listen=listen))
+    assert (bool(token), made) == (told, told)
+
+
+def test_a_token_file_is_used_and_not_told(tmp_path: Path) -> None:
+    """Also on loopback; an empty or missing file is an error that names it."""
+    file = tmp_path / "token"
+    file.write_text("secret\n")
+    assert token_of(ConsoleSettings(page_token_file=str(file))) == ("secret", False)
+    file.write_text("\n")
+    with pytest.raises(SettingsError, match="is empty"):
+        token_of(ConsoleSettings(page_token_file=str(file)))
+    with pytest.raises(SettingsError, match="nothing"):
+        token_of(ConsoleSettings(page_token_file=str(tmp_path / "nothing")))
