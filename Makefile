@@ -15,7 +15,7 @@ PARALLEL := -n 4
 PROTOS := $(wildcard streams/v1/*.proto scorer/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv system-deps demo demo-gateway test test-torch soak lint unit integration kafka proto proto-check manifests chart-schema test-vllm bench clean
+.PHONY: help venv system-deps demo demo-gateway console test test-torch soak lint unit integration kafka proto proto-check manifests chart-schema test-vllm bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -83,6 +83,9 @@ proto: $(VENV)/.stamp-dev ## generate the Python code of the protos
 
 proto-check: $(VENV)/.stamp-dev ## fail where the generated code is not what the protos say
 	@sh .ci/proto-check $(BIN)/python $(PROTOS)
+
+console: ## bundle the console's page from its sources, with npm
+	@sh .ci/console
 
 manifests: $(VENV)/.stamp-dev ## render the chart and check chart, image, compose file, rules and dashboard
 	$(PYTEST) tests/deploy/manifests

@@ -7,13 +7,16 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.deploy.cli import common
+from kvatlas.deploy.commands.console import token_of
+from kvatlas.deploy.console.beside import ConsoleBeside
 from kvatlas.deploy.processes.launcher import Launcher
+from kvatlas.streams.resolve.resolver import ResolveOptions
 
 HELP: Final = "run broker, bridge, worker and scorer on this machine until interrupted"
 
@@ -29,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--embedded", action="store_true", help="in-process broker (the default without --brokers)")
     parser.add_argument("--state-dir", type=Path, metavar="DIR", help="logs and tables (default: a temporary folder)")
-    common.add_sections(parser, "kafka", "log", "bridge", "worker", "scorer", "tokenizer", prefixed=True)
+    parser.add_argument("--console", action="store_true", help="serve the console's page too, and print its address")
+    common.add_sections(parser, "kafka", "log", "bridge", "worker", "scorer", "tokenizer", "console", prefixed=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,16 +48,38 @@ def run(args: argparse.Namespace) -> int:
     state_dir = args.state_dir or Path(tempfile.mkdtemp(prefix="kvatlas-"))
     stop = common.stop_event()
     launcher = Launcher(sections, state_dir, use_embedded=args.embedded or not given)
-    failed = True
+    failed, console = True, None
     try:
         if launcher.start(stop):
-            print(f"ready scorer={launcher.scorer}", flush=True)
+            shown = ""
+            if args.console:
+                console, shown = _console(sections, launcher)
+            print(f"ready scorer={launcher.scorer}{shown}", flush=True)
             while not stop.wait(0.2):
                 launcher.check()
         failed = False
     finally:
+        if console is not None:
+            console.stop()
         if killed := launcher.stop():
             print(f"kvatlas up: {', '.join(killed)} did not stop in time and was killed", file=sys.stderr)
         if args.state_dir is None and not failed:
             shutil.rmtree(state_dir, ignore_errors=True)
     return 0
+
+
+def _console(sections: dict[str, Any], launcher: Launcher) -> tuple[ConsoleBeside, str]:
+    """Start the console; returns it, and its address as the ready line says it."""
+    settings = sections["console"]
+    token, told = token_of(settings)
+    worker = sections["worker"]
+    options = ResolveOptions(
+        block_size_tokens=worker.block_size_tokens,
+        announcements=worker.announcements,
+        clears=worker.clears,
+        strict_gaps=worker.strict_gaps,
+        store=worker.default_store,
+    )
+    console = ConsoleBeside(settings, launcher.kafka, launcher.scorer, options, token)
+    address = console.start()
+    return console, f" console={address}/{f'#token={token}' if told else ''}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from tests.integration.pipeline_support import Service
 
 MODELS = f"sim-model={Path(__file__).parents[1] / 'data' / 'tokenizer'}"
 #: Where the pictures of docs/console.md go; elsewhere a test's own folder.
-PICTURES = os.environ.get("KVATLAS_PICTURES", "")
+PICTURES = os.environ.get("PICTURES", "")
 VIEWS = ("fleet", "prefixes", "ask", "decisions", "flow", "what-if")
 PROMPTS = [" ".join(f"shared {group} {word}" for word in range(80)) for group in range(2)]
 
@@ -215,16 +216,15 @@ def test_a_thousand_pods_and_a_hundred_decisions_a_second_keep_the_page_quick(ru
         for n in range(1000)
     ]  # fmt: skip
     picture = {"version": 1, "pods": pods, "workers": [], "scorers": [], "stores": {}, "unserved": []}
-    numbers = iter(range(10**9))
+    numbers = itertools.count(1)
+    row = {"model": "m", "pod": "pod-1", "policy": "pick", "blocks": 9, "block_size_tokens": 16, "outcome": ""}
+    row |= {"predicted_tokens": 9, "scores": {}, "degraded": "", "served": None}
 
     def decisions(route: Any) -> None:
-        rows = [
-            {"number": next(numbers), "request_id": f"q-{next(numbers)}", "decided_ms": time.time() * 1e3, "model": "m",
-             "pod": "pod-1", "policy": "pick", "blocks": 9, "block_size_tokens": 16, "predicted_tokens": 9, "scores": {},
-             "degraded": "", "outcome": "", "served": None}
-            for _ in range(100)
-        ]  # fmt: skip
-        route.fulfill(json={"rows": rows, "unreadable": 0})
+        made = [
+            {**row, "number": at, "request_id": f"q-{at}", "decided_ms": at} for at in itertools.islice(numbers, 100)
+        ]
+        route.fulfill(json={"rows": made, "unreadable": 0})
 
     page.route("**/api/picture", lambda route: route.fulfill(json=picture))
     page.route("**/api/decisions*", decisions)
@@ -234,7 +234,11 @@ def test_a_thousand_pods_and_a_hundred_decisions_a_second_keep_the_page_quick(ru
         frames = page.evaluate(
             """() => new Promise((done) => {
                 const times = []; let last = performance.now(); const end = last + 8000;
-                function frame(now) { times.push(now - last); last = now; now < end ? requestAnimationFrame(frame) : done(times); }
+                function frame(now) {
+                    times.push(now - last);
+                    last = now;
+                    now < end ? requestAnimationFrame(frame) : done(times);
+                }
                 requestAnimationFrame(frame);
             })"""
         )
