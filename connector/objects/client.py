@@ -106,38 +106,39 @@ class ObstoreObjects:
     """Requests through an obstore store (``S3Store``, or ``MemoryStore`` in tests)."""
 
     def __init__(self, store: Any) -> None:
-        self._store = store
+        #: obstore's own store.
+        self.store = store
 
     def get(self, path: str, length: int | None = None) -> Fetched:  # noqa: D102 - see Objects
         try:
             with _asking(f"GET {path}"):
-                found = obstore.get(self._store, path, options=None if length is None else {"range": (0, length)})
+                found = obstore.get(self.store, path, options=None if length is None else {"range": (0, length)})
                 return Fetched(memoryview(found.bytes()), found.meta["size"])
         except ObjectStoreError as error:
             # No range of an empty object can be asked for: the store is well, and the answer is that object.
             if length is None or "range" not in str(error).lower():
                 raise
             with _asking(f"HEAD {path}"):
-                if obstore.head(self._store, path)["size"]:
+                if obstore.head(self.store, path)["size"]:
                     raise
             return Fetched(memoryview(b""), 0)
 
     def get_ranges(self, path: str, starts: list[int], lengths: list[int]) -> list[memoryview]:  # noqa: D102
         with _asking(f"GET {path}"):
-            found = obstore.get_ranges(self._store, path, starts=starts, lengths=lengths, coalesce=0)
+            found = obstore.get_ranges(self.store, path, starts=starts, lengths=lengths, coalesce=0)
             return [memoryview(part) for part in found]
 
     def put(self, path: str, body: bytes, *, part_bytes: int) -> None:  # noqa: D102
         with _asking(f"PUT {path}"):
-            obstore.put(self._store, path, body, use_multipart=len(body) > part_bytes, chunk_size=part_bytes)
+            obstore.put(self.store, path, body, use_multipart=len(body) > part_bytes, chunk_size=part_bytes)
 
     def delete(self, paths: list[str]) -> None:  # noqa: D102
         with contextlib.suppress(Missing), _asking(f"DELETE {paths[0]}"):
-            obstore.delete(self._store, paths)
+            obstore.delete(self.store, paths)
 
     def list(self, prefix: str) -> Iterator[Listed]:  # noqa: D102
         with _asking(f"LIST {prefix}"):
-            for chunk in obstore.list(self._store, prefix, chunk_size=1000):
+            for chunk in obstore.list(self.store, prefix, chunk_size=1000):
                 for meta in chunk:
                     yield Listed(meta["path"], meta["size"], int(meta["last_modified"].timestamp() * 1e9))
 

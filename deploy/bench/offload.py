@@ -1,29 +1,25 @@
 """``kvatlas bench offload``: the connector beside plain I/O and plain copies of the same bytes.
 
 File cases run the tier and the plain calls in turns on the same directory, with the same flags, threads and sizes, and
-compare the medians. GPU cases run when a CUDA device is there.
+compare the medians; object cases do so with the puts and gets of the tier's own client. GPU cases need a CUDA device.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import mmap
 import os
 import shutil
-import statistics
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
+from kvatlas.deploy.bench._offload_rig import MB, figure, fresh_memory, good, threaded, timed
+
 HELP: Final = "KV offload: file tier beside pwritev/preadv, GPU copies beside one large pinned copy"
 
-_MB: Final = 1 << 20
-_BLOCK_BYTES: Final = 2 * _MB
+_BLOCK_BYTES: Final = 2 * MB
 _CASES: Final = {"2MB": 1, "16MB": 8}
 _ORDERS: Final = (("plain-store", "store", "plain-load", "load"), ("store", "plain-store", "load", "plain-load"))
 
@@ -35,7 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=9, help="rounds, tier and plain in turns (default 9)")
     parser.add_argument("--threads", type=int, default=4, help="transfers in I/O at once on either side (default 4)")
     parser.add_argument("--buffered", action="store_true", help="page cache instead of direct I/O, on either side")
-    parser.add_argument("--cases", default="file,others,gpu", help="what to run (default file,others,gpu)")
+    parser.add_argument(
+        "--cases", default="file,others,gpu", help="what to run: file, others, s3, gpu (default file,others,gpu)"
+    )
+    parser.add_argument(
+        "--url", help="s3://bucket/prefix for the case s3; AWS_* variables name endpoint and credentials"
+    )
 
 
 def run(args: argparse.Namespace) -> Iterable[dict[str, Any]]:
@@ -48,8 +49,15 @@ def run(args: argparse.Namespace) -> Iterable[dict[str, Any]]:
         if "others" in wanted:
             for name, per_file in _CASES.items():
                 yield from _other_formats(args, directory, name, per_file)
+    if "s3" in wanted:
+        from kvatlas.deploy.bench._offload_s3 import s3_cases  # noqa: PLC0415 - needs obstore
+
+        yield from s3_cases(args.url or "", megabytes=args.megabytes, rounds=args.rounds, threads=args.threads)
     if "gpu" in wanted:
-        yield from _gpu_cases(args)
+        with contextlib.suppress(ImportError):  # no torch
+            from kvatlas.deploy.bench._offload_gpu import gpu_cases  # noqa: PLC0415
+
+            yield from gpu_cases(args.rounds)
 
 
 @contextlib.contextmanager
@@ -59,45 +67,6 @@ def _directory(given: Path | None) -> Iterator[Path]:
         yield made
     finally:
         shutil.rmtree(made, ignore_errors=True)
-
-
-def _figure(case: str, seconds: Sequence[float], plain: Sequence[float], size: int) -> dict[str, Any]:
-    value, baseline = size / statistics.median(seconds) / 1e9, size / statistics.median(plain) / 1e9
-    ranked = sorted(seconds)
-    return {
-        "bench": "offload",
-        "case": case,
-        "value": round(value, 3),
-        "unit": "GB/s",
-        "p50": round(value, 3),
-        "p99": round(size / ranked[-1] / 1e9, 3),
-        "baseline": round(baseline, 3),
-        "ratio": round(value / baseline, 3),
-    }
-
-
-def _memory(size: int) -> memoryview:
-    """Return page-aligned memory with content that does not compress."""
-    memory = memoryview(mmap.mmap(-1, size))
-    seed = os.urandom(_MB)
-    for at in range(0, size, _MB):
-        part = memory[at : at + _MB]
-        part[:] = seed[: len(part)]
-        part[:8] = at.to_bytes(8, "little")
-    return memory
-
-
-def _timed(work: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
-
-
-def _threaded(threads: int, count: int, work: Callable[[int], object]) -> None:
-    """Call ``work`` with 0 to count - 1 on several threads; the first error is raised here."""
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(work, range(count)):
-            pass
 
 
 class _Plain:
@@ -121,7 +90,7 @@ class _Plain:
             os.pwritev(fd, [self._part(number)], 0)
             os.close(fd)
 
-        _threaded(self._threads, self._count, one)
+        threaded(self._threads, self._count, one)
 
     def load(self) -> None:
         def one(number: int) -> None:
@@ -129,7 +98,7 @@ class _Plain:
             os.preadv(fd, [self._part(number)], 0)
             os.close(fd)
 
-        _threaded(self._threads, self._count, one)
+        threaded(self._threads, self._count, one)
 
     def clear(self) -> None:
         for path in self._directory.iterdir():
@@ -171,33 +140,27 @@ def _tier(
 
 
 def _file_cases(args: argparse.Namespace, directory: Path, name: str, per_file: int) -> Iterator[dict[str, Any]]:
-    size = args.megabytes * _MB
-    memory = _memory(size)
+    size = args.megabytes * MB
+    memory = fresh_memory(size)
     times: dict[str, list[float]] = {"store": [], "load": [], "plain-store": [], "plain-load": []}
     with _tier(args, directory / "tier", memory, per_file, buffered=args.buffered) as (tier, blocks):
         plain = _Plain(directory / f"plain-{name}", memory, per_file * _BLOCK_BYTES, args.threads, direct=tier.direct)
         works: dict[str, Callable[[], object]] = {
             "plain-store": plain.store,
-            "store": lambda: _good(tier.store(blocks).result()),
+            "store": lambda: good(tier.store(blocks).result()),
             "plain-load": plain.load,
-            "load": lambda: _good(tier.load(blocks, per_task=per_file).result()),
+            "load": lambda: good(tier.load(blocks, per_task=per_file).result()),
         }
         for number in range(args.rounds + 1):
             # Who goes first changes every round: the disk is not the same right after files were removed.
             for key in _ORDERS[number % 2]:
-                seconds = _timed(works[key])
+                seconds = timed(works[key])
                 if number:  # the first round warms up
                     times[key].append(seconds)
             plain.clear()
             tier.evict([block.key for block in blocks])
-    yield _figure(f"file-store-{name}", times["store"], times["plain-store"], size)
-    yield _figure(f"file-load-{name}", times["load"], times["plain-load"], size)
-
-
-def _good(results: dict[bytes, Any]) -> None:
-    bad = [result for result in results.values() if not result.ok]
-    if bad:
-        raise RuntimeError(f"{len(bad)} of {len(results)} transfers failed, the first with {bad[0]}")
+    yield figure(f"file-store-{name}", times["store"], times["plain-store"], size)
+    yield figure(f"file-load-{name}", times["load"], times["plain-load"], size)
 
 
 def _other_formats(args: argparse.Namespace, directory: Path, name: str, per_file: int) -> Iterator[dict[str, Any]]:
@@ -209,8 +172,8 @@ def _other_formats(args: argparse.Namespace, directory: Path, name: str, per_fil
         import torch  # noqa: PLC0415 - optional
     except ImportError:
         return
-    size = args.megabytes * _MB
-    memory = _memory(size)
+    size = args.megabytes * MB
+    memory = fresh_memory(size)
     step = per_file * _BLOCK_BYTES
     tensors = [torch.frombuffer(memory[at : at + step], dtype=torch.uint8) for at in range(0, size, step)]
     formats: dict[str, tuple[Callable[[Any, Path], object], Callable[[Path], object]]] = {
@@ -228,16 +191,16 @@ def _other_formats(args: argparse.Namespace, directory: Path, name: str, per_fil
     with _tier(args, directory / f"tier-{name}", memory, per_file, buffered=True) as (tier, blocks):
 
         def ours() -> tuple[float, float]:
-            store = _timed(lambda: _good(tier.store(blocks).result()))
-            load = _timed(lambda: _good(tier.load(blocks, per_task=per_file).result()))
+            store = timed(lambda: good(tier.store(blocks).result()))
+            load = timed(lambda: good(tier.load(blocks, per_task=per_file).result()))
             tier.evict([block.key for block in blocks])
             return store, load
 
         def theirs(label: str) -> tuple[float, float]:
             save, restore = formats[label]
             target.mkdir()
-            store = _timed(lambda: _save_all(args.threads, tensors, save, target))
-            load = _timed(lambda: _load_all(args.threads, len(tensors), restore, target))
+            store = timed(lambda: _save_all(args.threads, tensors, save, target))
+            load = timed(lambda: _load_all(args.threads, len(tensors), restore, target))
             shutil.rmtree(target)
             return store, load
 
@@ -249,93 +212,15 @@ def _other_formats(args: argparse.Namespace, directory: Path, name: str, per_fil
                     seconds["load"].append(load)
     for label in formats:
         for direction in ("store", "load"):
-            figure = _figure(
+            beside = figure(
                 f"file-{direction}-{name}-beside-{label}", times["tier"][direction], times[label][direction], size
             )
-            yield figure
+            yield beside
 
 
 def _save_all(threads: int, tensors: Sequence[Any], save: Callable[[Any, Path], object], target: Path) -> None:
-    _threaded(threads, len(tensors), lambda number: save(tensors[number], target / str(number)))
+    threaded(threads, len(tensors), lambda number: save(tensors[number], target / str(number)))
 
 
 def _load_all(threads: int, count: int, restore: Callable[[Path], object], target: Path) -> None:
-    _threaded(threads, count, lambda number: restore(target / str(number)))
-
-
-def _gpu_cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield GPU copies beside one large pinned copy, and what a store costs a running matmul; nothing without CUDA."""
-    try:
-        import torch  # noqa: PLC0415 - optional
-    except ImportError:
-        return
-    if not torch.cuda.is_available():
-        return
-    from kvatlas.connector.offload.engine import host_memory  # noqa: PLC0415 - needs torch
-    from kvatlas.connector.offload.transfer import Mover, PagedKV, Placement  # noqa: PLC0415
-
-    total = 1 << 30
-    for page in (64 << 10, 256 << 10, 2 << 20):
-        blocks = total // (4 * page)
-        layers = [torch.randint(-128, 127, (blocks, page), dtype=torch.int8, device="cuda") for _ in range(4)]
-        kv = PagedKV.from_layers([layers])
-        host, _ = host_memory(blocks, kv.slot_bytes, pin_for=layers[0].device)
-        mover = Mover(kv, host, chunk_blocks=max(1, (64 << 20) // kv.slot_bytes))
-        places = [Placement((number * 7919) % blocks, number) for number in range(blocks)]
-        flat = torch.empty(total, dtype=torch.int8, device="cuda")
-        plain = host.view(-1)[:total]
-        works: dict[str, Callable[[], object]] = {
-            "plain-store": lambda flat=flat, plain=plain: plain.copy_(flat, non_blocking=True),  # type: ignore[misc]
-            "store": lambda mover=mover, places=places: mover.store(0, places, mover.mark()),  # type: ignore[misc]
-            "plain-load": lambda flat=flat, plain=plain: flat.copy_(plain, non_blocking=True),  # type: ignore[misc]
-            "load": lambda mover=mover, places=places: mover.load(0, places, mover.mark()),  # type: ignore[misc]
-        }
-        times: dict[str, list[float]] = {name: [] for name in works}
-        for number in range(args.rounds + 1):
-            for name, work in works.items():
-                torch.cuda.synchronize()
-                seconds = _timed(lambda work=work: _finished(torch, work))  # type: ignore[misc]
-                if number:
-                    times[name].append(seconds)
-        yield _figure(f"gpu-store-{page >> 10}KB", times["store"], times["plain-store"], total)
-        yield _figure(f"gpu-load-{page >> 10}KB", times["load"], times["plain-load"], total)
-        if page == 2 << 20:
-            yield _matmul_case(torch, mover, places)
-        torch.cuda.cudart().cudaHostUnregister(host.data_ptr())
-
-
-def _matmul_case(torch: Any, mover: Any, places: Sequence[Any]) -> dict[str, Any]:
-    """Return how long a stream of matmuls takes while stores of 1 GB go on, beside how long it takes alone."""
-    left = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-
-    def compute() -> None:
-        for _ in range(60):
-            torch.mm(left, left)
-        torch.cuda.current_stream().synchronize()
-
-    def store(ready: Any, done: threading.Event) -> None:
-        while not done.is_set():
-            mover.store(0, places, ready)
-
-    compute()
-    alone = statistics.median(_timed(compute) for _ in range(5))
-    beside: list[float] = []
-    for _ in range(5):
-        # Marked before the matmuls are queued, as an engine stores one step's blocks while it computes the next: a mark
-        # behind them would begin the stores only when they are over.
-        ready, done = mover.mark(), threading.Event()
-        with ThreadPoolExecutor(1) as pool:
-            running = pool.submit(store, ready, done)
-            beside.append(_timed(compute))
-            done.set()
-            running.result()
-    value = statistics.median(beside)
-    return {
-        "bench": "offload", "case": "gpu-matmul-beside-store", "value": round(value, 4), "unit": "s",
-        "baseline": round(alone, 4), "ratio": round(value / alone, 3),
-    }  # fmt: skip
-
-
-def _finished(torch: Any, work: Callable[[], object]) -> None:
-    work()
-    torch.cuda.synchronize()
+    threaded(threads, count, lambda number: restore(target / str(number)))

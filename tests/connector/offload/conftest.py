@@ -4,4 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 
-collect_ignore = ["test_engine.py", "test_transfer.py"] if importlib.util.find_spec("torch") is None else []
+collect_ignore = (
+    ["test_bench_gpu.py", "test_engine.py", "test_transfer.py"] if importlib.util.find_spec("torch") is None else []
+)
