@@ -24,8 +24,6 @@ from tests.connector.conftest import EIO, FaultyFileSystem, fail
 from tests.integration import pipeline_support as support
 from tests.integration.pipeline_support import Service
 
-pytestmark = pytest.mark.torch
-
 _MODEL = "kv-model"
 _BLOCK = 16
 _BLOCKS = 6
