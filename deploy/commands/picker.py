@@ -6,7 +6,6 @@ import argparse
 import asyncio
 from typing import Any, Final
 
-from kvatlas.bridge.runtime.interpreter import settle_interpreter
 from kvatlas.bridge.runtime.logs import configure_logging
 from kvatlas.deploy.cli import common
 
@@ -37,22 +36,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _serve(sections: dict[str, Any]) -> None:
-    from kvatlas.deploy.processes.picking import StandalonePicker  # noqa: PLC0415 - only when it runs
+    from kvatlas.deploy.processes.picking import ScorerWithPicker, say_ready  # noqa: PLC0415 - only when it runs
 
     stop = common.async_stop_event()
-    service = StandalonePicker(sections["picker"], sections["kafka"], sections["scorer"], sections["tokenizer"])
+    service = ScorerWithPicker(sections["picker"], sections["kafka"], sections["scorer"], sections["tokenizer"])
     with common.leaving("picker"):
         try:
             await service.start()
-            announcing = asyncio.create_task(announce(service))
+            announcing = asyncio.create_task(say_ready(service))
             await service.run_until(stop)
             announcing.cancel()
         finally:
             await service.stop()
-
-
-async def announce(service: Any) -> None:
-    """Say on standard output once an endpoint can be picked."""
-    await service.ready.wait()
-    settle_interpreter()
-    print(f"ready picker={service.address}", flush=True)

@@ -22,7 +22,8 @@ def _names() -> tuple[str, ...]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this subcommand."""
-    common.add_sections(parser, *_names())
+    common.add_sections(parser, *_names(), "picker", prefixed=("picker",))
+    parser.add_argument("--with-picker", action="store_true", help="also pick pods for a gateway, in this process")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,8 +37,26 @@ def run(args: argparse.Namespace) -> int:
     except ImportError:
         runner = asyncio.Runner()
     with runner:
-        runner.run(_serve(sections))
+        runner.run(_serve_both(sections) if args.with_picker else _serve(sections))
     return 0
+
+
+async def _serve_both(sections: dict[str, Any]) -> None:
+    """Run scorer and picker; the picker answers while Kafka is away."""
+    from kvatlas.deploy.processes.picking import ScorerWithPicker, say_ready  # noqa: PLC0415 - only when it runs
+
+    stop = common.async_stop_event()
+    service = ScorerWithPicker(
+        sections["picker"], sections["kafka"], sections["scorer"], sections["tokenizer"], serve=True
+    )
+    with common.leaving("scorer"):
+        try:
+            await service.start()
+            announcing = asyncio.create_task(say_ready(service))
+            await service.run_until(stop)
+            announcing.cancel()
+        finally:
+            await service.stop()
 
 
 async def _serve(sections: dict[str, Any]) -> None:

@@ -11,10 +11,11 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import msgspec
 
+from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.model import topics
 from kvatlas.bridge.runtime.interpreter import settle_interpreter
 from kvatlas.bridge.runtime.logs import configure_logging
@@ -24,13 +25,11 @@ from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.deploy.cli import common
 from kvatlas.deploy.cli.entry import EXIT_USAGE
 from kvatlas.deploy.reindex.catalog import configured
+from kvatlas.scorer.gateway.options import PickerSettings
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.streams.faust_app.app import group_of
 from kvatlas.streams.options import WorkerSettings
 from kvatlas.streams.service import WorkerService
-
-if TYPE_CHECKING:
-    from kvatlas.deploy.processes.colocated import ScoringWorker
 
 HELP: Final = "materialise the block index and answer lookups"
 
@@ -42,9 +41,14 @@ _POLL_SECONDS: Final = 0.1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this subcommand."""
-    common.add_sections(parser, "kafka", "worker", "log", "scorer", "tokenizer", prefixed=("scorer",))
+    common.add_sections(
+        parser, "kafka", "worker", "log", "scorer", "picker", "tokenizer", prefixed=("scorer", "picker")
+    )
     parser.add_argument(
         "--with-scorer", action="store_true", help="also serve scores, read from this worker's tables without a hop"
+    )
+    parser.add_argument(
+        "--with-picker", action="store_true", help="also pick pods for a gateway, with the scorer of --with-scorer"
     )
     parser.add_argument(_CHILD, type=int, default=-1, help=argparse.SUPPRESS)
 
@@ -57,14 +61,19 @@ def run(args: argparse.Namespace) -> int:
     """
     sections = common.load_sections(args)
     settings: WorkerSettings = sections["worker"]
+    if args.with_picker and not args.with_scorer:
+        raise SettingsError("--with-picker needs --with-scorer, whose answers it picks by")
     configure_logging(sections["log"], "worker")
     if settings.processes > 1 and args.child < 0:
         return Supervisor(settings.processes, _arguments()).run()
     if args.child >= 0:
         settings = child_settings(settings, args.child)
         sections["scorer"] = child_scorer(sections["scorer"], args.child)
+        sections["picker"] = child_picker(sections["picker"], args.child)
     _use_uvloop()
-    return asyncio.run(_serve(settings, sections["kafka"], sections if args.with_scorer else None))
+    return asyncio.run(
+        _serve(settings, sections["kafka"], sections if args.with_scorer else None, picks=args.with_picker)
+    )
 
 
 def child_settings(settings: WorkerSettings, number: int) -> WorkerSettings:
@@ -91,6 +100,16 @@ def child_scorer(settings: ScorerSettings, number: int) -> ScorerSettings:
     )
 
 
+def child_picker(settings: PickerSettings, number: int) -> PickerSettings:
+    """Return the settings of the picker in one of several worker processes: its own name and ports."""
+    return msgspec.structs.replace(
+        settings,
+        name=f"{settings.name}-{number}" if settings.name else "",
+        listen=shifted(settings.listen, number),
+        telemetry_listen=shifted(settings.telemetry_listen, number),
+    )
+
+
 def shifted(address: str, number: int) -> str:
     """Return ``host:port`` with ``number`` added to a fixed port; port 0, or none, stays."""
     host, _, port = address.rpartition(":")
@@ -104,7 +123,7 @@ def topics_of(settings: WorkerSettings) -> tuple[topics.Topic, ...]:
     return tuple(topic for topic in topics.TOPICS if topic.name != topics.BLOCKS)
 
 
-async def _serve(settings: WorkerSettings, kafka: KafkaSettings, scorer: dict[str, Any] | None) -> int:
+async def _serve(settings: WorkerSettings, kafka: KafkaSettings, scorer: dict[str, Any] | None, *, picks: bool) -> int:
     version, groups = settings.index_version, [group_of(settings)]
     rights = rights_of("worker", kafka, app=settings.app, version=version, groups=groups)
     if scorer is not None:
@@ -115,7 +134,7 @@ async def _serve(settings: WorkerSettings, kafka: KafkaSettings, scorer: dict[st
     if kafka.create_topics:
         await ensure_topics(kafka, topics_of(settings))
     settings = await configured(kafka, settings)
-    service = _service(settings, kafka, scorer)
+    service = _service(settings, kafka, scorer, picks=picks)
     with common.leaving("worker"):  # Faust's tasks and threads outlive a stop while the brokers are away
         try:
             await service.start()
@@ -127,21 +146,25 @@ async def _serve(settings: WorkerSettings, kafka: KafkaSettings, scorer: dict[st
     return 0
 
 
-def _service(
-    settings: WorkerSettings, kafka: KafkaSettings, scorer: dict[str, Any] | None
-) -> WorkerService | ScoringWorker:
+def _service(settings: WorkerSettings, kafka: KafkaSettings, scorer: dict[str, Any] | None, *, picks: bool) -> Any:
+    """Return the worker, with its scorer where one is asked for, and the picker around both."""
     if scorer is None:
         return WorkerService(settings, kafka)
     from kvatlas.deploy.processes.colocated import ScoringWorker  # noqa: PLC0415 - a worker alone needs no tokenizers
 
-    return ScoringWorker(settings, kafka, scorer["scorer"], scorer["tokenizer"])
+    worker = ScoringWorker(settings, kafka, scorer["scorer"], scorer["tokenizer"])
+    if not picks:
+        return worker
+    from kvatlas.deploy.processes.picking import WorkerWithPicker  # noqa: PLC0415 - only when it runs
+
+    return WorkerWithPicker(scorer["picker"], worker)
 
 
-async def _say_ready(service: WorkerService | ScoringWorker) -> None:
+async def _say_ready(service: Any) -> None:
     await service.ready.wait()
     settle_interpreter()
-    scorer = getattr(service, "scorer_address", "")
-    print(f"ready worker={service.address}" + (f" scorer={scorer}" if scorer else ""), flush=True)
+    more = [(name, getattr(service, f"{name}_address", "")) for name in ("scorer", "picker")]
+    print(f"ready worker={service.address}" + "".join(f" {name}={where}" for name, where in more if where), flush=True)
 
 
 def _use_uvloop() -> None:

@@ -28,7 +28,7 @@ SERVICES: Final[dict[str, tuple[str, str, tuple[str, ...]]]] = {
     "bridge": ("kvatlas.bridge.relay.service", "BridgeService", ()),
     "worker": ("kvatlas.streams.service", "WorkerService", ()),
     "scorer": ("kvatlas.scorer.service", "ScorerService", ("tokenizer",)),
-    "picker": ("kvatlas.deploy.processes.picking", "StandalonePicker", ("scorer", "tokenizer")),
+    "picker": ("kvatlas.deploy.processes.picking", "ScorerWithPicker", ("scorer", "tokenizer")),
 }
 
 #: A service whose launcher is gone gets this long to stop.

@@ -72,6 +72,11 @@ class ScoringWorker:
         return self._scorer.address
 
     @property
+    def scorer(self) -> ScorerService:
+        """The scorer, for use in process."""
+        return self._scorer
+
+    @property
     def core(self) -> Core:
         """The scorer's operations, for use in process."""
         return self._scorer.core

@@ -12,7 +12,9 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
+from kvatlas.bridge.runtime.interpreter import settle_interpreter
 from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.deploy.processes.colocated import ScoringWorker
 from kvatlas.scorer.gateway.options import PickerSettings
 from kvatlas.scorer.gateway.service import PickerService
 from kvatlas.scorer.options import ScorerSettings
@@ -97,19 +99,70 @@ class WithPicker:
             await self._part.stop()
 
 
-class StandalonePicker(WithPicker):
-    """A picker with a scorer for itself alone, which opens no address of its own.
+class ScorerWithPicker(WithPicker):
+    """A picker with a scorer of its own.
 
     Args:
         settings: of the picker.
         kafka: how to reach Kafka.
         scorer: settings of the scorer inside.
         tokenizer: where tokenizers come from.
+        serve: the scorer opens its own addresses too.
     """
 
     def __init__(
-        self, settings: PickerSettings, kafka: KafkaSettings, scorer: ScorerSettings, tokenizer: TokenizerSettings
+        self,
+        settings: PickerSettings,
+        kafka: KafkaSettings,
+        scorer: ScorerSettings,
+        tokenizer: TokenizerSettings,
+        *,
+        serve: bool = False,
     ) -> None:
-        patient = msgspec.structs.replace(scorer, start_timeout_seconds=_FOR_EVER_SECONDS, telemetry_listen="")
-        inner = ScorerService(patient, kafka, tokenizer=tokenizer, serve=False)
-        super().__init__(settings, inner, inner)
+        patient = msgspec.structs.replace(scorer, start_timeout_seconds=_FOR_EVER_SECONDS)
+        if not serve:
+            patient = msgspec.structs.replace(patient, telemetry_listen="")
+        self._inner = ScorerService(patient, kafka, tokenizer=tokenizer, serve=serve)
+        super().__init__(settings, self._inner, self._inner)
+
+    @property
+    def scorer_address(self) -> str:
+        """host:port of the scorer's server, empty where it has none."""
+        return self._inner.address
+
+
+class WorkerWithPicker(WithPicker):
+    """A picker inside a worker that scores; addressed and ready as the worker is.
+
+    Args:
+        settings: of the picker.
+        worker: with its scorer.
+    """
+
+    def __init__(self, settings: PickerSettings, worker: ScoringWorker) -> None:
+        super().__init__(settings, worker.scorer, worker)
+        self.ready = worker.ready
+        self._worker = worker
+
+    @property
+    def address(self) -> str:
+        """host:port of the worker's lookup service once started."""
+        return self._worker.address
+
+    @property
+    def scorer_address(self) -> str:
+        """host:port of the scorer's server once started."""
+        return self._worker.scorer_address
+
+    @property
+    def picker_address(self) -> str:
+        """host:port of the picker's server once started."""
+        return self.picker.address
+
+
+async def say_ready(service: ScorerWithPicker) -> None:
+    """Say on standard output once an endpoint can be picked."""
+    await service.ready.wait()
+    settle_interpreter()
+    scorer = f" scorer={service.scorer_address}" if service.scorer_address else ""
+    print(f"ready picker={service.address}{scorer}", flush=True)

@@ -1,0 +1,272 @@
+"""``kvatlas bench picker``: what the picker adds to a request, beside Envoy alone in the same run.
+
+The pipeline runs on the embedded broker, simulated pods have published the prompts' blocks, and the requests end at
+pods that cost nothing. Both Envoys stand side by side and are measured in turns; compare figures of one run only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from kvatlas.bridge.errors import KvatlasError
+from kvatlas.bridge.options import BridgeSettings
+from kvatlas.bridge.runtime.settings import KafkaSettings, LogSettings
+from kvatlas.deploy.bench._http import FastPod, closed_loop, open_loop, post
+from kvatlas.deploy.gateway.config import KINDS, GatewayOptions, document, plain
+from kvatlas.deploy.gateway.envoy import Envoy
+from kvatlas.deploy.gateway.tiny_tokenizer import text, write_tokenizer
+from kvatlas.deploy.processes.launcher import Child, Launcher
+from kvatlas.deploy.sim.cache import Request
+from kvatlas.deploy.sim.fleet import Fleet
+from kvatlas.deploy.sim.options import SimSettings
+from kvatlas.scorer.gateway.options import PickerSettings
+from kvatlas.scorer.options import ScorerSettings
+from kvatlas.scorer.tokenization.options import TokenizerSettings
+from kvatlas.streams.options import WorkerSettings
+
+HELP: Final = "latency, throughput and CPU that the picker adds to Envoy alone"
+
+_MODEL: Final = "sim-model"
+_HEALTHY: Final = "cluster.picker.membership_healthy"
+_CASES: Final = ("open-100", "closed-8", "large", "stream")
+_TICKS: Final = os.sysconf("SC_CLK_TCK")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of this benchmark."""
+    parser.add_argument("--case", action="append", choices=_CASES, help="only this case; may be repeated")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each, in turns (default %(default)s)")
+    parser.add_argument("--kind", choices=KINDS, default="override", help="of the gateway (default %(default)s)")
+    parser.add_argument("--prompts", type=int, default=64, help="different prompts (default %(default)s)")
+
+
+def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield the figures.
+
+    Raises:
+        KvatlasError: a part did not start.
+    """
+    with tempfile.TemporaryDirectory(prefix="kvatlas-bench-") as name:
+        stand = _Stand(Path(name), args)
+        try:
+            stand.start()
+            for case in args.case or _CASES:
+                yield from stand.measure(case)
+        finally:
+            stand.stop()
+
+
+class _Stand:
+    """Pipeline, picker, two Envoys and fast pods."""
+
+    def __init__(self, folder: Path, args: argparse.Namespace) -> None:
+        self._folder = folder
+        self._args = args
+        self._loop = asyncio.new_event_loop()
+        self._fleet = Fleet(
+            SimSettings(pods=4, blocks=200_000, model=_MODEL), clock=time.time, monotonic=time.monotonic
+        )
+        self._pods = [FastPod() for _ in self._fleet.pods]
+        self._launcher: Launcher | None = None
+        self._picker: Child | None = None
+        self._envoys: dict[str, Envoy] = {}
+        self._rng = random.Random(7)  # noqa: S311 - text, not secrets
+
+    def start(self) -> None:
+        """Start everything and let the index know the prompts."""
+        write_tokenizer(self._folder / "model")
+        tokenizer = TokenizerSettings(
+            models=(f"{_MODEL}={self._folder / 'model'}",), prefix_cache_bytes=64 * 1024 * 1024
+        )
+        self._fleet.start()
+        for pod in self._pods:
+            self._loop.run_until_complete(pod.start())
+        self._launch(tokenizer)
+        self._prompts = [self._prompt(8_000) for _ in range(self._args.prompts)]
+        self._large = [self._prompt(1_000_000) for _ in range(2)]
+        self._publish([*self._prompts, *self._large])
+        addresses = [pod.address for pod in self._pods]
+        assert self._picker is not None
+        options = GatewayOptions(kind=self._args.kind, pickers=[self._picker.address], pods=addresses)
+        observed = msgspec.structs.replace(options, observe=True, response_headers=False)
+        for name, made in (("alone", plain(options)), ("picker", document(options)), ("observed", document(observed))):
+            folder = self._folder / name
+            folder.mkdir()
+            self._envoys[name] = Envoy(made, folder)
+            self._envoys[name].start()
+        self._until(lambda: all(self._healthy(name) for name in ("picker", "observed")), "Envoy sees the picker")
+
+    def _healthy(self, name: str) -> bool:
+        return (
+            self._envoys[name].stats("cluster.picker.membership_healthy").get("cluster.picker.membership_healthy") == 1
+        )
+
+    def _launch(self, tokenizer: TokenizerSettings) -> None:
+        scorer = ScorerSettings(listen="127.0.0.1:0", outcome_delay_ms=0.0)
+        sections = {
+            "kafka": KafkaSettings(),
+            "log": LogSettings(level="warning"),
+            "bridge": BridgeSettings(engines=self._fleet.engines),
+            "worker": WorkerSettings(listen="127.0.0.1:0"),
+            "scorer": scorer,
+            "tokenizer": tokenizer,
+        }
+        self._launcher = Launcher(sections, self._folder, use_embedded=True)
+        self._launcher.start(threading.Event())
+        names = [
+            f"{pod.address},pod={name},model={_MODEL}" for name, pod in zip(self._fleet.pods, self._pods, strict=True)
+        ]
+        picker = PickerSettings(listen="127.0.0.1:0", endpoints=names, scrape_seconds=0.0, drain_seconds=0.0)
+        parts = {**sections, "kafka": self._launcher.kafka, "picker": picker}
+        self._picker = Child(
+            "picker", {name: msgspec.to_builtins(part) for name, part in parts.items()}, self._folder / "picker.log"
+        )
+        self._until(self._picker.ready.is_set, "the picker is ready")
+
+    def _prompt(self, characters: int) -> str:
+        return text(self._rng, characters)
+
+    def _publish(self, prompts: Sequence[str]) -> None:
+        """Let simulated pods hold the prompts, and wait until the picker's index does."""
+        from tokenizers import Tokenizer  # noqa: PLC0415 - an extra
+
+        encoder = Tokenizer.from_file(str(self._folder / "model" / "tokenizer.json"))
+        names = list(self._fleet.pods)
+        for number, prompt in enumerate(prompts):
+            pod = self._fleet.pods[names[number % len(names)]]
+            pod.end(pod.begin(Request(tokens=encoder.encode(prompt).ids)))
+        import grpc  # noqa: PLC0415 - what the scorer speaks
+
+        from kvatlas.scorer.v1 import scorer_pb2, scorer_pb2_grpc  # noqa: PLC0415
+
+        assert self._launcher is not None
+        with grpc.insecure_channel(self._launcher.scorer) as channel:
+            stub = scorer_pb2_grpc.ScorerStub(channel)
+
+            def known() -> bool:
+                pods = {
+                    pod.pod: pod.last_sequence for pod in stub.ListPods(scorer_pb2.ListPodsRequest(), timeout=5).pods
+                }
+                return all(pods.get(pod.pod, -1) >= pod.sequence for pod in self._fleet.status())
+
+            self._until(known, "the index has the prompts")
+
+    def _until(self, true: Any, what: str) -> None:
+        deadline = time.monotonic() + 90
+        while not true():
+            if time.monotonic() > deadline:
+                raise KvatlasError(f"{what}: not within 90 s")
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """Stop everything."""
+        for envoy in self._envoys.values():
+            envoy.stop()
+        if self._picker is not None:
+            self._picker.terminate()
+            self._picker.wait(time.monotonic() + 10)
+        if self._launcher is not None:
+            self._launcher.stop()
+        for pod in self._pods:
+            self._loop.run_until_complete(pod.stop())
+        self._fleet.close()
+        self._loop.close()
+
+    # --- measuring --------------------------------------------------------------------------------------------------
+
+    def measure(self, case: str) -> Iterator[dict[str, Any]]:
+        """Measure one case: Envoy alone and with the picker in turns."""
+        if case == "stream":
+            yield from self._stream()
+            return
+        prompts = self._large if case == "large" else self._prompts
+        bodies = [json.dumps({"model": _MODEL, "prompt": prompt, "max_tokens": 1}).encode() for prompt in prompts]
+        requests = [post("/v1/completions", body) for body in bodies]
+        for name in ("picker", "alone"):  # what is measured later has been seen, and connections are open
+            self._send(case, name, requests, 1.0)
+        taken: dict[str, list[list[float]]] = {"alone": [], "picker": []}
+        cpu = count = 0.0
+        for _ in range(self._args.rounds):
+            for name, rounds in taken.items():
+                before = self._cpu()
+                rounds.append(self._send(case, name, requests, self._args.seconds))
+                if name == "picker":
+                    cpu += self._cpu() - before
+                    count += len(rounds[-1])
+        figures = {name: _figures(rounds, self._args.seconds) for name, rounds in taken.items()}
+        for name, found in figures.items():
+            yield {
+                "bench": "picker",
+                "case": f"{case}-{name}",
+                "value": found["rate"],
+                "unit": "requests/s",
+                **_ms(found),
+            }
+        alone, ours = figures["alone"], figures["picker"]
+        yield _figure(f"{case}-p50-ratio", ours["p50"] / alone["p50"], "times")
+        yield _figure(f"{case}-p99-ratio", ours["p99"] / alone["p99"], "times")
+        yield _figure(f"{case}-cpu", cpu / max(count, 1) * 1e3, "ms/request")
+
+    def _send(self, case: str, name: str, requests: Sequence[bytes], seconds: float) -> list[float]:
+        address = self._envoys[name].address
+        if case == "open-100":
+            return self._loop.run_until_complete(open_loop(address, requests, 100.0, seconds))
+        connections = 2 if case == "large" else 8
+        return self._loop.run_until_complete(closed_loop(address, requests, connections, seconds))
+
+    def _stream(self) -> Iterator[dict[str, Any]]:
+        """CPU of the picker per piece of a token stream: not looked at, and through the observing filter."""
+        request = [post("/stream", b'{"model": "sim-model", "prompt": "x"}')]
+        for name in ("picker", "observed"):
+            address = self._envoys[name].address
+            self._loop.run_until_complete(closed_loop(address, request, 4, 1.0))
+            before = self._cpu()
+            taken = self._loop.run_until_complete(closed_loop(address, request, 4, self._args.seconds))
+            spent = (self._cpu() - before) * 1e3
+            yield {
+                "bench": "picker",
+                "case": f"stream-{name}-cpu",
+                "value": spent / len(taken) / 100,
+                "unit": "ms/chunk",
+            }
+
+    def _cpu(self) -> float:
+        """Seconds of CPU that the picker has used."""
+        assert self._picker is not None
+        fields = Path(f"/proc/{self._picker.process.pid}/stat").read_text(encoding="ascii").rpartition(") ")[2].split()
+        return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+def _figure(case: str, value: float, unit: str) -> dict[str, Any]:
+    return {"bench": "picker", "case": case, "value": round(value, 4), "unit": unit}
+
+
+def _figures(rounds: Sequence[Sequence[float]], seconds: float) -> dict[str, float]:
+    """Return the medians over rounds of a round's figures."""
+
+    def median(values: Sequence[float]) -> float:
+        return sorted(values)[len(values) // 2]
+
+    ordered = [sorted(one) for one in rounds]
+    return {
+        "rate": median([len(one) / seconds for one in ordered]),
+        "p50": median([one[len(one) // 2] for one in ordered]),
+        "p99": median([one[min(int(len(one) * 0.99), len(one) - 1)] for one in ordered]),
+    }
+
+
+def _ms(found: dict[str, float]) -> dict[str, float]:
+    return {"p50": found["p50"] * 1e3, "p99": found["p99"] * 1e3}
