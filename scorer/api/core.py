@@ -137,22 +137,26 @@ class Core:
         if deadline is None:
             deadline = self._lookup_deadline(math.inf)
         # What no tokens can mend is refused before they are made.
-        self._view()
-        self._weighing.of(request.model, request.strategy)
+        view = self._view()
+        if request.strategy:
+            self._weighing.of(request.model, request.strategy)
         prompt = await inputs.tokens_of(request, self._settings, self._pool, deadline)
-        query = inputs.query_of(request, prompt._replace(seconds=time.perf_counter() - began))
-        run = await self.run_query(query, deadline, all_blocks=all_blocks)
+        query = inputs.query_of(request, prompt, time.perf_counter() - began)
+        # Tokenizing takes its time, in which pods come and go.
+        run = await self.run_query(query, deadline, all_blocks=all_blocks, view=None if prompt.tokenizer else view)
         if request.request_id:
             self._prompts.put(request.request_id, query, run.keys, run.scored)
         return run
 
-    async def run_query(self, query: ScoreQuery, deadline: float, *, all_blocks: bool = False) -> ScoringRun:
-        """Score a query of a caller in this process.
+    async def run_query(
+        self, query: ScoreQuery, deadline: float, *, all_blocks: bool = False, view: IndexView | None = None
+    ) -> ScoringRun:
+        """Score a query of a caller in this process; ``view`` is the index as it sees it, None for now.
 
         Raises:
             ScorerError: it cannot be scored.
         """
-        run = await self._scorer.run(query, self._lookup_deadline(deadline), all_blocks=all_blocks)
+        run = await self._scorer.run(query, self._lookup_deadline(deadline), all_blocks=all_blocks, view=view)
         self._answered(query.model, run.scored)
         return run
 

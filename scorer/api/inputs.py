@@ -174,14 +174,15 @@ def _json(text: str, where: str, kind: type) -> Any:
     return value
 
 
-def query_of(request: pb.ScoreRequest, prompt: PromptTokens) -> ScoreQuery:
-    """Return what a request asks, with its tokens."""
+def query_of(request: pb.ScoreRequest, prompt: PromptTokens, seconds: float) -> ScoreQuery:
+    """Return what a request asks, with its tokens and the time that they took."""
+    items = request.multimodal
     return ScoreQuery(
         model=request.model,
-        prompt=prompt,
+        prompt=PromptTokens(prompt.packed, prompt.tokenizer, seconds),
         lora=request.lora,
         cache_salt=request.cache_salt,
-        items=[(item.identifier, item.offset, item.length) for item in request.multimodal],
+        items=[(item.identifier, item.offset, item.length) for item in items] if items else (),
         pods=frozenset(request.pods),
         strategy=request.strategy,
         usable_only=request.usable_only,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvatlas.bridge.model.records import PodRecord
 from kvatlas.scorer.scoring.answers import Explained, Scored
+from kvatlas.scorer.scoring.lookup import STANDBY
 from kvatlas.scorer.scoring.pick import LOAD_TERMS, PickQuery, PodChoice
 from kvatlas.scorer.scoring.scorer import age_ms
 from kvatlas.scorer.v1 import scorer_pb2 as pb
@@ -46,17 +47,14 @@ def _fill_scores(response: pb.ScoreResponse, scored: Scored) -> None:
 
 def _fill_freshness(freshness: pb.Freshness, scored: Scored) -> None:
     freshness.partial = scored.partial
-    for number, seen in sorted(scored.partitions.items()):
-        freshness.partitions.add(
-            partition=number,
-            applied_offset=seen.applied_offset,
-            applied_receive_ns=seen.applied_receive_ns,
-            role=seen.role,
-            worker=seen.worker,
-        )
-    freshness.standby = scored.standby
+    add = freshness.partitions.add
+    for number, (role, worker, offset, receive_ns) in sorted(scored.partitions.items()):
+        add(partition=number, applied_offset=offset, applied_receive_ns=receive_ns, role=role, worker=worker)
+        if role == STANDBY:
+            freshness.standby = True
+    pods = freshness.pods
     for pod, found in scored.freshness.items():
-        entry = freshness.pods[pod]
+        entry = pods[pod]
         entry.last_sequence = found.last_sequence
         entry.age_ms = found.age_ms
         entry.state = found.state

@@ -178,15 +178,24 @@ class Scorer:
         """
         return (await self.run(query, deadline, all_blocks=True)).explained()
 
-    async def run(self, query: ScoreQuery, deadline: float, *, all_blocks: bool = False) -> ScoringRun:
-        """Score a prompt and keep what was found; ``all_blocks`` looks past the end of the walk.
+    async def run(
+        self, query: ScoreQuery, deadline: float, *, all_blocks: bool = False, view: IndexView | None = None
+    ) -> ScoringRun:
+        """Score a prompt and keep what was found.
+
+        Args:
+            query: what is asked.
+            deadline: monotonic seconds.
+            all_blocks: also look past the end of the walk.
+            view: the index as the request sees it; None takes it as it is now.
 
         Raises:
             ScorerError: it cannot be scored.
         """
         timer = self._timer
         began = timer()
-        view = self._view()
+        if view is None:
+            view = self._view()
         fleet = view.fleet
         strategy, weights = self.weighing.of(query.model, query.strategy)
         keys = keys_of(query, fleet.block_size_tokens)
@@ -209,10 +218,12 @@ class Scorer:
         )
         matches = steps.matches()
         scores, freshness = _scores(matches, strategy, len(keys)), _freshness(matches, view.pods, self._clock_ns())
-        took = {"tokenize": prompt.seconds} if prompt.seconds else {}
-        took |= {"keys": hashed - began, "lookup": walked.seconds, "score": timer() - hashed - walked.seconds}
-        for stage, seconds in took.items():
-            self._observe(stage, seconds)
+        took_ms = {}
+        if prompt.seconds:
+            self._note(took_ms, "tokenize", prompt.seconds)
+        self._note(took_ms, "keys", hashed - began)
+        self._note(took_ms, "lookup", walked.seconds)
+        self._note(took_ms, "score", timer() - hashed - walked.seconds)
         scored = Scored(
             prompt_tokens=prompt.tokens,
             block_size_tokens=fleet.block_size_tokens,
@@ -223,9 +234,13 @@ class Scorer:
             partial=steps.partial,
             stale=view.lookups.stale,
             tokenizer=prompt.tokenizer,
-            took_ms={stage: seconds * 1e3 for stage, seconds in took.items()},
+            took_ms=took_ms,
         )
         return ScoringRun(query, view, strategy, weights, keys, walked.values, matches, scored)
+
+    def _note(self, took_ms: dict[str, float], stage: str, seconds: float) -> None:
+        took_ms[stage] = seconds * 1e3
+        self._observe(stage, seconds)
 
 
 def _scores(matches: Sequence[Match], strategy: Strategy, blocks: int) -> dict[str, PodScore]:
@@ -242,6 +257,9 @@ def _scores(matches: Sequence[Match], strategy: Strategy, blocks: int) -> dict[s
         )
         for match in matches
     }
+    values = [each.score for each in found.values()]
+    if values == sorted(values, reverse=True):  # nearly always: the matches come best first
+        return found
     return dict(sorted(found.items(), key=lambda item: -item[1].score))
 
 
