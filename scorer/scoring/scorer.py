@@ -218,7 +218,7 @@ class Scorer:
         )
         matches = steps.matches()
         scores, freshness = _scores(matches, strategy, len(keys)), _freshness(matches, view.pods, self._clock_ns())
-        took_ms = {}
+        took_ms: dict[str, float] = {}
         if prompt.seconds:
             self._note(took_ms, "tokenize", prompt.seconds)
         self._note(took_ms, "keys", hashed - began)
