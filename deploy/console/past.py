@@ -20,7 +20,7 @@ from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.history import ask
 from kvatlas.deploy.history.log import LogReader
 from kvatlas.deploy.history.moment import LATEST, Moment, parse_moment
-from kvatlas.deploy.history.rebuild import rebuild
+from kvatlas.deploy.history.rebuild import PastIndex, rebuild
 from kvatlas.streams.resolve.resolver import ResolveOptions
 
 _LETTERS: Final = 500
@@ -111,9 +111,12 @@ class Past:
                     progress=None,
                 )
                 try:
-                    return {
-                        **await asyncio.to_thread(ask.score, past, model, question),
-                        "blocks": await asyncio.to_thread(ask.explain, past, model, question),
-                    }
+                    # In a thread with a loop of its own: the tables are read from disk.
+                    return await asyncio.to_thread(asyncio.run, _answer(past, model, question))
                 finally:
                     past.close(keep=False)
+
+
+async def _answer(past: PastIndex, model: str, question: ask.Question) -> dict[str, Any]:
+    """Return scores, blocks and the reason of each pod's end."""
+    return {**await ask.score(past, model, question), **await ask.explain(past, model, question)}
