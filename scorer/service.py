@@ -31,6 +31,7 @@ from kvatlas.scorer.api import llmd, metrics
 from kvatlas.scorer.api.bodies import Inflight
 from kvatlas.scorer.api.calls import Calls
 from kvatlas.scorer.api.core import Core
+from kvatlas.scorer.api.disagreements import Disagreements
 from kvatlas.scorer.api.grpc_server import SERVICE, ScorerFront
 from kvatlas.scorer.api.names import also_named, pairs
 from kvatlas.scorer.api.security import Guard, server_credentials, worker_credentials
@@ -77,12 +78,8 @@ def _tracing(settings: ScorerSettings) -> Tracing | None:
     return Tracing(settings)
 
 
-def _observe(stage: str, seconds: float) -> None:
-    metrics.STAGE[stage].observe(seconds)
-
-
 def _traced(tracing: Tracing, stage: str, seconds: float) -> None:
-    _observe(stage, seconds)
+    metrics.observe(stage, seconds)
     tracing.stage(stage, seconds)
 
 
@@ -140,14 +137,15 @@ class ScorerService:
         )
         self._tracing = tracing = _tracing(settings)
         self._decisions = Decisions(settings, self._publish)
+        self._disagreements = Disagreements()
         self.core = Core(
             settings,
             self._versions.used.index,
             pool=self._pool,
             decisions=self._decisions,
             clock_ns=clock_ns,
-            observe=_observe if tracing is None else lambda stage, seconds: _traced(tracing, stage, seconds),
-            answered=metrics.answered,
+            observe=metrics.observe if tracing is None else lambda stage, seconds: _traced(tracing, stage, seconds),
+            answered=self._disagreements.answered,
         )
         self._guard = Guard.from_settings(settings)
         self._telemetry = Telemetry(settings.telemetry_listen)
@@ -226,8 +224,10 @@ class ScorerService:
 
     def _take_decision(self, _key: bytes | None, value: bytes | None) -> None:
         record = self._decisions.apply(value, self._clock_ns())
-        if record is not None and self.on_decision is not None:
-            self.on_decision(record)
+        if record is not None:
+            self._disagreements.decided(record)
+            if self.on_decision is not None:
+                self.on_decision(record)
 
     async def _serve(self) -> None:
         settings = self._settings
@@ -302,6 +302,7 @@ class ScorerService:
             else:
                 await self._set_health(serving=False)
             self._decisions.expire(self._clock_ns())
+            self._disagreements.look(self.pods.merged.values())
             metrics.PODS.set(len(self.pods.merged))
             metrics.OPEN_DECISIONS.set(len(self._decisions.open))
             metrics.UNCOVERED.set(len(self.workers.uncovered()))

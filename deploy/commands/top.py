@@ -101,6 +101,8 @@ def _drawn(picture: Picture, note: str = "") -> Group:
     parts: list[RenderableType] = [_pods(picture), _workers(picture)]
     if picture.scorers:
         parts.append(_scorers(picture))
+    for row in picture.scorers:
+        parts += [Text(f"{row.scorer}: {said}; run kvatlas doctor", style="bold red") for said in row.disagreements]
     if picture.stores:
         parts.append("shared stores: " + ", ".join(f"{name} {blocks}" for name, blocks in picture.stores.items()))
     if picture.unserved:

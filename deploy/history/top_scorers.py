@@ -37,6 +37,7 @@ class ScorerRow(msgspec.Struct, frozen=True, kw_only=True):
         realised: blocks found over blocks predicted; null without decisions.
         pods: pods that it knows.
         unserved: partitions that no worker answers for, as it sees it.
+        disagreements: models that never match and pods whose engine says otherwise, each with its kind.
     """
 
     scorer: str
@@ -49,6 +50,7 @@ class ScorerRow(msgspec.Struct, frozen=True, kw_only=True):
     realised: float | None = None
     pods: int = 0
     unserved: int = 0
+    disagreements: list[str] = []
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,6 +65,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     real: float
     pods: int
     unserved: int
+    disagreements: list[str] = []
 
 
 def read_page(text: str, moment: float) -> Sample:
@@ -96,6 +99,11 @@ def read_page(text: str, moment: float) -> Sample:
         real=total("kvatlas_scorer_real_blocks_total"),
         pods=int(total("kvatlas_scorer_pods")),
         unserved=int(total("kvatlas_scorer_uncovered_partitions")),
+        disagreements=sorted(
+            f"{sample.labels['subject']}: {sample.labels['finding']}"
+            for sample in found
+            if sample.name == "kvatlas_scorer_disagreements"
+        ),
     )
 
 
@@ -121,6 +129,7 @@ def row_of(scorer: str, sample: Sample, before: Sample | None) -> ScorerRow:
         realised=round(sample.real / sample.predicted, 4) if sample.predicted else None,
         pods=sample.pods,
         unserved=sample.unserved,
+        disagreements=sample.disagreements,
     )
 
 

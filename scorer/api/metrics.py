@@ -40,6 +40,11 @@ DECISIONS_LOST: Final = Counter("kvatlas_scorer_decisions_lost", "Decisions that
 UNCOVERED: Final = Gauge("kvatlas_scorer_uncovered_partitions", "Partitions that no worker answers for.")
 PREDICTED_BLOCKS: Final = Counter("kvatlas_scorer_predicted_blocks", "Blocks that decisions counted on.", ["model"])
 REAL_BLOCKS: Final = Counter("kvatlas_scorer_real_blocks", "Blocks that were there later.", ["model"])
+DISAGREEMENTS: Final = Gauge(
+    "kvatlas_scorer_disagreements",
+    "Requests over which predictions and engines disagree: models that never match, pods whose engine says otherwise.",
+    ["subject", "finding"],
+)
 OUTCOMES: Final = Counter("kvatlas_scorer_outcomes", "What came of decisions.", ["model", "outcome"])
 
 #: Models come from requests; only those that some pod holds blocks of get a label of their own, and so many at most.
@@ -53,6 +58,11 @@ def model_label(model: str, *, held: bool) -> str:
     if held and len(_models) < _MOST_MODELS:
         _models.add(model)
     return model if model in _models else _OTHER
+
+
+def observe(stage: str, seconds: float) -> None:
+    """Note how long a stage of a score took."""
+    STAGE[stage].observe(seconds)
 
 
 def answered(model: str, scored: Scored) -> None:

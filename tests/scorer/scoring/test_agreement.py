@@ -1,0 +1,100 @@
+"""Predictions that never come true are found, and a fleet without shared prefixes is not blamed."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvatlas.bridge.model.records import PodRecord
+from kvatlas.scorer.scoring.agreement import LEAST_REQUESTS, WINDOW_REQUESTS, Agreement, Disagreement
+
+
+def pod(name: str = "a", model: str = "m", sequence: int = 5, state: str = "live") -> PodRecord:
+    """Return a pod that has announced blocks."""
+    return PodRecord(pod=name, writer="bridge", model=model, last_sequence=sequence, block_size_tokens=16, state=state)
+
+
+def scored(agreement: Agreement, count: int, *, longest: int = 0, blocks: int = 8, model: str = "m") -> None:
+    """Score so many prompts."""
+    for _ in range(count):
+        agreement.scored(model, blocks, longest)
+
+
+def kinds(found: list[Disagreement]) -> list[tuple[str, str]]:
+    """Return subject and kind of each finding."""
+    return [(finding.subject, finding.kind) for finding in found]
+
+
+def test_a_model_that_never_matches_is_named_with_a_cause() -> None:
+    """Its pods announce blocks, its prompts are long enough, and none is ever found."""
+    agreement = Agreement()
+    scored(agreement, LEAST_REQUESTS)
+    (finding,) = agreement.findings([pod()])
+    assert (finding.subject, finding.kind, finding.requests) == ("m", "no-match", LEAST_REQUESTS)
+    assert "doctor" in finding.cause
+
+
+@pytest.mark.parametrize("case", ["few", "one match", "short prompts", "no blocks announced", "gone", "other model"])
+def test_what_may_be_in_order_is_no_finding(case: str) -> None:
+    """Few requests, a match, prompts below a block, pods that have said nothing yet."""
+    agreement = Agreement()
+    scored(
+        agreement, LEAST_REQUESTS - 1 if case == "few" else LEAST_REQUESTS, blocks=0 if case == "short prompts" else 8
+    )
+    if case == "one match":
+        scored(agreement, 1, longest=1)
+    one = pod(
+        sequence=-1 if case == "no blocks announced" else 5,
+        state="gone" if case == "gone" else "live",
+        model="other" if case == "other model" else "m",
+    )
+    assert agreement.findings([one]) == []
+
+
+def test_a_match_is_forgotten_after_the_window() -> None:
+    """What broke an hour after the start is found as well."""
+    agreement = Agreement()
+    scored(agreement, 1, longest=3)
+    scored(agreement, WINDOW_REQUESTS)
+    assert kinds(agreement.findings([pod()])) == [("m", "no-match")]
+
+
+@pytest.mark.parametrize(
+    ("predicted", "cached", "expected"),
+    [
+        (0, 80, [("a", "engine-finds-more")]),
+        (80, 0, [("a", "engine-finds-less")]),
+        (80, 80, []),
+        (80, 60, []),
+        (0, 0, []),
+        (80, -1, []),
+    ],
+)
+def test_an_engine_that_says_otherwise_is_named(predicted: int, cached: int, expected: list[tuple[str, str]]) -> None:
+    """Next to nothing against surely something, over many requests; a difference of some blocks is none."""
+    agreement = Agreement()
+    for _ in range(LEAST_REQUESTS):
+        agreement.served("a", 100, predicted, cached)
+    assert kinds(agreement.findings([pod()])) == expected
+    assert agreement.findings([pod("b")]) == []  # a pod that is gone is forgotten
+    assert agreement.findings([pod()]) == []
+
+
+@given(st.lists(st.tuples(st.integers(1, 500), st.floats(0, 1)), min_size=1, max_size=300))
+def test_an_engine_that_keeps_its_word_is_never_blamed(requests: list[tuple[int, float]]) -> None:
+    """Whatever the prompts are: equal predictions and hits are no finding."""
+    agreement = Agreement()
+    for tokens, share in requests:
+        agreement.served("a", tokens, int(tokens * share), int(tokens * share))
+    assert agreement.findings([pod()]) == []
+
+
+def test_names_from_requests_do_not_fill_the_memory() -> None:
+    """A thousand models that nobody serves are forgotten at the next look."""
+    agreement = Agreement()
+    for number in range(5000):
+        agreement.scored(f"model-{number}", 1, 0)
+    assert agreement.findings([pod()]) == []
+    scored(agreement, LEAST_REQUESTS)
+    assert kinds(agreement.findings([pod()])) == [("m", "no-match")]
