@@ -165,6 +165,10 @@ class ObjectTier:
                     self._put(block)
                     result = Result(Outcome.STORED, tier=Tier.OBJECT)
                 self._announced.stored(block.key)
+        except DeniedError as error:
+            self.read_only = True
+            log.warning("%s: %s; no block is stored until a restart", self.settings.url, error)
+            return self._failed(block.key, error)
         except ObjectStoreError as error:
             return self._failed(block.key, error)
         self._use([block.key])

@@ -74,6 +74,8 @@ def test_rights(s3: S3Server) -> None:
     with ObjectTier(reading, FINGERPRINT) as tier:
         assert loaded(tier, 1, 8192) == (Outcome.LOADED, payload(1))
         assert tier.store([block(2)]).result(WAIT)[key(2)].outcome is Outcome.FAILED
+        assert tier.read_only
+        assert "read-only" in tier.store([block(3)]).result(WAIT)[key(3)].detail
     with pytest.raises(DeniedError):
         connect(dataclasses.replace(settings, store={**settings.store, "access_key_id": "nobody"})).get("x")
 
