@@ -1,4 +1,4 @@
-"""What a worker finds out before it starts: its topics, its id, the address it is reached at."""
+"""Start-up checks of a worker: topics, worker id, advertised address."""
 
 from __future__ import annotations
 

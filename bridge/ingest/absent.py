@@ -1,4 +1,4 @@
-"""Pods that the log knows and no endpoint has brought: left while no bridge ran, or silent since."""
+"""Recovered pods without an endpoint: marks them stale or gone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class Absent:
-    """Judges the pods in :attr:`Shared.recovered`, each by how long it has been there."""
+    """Marks recovered pods stale, then gone, by how long no endpoint has claimed them."""
 
     def __init__(self, shared: Shared) -> None:
         """Judge what these streams share."""

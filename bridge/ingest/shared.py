@@ -1,4 +1,4 @@
-"""What all streams of a bridge use: Kafka, limits, counters, and which stream holds which pod."""
+"""Shared services of a bridge's streams: producer, limits, counters, and which stream holds which pod."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class Shared:
-    """What all streams of a bridge use, and what they count.
+    """Shared services and counters of a bridge's streams.
 
     Attributes:
         dead: messages that were dead-lettered, by reason.

@@ -40,7 +40,7 @@ class Handover(NamedTuple):
 
 
 class _Asked:
-    """A replay under way: for which tracker, and in which life of its engine.
+    """A replay request in flight, and the tracker and engine life it was made for.
 
     Attributes:
         tracker: None until a reply tells the pod.
@@ -68,7 +68,7 @@ class _Asked:
 class PodStream:
     """The stream of one endpoint. Its pod is known with the first message.
 
-    A pod is one stream's at a time. An endpoint whose pod another bridge owns, or another endpoint holds, *waits*: it
+    At most one stream forwards a pod. An endpoint whose pod another bridge owns, or another endpoint holds, *waits*: it
     is subscribed and leaves out what it hears, and asks its engine for nothing.
 
     An endpoint is one engine's, and so one pod's. Another name there is dead-lettered until it is the only one that is
@@ -135,7 +135,7 @@ class PodStream:
         return self._waiting is not None
 
     def beat(self) -> None:
-        """Ask a silent engine for its tail: a lost last message leaves no hole, and an answer is a sign of life."""
+        """Replay the last message of a silent engine: losing it leaves no hole, and an answer is a sign of life."""
         if self._waiting is not None or self._nameless:
             return  # it would send its whole buffer, each time, for nothing
         if self.tracker is not None:

@@ -72,13 +72,13 @@ class Forward(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """The stream's incarnation rises; goes on the log before what follows.
+    """Start, gap or restart of a stream; written to kv-events before the messages that follow it.
 
     Attributes:
         kind: ``start``, ``gap`` or ``restart``.
         incarnation: holds from here on.
         first_lost, last_lost: messages lost for good, inclusive; -1 for none.
-        reason: for people.
+        reason: shown in logs.
     """
 
     kind: TurnKind

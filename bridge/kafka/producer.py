@@ -50,7 +50,7 @@ class Item(NamedTuple):
         acknowledged: called with its offset.
         refused: called with the item and a reason when Kafka never takes it; nothing of its partition is on its way
             then, and what waits behind it is still in the queue.
-        origin: what it was made of, for who may have to make it anew (:meth:`Publisher.withdraw`).
+        origin: the message or control it was encoded from, for re-encoding under another incarnation (`withdraw`).
     """
 
     key: bytes

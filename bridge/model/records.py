@@ -37,7 +37,7 @@ class Control(msgspec.Struct, frozen=True, kw_only=True):
         incarnation: the incarnation that holds from here on.
         first_lost: first sequence of a gap.
         last_lost: last sequence of a gap, inclusive; -1 when unknown.
-        reason: for people.
+        reason: shown in logs.
     """
 
     v: int = SCHEMA_VERSION

@@ -1,4 +1,4 @@
-"""Which pods are this bridge's: the partitions of ``kv-events`` that a consumer group gives it.
+"""Partition ownership among bridges, by membership in a consumer group.
 
 The group is used for membership alone: its partitions stay paused and no offset is committed.
 

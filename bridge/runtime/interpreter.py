@@ -11,8 +11,8 @@ from typing import Final
 _SWITCH_SECONDS: Final = 0.0005
 
 
-def settle_interpreter() -> None:
-    """Keep the garbage collector and the other threads' turns out of the way of messages.
+def tune_interpreter() -> None:
+    """Freeze start-up objects and shorten the thread switch interval.
 
     What a message makes is freed by its reference counts, yet it is looked through again and again: without this
     the slowest hundredth of messages takes half as long again.

@@ -30,7 +30,7 @@ class _Said:
 
 
 class Repeats(logging.Filter):
-    """Leaves out lines whose like, but for the values in them, was said often a moment ago.
+    """Rate-limits log lines with the same format string.
 
     A broker that is away, or an engine that sends garbage, would else fill the disk with hundreds of lines a second.
     The next line of the kind says how many were left out. Lines below ``info`` are all written.

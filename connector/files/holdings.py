@@ -124,7 +124,7 @@ class Holdings:
         return frozenset(admitted)
 
     def confirm(self, keys: Iterable[bytes], now_ns: int) -> None:
-        """Announce blocks that were found whole and that this run has not told of: an earlier run's, or a neighbour's.
+        """Announce verified blocks not announced by this process yet: an earlier run's, or a neighbour's.
 
         A restarted engine counts as empty, so what its files still hold must be told again, when it is known best:
         as the engine stores or loads the block.

@@ -27,7 +27,7 @@ from kvatlas.bridge.model import topics
 from kvatlas.bridge.model.adapters.fields import encode_batch
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.relay.service import BridgeService
-from kvatlas.bridge.runtime.interpreter import settle_interpreter
+from kvatlas.bridge.runtime.interpreter import tune_interpreter
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.kafka import KafkaNode
 from kvatlas.deploy.brokers.topics import ensure_topics
@@ -175,7 +175,7 @@ async def _bridge(
         bridge = BridgeService(settings, kafka)
         bridge.observe = (lambda ns: delays.append((time.time_ns() - ns) / 1e6)) if rate else None
         await bridge.start()
-        settle_interpreter()
+        tune_interpreter()
         await asyncio.sleep(1.5)
         go.set()
         start, cpu = time.monotonic(), time.process_time()

@@ -10,7 +10,7 @@ from typing import Final
 from kvatlas.bridge.model.topics import DLQ, EVENTS, PODS, TOPICS
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.relay.service import BridgeService
-from kvatlas.bridge.runtime.interpreter import settle_interpreter
+from kvatlas.bridge.runtime.interpreter import tune_interpreter
 from kvatlas.bridge.runtime.logs import configure_logging
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.rights import START_SECONDS, check_rights, rights_of
@@ -49,7 +49,7 @@ async def _serve(settings: BridgeSettings, kafka: KafkaSettings) -> int:
     try:
         if not await common.unless_stopped(stop, service.start()):
             return 0
-        settle_interpreter()
+        tune_interpreter()
         print(f"ready bridge metrics={service.address}", flush=True)
         await service.run_until(stop)
     finally:

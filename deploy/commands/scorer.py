@@ -6,7 +6,7 @@ import argparse
 import asyncio
 from typing import Any, Final
 
-from kvatlas.bridge.runtime.interpreter import settle_interpreter
+from kvatlas.bridge.runtime.interpreter import tune_interpreter
 from kvatlas.bridge.runtime.logs import configure_logging
 from kvatlas.deploy.brokers.rights import check_rights, rights_of
 from kvatlas.deploy.cli import common
@@ -72,7 +72,7 @@ async def _serve(sections: dict[str, Any]) -> None:
         stopping = asyncio.ensure_future(stop.wait())
         await asyncio.wait({ready, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if ready.done():
-            settle_interpreter()
+            tune_interpreter()
             print(f"ready scorer={service.address}", flush=True)
         ready.cancel()
         await stopping

@@ -17,7 +17,7 @@ import msgspec
 
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.model import topics
-from kvatlas.bridge.runtime.interpreter import settle_interpreter
+from kvatlas.bridge.runtime.interpreter import tune_interpreter
 from kvatlas.bridge.runtime.logs import configure_logging
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.rights import START_SECONDS, check_rights, rights_of
@@ -162,7 +162,7 @@ def _service(settings: WorkerSettings, kafka: KafkaSettings, scorer: dict[str, A
 
 async def _say_ready(service: Any) -> None:
     await service.ready.wait()
-    settle_interpreter()
+    tune_interpreter()
     more = [(name, getattr(service, f"{name}_address", "")) for name in ("scorer", "picker")]
     print(f"ready worker={service.address}" + "".join(f" {name}={where}" for name, where in more if where), flush=True)
 

@@ -19,7 +19,7 @@ from typing import Any, Final, cast
 
 from kvatlas.bridge.errors import KvatlasError
 from kvatlas.bridge.runtime import settings
-from kvatlas.bridge.runtime.interpreter import settle_interpreter
+from kvatlas.bridge.runtime.interpreter import tune_interpreter
 from kvatlas.bridge.runtime.logs import configure_logging
 from kvatlas.deploy.cli import common
 
@@ -63,7 +63,7 @@ async def serve(name: str, sections: dict[str, Any]) -> None:
     announcing = asyncio.create_task(announce())
     try:
         await service.start()
-        settle_interpreter()
+        tune_interpreter()
         await service.run_until(stop)
     finally:
         announcing.cancel()

@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.bridge.runtime.interpreter import settle_interpreter
+from kvatlas.bridge.runtime.interpreter import tune_interpreter
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.scorer.api.core import Core
 from kvatlas.scorer.lookups.local import LocalTables
@@ -97,7 +97,7 @@ class ScoringWorker:
         await self._scorer.start()
         await self.worker.ready.wait()
         await self._scorer.ready.wait()
-        settle_interpreter()
+        tune_interpreter()
         self.ready.set()
 
     async def run_until(self, stop: asyncio.Event) -> None:

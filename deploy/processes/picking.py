@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
-from kvatlas.bridge.runtime.interpreter import settle_interpreter
+from kvatlas.bridge.runtime.interpreter import tune_interpreter
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.processes.colocated import ScoringWorker
 from kvatlas.scorer.gateway.options import PickerSettings
@@ -163,6 +163,6 @@ class WorkerWithPicker(WithPicker):
 async def say_ready(service: ScorerWithPicker) -> None:
     """Say on standard output once an endpoint can be picked."""
     await service.ready.wait()
-    settle_interpreter()
+    tune_interpreter()
     scorer = f" scorer={service.scorer_address}" if service.scorer_address else ""
     print(f"ready picker={service.address}{scorer}", flush=True)

@@ -11,7 +11,7 @@ class Gate:
     """Lets so many in at once and refuses the rest; a context manager, for one event loop."""
 
     def __init__(self, most: int, what: str) -> None:
-        """Start with nobody inside.
+        """Create with no call admitted.
 
         Args:
             most: how many may be inside.

@@ -174,7 +174,7 @@ class Applier:
         self.counts.update(effects.counts)
 
     async def _patiently(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Do something with the index; while it does not answer, again and again."""
+        """Call the backend, retrying while it is unavailable."""
         for attempt in itertools.count():
             try:
                 await work()

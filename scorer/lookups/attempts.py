@@ -1,4 +1,4 @@
-"""Whom to ask next for which partitions: each partition goes its own way, whatever the others wait for.
+"""Hedging and failover of a lookup, per partition.
 
 Pure apart from time; :mod:`kvatlas.scorer.lookups.router` does the asking.
 """

@@ -68,7 +68,7 @@ def remove_holder(value: bytes, holder: bytes) -> bytes:
 
 
 def _find(value: bytes, identity: bytes) -> int:
-    """Return where the holder of an identity begins, -1 without one; a match between two holders is none."""
+    """Return where the holder of an identity begins, -1 without one; only a match aligned to a holder counts."""
     at = value.find(identity)
     while at > 0 and at % HOLDER_BYTES:
         at = value.find(identity, at + 1)

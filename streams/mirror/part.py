@@ -62,7 +62,7 @@ class Part:
         self.since = time.monotonic()
 
     def stand(self, found: bytes) -> None:
-        """Compare the position that the server has with what is known to have changed since."""
+        """Compare the mirror's position with ours; decides what has to be copied."""
         known = position_of(found)
         if known is None or self.base is None or known.changelog_offset > max(self.base, self.tried or -1):
             self.copy = True

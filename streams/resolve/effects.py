@@ -36,7 +36,7 @@ class DeadLetter(NamedTuple):
     Attributes:
         pod: pod id, the key of the record on ``kv-events-dlq``.
         raw: bytes of the event alone, or of the message when none of it could be read.
-        reason: why, for people.
+        reason: shown in logs.
         partition: ``kv-events`` partition it came from.
         offset: ``kv-events`` offset it came from.
         headers: headers of the message it came in.

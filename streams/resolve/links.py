@@ -8,7 +8,7 @@ from kvatlas.bridge.model.chain import split_keys
 from kvatlas.bridge.model.events import Tier
 from kvatlas.streams.resolve import engine_blocks as eb
 from kvatlas.streams.resolve.engine_blocks import Block, Link, Pending, Ticket, Waiting
-from kvatlas.streams.resolve.updates import BlockUpdates, both
+from kvatlas.streams.resolve.updates import BlockUpdates, oldest_of_all
 
 _LATEST: Final = (1 << 64) - 1
 
@@ -82,7 +82,7 @@ class LinkedBlocks(BlockUpdates):
         self._mean(engine_key, block, link)
 
     def _contradicted(self, engine_key: bytes, block: Block, link: Link) -> None:
-        """The engine uses a key again for other tokens: believe the newer word, and hold neither too long."""
+        """Engine key reused for other tokens: the newer event wins; the older block is removed at once."""
         self._counts["contradictions"] += 1
         for tier, epoch in block.levels().items():
             self._shift_own(engine_key, block, tier, epoch, None)
@@ -126,7 +126,9 @@ class LinkedBlocks(BlockUpdates):
         keys, assumed = split_keys(block.link.keys), block.link.assumed
         if block.link.members:
             others = self._oldest(block.link.members, tier, engine_key)
-            self._emit(keys[:1], tier, both(was, others), both(now, others), engine_key, assumed=assumed)
+            self._emit(
+                keys[:1], tier, oldest_of_all(was, others), oldest_of_all(now, others), engine_key, assumed=assumed
+            )
             keys = keys[1:]
         self._emit(keys, tier, was, now, engine_key, assumed=assumed)
 
@@ -136,9 +138,11 @@ class LinkedBlocks(BlockUpdates):
         own = None if block is None else block.on(tier)
         if block is None or own is None or not block.link.keys:
             return
-        others = both(own, self._oldest(block.link.members, tier, member))
+        others = oldest_of_all(own, self._oldest(block.link.members, tier, member))
         keys = split_keys(block.link.keys)[:1]
-        self._emit(keys, tier, both(was, others), both(now, others), final, assumed=block.link.assumed)
+        self._emit(
+            keys, tier, oldest_of_all(was, others), oldest_of_all(now, others), final, assumed=block.link.assumed
+        )
 
     def _oldest(self, members: list[bytes], tier: int, without: bytes) -> int | None:
         """Return the oldest epoch among members on a tier, None when one of them is not there."""

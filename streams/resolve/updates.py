@@ -120,7 +120,7 @@ class BlockUpdates:
             return
         for key in keys:
             others = self._own(key, tier, now, owner)
-            self._change([key], tier, either(was, others), either(now, others), assumed=assumed)
+            self._change([key], tier, newest_of_any(was, others), newest_of_any(now, others), assumed=assumed)
 
     def _change(self, keys: list[bytes], tier: int, was: int | None, now: int | None, *, assumed: bool) -> None:
         if was == now:
@@ -140,7 +140,7 @@ class BlockUpdates:
                 continue
             owners.append(found)
             if found.tier == tier:
-                others = either(others, found.epoch)
+                others = newest_of_any(others, found.epoch)
         if now is not None:
             owners.append(Owner(tier, now, owner))
         if owners:
@@ -150,12 +150,12 @@ class BlockUpdates:
         return others
 
 
-def both(one: int | None, other: int | None) -> int | None:
+def oldest_of_all(one: int | None, other: int | None) -> int | None:
     """Return the older of two epochs, None when one of the two is not there."""
     return None if one is None or other is None else min(one, other)
 
 
-def either(one: int | None, other: int | None) -> int | None:
+def newest_of_any(one: int | None, other: int | None) -> int | None:
     """Return the newer of two epochs, the one that is there, or None."""
     if one is None or other is None:
         return other if one is None else one

@@ -36,7 +36,7 @@ class Filter:
         self.dropping = False
 
     def writer(self, found: Meta) -> bool:
-        """Take a meta record; returns whether its writer counts."""
+        """Accept a meta record unless its writer was replaced; returns whether it was accepted."""
         mine = self.meta
         self.dropping = found.epoch < mine.epoch or (found.epoch == mine.epoch and found.owner != mine.owner)
         if not self.dropping:

@@ -60,7 +60,7 @@ class Reflected(NamedTuple):
 
 
 class _Closed:
-    """What stands where a closed database was: who still works on the partition learns that it is gone."""
+    """Placeholder for a closed database; every use raises an error that says so."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -70,7 +70,7 @@ class _Closed:
 
 
 class _Users:
-    """The threads that are in a database, which must not be closed under them."""
+    """Use count: the database is closed only when no thread uses it."""
 
     def __init__(self) -> None:
         self._count = 0

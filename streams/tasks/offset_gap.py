@@ -1,4 +1,4 @@
-"""Records that are missing between two that came: lost on their way here, or not in the topic any more."""
+"""Offset gaps: records lost in delivery (read again) or deleted from the topic (skipped)."""
 
 from __future__ import annotations
 

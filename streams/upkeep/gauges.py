@@ -28,7 +28,7 @@ class Gauges:
         self._shown: set[tuple[str, str, int]] = set()
 
     async def run(self) -> None:
-        """Read off until cancelled."""
+        """Update the gauges periodically, until cancelled."""
         while True:
             await asyncio.sleep(_INTERVAL_SECONDS)
             self.read()

@@ -1,4 +1,4 @@
-"""Keeping idle changelogs: an owner that has nothing to write still looks now and then that it is the only writer.
+"""Idle-partition heartbeat: an owner with nothing to write writes a meta record, so that a replaced one notices.
 
 A writer learns from the offset of its own batch whether somebody else wrote before it (``fence``). A partition
 without traffic would not learn it before compaction has acted on what the other wrote, so its owner writes a batch

@@ -102,7 +102,7 @@ class Losable(Protocol):
         """Remove everything."""
 
     def whole(self) -> None:
-        """Note that everything is in it again."""
+        """Mark the index complete: absent keys mean "not held" again."""
 
 
 def slices(keys: Iterable[bytes], size: int) -> Iterable[list[bytes]]:

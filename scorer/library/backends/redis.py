@@ -280,7 +280,7 @@ class RedisBackend:
             await self.write_mark(self._marked)
 
     def whole(self) -> None:
-        """Note that everything is in it again."""
+        """Mark the index complete: absent keys mean "not held" again."""
         self.lost = False
 
     async def drop_epoch(self, pod_ref: int, valid_from: int, gpu_valid_from: int = 0) -> int:
