@@ -201,7 +201,12 @@ class Fleet:
         self.windowed_only: tuple[Pod, ...] = tuple(pod for pod in self.pods if pod.windowed_only)
         #: Blocks up to which a pod may be met first: the last block of a chunk stands for the chunk.
         self.longest_chunk = max((pod.chunk_blocks for pod in self.pods), default=1)
+        self._paired = frozenset(pod.model for pod in self.pods if pod.pairs)
         self._scenes: dict[tuple[str, Weights], Scene] = {}
+
+    def pairs(self, model: str) -> bool:
+        """Tell whether any pod of a model has a cache that is keyed by pairs of tokens."""
+        return model in self._paired or "" in self._paired
 
     def scene(self, model: str, weights: Weights) -> Scene:
         """Return the fleet as one model and one set of weights see it; remembered."""
