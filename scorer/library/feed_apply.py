@@ -172,6 +172,8 @@ class Applier:
         self._tell(effects)
         self._keep()
         self.counts.update(effects.counts)
+        for name, text in effects.notices:
+            log.warning("%s: %s", name, text)
 
     async def _patiently(self, work: Callable[[], Awaitable[None]]) -> None:
         """Call the backend, retrying while it is unavailable."""

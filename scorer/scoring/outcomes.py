@@ -48,6 +48,9 @@ async def outcome_of(
     outcome = msgspec.structs.replace(record, kind=OUTCOME, keys=b"", decided_ns=now_ns)
     if record.block_size_tokens != view.fleet.block_size_tokens:  # of another index version: its keys mean nothing here
         return outcome
+    pod = view.fleet.by_name.get(record.pod)
+    if pod is not None and pod.pairs:  # its blocks are named with tokens that a decision does not keep
+        return outcome
     keys = [record.keys[at : at + KEY_BYTES] for at in range(0, len(record.keys), KEY_BYTES)]
     steps = Walk(
         view.fleet.scene(record.model, weights),

@@ -14,6 +14,7 @@ from kvatlas.bridge.model.records import PodRecord
 from kvatlas.scorer.scoring.answers import Explained, PodFreshness, PodScore, Scored
 from kvatlas.scorer.scoring.explain import explain
 from kvatlas.scorer.scoring.lookup import HolderOverlay, IndexView, Lookups, Seen
+from kvatlas.scorer.scoring.pairs import paired
 from kvatlas.scorer.scoring.query import ScoreQuery, keys_of
 from kvatlas.scorer.scoring.strategies import Strategy, Weighing
 from kvatlas.scorer.scoring.walk import Match, Walk, Weights
@@ -206,7 +207,7 @@ class Scorer:
         )
         now_ns = self._clock_ns()
         walked = await look_up(
-            view.lookups,
+            paired(view.lookups, fleet, query.model, keys, prompt.packed),
             keys,
             steps,
             deadline,

@@ -86,6 +86,7 @@ class Effects:
     Attributes:
         dead: events and messages for ``kv-events-dlq``.
         counts: what happened, by name, for metrics.
+        notices: (pod, text) of what an operator should know of a pod's events, for the log, once a pod.
         urgent: an epoch rose, so the pod records must be readable before the updates.
         receive_ns: newest receive time (bridge clock, ns) among the applied messages.
     """
@@ -94,6 +95,7 @@ class Effects:
         self.partitions = partitions
         self.dead: list[DeadLetter] = []
         self.counts: Counter[str] = Counter()
+        self.notices: list[tuple[str, str]] = []
         self.urgent = False
         self.receive_ns = 0
         self._pods: dict[str, Callable[[], PodRecord]] = {}

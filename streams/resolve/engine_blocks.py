@@ -227,6 +227,12 @@ EXTRAS: Final = 2
 ADAPTERS: Final = 4
 
 
+#: Bits of :attr:`PodState.noticed`.
+UNSIZED: Final = 1
+HIDDEN: Final = 2
+REPORTS: Final = 4
+
+
 class PodState(msgspec.Struct, array_like=True):
     """Where a pod stands: written with every message that it sent.
 
@@ -247,6 +253,7 @@ class PodState(msgspec.Struct, array_like=True):
         next_ticket: ticket of the next block that waits; tickets begin with 1.
         first_ticket: no block waits with an older one.
         owners: names of those that own copies of their own, in the order of their slots from 1 on.
+        noticed: what was said of the pod in the log, bits of :data:`UNSIZED` and so on.
         reports: events that announced again what was there, for requests that asked for a full report.
     """
 
@@ -283,6 +290,7 @@ class PodState(msgspec.Struct, array_like=True):
     first_ticket: int = 1
     owners: list[str] = []
     reports: int = 0
+    noticed: int = 0
 
     @property
     def named(self) -> bool:

@@ -17,7 +17,7 @@ from kvatlas.streams.resolve import engine_blocks as eb
 from kvatlas.streams.resolve.effects import DeadLetter, Effects
 from kvatlas.streams.resolve.engine_blocks import PodState
 from kvatlas.streams.resolve.message import ABSENT, Message, parse_message
-from kvatlas.streams.resolve.naming import note_names, note_stripped
+from kvatlas.streams.resolve.naming import note_limits, note_names, note_stripped
 from kvatlas.streams.resolve.pod_blocks import PodBlocks
 from kvatlas.streams.resolve.stripped import removed_of, stored_of
 
@@ -258,7 +258,11 @@ class Resolver:
             if event.tier == Tier.SHARED and not state.store:
                 state.store = self._options.store
             note_names(state, event, effects)
+            before = effects.counts["blocks_again"]
             blocks.stored(event, table_keys, self._root(state.model, event))
+            again = effects.counts["blocks_again"] - before
+            if again or event.unnamed:
+                note_limits(state, event, effects, again=again)
         elif isinstance(event, Removed):
             effects.counts["blocks_removed"] += len(event.keys)
             blocks.removed(event, table_keys)

@@ -53,6 +53,8 @@ class ResolveTask(PartitionTask):
             await self.give_way(updates - before)
         if last < 0:
             return False
+        for pod, text in effects.notices:
+            logger.warning("%s: %s", pod, text)
         self.advance(last, effects.receive_ns, updates=updates, counts=effects.counts)
         self._pods, self._segments, self._dead = effects.pods, effects.segments, effects.dead
         self._urgent, self._newest_ns = effects.urgent, effects.receive_ns

@@ -39,6 +39,7 @@ class World:
         self.counts: Counter[str] = Counter()
         self.index_counts: Counter[str] = Counter()
         self.dead: list[DeadLetter] = []
+        self.notices: list[tuple[str, str]] = []
         self.urgent = False
         self._next: dict[str, int] = {}
         self._incarnation: dict[str, int] = {}
@@ -97,6 +98,7 @@ class World:
         self.pods.update(effects.pods)
         self.counts += effects.counts
         self.dead += effects.dead
+        self.notices += effects.notices
         self.urgent = effects.urgent
         return [(partition, value) for partition, values in effects.encode().items() for value in values]
 

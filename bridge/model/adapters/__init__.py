@@ -15,6 +15,10 @@ from kvatlas.bridge.model.events import Batch, Limits
 
 #: Engines whose clear also empties their host memory; elsewhere it is the GPU's reset alone.
 CLEARS_HOST: Final = frozenset({sglang.NAME})
+#: Engines that hash an adapter's id: once it is loaded anew, other keys stand for blocks of the same name.
+ADAPTER_IDS_HASHED: Final = frozenset({sglang.NAME})
+#: Engines that hold a block once per tier and name: one that is announced again has a name that the event hides.
+HASHES_HIDE_NAMES: Final = frozenset({sglang.NAME})
 
 Decode = Callable[[bytes, Limits], Batch]
 

@@ -25,6 +25,7 @@ from kvatlas.bridge.model.events import (
     Rejected,
     Removed,
     Stored,
+    Tier,
     engine_key,
     tier_of,
 )
@@ -48,6 +49,11 @@ class StoredFields(msgspec.Struct, gc=False, frozen=True):
     kv_cache_spec_kind: str | None = None
     kv_cache_spec_sliding_window: int | None = None
     locality: str | None = None
+
+    @property
+    def more(self) -> bool:
+        """Tell whether fields that only newer events have say something."""
+        return False
 
 
 class RemovedFields(msgspec.Struct, gc=False, frozen=True):
@@ -78,18 +84,9 @@ class ClearedMap(msgspec.Struct, gc=False, frozen=True, tag="AllBlocksCleared"):
     """AllBlocksCleared as a map with its type alone."""
 
 
-class Named(NamedTuple):
-    """What names an event's blocks beyond their tokens.
-
-    Attributes:
-        lora: adapter name, None for the base model.
-        salt: cache salt, as far as the event says it.
-        extra: typed extra keys per block, or empty.
-    """
-
-    lora: str | None
-    salt: str | None
-    extra: list[list[ExtraKey]]
+#: What names an event's blocks beyond their tokens: adapter name (None for the base model), cache salt as far as the
+#: event says it, and typed extra keys per block, or empty.
+Named = tuple[str | None, str | None, list[list[ExtraKey]]]
 
 
 class Format(NamedTuple):
@@ -98,13 +95,13 @@ class Format(NamedTuple):
     Attributes:
         array, map: decoders of an event in the two layouts.
         names: what names a stored event's blocks beyond their tokens.
-        finish: adds what only this engine's newer events say.
+        finish: adds what only this engine's offload events and newer fields say; None where there is nothing.
     """
 
     array: msgspec.msgpack.Decoder[Any]
     map: msgspec.msgpack.Decoder[Any]
     names: Callable[[Any], Named]
-    finish: Callable[[Any, Stored, Limits], Stored]
+    finish: Callable[[Any, Stored, Limits], Stored] | None = None
 
 
 class _BatchArray(msgspec.Struct, gc=False, frozen=True, array_like=True):
@@ -136,7 +133,6 @@ _batch_map: Final = msgspec.msgpack.Decoder(_BatchMap)
 _envelope_array: Final = msgspec.msgpack.Decoder(_EnvelopeArray)
 _envelope_map: Final = msgspec.msgpack.Decoder(_EnvelopeMap)
 _MAP_FIRST_BYTES: Final = frozenset([*range(0x80, 0x90), 0xDE, 0xDF])
-_WIDE_MIN: Final = 1 << 32
 
 
 def peek_rank(payload: bytes) -> int | None:
@@ -217,17 +213,21 @@ def _stored(fields: StoredFields, limits: Limits, wire: Format) -> Stored:
         raise LimitError(f"event of {len(token_ids)} tokens is over the limit of {limits.tokens_per_event}")
     keys = [engine_key(value) for value in _bounded(fields.block_hashes, limits)]
     lora, salt, extra = wire.names(fields)
-    tokens, ahead, wide = _pack(token_ids)
-    if wide and size:
-        more = wide_extra(wide, size, len(keys))
-        extra = [[*one, *other] for one, other in zip(extra, more, strict=True)] if extra else more
-    kind = fields.kv_cache_spec_kind
+    ahead = b""
+    try:
+        tokens = pack_tokens(token_ids)
+    except (OverflowError, TypeError):
+        tokens, ahead, wide = _pack(token_ids)
+        if wide and size:
+            more = wide_extra(wide, size, len(keys))
+            extra = [[*one, *other] for one, other in zip(extra, more, strict=True)] if extra else more
+    kind, tier = fields.kv_cache_spec_kind, tier_of(fields.medium, fields.locality)
     stored = Stored(
         keys=keys,
         parent=None if fields.parent_block_hash is None else engine_key(fields.parent_block_hash),
         tokens=tokens,
         block_size_tokens=size,
-        tier=tier_of(fields.medium, fields.locality),
+        tier=tier,
         group=_group(fields.group_idx, limits),
         kind=None if kind is None else KINDS.get(kind, Kind.FULL),
         window_tokens=max(fields.kv_cache_spec_sliding_window or 0, 0),
@@ -235,22 +235,19 @@ def _stored(fields: StoredFields, limits: Limits, wire: Format) -> Stored:
         cache_salt=salt,
         extra=extra,
         masked=bool(tokens) and len(token_ids) != len(keys) * size,
-        ahead=ahead,
     )
-    return wire.finish(fields, stored, limits)
+    if ahead:
+        stored = msgspec.structs.replace(stored, ahead=ahead)
+    finish = wire.finish
+    return stored if finish is None or (tier is Tier.GPU and not fields.more) else finish(fields, stored, limits)
 
 
 def _pack(token_ids: Sequence[Any]) -> tuple[bytes, bytes, dict[int, int]]:
     """Return an event's tokens: packed, the token behind them where they are pairs, and those above 32 bits."""
     ahead = b""
-    if token_ids and isinstance(token_ids[0], list):
+    if isinstance(token_ids[0], list):
         token_ids, behind = _unpair(token_ids)
         ahead = pack_wide_tokens([behind])[0]
-    try:
-        return pack_tokens(token_ids), ahead, {}
-    except OverflowError:
-        if max(token_ids) < _WIDE_MIN:
-            raise
     packed, wide = pack_wide_tokens(token_ids)
     return packed, ahead, wide
 

@@ -29,7 +29,7 @@ from kvatlas.bridge.model.adapters.fields import (
     decode_batch,
 )
 from kvatlas.bridge.model.block_key import ExtraKey
-from kvatlas.bridge.model.events import Batch, Limits, Stored
+from kvatlas.bridge.model.events import Batch, Limits
 
 NAME: Final = "sglang"
 
@@ -68,7 +68,7 @@ def _names(fields: _SglangStored) -> Named:
         salt = fields.cache_salt
     if lora is None and fields.lora_id:
         lora = f"lora:{fields.lora_id}"
-    return Named(lora or None, salt or None, _extra(fields, lora))
+    return lora or None, salt or None, _extra(fields, lora)
 
 
 def _extra(fields: _SglangStored, lora: str | None) -> list[list[ExtraKey]]:
@@ -84,14 +84,8 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _finish(fields: _SglangStored, stored: Stored, limits: Limits) -> Stored:
-    del fields, limits
-    return stored
-
-
 _FORMAT: Final = Format(
     array=msgspec.msgpack.Decoder(SglangStoredArray | RemovedArray | ClearedArray),
     map=msgspec.msgpack.Decoder(SglangStoredMap | RemovedMap | ClearedMap),
     names=_names,
-    finish=_finish,
 )

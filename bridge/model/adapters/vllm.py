@@ -51,6 +51,11 @@ class VllmStoredMap(StoredFields, gc=False, frozen=True, tag="BlockStored"):
     skipped_token_ids: list[int] | None = None
     skipped_extra_keys: list[ExtraValue] | None = None
 
+    @property
+    def more(self) -> bool:
+        """Tell whether any of these fields says something."""
+        return bool(self.ownership or self.lookahead_token_ids or self.skipped_token_ids)
+
 
 def decode(payload: bytes, limits: Limits) -> Batch:
     """Decode one vLLM message.
@@ -65,12 +70,12 @@ def _names(fields: StoredFields) -> Named:
     lora = fields.lora_name or (f"lora:{fields.lora_id}" if fields.lora_id else None)
     values = fields.extra_keys
     if not values or not any(values):
-        return Named(lora, None, [])
+        return lora, None, []
     if len(values) != len(fields.block_hashes):
         raise WireError(f"extra_keys has {len(values)} entries for {len(fields.block_hashes)} block hashes")
     bare = isinstance(fields, VllmStoredArray)
     salt, extra = split_extra(values, fields.lora_name, begins=fields.parent_block_hash is None, bare_items=bare)
-    return Named(lora, salt, extra)
+    return lora, salt, extra
 
 
 def split_extra(
@@ -119,7 +124,7 @@ def _finish(fields: StoredFields, stored: Stored, limits: Limits) -> Stored:
             more["ownership"] = fields.ownership
         if fields.skipped_token_ids:
             more["context"] = _context(fields, fields.skipped_token_ids, limits)
-    return msgspec.structs.replace(stored, **more) if more else stored
+    return msgspec.structs.replace(stored, **more)
 
 
 def _context(fields: VllmStoredMap, token_ids: list[int], limits: Limits) -> Context | None:
