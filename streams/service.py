@@ -19,6 +19,7 @@ from kvatlas.bridge.kafka.follower import TopicFollower
 from kvatlas.bridge.kafka.rights import lost_right
 from kvatlas.bridge.model import topics
 from kvatlas.bridge.model.block_key import KEY_VERSION
+from kvatlas.bridge.model.directory import PodDirectory
 from kvatlas.bridge.model.records import WorkerRecord
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.bridge.runtime.tasks import end_tasks
@@ -36,7 +37,6 @@ from kvatlas.streams.serving.announcer import Announcer, WorkerBook
 from kvatlas.streams.serving.lookup_service import LookupServer, LookupService
 from kvatlas.streams.startup import advertised, discover, worker_id
 from kvatlas.streams.state.partition import PartitionState, Role
-from kvatlas.streams.tasks.pods import PodBook
 from kvatlas.streams.upkeep.census import Census
 from kvatlas.streams.upkeep.gauges import Gauges
 from kvatlas.streams.upkeep.keeper import Keeper
@@ -69,7 +69,7 @@ class WorkerService:
     ) -> None:
         self.ready = asyncio.Event()
         self.address = ""
-        self.pods = PodBook(settings.index_version)
+        self.pods = PodDirectory(settings.index_version)
         self.worker_id = ""
         self._settings = settings
         self._kafka = kafka
@@ -82,7 +82,7 @@ class WorkerService:
         self._announcer: Announcer | None = None
         self._announcing: asyncio.Task[None] | None = None
         self._telemetry = Telemetry(settings.telemetry_listen)
-        self._census = Census(self._index_states, self.pods.pods, interval_seconds=settings.census_seconds)
+        self._census = Census(self._index_states, self.pods.records, interval_seconds=settings.census_seconds)
         self._followers: list[TopicFollower] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._app_tasks: list[asyncio.Task[None]] = []
@@ -272,7 +272,8 @@ class WorkerService:
             pods=self.pods,
             pods_known=self._followers[0].caught_up.is_set,
         )
-        table.on_committed, self.pods.on_changed = mirror.note, mirror.note_pod
+        table.on_committed = mirror.note
+        self.pods.on_changed = lambda pod, _before, _after: mirror.note_pod(pod)
         self._watch(mirror.run())
 
     def _watch(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

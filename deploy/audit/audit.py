@@ -20,6 +20,7 @@ from kvatlas.bridge.kafka.config import client_config
 from kvatlas.bridge.kafka.follower import partitions_of
 from kvatlas.bridge.model import pod_ids, topics
 from kvatlas.bridge.model.block_key import KEY_BYTES, partition_of
+from kvatlas.bridge.model.directory import PodDirectory
 from kvatlas.bridge.model.events import Tier
 from kvatlas.bridge.model.records import PodRecord
 from kvatlas.bridge.runtime.settings import KafkaSettings
@@ -33,7 +34,6 @@ from kvatlas.streams.resolve.effects import Effects
 from kvatlas.streams.resolve.message import parse_message
 from kvatlas.streams.resolve.resolver import ResolveOptions, Resolver
 from kvatlas.streams.serving.announcer import WorkerBook
-from kvatlas.streams.tasks.pods import PodBook
 from kvatlas.streams.v1 import block_index_pb2 as pb
 from kvatlas.streams.v1 import block_index_pb2_grpc as pb_grpc
 
@@ -80,7 +80,7 @@ async def audit(
     Raises:
         StreamsError: a partition is not answered by any worker.
     """
-    pods, workers = PodBook(version), WorkerBook(version=version)
+    pods, workers = PodDirectory(version), WorkerBook(version=version)
     await read_topic(kafka, topics.PODS, lambda key, value, _: pods.apply(key, value))
     await read_topic(kafka, topics.WORKERS, lambda key, value, _: workers.apply(key, value))
     keys: set[bytes] = {key for tiers in truth.values() for held in tiers.values() for key in held}
@@ -92,7 +92,7 @@ async def audit(
 
     await read_topic(kafka, changelog, note)
     index = await lookup_all(sorted(keys), workers)
-    return compare(index, truth, pods.pods())
+    return compare(index, truth, pods.records())
 
 
 def compare(index: Mapping[bytes, bytes], truth: Truth, pods: Sequence[PodRecord]) -> list[PodAudit]:

@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -199,7 +199,7 @@ class PickerService:
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._use)
 
-    def _pods(self) -> dict[str, PodRecord]:
+    def _pods(self) -> Mapping[str, PodRecord]:
         return self._scorer.pods.merged if self._scorer is not None else {}
 
     def _use(self) -> None:

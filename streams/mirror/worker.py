@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kvatlas.bridge.model import topics
+from kvatlas.bridge.model.directory import PodDirectory
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.streams.faust_app.table import BulkTable
 from kvatlas.streams.mirror.changes import changed_keys
@@ -14,7 +15,6 @@ from kvatlas.streams.mirror.part import MirrorSource
 from kvatlas.streams.mirror.redis_link import connect, where
 from kvatlas.streams.mirror.server import MirrorServer
 from kvatlas.streams.options import WorkerSettings
-from kvatlas.streams.tasks.pods import PodBook
 
 
 def worker_mirror(
@@ -25,7 +25,7 @@ def worker_mirror(
     partitions: int,
     table: BulkTable,
     generation: Callable[[], int],
-    pods: PodBook,
+    pods: PodDirectory,
     pods_known: Callable[[], bool],
 ) -> Mirror:
     """Return the mirror of a worker's ``block_index``.
@@ -71,8 +71,8 @@ def worker_mirror(
         source=MirrorSource(
             states=lambda: table.store.states,
             generation=generation,
-            pod=pods.merged,
-            pods=pods.pods,
+            pod=pods.merged.get,
+            pods=pods.records,
             pods_known=pods_known,
             changed=changed,
         ),

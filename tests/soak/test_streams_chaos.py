@@ -17,13 +17,13 @@ from aiokafka import AIOKafkaProducer
 
 from kvatlas.bridge.kafka.follower import TopicFollower
 from kvatlas.bridge.model import epochs, topics
+from kvatlas.bridge.model.directory import PodDirectory
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.audit.audit import compare, lookup_all, read_topic
 from kvatlas.deploy.bench._fleet import FIRST_INCARNATION, LogFleet
 from kvatlas.deploy.brokers.kafka import KafkaNode
 from kvatlas.streams.errors import StreamsError
 from kvatlas.streams.serving.announcer import WorkerBook
-from kvatlas.streams.tasks.pods import PodBook
 from tests.integration.streams_support import WorkerProcess, assert_true, fleet_of, make_topics, producing, until_true
 
 SECONDS = float(os.environ.get("KVATLAS_CHAOS_SECONDS", "40"))
@@ -41,7 +41,7 @@ async def test_the_index_is_true_after_chaos_and_never_credits_an_ended_epoch(
     flags = ("--session-timeout-seconds=4", "--heartbeat-seconds=1")
     names = ["a", "b", "c"]
     workers = [WorkerProcess(kafka, tmp_path / name, *flags) for name in names]
-    pods = PodBook()
+    pods = PodDirectory()
     follower = TopicFollower(kafka, topics.PODS, pods.apply, client_id="chaos")
     follower.start()
     checked = kills = 0
@@ -76,7 +76,7 @@ async def test_the_index_is_true_after_chaos_and_never_credits_an_ended_epoch(
 
 
 async def restart_and_check(
-    kafka: KafkaSettings, fleet: LogFleet, producer: AIOKafkaProducer, pods: PodBook, dice: random.Random
+    kafka: KafkaSettings, fleet: LogFleet, producer: AIOKafkaProducer, pods: PodDirectory, dice: random.Random
 ) -> int:
     """Restart a pod: once its raised epoch is readable, nothing it held before is credited. Returns keys checked."""
     pod = dice.choice(list(fleet.pods.values()))
@@ -85,7 +85,7 @@ async def restart_and_check(
     incarnation = FIRST_INCARNATION + pod.status().incarnations  # an earlier restart may not have been read yet
     await fleet.flush(producer)
     for _ in range(50):
-        found = pods.merged(pod.name)
+        found = pods.merged.get(pod.name)
         if found is not None and epochs.incarnation_of(found.valid_from) >= incarnation:
             break
         await asyncio.sleep(0.1)

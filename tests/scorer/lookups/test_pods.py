@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
+from kvatlas.bridge.model.events import Kind
 from kvatlas.bridge.model.pod_ids import pod_key
-from kvatlas.bridge.model.records import GONE, PodRecord, WorkerRecord, encode
+from kvatlas.bridge.model.records import GONE, GroupSpec, PodRecord, WorkerRecord, encode
 from kvatlas.scorer.lookups.pods import PodTable
 from kvatlas.scorer.lookups.workers import Layout, WorkerTable
 
@@ -38,6 +41,32 @@ def test_the_fleet_is_built_anew_only_when_a_meaning_changes():
     assert [record.pod for record in pods.listed(gone=True)] == ["a"]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"suspect_before": 1},
+        {"gpu_valid_from": 1},
+        {"model": "m"},
+        {"store": "s"},
+        {"block_size_tokens": 32},
+        {"approximate": True},
+        {"chunk_tokens": 64},
+        {"pairs": True},
+        {"named": True},
+        {"groups": {0: GroupSpec(Kind.SLIDING_WINDOW, 33, 16)}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_whatever_the_walk_reads_of_a_pod_makes_a_new_fleet(change: dict[str, object]):
+    """No meaning of a pod's blocks changes behind a fleet that is remembered."""
+    pods = PodTable()
+    put(pods, "streams", "a")
+    before = pods.fleet
+    put(pods, "streams", "a", **change)
+    assert pods.fleet is not before
+    assert pods.fleet.pods != before.pods
+
+
 def test_late_unreadable_and_removed_records():
     """A record of an older epoch changes nothing, one that cannot be read is counted, tombstones remove the pod."""
     pods = PodTable()
@@ -47,7 +76,7 @@ def test_late_unreadable_and_removed_records():
         assert (pods.merged["a"].epoch, pods.parts("a")[writer].valid_from) == (9, 9)
     pods.apply(b"streams|a", b"\xc1")
     pods.apply(b"nobody|a", b"x")
-    assert pods.rejected == 2
+    assert pods.directory.rejected == 2
     pods.apply(b"streams|a", None)
     pods.apply(b"bridge|a", None)
     assert not pods.merged

@@ -193,7 +193,7 @@ def test_pods_of_other_versions_are_passed_over() -> None:
         kind = writer.partition(".")[0]
         value = encode(records.PodRecord(pod="a", writer=kind, epoch=epoch, valid_from=epoch))
         table.apply(f"{writer}|a".encode(), value)
-    assert (table.merged["a"].epoch, table.rejected) == (3, 0)
+    assert (table.merged["a"].epoch, table.directory.rejected) == (3, 0)
 
 
 async def test_watchers_hear_of_both_tables_after_a_move() -> None:

@@ -1,18 +1,18 @@
-"""Tests of the book of pods, and of what may be forgotten."""
+"""The directory of pods, and what may be forgotten of it."""
 
 from __future__ import annotations
 
 from kvatlas.bridge.model import pod_ids, records
+from kvatlas.bridge.model.directory import PodDirectory
 from kvatlas.bridge.model.epochs import epoch_of
 from kvatlas.bridge.model.pod_ids import pod_ref
 from kvatlas.bridge.model.records import PodRecord
-from kvatlas.streams.tasks.pods import PodBook
 
 HOUR = 3_600_000_000_000
 
 
-def book_of(*told: PodRecord) -> PodBook:
-    book = PodBook()
+def book_of(*told: PodRecord) -> PodDirectory:
+    book = PodDirectory()
     for record in told:
         book.apply(pod_ids.pod_key(record.writer, record.pod), records.encode(record))
     return book
@@ -51,8 +51,7 @@ def test_what_is_late_of_a_forgotten_pod_does_not_bring_it_back() -> None:
     book.apply(pod_ids.pod_key("streams", "p"), None)
     late = PodRecord(pod="p", writer="streams", epoch=epoch_of(2), valid_from=epoch_of(2), updated_ns=9 * HOUR)
     book.apply(pod_ids.pod_key("streams", "p"), records.encode(late))
-    merged = book.merged("p")
-    assert merged is not None
+    merged = book.merged["p"]
     assert (merged.state, merged.valid_from) == ("gone", epoch_of(4))
 
 
@@ -60,8 +59,8 @@ def test_a_late_record_of_an_earlier_owner_moves_no_bound_back() -> None:
     """Epochs only grow: a record of a lower one is from a former owner of the pod, and the sweep must not trust it."""
     newer, older = streams("p", 2 * HOUR, incarnation=5), streams("p", 9 * HOUR, incarnation=4)
     book = book_of(newer, older)
-    assert book.merged("p") == newer
+    assert book.merged["p"] == newer
     assert book.ended() == {pod_ref("p"): newer.ended}
     book.apply(pod_ids.pod_key("streams", "p"), None)
     book.apply(pod_ids.pod_key("streams", "p"), records.encode(older))
-    assert book.merged("p") == older
+    assert book.merged["p"] == older
