@@ -15,7 +15,7 @@ from kvatlas.streams.resolve.effects import PodUpdates
 from kvatlas.streams.resolve.engine_blocks import PodState
 from kvatlas.streams.resolve.links import LinkedBlocks
 from kvatlas.streams.resolve.resolver import ResolveOptions
-from kvatlas.streams.resolve.updates import both
+from kvatlas.streams.resolve.updates import oldest_of_all
 
 _RECORD_UPDATES: Final = 8_192
 
@@ -35,7 +35,7 @@ class _Held(LinkedBlocks):
             assumed = block.link.assumed
             for tier, epoch in block.levels().items():
                 # The first of its keys may begin in blocks before it, which have to be there as well.
-                first = both(epoch, self._oldest(members, tier, engine_key)) if members else epoch
+                first = oldest_of_all(epoch, self._oldest(members, tier, engine_key)) if members else epoch
                 self._change(keys[:1], tier, None, first, assumed=assumed)
                 self._change(keys[1:], tier, None, epoch, assumed=assumed)
 
