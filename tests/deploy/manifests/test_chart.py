@@ -78,12 +78,25 @@ WATCH: Final[dict[str, Any]] = {
     "networkPolicy": {"egress": {"enabled": True}},
 }
 WATCH_ALL: Final[dict[str, Any]] = {"engines": {"selector": {"app": "vllm"}, "allNamespaces": True}}
+GATEWAY: Final[dict[str, Any]] = {
+    "settings": {"picker": {"max_requests": 64}},
+    "kafkaAuth": {},
+    "picker": {
+        "enabled": True,
+        "tls": {"secret": "picker-tls"},
+        "pool": {"name": "llama", "create": True, "selector": {"app": "vllm"}, "targetPorts": [8000, 8001]},
+        "route": {"enabled": True, "gateway": "inference", "hostnames": ["llm.example"]},
+    },
+    "networkPolicy": {"egress": {"enabled": True}, "gateways": [{"podSelector": {"matchLabels": {"app": "gateway"}}}]},
+    "monitoring": {"serviceMonitor": {"enabled": True}},
+}
 VALUES: Final = {
     "defaults": {},
     "everything": EVERYTHING,
     "least": LEAST,
     "watch": WATCH,
     "watch-all": WATCH_ALL,
+    "gateway": GATEWAY,
 }
 
 _TEXTS: Final = {"type": "object", "additionalProperties": {"type": "string"}}
@@ -172,6 +185,46 @@ CUSTOM: Final = {
         },
         "selector",
         "endpoints",
+    ),
+    "InferencePool": _custom(
+        "inference.networking.k8s.io/v1",
+        {
+            "selector": {
+                "type": "object",
+                "additionalProperties": False,
+                "required": ["matchLabels"],
+                "properties": {"matchLabels": {**_TEXTS, "minProperties": 1, "maxProperties": 64}},
+            },
+            "targetPorts": {
+                "type": "array",
+                "minItems": 1,
+                "maxItems": 8,
+                "items": {"type": "object", "required": ["number"], "properties": {"number": {"type": "integer"}}},
+            },
+            "endpointPickerRef": {
+                "type": "object",
+                "additionalProperties": False,
+                "required": ["name", "port"],
+                "properties": {
+                    "kind": {"enum": ["Service"]},
+                    "name": {"type": "string"},
+                    "port": {"type": "object", "required": ["number"]},
+                    "failureMode": {"enum": ["FailOpen", "FailClose"]},
+                },
+            },
+        },
+        "selector",
+        "targetPorts",
+    ),
+    "HTTPRoute": _custom(
+        "gateway.networking.k8s.io/v1",
+        {
+            "parentRefs": {"type": "array", "minItems": 1},
+            "hostnames": {"type": "array", "items": {"type": "string"}},
+            "rules": {"type": "array", "minItems": 1},
+        },
+        "parentRefs",
+        "rules",
     ),
     "PrometheusRule": _custom("monitoring.coreos.com/v1", {"groups": {"type": "array", "minItems": 1}}, "groups"),
 }
@@ -299,11 +352,12 @@ def test_selectors(everything: Objects) -> None:
 
 
 def test_pods_are_confined(objects: Objects) -> None:
-    """No pod runs as root, writes to its image or gets variables of Services; only a watching bridge has a token."""
+    """No pod runs as root, writes to its image or gets variables of Services; only what watches has a token."""
     for part, item in workloads(objects).items():
         pod = pod_of(item)
         assert pod["enableServiceLinks"] is False
-        watches = part == "bridge" and bool(of_kind(objects, "Role", "ClusterRole"))
+        roles = [role["metadata"]["name"] for role in of_kind(objects, "Role", "ClusterRole")]
+        watches = any(role.endswith(f"-{part}") for role in roles)
         assert pod["automountServiceAccountToken"] is watches
         assert pod["securityContext"]["runAsNonRoot"] is True
         for container in pod["containers"]:
@@ -544,3 +598,39 @@ def test_every_value_is_used() -> None:
         if path[0] != "settings" and not any(key in texts for key in path[-3:])
     ]
     assert not unused
+
+
+def test_picker_sees_its_pool_and_workers_answer_it() -> None:
+    """The pool's pods become endpoints, with the rights for that alone; the gateway reaches ext_proc and no more."""
+    objects = render(GATEWAY)
+    text = next(one for one in of_kind(objects, "ConfigMap") if one["metadata"]["name"].endswith("-picker"))["data"]
+    settings = tomllib.loads(text["kvatlas.toml"])
+    assert settings["picker"]["pool"] == "serving/llama"
+    assert settings["picker"]["max_requests"] == 64
+    assert settings["picker"]["tls_certfile"] == "/etc/kvatlas/tls/tls.crt"
+    assert settings["scorer"]["outcome_delay_ms"] == 0
+    (role,) = of_kind(objects, "Role")
+    assert role["rules"] == [
+        {"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "watch"]},
+        {"apiGroups": ["inference.networking.k8s.io"], "resources": ["inferencepools"], "verbs": ["get"]},
+    ]
+    (pool,) = of_kind(objects, "InferencePool")
+    service = next(one for one in of_kind(objects, "Service") if one["metadata"]["name"] == "kva-kvatlas-picker")
+    assert pool["spec"]["endpointPickerRef"]["name"] == service["metadata"]["name"]
+    assert service["spec"]["ports"][0]["appProtocol"] == "http2"
+    policies = {one["metadata"]["name"]: one["spec"] for one in of_kind(objects, "NetworkPolicy")}
+    allowed = [
+        peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"]
+        for rule in policies["kva-kvatlas-worker"]["ingress"][1:]
+        for peer in rule["from"]
+    ]
+    assert allowed == ["scorer", "picker"]
+    ports = [port["port"] for rule in policies["kva-kvatlas-picker"]["ingress"] for port in rule["ports"]]
+    assert ports == ["telemetry", "ext-proc"]
+
+
+@pytest.mark.parametrize("wrong", [{"pool": {"create": True}}, {"route": {"enabled": True}, "pool": {"name": "llama"}}])
+def test_half_a_gateway_is_refused(wrong: dict[str, Any]) -> None:
+    """A pool without labels would take every pod, and a route needs a gateway and a pool."""
+    with pytest.raises(Exception, match=r"picker\."):
+        render({"picker": {"enabled": True, **wrong}})

@@ -25,7 +25,7 @@ ROOT: Final = Path(__file__).parents[3]
 FOLDER: Final = ROOT / "deploy/container"
 DOCKERFILE: Final = FOLDER / "Dockerfile"
 COMPOSE: Final = FOLDER / "compose.yaml"
-OURS: Final = ("topics", "bridge", "worker-0", "worker-1", "scorer", "engines")
+OURS: Final = ("topics", "bridge", "worker-0", "worker-1", "scorer", "picker", "engines")
 
 
 def interpolated(value: Any) -> Any:
@@ -226,3 +226,10 @@ def test_grafana_shows_the_dashboard(services: dict[str, dict[str, Any]]) -> Non
     assert str(Path(home).parent) == provider["options"]["path"]
     mounts = {volume.split(":")[1]: volume.split(":")[0] for volume in services["grafana"]["volumes"]}
     assert json.loads((FOLDER / mounts[home]).read_text(encoding="utf-8"))["uid"] == "kvatlas"
+
+
+def test_envoys_configuration_is_what_the_gateway_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    """The mounted file is made by the command that the compose file names."""
+    command = next(line for line in COMPOSE.read_text().splitlines() if "kvatlas gateway" in line)
+    assert entry.main(command.partition("`kvatlas ")[2].partition("`")[0].split()) == 0
+    assert (FOLDER / "envoy.yaml").read_text() == capsys.readouterr().out

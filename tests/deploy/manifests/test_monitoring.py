@@ -21,6 +21,7 @@ from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.connector.metrics import Metrics, PrometheusCollector
 from kvatlas.scorer.api import metrics as scorer_metrics
+from kvatlas.scorer.gateway import metrics as picker_metrics
 from kvatlas.streams import metrics as worker_metrics
 from kvatlas.streams.options import WorkerSettings
 
@@ -32,7 +33,7 @@ PROMETHEUS: Final = ROOT / "deploy/container/prometheus.yml"
 #: Prometheus's own, and what it adds to every series.
 OWN: Final = {"up": frozenset[str]()}
 TARGET_LABELS: Final = frozenset({"job", "instance"})
-JOBS: Final = {"kvatlas-bridge", "kvatlas-worker", "kvatlas-scorer"}
+JOBS: Final = {"kvatlas-bridge", "kvatlas-worker", "kvatlas-scorer", "kvatlas-picker"}
 #: Label -> folders where its values are spelt out.
 SPELT: Final = {"kind": "streams", "agent": "streams", "code": "", "operation": "scorer", "job": ""}
 GRPC_CODES: Final = {"OK", "INTERNAL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNKNOWN"}
@@ -68,7 +69,8 @@ def exported() -> dict[str, frozenset[str]]:
     bridge = of_families(iter(BridgeCollector({}, shared).collect()))
     connector = of_families(PrometheusCollector(Metrics()).collect())
     shared.context.destroy()
-    return {**OWN, **bridge, **connector, **of_module(worker_metrics), **of_module(scorer_metrics)}
+    ours = of_module(worker_metrics) | of_module(scorer_metrics) | of_module(picker_metrics)
+    return {**OWN, **bridge, **connector, **ours}
 
 
 EXPORTED: Final = exported()

@@ -43,8 +43,11 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
 {{- end -}}
 {{- end -}}
 {{- $document := dict "kafka" $kafka "log" .root.Values.settings.log .part (mergeOverwrite (deepCopy (index .root.Values.settings .part)) .fixed) -}}
-{{- if eq .part "scorer" -}}
+{{- if has .part (list "scorer" "picker") -}}
 {{- $_ := set $document "tokenizer" .root.Values.settings.tokenizer -}}
+{{- end -}}
+{{- if eq .part "picker" -}}
+{{- $_ := set $document "scorer" (merge (dict "outcome_delay_ms" 0) (deepCopy .root.Values.settings.scorer)) -}}
 {{- end -}}
 {{- toToml $document -}}
 {{- end -}}
