@@ -10,26 +10,36 @@
     │   └── VersionError         a record of ours with a schema version that is not known here
     ├── EngineError              an engine's socket does not do what its protocol says
     ├── LogError                 Kafka refused or did not answer (retriable)
-    └── RightsError              the account may not do on Kafka what the service needs
+    ├── RightsError              the account may not do on Kafka what the service needs
+    └── TaskEndedError           a background task that runs for ever has ended (retriable)
 """
 
 from __future__ import annotations
 
 
 class KvatlasError(Exception):
-    """Base of every error that kvatlas raises on purpose."""
+    """Base of every error that kvatlas raises on purpose.
+
+    Attributes:
+        retriable: whether the same call may work when it is made again.
+        restart_helps: whether a process that ended by it may do better when it is started again.
+    """
 
     retriable = False
+    restart_helps = True
 
 
 class SettingsError(KvatlasError):
     """A setting is unknown, missing or has a bad value; the text names where it came from."""
+
+    restart_helps = False
 
 
 class UnresolvedError(SettingsError):
     """A DNS name has no address now: nobody is behind it yet, or it is misspelt."""
 
     retriable = True
+    restart_helps = True
 
 
 class WireError(KvatlasError):
@@ -56,3 +66,16 @@ class LogError(KvatlasError):
 
 class RightsError(KvatlasError):
     """The Kafka account lacks a right; the text names topic or group, and operation where Kafka says it."""
+
+    restart_helps = False
+
+
+class TaskEndedError(KvatlasError):
+    """A background task that runs for ever has ended; the text names it."""
+
+    retriable = True
+
+
+#: What msgspec raises at bytes that are no such value: a wrong UTF-8 is a UnicodeDecodeError and no MsgspecError, and
+#: what is nested too deeply is neither.
+DECODE_ERRORS = (ValueError, RecursionError)

@@ -9,7 +9,6 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
@@ -23,16 +22,18 @@ from grpc_reflection.v1alpha import reflection
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.kafka.config import client_config
 from kvatlas.bridge.kafka.follower import TopicFollower
+from kvatlas.bridge.kafka.producer import sender_task
 from kvatlas.bridge.model import records, topics
+from kvatlas.bridge.runtime.restarts import Restarts
 from kvatlas.bridge.runtime.settings import KafkaSettings
-from kvatlas.bridge.runtime.tasks import end_tasks
+from kvatlas.bridge.runtime.tasks import Background
 from kvatlas.bridge.runtime.telemetry import Telemetry
 from kvatlas.scorer.api import llmd, metrics
 from kvatlas.scorer.api.bodies import Inflight
 from kvatlas.scorer.api.calls import Calls
 from kvatlas.scorer.api.core import Core
 from kvatlas.scorer.api.disagreements import Disagreements
-from kvatlas.scorer.api.grpc_server import SERVICE, ScorerFront
+from kvatlas.scorer.api.grpc_server import SERVICE, ScorerFront, socket_target
 from kvatlas.scorer.api.names import also_named, pairs
 from kvatlas.scorer.api.security import Guard, server_credentials, worker_credentials
 from kvatlas.scorer.lookups.index import ServiceLookups
@@ -58,13 +59,6 @@ _DECISIONS_SECONDS: Final = 10.0
 _MOST_SENDING: Final = 10_000
 #: A Kafka that could not be reached is not asked again for so long; decisions made meanwhile are lost at once.
 _AWAY_SECONDS: Final = 1.0
-
-
-def _socket_target(path: str) -> str:
-    """Return gRPC's name of a Unix socket, its folder made."""
-    whole = Path(path).absolute()
-    whole.parent.mkdir(parents=True, exist_ok=True)
-    return f"unix:{whole}"
 
 
 def _tracing(settings: ScorerSettings) -> Tracing | None:
@@ -164,7 +158,7 @@ class ScorerService:
         self._sending = 0
         self._away_until = 0.0
         self._begun = 0.0
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._background = Background()
 
     def _reader(self, name: str) -> VersionReader:
         return VersionReader(
@@ -217,8 +211,9 @@ class ScorerService:
         self._begun = time.monotonic()
         self._decided.start()
         await self._versions.start(self._settings.start_timeout_seconds)
-        self._spawn(self._versions.run())
-        self._spawn(self._housekeeping())
+        if not self._settings.index_version:
+            self._background.start(self._versions.run())
+        self._background.start(self._housekeeping())
         if self.unready() is None:
             await self._become_ready()
 
@@ -259,7 +254,7 @@ class ScorerService:
             else:
                 port = server.add_secure_port(settings.listen, credentials)
             if settings.socket:
-                server.add_insecure_port(_socket_target(settings.socket))
+                server.add_insecure_port(socket_target(settings.socket))
         except (RuntimeError, OSError) as error:
             raise SettingsError(
                 f"[scorer] cannot listen on {settings.listen} or {settings.socket!r}: {error}"
@@ -308,18 +303,29 @@ class ScorerService:
             metrics.UNCOVERED.set(len(self.workers.uncovered()))
             for reader in list(self._versions.readers.values()):
                 await reader.lookups.forget_gone()
+            self._look_for_the_dead()
             await asyncio.sleep(_HOUSEKEEPING_SECONDS if why is None else 0.05)
+
+    def _look_for_the_dead(self) -> None:
+        """End the service when a topic is not followed any more, or nothing can be sent."""
+        for error in (self._decided.failed(), *(reader.failed() for reader in self._versions.readers.values())):
+            if error is not None:
+                self._background.fail(error)
+
+    def tell_restarts(self, restarts: Restarts) -> None:
+        """Tell on ``/metrics`` and ``/readyz`` how often this process was started again."""
+        self._telemetry.tell_restarts(restarts)
 
     def _publish(self, record: records.DecisionRecord) -> None:
         self.publish(record)
         if self._settings.outcome_delay_ms:
-            self._spawn(self._join(record))
+            self._background.once(self._join(record), "outcome of a decision")
 
     def publish(self, record: records.DecisionRecord) -> None:
         """Put a record on ``kv-decisions`` in the background; one that Kafka does not take is lost and counted."""
         away = self._producer is None and time.monotonic() < self._away_until
         if self._sending < _MOST_SENDING and not away:
-            self._spawn(self._send(record))
+            self._background.once(self._send(record), "decision on its way to Kafka")
         else:  # Kafka is away and must not fill the memory
             metrics.DECISIONS_LOST.inc()
 
@@ -364,29 +370,22 @@ class ScorerService:
                     await producer.stop()
                     raise
                 self._producer = producer
+                self._background.watch(sender_task(producer))
             return self._producer
 
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
     async def run_until(self, stop: asyncio.Event) -> None:
-        """Serve until ``stop`` is set."""
-        await stop.wait()
+        """Serve until ``stop`` is set; a task that ends before ends the service with its error."""
+        await self._background.until(stop)
 
     async def stop(self) -> None:
         """Stop serving, let running requests end, close everything."""
+        self._background.stopping()
         await self._set_health(serving=False)
         if self._http is not None:
             await self._http.stop()
         if self._server is not None:
             await self._server.stop(self._settings.stop_grace_seconds)
-        tasks = list(self._tasks)
-        await end_tasks(tasks)
-        for task in tasks:
-            if not task.cancelled() and (error := task.exception()) is not None:
-                log.error("a task of the scorer had failed: %r", error)
+        await self._background.stop()
         await asyncio.gather(self._decided.stop(), self._versions.stop())
         if self._producer is not None:
             with contextlib.suppress(KafkaError):

@@ -88,7 +88,12 @@ MIRROR_REFUSED: Final = Counter(
     "kvatlas_worker_mirror_refused_total", "Times the mirror was left alone because another worker has claimed it"
 )
 MIRROR_ERRORS: Final = Counter("kvatlas_worker_mirror_errors_total", "Times the mirror's server failed")
-RESTARTS: Final = Counter("kvatlas_worker_app_restarts_total", "Times the Faust app was started anew after an error")
+DAMAGED: Final = Counter(
+    "kvatlas_worker_state_damaged_total", "Local state that was damaged and set aside, to be rebuilt", ["what"]
+)
+UNREADABLE: Final = Counter(
+    "kvatlas_worker_changelog_unreadable_total", "Entries of our changelogs that are no such thing, passed over"
+)
 
 
 def visible(agent: str, receive_ns: int) -> None:

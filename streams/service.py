@@ -1,12 +1,14 @@
-"""One stream worker: the Faust app, its lookup service, announcements and sweeps, started and stopped together."""
+"""One stream worker: the Faust app, its lookup service, announcements and sweeps, started and stopped together.
+
+Crash-only: whatever ends one of its background tasks, or the Faust app, ends the service, and the process with it.
+Locks, sockets, threads and the membership in the group then end as well; who started the process starts it again.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
-import os
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
@@ -16,15 +18,16 @@ from faust.types import TP
 
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.kafka.follower import TopicFollower
+from kvatlas.bridge.kafka.producer import sender_task
 from kvatlas.bridge.kafka.rights import lost_right
 from kvatlas.bridge.model import topics
 from kvatlas.bridge.model.block_key import KEY_VERSION
 from kvatlas.bridge.model.directory import PodDirectory
 from kvatlas.bridge.model.records import WorkerRecord
+from kvatlas.bridge.runtime.restarts import Restarts
 from kvatlas.bridge.runtime.settings import KafkaSettings
-from kvatlas.bridge.runtime.tasks import end_tasks
+from kvatlas.bridge.runtime.tasks import Background
 from kvatlas.bridge.runtime.telemetry import Telemetry
-from kvatlas.streams import metrics
 from kvatlas.streams.errors import StoreError, WorkerCrashError
 from kvatlas.streams.faust_app.app import BLOCK_INDEX, ENGINE_BLOCKS, WorkerApp, build_app
 from kvatlas.streams.faust_app.consumer import Watchdog
@@ -36,6 +39,7 @@ from kvatlas.streams.resolve.sweep import sweep_engine_blocks
 from kvatlas.streams.serving.announcer import Announcer, WorkerBook
 from kvatlas.streams.serving.lookup_service import LookupServer, LookupService
 from kvatlas.streams.startup import advertised, discover, worker_id
+from kvatlas.streams.state.damage import full_disk
 from kvatlas.streams.state.partition import PartitionState, Role
 from kvatlas.streams.upkeep.census import Census
 from kvatlas.streams.upkeep.gauges import Gauges
@@ -45,9 +49,7 @@ from kvatlas.streams.upkeep.sweeper import Sweeper
 logger = logging.getLogger(__name__)
 
 _STOP_SECONDS: Final = 4.0
-_RESTART_SECONDS: Final = 1.0
 _POLL_SECONDS: Final = 0.05
-_NO_SPACE: Final = os.strerror(errno.ENOSPC)
 
 
 class WorkerService:
@@ -77,15 +79,14 @@ class WorkerService:
         self._workers = WorkerBook(clock, settings.index_version)
         self._partitions: dict[str, int] = {}
         self._app: WorkerApp | None = None
-        self._crashed: asyncio.Future[BaseException] | None = None
+        self._background = Background()
         self._server: LookupServer | None = None
         self._announcer: Announcer | None = None
         self._announcing: asyncio.Task[None] | None = None
         self._telemetry = Telemetry(settings.telemetry_listen)
         self._census = Census(self._index_states, self.pods.records, interval_seconds=settings.census_seconds)
         self._followers: list[TopicFollower] = []
-        self._tasks: list[asyncio.Task[None]] = []
-        self._app_tasks: list[asyncio.Task[None]] = []
+        self._saying_ready: set[asyncio.Task[None]] = set()
 
     # --- life -----------------------------------------------------------------------------------------------------
 
@@ -106,39 +107,35 @@ class WorkerService:
         for topic, apply in ((topics.PODS, self.pods.apply), (topics.WORKERS, self._workers.apply)):
             follower = TopicFollower(self._kafka, topic, apply, client_id=f"kvatlas-worker-{self.worker_id}")
             follower.start()
+            self._background.watch(follower.task)
             self._followers.append(follower)
         await self._start_app()
 
     async def run_until(self, stop: asyncio.Event) -> None:
-        """Run until ``stop`` is set; a Faust app that died is replaced by a new one.
+        """Run until ``stop`` is set.
 
         Raises:
-            RightsError: it died because the account may not do on Kafka what it must.
-            StoreError: it died because the disk is full.
+            RightsError: the account may not do on Kafka what it must.
+            StateFolderError: the disk is full.
+            FencedError: another worker took a partition over while this one stood still.
+            BaseException: whatever else ended the Faust app or a background task.
         """
-        while not stop.is_set():
-            assert self._crashed is not None
-            waiter = asyncio.create_task(stop.wait())
-            crashed: asyncio.Future[Any] = self._crashed
-            await asyncio.wait([waiter, crashed], return_when=asyncio.FIRST_COMPLETED)
-            waiter.cancel()
-            if stop.is_set():
-                return
-            if (refused := lost_right(crashed.result(), self._kafka)) is not None:
-                raise refused
-            if (full := full_disk(crashed.result(), self._settings.state_dir)) is not None:
-                raise full
-            logger.error("the stream app died, a new one is started: %r", crashed.result())
-            metrics.RESTARTS.inc()
-            await self._stop_app()
-            await asyncio.sleep(_RESTART_SECONDS)
-            await self._start_app()
+        try:
+            await self._background.until(stop)
+        except Exception as error:
+            refused = lost_right(error, self._kafka) or full_disk(error, self._settings.state_dir)
+            if refused is not None:
+                raise refused from error
+            raise
+
+    def tell_restarts(self, restarts: Restarts) -> None:
+        """Tell on ``/metrics`` and ``/readyz`` how often this process was started again."""
+        self._telemetry.tell_restarts(restarts)
 
     async def stop(self) -> None:
         """Stop: commit the flushes in progress, leave the group, say goodbye on ``kv-workers``."""
+        self._background.stopping()
         self.ready.clear()
-        for task in self._tasks:
-            task.cancel()
         if self._server is not None:
             await self._server.set_ready(False)
         if self._app is not None:
@@ -190,11 +187,9 @@ class WorkerService:
 
     async def _start_app(self) -> None:
         loop = asyncio.get_running_loop()
-        self._crashed = crashed = loop.create_future()
 
-        def on_crash(error: BaseException) -> None:
-            if not crashed.done():
-                crashed.set_result(error)
+        def fail(error: BaseException) -> None:  # also from RocksDB's threads
+            loop.call_soon_threadsafe(self._background.fail, error)
 
         self._app = app = build_app(
             self._settings,
@@ -202,7 +197,7 @@ class WorkerService:
             partitions=self._partitions,
             worker_id=self.worker_id,
             clock=self._clock,
-            on_crash=on_crash,
+            on_crash=fail,
         )
         app.roles_listener = self._roles_changed
         self._announcer = Announcer(
@@ -215,10 +210,11 @@ class WorkerService:
         )
         app.finalize()
         await app.start()
+        self._background.watch(sender_task(app.aiokafka_producer()))
         self._announcing = self._watch(self._announcer.run())
-        self._watch(_report_crash(app, on_crash))
+        self._watch(_crash_of(app))
         self._watch(Gauges(app).run())
-        self._watch(Keeper(app.sources.values(), may_commit=lambda: app.lease.valid, on_fenced=on_crash).run())
+        self._watch(Keeper(app.sources.values(), may_commit=lambda: app.lease.valid).run())
         if self._settings.census_seconds:
             self._watch(self._census.run())
         self._watch(Watchdog(app.waiting, app.source_end, app.source_consumer().rewind).run())
@@ -277,24 +273,11 @@ class WorkerService:
         self._watch(mirror.run())
 
     def _watch(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        crashed = self._crashed
-
-        def ended(task: asyncio.Task[None]) -> None:
-            if task.cancelled() or (error := task.exception()) is None:
-                return
-            logger.error("%s ended by an error", task.get_name(), exc_info=error)
-            if crashed is not None and not crashed.done():
-                crashed.set_result(error)
-
-        task = asyncio.create_task(work, name=getattr(work, "__qualname__", None))
-        task.add_done_callback(ended)
-        self._app_tasks.append(task)
-        return task
+        return self._background.start(work)
 
     async def _stop_app(self) -> None:
         app, self._app = self._app, None
-        tasks, self._app_tasks = self._app_tasks, []
-        await end_tasks(tasks)
+        await self._background.stop()
         if app is None:
             return
         app.roles_listener = None
@@ -303,7 +286,7 @@ class WorkerService:
         except Exception as error:  # noqa: BLE001 # it is given up either way
             logger.warning("the stream app did not stop cleanly: %r", error)
         for table in app.sources.values():
-            await table.store.stop()  # also when Faust's stop was cut off: the databases' locks must go
+            await table.store.stop()  # also when Faust's stop was cut off
 
     # --- what is known --------------------------------------------------------------------------------------------
 
@@ -360,8 +343,8 @@ class WorkerService:
         if self._server is not None:
             answers = any(state.role is not Role.RESTORING for state in self._index_states().values())
             task = asyncio.ensure_future(self._server.set_ready(answers))
-            self._tasks.append(task)
-            task.add_done_callback(self._tasks.remove)
+            self._saying_ready.add(task)
+            task.add_done_callback(self._saying_ready.discard)
         if self._announcer is not None:
             self._announcer.changed()
 
@@ -387,28 +370,18 @@ class WorkerService:
         )
 
 
-async def _report_crash(app: WorkerApp, on_crash: Callable[[BaseException], None]) -> None:
-    """Watch Faust's app: mode services note a crash and stop, but tell nobody outside of its own worker program."""
-    while True:
+async def _crash_of(app: WorkerApp) -> None:
+    """Wait until Faust's app has crashed: mode services note it and stop, and tell nobody but their own program.
+
+    Raises:
+        BaseException: what it crashed of.
+    """
+    while not app.crashed:  # noqa: ASYNC110 # nothing tells of it
         await asyncio.sleep(_POLL_SECONDS * 4)
-        if app.crashed:
-            on_crash(app.crash_reason or WorkerCrashError("the Faust app crashed without a reason"))
-            return
+    raise app.crash_reason or WorkerCrashError("the Faust app crashed without a reason")
 
 
 def source_lag(app: WorkerApp, topic: str, partition: int, applied: int) -> int:
     """Return how many source records a partition is behind the end that was seen last; -1 when none was."""
     end = app.source_end(TP(topic, partition))
     return -1 if end is None else max(end - applied - 1, 0)
-
-
-def full_disk(error: BaseException | None, folder: str) -> StoreError | None:
-    """Return what an error and its causes say of a full disk, None where they say nothing of it."""
-    while error is not None:
-        if _NO_SPACE in str(error):
-            return StoreError(
-                f"[worker] state_dir {folder}: the disk is full ({error}); free some of it or take a larger one, then "
-                "start the worker again. Nothing is lost: it reads from the changelogs what is not on its disk"
-            )
-        error = error.__cause__ or error.__context__
-    return None

@@ -17,12 +17,14 @@ from kvatlas.bridge.kafka.config import client_config
 from kvatlas.bridge.kafka.follower import partitions_of
 from kvatlas.bridge.model import topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
-from kvatlas.streams.errors import StoreError, TopicsError
+from kvatlas.streams.errors import StateFolderError, TopicsError
 from kvatlas.streams.options import WorkerSettings
+from kvatlas.streams.state.damage import set_aside
 
 logger = logging.getLogger(__name__)
 
 _TOPICS_WAIT_SECONDS: Final = 60.0
+_ID_CHARACTERS: Final = 255
 
 
 async def discover(settings: WorkerSettings, kafka: KafkaSettings, client_id: str) -> dict[str, int]:
@@ -78,18 +80,33 @@ def worker_id(folder: Path) -> str:
     """Return the id of the worker that lives in a state folder, making one at first use.
 
     Raises:
-        StoreError: the folder cannot be written.
+        StateFolderError: the folder cannot be written.
     """
     path = folder / "worker-id"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if path.exists() and (found := path.read_text(encoding="utf-8").strip()):
+        if path.exists() and (found := _read_id(path)):
             return found
         made = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
         path.write_text(made + "\n", encoding="utf-8")
     except OSError as error:
-        raise StoreError(f"state folder {folder} cannot be used: {error.strerror}; choose another state_dir") from error
+        raise StateFolderError(
+            f"state folder {folder} cannot be used: {error.strerror}; choose another state_dir"
+        ) from error
     return made
+
+
+def _read_id(path: Path) -> str:
+    """Return the id in a file; empty when it has none. One that is no id is set aside: a new one harms nothing."""
+    try:
+        found = path.read_text(encoding="utf-8").strip()
+    except (IsADirectoryError, UnicodeDecodeError) as error:
+        set_aside(path, f"no worker id: {error}")
+        return ""
+    if found and (len(found) > _ID_CHARACTERS or not found.isprintable()):
+        set_aside(path, "no worker id: too long, or not to be printed")
+        return ""
+    return found
 
 
 def advertised(listen: str, advertise: str, port: int) -> str:

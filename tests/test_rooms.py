@@ -129,7 +129,6 @@ R8_LONG: Final[frozenset[str]] = frozenset(
         "bridge.ingest.stream",
         "bridge.ingest.tracker",
         "bridge.kafka.producer",
-        "streams.service",
     }
 )
 R8_INIT: Final[frozenset[str]] = frozenset(

@@ -102,6 +102,7 @@ class PodWatch:
 
     Attributes:
         listed: set once the pods have been listed.
+        failed: what ended the watch for good; None while it goes on.
     """
 
     def __init__(self, settings: BridgeSettings, changed: Callable[[], None]) -> None:
@@ -117,6 +118,7 @@ class PodWatch:
         self._closing = threading.Event()
         self.listed = threading.Event()
         self._watch: Any = None
+        self.failed: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="kubernetes", daemon=True)
 
     def start(self) -> None:
@@ -135,6 +137,12 @@ class PodWatch:
         return self._table.specs()
 
     def _run(self) -> None:
+        try:
+            self._watch_pods()
+        except Exception as error:  # noqa: BLE001 # the bridge ends of it, whatever it is
+            self.failed = error
+
+    def _watch_pods(self) -> None:
         from kubernetes.client.exceptions import ApiException  # noqa: PLC0415 - an optional dependency
         from urllib3.exceptions import HTTPError  # noqa: PLC0415 - comes with it
 

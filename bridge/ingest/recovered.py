@@ -12,6 +12,7 @@ from kvatlas.bridge.errors import WireError
 from kvatlas.bridge.ingest.strip import KnownBlocks
 from kvatlas.bridge.ingest.tracker import DIGESTS, Position
 from kvatlas.bridge.model import epochs, pod_ids, records, topics
+from kvatlas.bridge.model.numbers import COUNT_MAX
 from kvatlas.bridge.model.records import Control, KeyedBatch, PodRecord
 
 _DOUBLE: Final = struct.Struct(">d")
@@ -46,7 +47,7 @@ def apply_control(record: PodRecord, control: Control) -> PodRecord:
         changes |= {
             "first_lost": control.first_lost,
             "last_lost": control.last_lost,
-            "lost": record.lost + control.last_lost - control.first_lost + 1,
+            "lost": min(record.lost + max(control.last_lost - control.first_lost + 1, 0), COUNT_MAX),
             "last_sequence": control.last_lost,
         }
     return msgspec.structs.replace(record, **changes)
@@ -142,9 +143,10 @@ def fold(
 
 def _numbers(headers: dict[str, bytes]) -> tuple[int, int, int] | None:
     """Return incarnation, sequence and receive time (ns) from a record's headers; None where one is no number."""
-    wanted = ((topics.H_INCARNATION, b"0"), (topics.H_SEQUENCE, b"-1"), (topics.H_RECEIVE_NS, b"0"))
     try:
-        incarnation, sequence, receive_ns = (int(headers.get(name, default)) for name, default in wanted)
-    except (TypeError, ValueError):
+        incarnation = topics.header_number(headers.get(topics.H_INCARNATION), 0)
+        sequence = topics.header_number(headers.get(topics.H_SEQUENCE))
+        receive_ns = topics.header_number(headers.get(topics.H_RECEIVE_NS), 0)
+    except ValueError:
         return None
-    return incarnation, sequence, receive_ns
+    return (incarnation, sequence, receive_ns) if incarnation <= epochs.INCARNATION_MAX else None

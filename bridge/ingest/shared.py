@@ -17,6 +17,7 @@ from kvatlas.bridge.kafka.producer import Acknowledge, Item, Publisher
 from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.records import Control, PodRecord
 from kvatlas.bridge.options import BridgeSettings
+from kvatlas.bridge.runtime.tasks import Background
 
 if TYPE_CHECKING:
     from kvatlas.bridge.ingest.stream import PodStream
@@ -37,6 +38,7 @@ class Shared:
         claims: the stream that holds a pod; one at most, so that no pod is on the log twice.
         conflicts: times that an endpoint was left out because another one holds its pod.
         messages, bytes, events: forwarded.
+        background: watches the streams' tasks: a stream without its replays repairs nothing any more.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Shared:
         self.topic = topic
         self.now_ns = now_ns
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.background = Background()
         self.recovered: dict[str, Recovered] = {}
         self.partitions = 1
         self.replays = asyncio.Semaphore(settings.replay_parallel)

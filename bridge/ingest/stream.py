@@ -114,6 +114,8 @@ class PodStream:
             None if spec.bound else open_socket(shared, spec.live, self.received, reconnected=self.reconnected)
         )
         self._task = asyncio.create_task(self._repair(), name=f"replay-{spec.live}") if spec.replay else None
+        if self._task is not None:
+            shared.background.watch(self._task)
 
     async def close(self) -> None:
         """Stop reading; what was accepted still goes out."""
@@ -121,6 +123,7 @@ class PodStream:
         if self._socket is not None:
             self._socket.close()
         if self._task is not None:
+            self._shared.background.release(self._task)
             await end_tasks([self._task])
 
     @property

@@ -80,6 +80,12 @@ class TopicFollower:
         """Start reading in the background."""
         self._task = asyncio.create_task(self._run(), name=f"follow {self._topic}")
 
+    @property
+    def task(self) -> asyncio.Task[None]:
+        """The task that reads; it ends by itself only with an error."""
+        assert self._task is not None
+        return self._task
+
     async def stop(self) -> None:
         """Stop reading."""
         if self._task is not None:

@@ -413,3 +413,9 @@ async def _close(producer: Any, seconds: float) -> None:
             await asyncio.wait([sender], timeout=seconds)
         # Nobody sends these any more, and whoever waits for them would wait for ever.
         producer._message_accumulator.fail_all(ProducerClosed())
+
+
+def sender_task(producer: Any) -> asyncio.Task[None]:
+    """Return the task of an aiokafka producer that sends what it was given: once it has ended, every send fails."""
+    task: asyncio.Task[None] = producer._sender.sender_task
+    return task

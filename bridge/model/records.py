@@ -6,26 +6,27 @@ meets a version it does not know raises :class:`VersionError`; the caller dead-l
 
 from __future__ import annotations
 
-from typing import Any, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 
-from kvatlas.bridge.errors import VersionError, WireError
+from kvatlas.bridge.errors import DECODE_ERRORS, VersionError, WireError
+from kvatlas.bridge.model.numbers import (
+    Byte,
+    Count,
+    Epoch,
+    Incarnation,
+    Nanoseconds,
+    Partition,
+    Sequence,
+    Short,
+    Tokens,
+    Word,
+)
 from kvatlas.bridge.model.topics import BASE_VERSION
 from kvatlas.bridge.model.validity import Validity
 
 SCHEMA_VERSION: Final = 1
-
-# --- topics -----------------------------------------------------------------------------------------------------
-
-
-# --- headers of kv-events and kv-events-dlq -----------------------------------------------------------------------
-
-
-# --- identity -----------------------------------------------------------------------------------------------------
-
-
-# --- values -------------------------------------------------------------------------------------------------------
 
 
 class Control(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,18 +43,18 @@ class Control(msgspec.Struct, frozen=True, kw_only=True):
 
     v: int = SCHEMA_VERSION
     type: str
-    incarnation: int
-    first_lost: int = -1
-    last_lost: int = -1
+    incarnation: Incarnation
+    first_lost: Sequence = -1
+    last_lost: Sequence = -1
     reason: str = ""
 
 
 class GroupSpec(msgspec.Struct, frozen=True, array_like=True):
     """One KV-cache group of a pod: attention kind (:class:`~kvatlas.bridge.model.events.Kind`), window, block size."""
 
-    kind: int = 0
-    window_tokens: int = 0
-    block_size_tokens: int = 0
+    kind: Byte = 0
+    window_tokens: Word = 0
+    block_size_tokens: Tokens = 0
 
 
 class PodRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,31 +90,31 @@ class PodRecord(msgspec.Struct, frozen=True, kw_only=True):
     pod: str
     writer: str
     state: str = "live"
-    epoch: int = 0
-    valid_from: int = 0
-    gpu_valid_from: int = 0
-    suspect_before: int = 0
+    epoch: Epoch = 0
+    valid_from: Epoch = 0
+    gpu_valid_from: Epoch = 0
+    suspect_before: Epoch = 0
     model: str = ""
     engine: str = ""
     endpoint: str = ""
-    block_size_tokens: int = 0
-    dp_rank: int = 0
-    last_sequence: int = -1
-    last_event_ns: int = 0
-    receive_ns: int = 0
-    first_lost: int = -1
-    last_lost: int = -1
-    lost: int = 0
-    groups: dict[int, GroupSpec] = {}
+    block_size_tokens: Tokens = 0
+    dp_rank: Tokens = 0
+    last_sequence: Sequence = -1
+    last_event_ns: Nanoseconds = 0
+    receive_ns: Nanoseconds = 0
+    first_lost: Sequence = -1
+    last_lost: Sequence = -1
+    lost: Count = 0
+    groups: dict[Short, GroupSpec] = {}
     store: str = ""
     approximate: bool = False
     pairs: bool = False
     named: bool = False
-    chunk_tokens: int = 0
-    events_partition: int = -1
-    events_offset: int = -1
+    chunk_tokens: Tokens = 0
+    events_partition: Partition = -1
+    events_offset: Sequence = -1
     load: dict[str, float] = {}
-    updated_ns: int = 0
+    updated_ns: Nanoseconds = 0
     adapters: list[str] = []
 
     @property
@@ -180,18 +181,18 @@ class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     v: int = SCHEMA_VERSION
     worker: str
     endpoint: str
-    partitions: list[int] = []
-    standby: list[int] = []
-    restoring: list[int] = []
-    partition_count: int = 0
-    block_size_tokens: int = 16
-    key_version: int = 1
-    generation: int = 0
-    offsets: dict[int, int] = {}
-    updated_ns: int = 0
-    expires_ns: int = 0
+    partitions: list[Partition] = []
+    standby: list[Partition] = []
+    restoring: list[Partition] = []
+    partition_count: Partition = 0
+    block_size_tokens: Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)] = 16
+    key_version: Count = 1
+    generation: Sequence = 0
+    offsets: dict[Partition, Sequence] = {}
+    updated_ns: Nanoseconds = 0
+    expires_ns: Nanoseconds = 0
     index_version: str = BASE_VERSION
-    blocks: dict[str, dict[str, int]] = {}
+    blocks: dict[str, dict[str, Count]] = {}
 
 
 #: Key of the catalog on ``kv-workers``; no worker id begins so.
@@ -207,9 +208,9 @@ class IndexVersion(msgspec.Struct, frozen=True, kw_only=True):
         created_ns: when it was begun, wall clock in ns.
     """
 
-    block_size_tokens: int = 0
-    partitions: int = 0
-    created_ns: int = 0
+    block_size_tokens: Tokens = 0
+    partitions: Partition = 0
+    created_ns: Nanoseconds = 0
 
 
 class IndexCatalog(msgspec.Struct, frozen=True, kw_only=True):
@@ -224,7 +225,7 @@ class IndexCatalog(msgspec.Struct, frozen=True, kw_only=True):
     v: int = SCHEMA_VERSION
     active: str = BASE_VERSION
     versions: dict[str, IndexVersion] = msgspec.field(default_factory=lambda: {BASE_VERSION: IndexVersion()})
-    updated_ns: int = 0
+    updated_ns: Nanoseconds = 0
 
 
 class DecisionRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -267,30 +268,30 @@ class DecisionRecord(msgspec.Struct, frozen=True, kw_only=True):
     kind: str = "decision"
     request_id: str
     pod: str
-    pod_epoch: int = 0
+    pod_epoch: Epoch = 0
     model: str = ""
     keys: bytes = b""
-    block_size_tokens: int = 16
-    predicted_blocks: int = 0
-    scores: dict[str, tuple[float, int]] = {}
-    freshness: dict[int, int] = {}
-    pod_sequences: dict[str, int] = {}
+    block_size_tokens: Tokens = 16
+    predicted_blocks: Count = 0
+    scores: dict[str, tuple[float, Count]] = {}
+    freshness: dict[Partition, Sequence] = {}
+    pod_sequences: dict[str, Sequence] = {}
     scorer: str = ""
-    decided_ns: int = 0
-    expires_ns: int = 0
+    decided_ns: Nanoseconds = 0
+    expires_ns: Nanoseconds = 0
     policy: str = ""
     outcome: str = ""
-    real_blocks: int = -1
-    speculative_blocks: int = 0
+    real_blocks: Sequence = -1
+    speculative_blocks: Count = 0
     endpoint: str = ""
-    prompt_tokens: int = 0
-    predicted_tokens: int = 0
+    prompt_tokens: Count = 0
+    predicted_tokens: Count = 0
     compute_tokens: float = 0.0
     session: str = ""
     degraded: str = ""
-    cached_tokens: int = -1
+    cached_tokens: Sequence = -1
     first_token_ms: float = -1.0
-    status: int = 0
+    status: Sequence = 0
     cause: str = ""
     regret_tokens: float = 0.0
 
@@ -351,7 +352,7 @@ class KeyedBatch(msgspec.Struct, frozen=True, kw_only=True):
 
     v: int = SCHEMA_VERSION
     timestamp: float
-    dp_rank: int | None = None
+    dp_rank: Tokens | None = None
     events: list[KeyedStored | KeyedRemoved | KeyedCleared] = []
 
 
@@ -381,7 +382,7 @@ def decode(kind: type[R], value: bytes) -> R:
         decoder = _decoders.setdefault(kind, msgspec.msgpack.Decoder(kind))
     try:
         record: R = decoder.decode(value)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except DECODE_ERRORS as error:
         raise _explain(kind, value, error) from error
     version = getattr(record, "v", SCHEMA_VERSION)
     if version != SCHEMA_VERSION:
@@ -392,7 +393,7 @@ def decode(kind: type[R], value: bytes) -> R:
 def _explain(kind: type[Any], value: bytes, error: Exception) -> WireError:
     try:
         version = msgspec.msgpack.decode(_version.decode(value)["v"])
-    except (msgspec.MsgspecError, KeyError, RecursionError):
+    except (*DECODE_ERRORS, KeyError):
         return WireError(f"not a {kind.__name__}: {error}")
     if version != SCHEMA_VERSION:
         return VersionError(f"{kind.__name__} of schema version {version}; this build knows {SCHEMA_VERSION}")

@@ -94,3 +94,17 @@ CONTENT_ENGINE: Final = "engine"  # the engine's message, byte for byte
 CONTENT_KEYS: Final = "keys"  # token-free: the bridge computed the block keys (KeyedBatch)
 CONTENT_CONTROL: Final = "control"  # a Control record of ours, in order with the pod's messages
 Headers = list[tuple[str, bytes]]
+
+
+def header_number(value: bytes | None, absent: int = -1) -> int:
+    """Return the number in a header; ``absent`` where there is none.
+
+    Raises:
+        ValueError: it is no decimal number from 0 to 2^62 - 1: what is counted on from it fits 63 bits.
+    """
+    if value is None:
+        return absent
+    number = int(value)
+    if not 0 <= number < 1 << 62:
+        raise ValueError(f"{number.bit_length()} bits")
+    return number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -48,7 +49,7 @@ async def recover(
         heads = [TopicPartition(settings.topic(topics.PODS), number) for number in partitions]
         async for message in _to_end(consumer, heads, {}):
             # The last one on the log, not the latest by its clock, which may have been put back since.
-            newest[message.partition] = _take_record(pods, message) or newest.get(message.partition, 0)
+            newest[message.partition] = take_record(pods, message) or newest.get(message.partition, 0)
         starts = await _starts(consumer, settings.topic(topics.EVENTS), partitions, pods, newest)
         if known_blocks and starts:
             for place, end in (await consumer.end_offsets(list(starts))).items():
@@ -110,7 +111,7 @@ async def _first_since(consumer: Any, moments: dict[TopicPartition, int]) -> dic
     return known | {place: ends[place] for place, at in first.items() if at is not None}
 
 
-def _take_record(pods: dict[str, Recovered], message: Any) -> int:
+def take_record(pods: dict[str, Recovered], message: Any) -> int:
     """Take a record of ``kv-pods``; returns when a bridge wrote it (ns), 0 for what no bridge wrote."""
     key = (message.key or b"").decode(errors="replace")
     writer, _, pod = key.partition("|")
@@ -124,7 +125,7 @@ def _take_record(pods: dict[str, Recovered], message: Any) -> int:
     except WireError:
         return 0
     pods[pod] = Recovered(record)
-    return record.updated_ns
+    return min(record.updated_ns, time.time_ns())  # a clock that is ahead must not hide the events of today
 
 
 async def _to_end(consumer: Any, places: list[TopicPartition], starts: dict[TopicPartition, int]) -> Any:

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from prometheus_client import CollectorRegistry
 
@@ -17,7 +17,7 @@ from kvatlas.bridge.engines.discovery import discover, read_engines, static_spec
 from kvatlas.bridge.engines.http import is_http
 from kvatlas.bridge.engines.kubernetes import PodWatch
 from kvatlas.bridge.engines.spec import EngineSpec
-from kvatlas.bridge.errors import EngineError, KvatlasError
+from kvatlas.bridge.errors import EngineError, KvatlasError, TaskEndedError
 from kvatlas.bridge.ingest.absent import Absent
 from kvatlas.bridge.ingest.inbound import Inbound
 from kvatlas.bridge.ingest.metrics import BridgeCollector
@@ -27,8 +27,9 @@ from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.relay.ownership import Ownership
 from kvatlas.bridge.relay.recovery import recover
+from kvatlas.bridge.runtime.restarts import Restarts
 from kvatlas.bridge.runtime.settings import KafkaSettings
-from kvatlas.bridge.runtime.tasks import end_tasks
+from kvatlas.bridge.runtime.tasks import Background
 from kvatlas.bridge.runtime.telemetry import Telemetry
 
 _TICK_SECONDS: Final = 0.25
@@ -73,7 +74,7 @@ class BridgeService:
         self._pods: PodWatch | None = None
         self._look = asyncio.Event()
         self._stopped = False
-        self._tasks: list[asyncio.Task[None]] = []
+        self._background = Background()
         self._shared: Shared | None = None
         self._publisher: Publisher | None = None
         self._ownership: Ownership | None = None
@@ -122,7 +123,7 @@ class BridgeService:
         )
         await publisher.start()
         shared = self._shared = Shared(settings, publisher, self._kafka.topic, self._clock)
-        shared.observe = self.observe
+        shared.observe, shared.background = self.observe, self._background
         shared.partitions = await publisher.partitions(self._kafka.topic(topics.EVENTS))
         self._ownership = Ownership(settings, self._kafka, shared.partitions, self._gained, self._lost)
         shared.owns, publisher.may_send = self._ownership.owns, self._ownership.leased
@@ -141,23 +142,31 @@ class BridgeService:
                 log.warning("Kubernetes has not answered yet; its pods follow")
         await self._sync(await self._found())
         self._bind()
-        self._tasks = [asyncio.create_task(self._tick()), asyncio.create_task(self._discover())]
-        if settings.engines_file:
-            self._tasks.append(asyncio.create_task(self._watch_file()))
+        self._watch()
         self.ready.set()
 
-    async def run_until(self, stop: asyncio.Event) -> None:
-        """Work until ``stop`` is set; a task that fails ends the service with its error."""
-        waiter: asyncio.Future[Any] = asyncio.create_task(stop.wait())
+    def _watch(self) -> None:
+        """Begin the tasks that go on for ever, and end the service with any of them."""
         assert self._publisher is not None
         assert self._ownership is not None
-        ends: list[asyncio.Future[None]] = [waiter, *self._tasks, *self._ownership.tasks]
-        if self._publisher.failed is not None:
-            ends.append(self._publisher.failed)
-        done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        waiter.cancel()
-        for task in done - {waiter}:
-            task.result()
+        background = self._background
+        background.start(self._tick())
+        background.start(self._discover())
+        if self._settings.engines_file:
+            background.start(self._watch_file())
+        for task in self._ownership.tasks:
+            background.watch(task)
+        failed = self._publisher.failed
+        assert failed is not None
+        failed.add_done_callback(lambda done: None if done.cancelled() else background.fail(_error_of(done)))
+
+    def tell_restarts(self, restarts: Restarts) -> None:
+        """Tell on ``/metrics`` and ``/readyz`` how often this process was started again."""
+        self.telemetry.tell_restarts(restarts)
+
+    async def run_until(self, stop: asyncio.Event) -> None:
+        """Work until ``stop`` is set; a task that ends before ends the service with its error."""
+        await self._background.until(stop)
 
     async def stop(self) -> None:
         """Stop reading, send what was accepted, and leave."""
@@ -165,7 +174,7 @@ class BridgeService:
             return
         self._stopped = True
         self.ready.clear()
-        await end_tasks(self._tasks)
+        await self._background.stop()
         if self._pods is not None:
             await asyncio.to_thread(self._pods.stop)
         for inbound in self._inbound:
@@ -302,6 +311,8 @@ class BridgeService:
         absent = Absent(self._shared)
         while True:
             await asyncio.sleep(_TICK_SECONDS)
+            if self._pods is not None and self._pods.failed is not None:
+                raise self._pods.failed
             now, due = self._clock(), time.monotonic() - written >= settings.record_seconds
             if due:
                 written = time.monotonic()
@@ -319,6 +330,10 @@ class BridgeService:
                     stream.beat()
                 if due and stream.changed:
                     stream.write_record()
+
+
+def _error_of(done: asyncio.Future[None]) -> BaseException:
+    return done.exception() or TaskEndedError("the producer has ended")
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:

@@ -1,7 +1,7 @@
 """What every service tells its operator over HTTP: Prometheus metrics, health and readiness.
 
 One small HTTP server with three pages: ``/metrics`` (Prometheus text), ``/healthz`` (the process answers), ``/readyz``
-(200 once every registered check passes, else 503 with the reasons).
+(200 once every registered check passes, else 503 with the reasons; either way with the restarts of the process).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from kvatlas.bridge.errors import SettingsError
+from kvatlas.bridge.runtime.restarts import Restarts, RestartsCollector
 
 Check = Callable[[], str | None]
 
@@ -48,6 +49,7 @@ class Telemetry:
         self._host, self._wanted = _split(listen) if listen else ("", -1)
         self._registry = registry
         self._checks: dict[str, Check] = {}
+        self._restarts = Restarts()
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.StreamWriter] = set()
 
@@ -59,6 +61,11 @@ class Telemetry:
     def add_check(self, name: str, check: Check) -> None:
         """Register a readiness check: it returns None when ready, else why not."""
         self._checks[name] = check
+
+    def tell_restarts(self, restarts: Restarts) -> None:
+        """Show how often the process was started again; to be called once."""
+        self._restarts = restarts
+        self._registry.register(RestartsCollector(restarts))
 
     def unready(self) -> dict[str, str]:
         """Return the checks that do not pass, with their reasons."""
@@ -120,6 +127,8 @@ class Telemetry:
         if page == b"/readyz":
             missing = self.unready()
             text = "".join(f"{name}: {why}\n" for name, why in missing.items()) or "ready\n"
+            if (note := self._restarts.note()) is not None:
+                text += f"restarts: {note}\n"
             return _response(503 if missing else 200, text, only_head=only_head)
         return _response(404, "pages: /metrics /healthz /readyz\n", only_head=only_head)
 

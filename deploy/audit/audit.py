@@ -8,6 +8,7 @@ router is told that they may be gone.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -16,6 +17,7 @@ import grpc
 import msgspec
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
+from kvatlas.bridge.errors import DECODE_ERRORS
 from kvatlas.bridge.kafka.config import client_config
 from kvatlas.bridge.kafka.follower import partitions_of
 from kvatlas.bridge.model import pod_ids, topics
@@ -28,7 +30,7 @@ from kvatlas.streams.errors import StreamsError
 from kvatlas.streams.index.apply import apply_blocks
 from kvatlas.streams.index.blocks_record import decode_blocks
 from kvatlas.streams.index.columns import NOT_ANSWERED, read_index
-from kvatlas.streams.index.holders import holders
+from kvatlas.streams.index.holders import are_holders, holders
 from kvatlas.streams.index.view import DictView
 from kvatlas.streams.resolve.effects import Effects
 from kvatlas.streams.resolve.message import parse_message
@@ -36,6 +38,8 @@ from kvatlas.streams.resolve.resolver import ResolveOptions, Resolver
 from kvatlas.streams.serving.announcer import WorkerBook
 from kvatlas.streams.v1 import block_index_pb2 as pb
 from kvatlas.streams.v1 import block_index_pb2_grpc as pb_grpc
+
+logger = logging.getLogger(__name__)
 
 _LOOKUP_KEYS: Final = 8_192
 _POLL_MS: Final = 1_000
@@ -107,6 +111,9 @@ def compare(index: Mapping[bytes, bytes], truth: Truth, pods: Sequence[PodRecord
     held: dict[str, dict[str, set[bytes]]] = {}
     suspect: set[tuple[str, str, bytes]] = set()
     for key, value in index.items():
+        if not are_holders(value):
+            logger.warning("block %s: its value of %d bytes is none and is passed over", key.hex(), len(value))
+            continue
         for holder in holders(value):
             pod = known.get(holder.pod_ref)
             if pod is None or holder.tier == Tier.SHARED:
@@ -233,7 +240,7 @@ def read_truth(document: bytes) -> Truth:
             pod: {tier: frozenset(map(bytes.fromhex, keys)) for tier, keys in tiers.items()}
             for pod, tiers in found.items()
         }
-    except (msgspec.MsgspecError, ValueError) as error:
+    except DECODE_ERRORS as error:
         raise StreamsError(f"the truth is not JSON of pod -> tier -> hexadecimal block keys: {error}") from error
 
 

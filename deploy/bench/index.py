@@ -83,8 +83,8 @@ async def _index(bootstrap: str, folder: Path, args: argparse.Namespace) -> tupl
         table = service.index_table()
         states = list(table.store.states.values())
         for state in states:
-            state._db.flush()
-            state._db.compact_range(None, None)
+            state._db.raw.flush()
+            state._db.raw.compact_range(None, None)
         entries = sum(len(value) // HOLDER_BYTES for state in states for _, value in state.items())
         disk = sum(state.size_bytes() for state in states)
         cached = sum(

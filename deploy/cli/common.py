@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import importlib
 import importlib.util
 import math
 import os
 import signal
-import sys
 import threading
-import time
-from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Final, cast
 
 import msgspec
 
-from kvatlas.bridge.errors import RightsError, SettingsError
+from kvatlas.bridge.errors import KvatlasError, SettingsError
 from kvatlas.bridge.runtime import settings
 from kvatlas.bridge.runtime.settings import ENV_FILE, ENV_PREFIX
 from kvatlas.deploy.cli.entry import EXIT_USAGE
@@ -44,9 +41,6 @@ _PREFIXES: Final = {"log": "log_", "tokenizer": "tokenizer_"}
 _OTHER_NAMES: Final = frozenset({ENV_FILE, "KVATLAS_CACHE_DIR"})
 
 _LAST_TOKEN: Final = 2**32 - 1
-
-#: What is left of a service that has stopped gets this long to end by itself.
-_LEAVE_SECONDS: Final = 3.0
 
 
 def section_class(name: str) -> type[msgspec.Struct]:
@@ -216,32 +210,4 @@ def file_error(what: str, path: Path, error: OSError) -> SettingsError:
 
 def exit_code(error: BaseException) -> int:
     """Return the exit code for an error: whether trying again may help."""
-    return EXIT_USAGE if isinstance(error, SettingsError | RightsError) else 1
-
-
-@contextlib.contextmanager
-def leaving(name: str) -> Iterator[None]:
-    """End the process within a few seconds of the block's end: with 0, or as told by :func:`exit_code`.
-
-    For services whose libraries keep tasks and threads that ignore their cancellation while brokers are away: the
-    service has stopped and closed what must be closed, and an interpreter that waits for those would never exit.
-    """
-    try:
-        yield
-    except BaseException as error:
-        _end_soon(exit_code(error), f"kvatlas {name}: {error!r}")
-        raise
-    _end_soon(0, "")
-
-
-def _end_soon(code: int, text: str) -> None:
-    def end() -> None:
-        time.sleep(_LEAVE_SECONDS)
-        if text:
-            print(text, file=sys.stderr)
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(code)
-
-    threading.Thread(target=end, name="leaving", daemon=True).start()
+    return EXIT_USAGE if isinstance(error, KvatlasError) and not error.restart_helps else 1

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from kvatlas.bridge.errors import KvatlasError, RightsError, SettingsError
+from kvatlas.bridge.errors import KvatlasError
 from kvatlas.deploy.cli.help import Parser, polish
 
 #: Subcommand -> what its line in the overview says.
@@ -83,16 +83,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``kvatlas``; returns the exit code: 0 done, 1 failed, 2 wrong use, settings or rights, 130 interrupted."""
+    """Run ``kvatlas``; returns the exit code: 0 done, 1 failed, 2 what trying again does not help, 130 interrupted."""
     args = parse(list(sys.argv[1:] if argv is None else argv))
     try:
         return int(args.run(args))
-    except (SettingsError, RightsError) as error:
-        print(f"kvatlas {args.command}: {error}", file=sys.stderr)
-        return EXIT_USAGE
     except KvatlasError as error:
         print(f"kvatlas {args.command}: {error}", file=sys.stderr)
-        return 1
+        return 1 if error.restart_helps else EXIT_USAGE
     except KeyboardInterrupt:
         return _EXIT_INTERRUPTED
     except BrokenPipeError:

@@ -105,7 +105,8 @@ first steps:
   kvatlas config                  every setting with its flag, environment variable and TOML key
 
 Settings: flags win over environment variables (KVATLAS_SECTION_NAME), which win over the file of --config or
-KVATLAS_CONFIG. Exit codes: 0 done, 1 failed (try again), 2 wrong use, settings or rights, 130 interrupted.
+KVATLAS_CONFIG. Exit codes: 0 done, 1 failed (try again), 2 wrong use, settings or rights, or a full disk (trying
+again does not help), 130 interrupted.
 """
 
 #: A usage line with more flags than this says nothing.

@@ -1,42 +1,26 @@
-"""``kvatlas worker``: one stream worker, or several of them under one supervisor."""
+"""``kvatlas worker``: one stream worker, or several of them, under a supervisor that starts each again when it dies."""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.bridge.model import topics
-from kvatlas.bridge.runtime.interpreter import tune_interpreter
 from kvatlas.bridge.runtime.logs import configure_logging
-from kvatlas.bridge.runtime.settings import KafkaSettings
-from kvatlas.deploy.brokers.rights import START_SECONDS, check_rights, rights_of
-from kvatlas.deploy.brokers.topics import ensure_topics
+from kvatlas.bridge.runtime.restarts import Restarts
 from kvatlas.deploy.cli import common
-from kvatlas.deploy.cli.entry import EXIT_USAGE
-from kvatlas.deploy.reindex.catalog import configured
+from kvatlas.deploy.processes import main
+from kvatlas.deploy.processes.child import document
+from kvatlas.deploy.processes.supervisor import Child, supervise
 from kvatlas.scorer.gateway.options import PickerSettings
 from kvatlas.scorer.options import ScorerSettings
-from kvatlas.streams.faust_app.app import group_of
 from kvatlas.streams.options import WorkerSettings
-from kvatlas.streams.service import WorkerService
 
 HELP: Final = "materialise the block index and answer lookups"
-
-_CHILD: Final = "--child"
-_STOP_SECONDS: Final = 8.0
-_RESTART_SECONDS: Final = 1.0
-_POLL_SECONDS: Final = 0.1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--with-picker", action="store_true", help="also pick pods for a gateway, with the scorer of --with-scorer"
     )
-    parser.add_argument(_CHILD, type=int, default=-1, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--no-supervise",
+        action="store_true",
+        help="run the worker in this process and end with it, for who restarts it himself, as Kubernetes does",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,16 +52,29 @@ def run(args: argparse.Namespace) -> int:
     if args.with_picker and not args.with_scorer:
         raise SettingsError("--with-picker needs --with-scorer, whose answers it picks by")
     configure_logging(sections["log"], "worker")
-    if settings.processes > 1 and args.child < 0:
-        return Supervisor(settings.processes, _arguments()).run()
-    if args.child >= 0:
-        settings = child_settings(settings, args.child)
-        sections["scorer"] = child_scorer(sections["scorer"], args.child)
-        sections["picker"] = child_picker(sections["picker"], args.child)
-    _use_uvloop()
-    return asyncio.run(
-        _serve(settings, sections["kafka"], sections if args.with_scorer else None, picks=args.with_picker)
-    )
+    part = "picking-worker" if args.with_picker else "scoring-worker" if args.with_scorer else "worker"
+    if args.no_supervise:
+        if settings.processes > 1:
+            raise SettingsError("--no-supervise: one process alone; leave out --processes, or supervise them")
+        return main.run(part, sections)
+    starts = [_starts(part, sections)]
+    if settings.processes > 1:
+        starts = [_starts(part, _numbered(sections, number)) for number in range(settings.processes)]
+    return supervise("worker", starts, common.stop_event(), lambda said: print(f"ready {said}", flush=True))
+
+
+def _starts(part: str, sections: dict[str, Any]) -> Callable[[Restarts], Child]:
+    return lambda restarts: Child(part, document(part, sections, restarts=restarts), None)
+
+
+def _numbered(sections: dict[str, Any], number: int) -> dict[str, Any]:
+    """Return the settings of one of several processes."""
+    return {
+        **sections,
+        "worker": child_settings(sections["worker"], number),
+        "scorer": child_scorer(sections["scorer"], number),
+        "picker": child_picker(sections["picker"], number),
+    }
 
 
 def child_settings(settings: WorkerSettings, number: int) -> WorkerSettings:
@@ -114,136 +115,3 @@ def shifted(address: str, number: int) -> str:
     """Return ``host:port`` with ``number`` added to a fixed port; port 0, or none, stays."""
     host, _, port = address.rpartition(":")
     return f"{host}:{int(port) + number}" if host and port.isdigit() and int(port) else address
-
-
-def topics_of(settings: WorkerSettings) -> tuple[topics.Topic, ...]:
-    """Return the topics that a worker makes where they are missing; `kvatlas reindex` makes those of new versions."""
-    if settings.index_version == topics.BASE_VERSION:
-        return (*topics.TOPICS, *topics.changelog_topics(settings.app))
-    return tuple(topic for topic in topics.TOPICS if topic.name != topics.BLOCKS)
-
-
-async def _serve(settings: WorkerSettings, kafka: KafkaSettings, scorer: dict[str, Any] | None, *, picks: bool) -> int:
-    version, groups = settings.index_version, [group_of(settings)]
-    rights = rights_of("worker", kafka, app=settings.app, version=version, groups=groups)
-    if scorer is not None:
-        rights += rights_of("scorer", kafka)
-    stop = common.async_stop_event()
-    if not await common.unless_stopped(stop, check_rights(kafka, rights, wait_seconds=START_SECONDS)):
-        return 0
-    if kafka.create_topics:
-        await ensure_topics(kafka, topics_of(settings))
-    settings = await configured(kafka, settings)
-    service = _service(settings, kafka, scorer, picks=picks)
-    with common.leaving("worker"):  # Faust's tasks and threads outlive a stop while the brokers are away
-        try:
-            await service.start()
-            announcing = asyncio.create_task(_say_ready(service))
-            await service.run_until(stop)
-            announcing.cancel()
-        finally:
-            await service.stop()
-    return 0
-
-
-def _service(settings: WorkerSettings, kafka: KafkaSettings, scorer: dict[str, Any] | None, *, picks: bool) -> Any:
-    """Return the worker, with its scorer where one is asked for, and the picker around both."""
-    if scorer is None:
-        return WorkerService(settings, kafka)
-    from kvatlas.deploy.processes.colocated import ScoringWorker  # noqa: PLC0415 - a worker alone needs no tokenizers
-
-    worker = ScoringWorker(settings, kafka, scorer["scorer"], scorer["tokenizer"])
-    if not picks:
-        return worker
-    from kvatlas.deploy.processes.picking import WorkerWithPicker  # noqa: PLC0415 - only when it runs
-
-    return WorkerWithPicker(scorer["picker"], worker)
-
-
-async def _say_ready(service: Any) -> None:
-    await service.ready.wait()
-    tune_interpreter()
-    more = [(name, getattr(service, f"{name}_address", "")) for name in ("scorer", "picker")]
-    print(f"ready worker={service.address}" + "".join(f" {name}={where}" for name, where in more if where), flush=True)
-
-
-def _use_uvloop() -> None:
-    try:
-        import uvloop  # noqa: PLC0415 # not on every platform
-    except ImportError:
-        return
-    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
-
-
-def _arguments() -> list[str]:
-    return [sys.executable, "-m", "kvatlas.deploy", *sys.argv[1:]]
-
-
-class Supervisor:
-    """Runs worker processes: starts them anew when they die, hands signals on, waits for all of them.
-
-    Args:
-        processes: how many.
-        command: what runs one; ``--child N`` is added.
-    """
-
-    def __init__(self, processes: int, command: Sequence[str]) -> None:
-        self._command = list(command)
-        self._children: list[subprocess.Popen[Any] | None] = [None] * processes
-        self._started = [0.0] * processes
-        self._stopping = False
-
-    def run(self) -> int:
-        """Run until SIGTERM or Ctrl-C, or until a child finds its settings or rights wrong.
-
-        Returns:
-            0 when all children ended cleanly, 2 after wrong settings or rights, else 1.
-        """
-        for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, lambda *_: self._stop())
-        for number in range(len(self._children)):
-            self._start(number)
-        while not self._stopping:
-            time.sleep(_POLL_SECONDS)
-            self._revive()
-        return self._wait()
-
-    def _start(self, number: int) -> None:
-        self._started[number] = time.monotonic()
-        # A session of its own: Ctrl-C reaches the supervisor alone, which hands it on once.
-        self._children[number] = subprocess.Popen(  # noqa: S603 # our own command line
-            [*self._command, _CHILD, str(number)], start_new_session=True
-        )
-
-    def _revive(self) -> None:
-        for number, child in enumerate(self._children):
-            if child is None or child.poll() is None or self._stopping:
-                continue
-            if child.returncode == EXIT_USAGE:  # it said what is wrong, and would say so for ever
-                self._stop()
-            elif time.monotonic() - self._started[number] >= _RESTART_SECONDS:
-                print(
-                    f"worker process {number} ended with {child.returncode}, started anew", file=sys.stderr, flush=True
-                )
-                self._start(number)
-
-    def _stop(self) -> None:
-        self._stopping = True
-        for child in self._children:
-            if child is not None and child.poll() is None:
-                child.terminate()
-
-    def _wait(self) -> int:
-        deadline = time.monotonic() + _STOP_SECONDS
-        codes = []
-        for child in self._children:
-            if child is None:
-                continue
-            try:
-                codes.append(child.wait(max(deadline - time.monotonic(), 0.1)))
-            except subprocess.TimeoutExpired:
-                os.killpg(child.pid, signal.SIGKILL)
-                codes.append(child.wait())
-        if EXIT_USAGE in codes:
-            return EXIT_USAGE
-        return 0 if all(code == 0 for code in codes) else 1

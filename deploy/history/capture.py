@@ -20,7 +20,7 @@ from typing import Final, Self
 
 import msgspec
 
-from kvatlas.bridge.errors import SettingsError, WireError
+from kvatlas.bridge.errors import DECODE_ERRORS, SettingsError, WireError
 from kvatlas.bridge.model import topics
 from kvatlas.deploy.history.log import Record
 
@@ -107,7 +107,7 @@ def read_capture(path: Path) -> Iterator[Record]:
                 row: _Row = msgspec.msgpack.decode(value, type=_Row)
                 yield Record(*row[:6], headers=tuple(row[6]))
                 number += 1
-    except (OSError, EOFError, zlib.error, msgspec.MsgspecError) as error:
+    except (OSError, EOFError, zlib.error, *DECODE_ERRORS) as error:
         raise WireError(f"{path}: not a complete capture, after record {number}: {error}") from error
 
 

@@ -13,8 +13,11 @@ from kvatlas.bridge.engines.publisher import binds
 from kvatlas.bridge.errors import EngineError, SettingsError
 from kvatlas.bridge.model import topics
 from kvatlas.deploy.history.log import Record
+from kvatlas.deploy.history.summary import number_of
 
 SCHEME: Final = "zmq://"
+#: A receive time further than this from the broker's is no time at all, and nobody waits for it.
+_CLOCKS_APART_MS: Final = 24 * 3600 * 1000
 _SEQUENCE_BYTES: Final = 8
 _SUBSCRIBER_WAIT_MS: Final = 30_000
 
@@ -99,12 +102,12 @@ class Playback:
 
 
 def _time_ms(record: Record, headers: dict[str, bytes]) -> int:
-    received = headers.get(topics.H_RECEIVE_NS, b"")
-    return int(received) // 1_000_000 if received.isdigit() else record.timestamp_ms
+    received_ms = number_of(headers.get(topics.H_RECEIVE_NS)) // 1_000_000
+    return received_ms if abs(received_ms - record.timestamp_ms) < _CLOCKS_APART_MS else record.timestamp_ms
 
 
 def _frames(record: Record, headers: dict[str, bytes]) -> list[bytes]:
     pod = record.key or b""
     topic = headers.get(topics.H_ENGINE_TOPIC) or b"kv@" + pod + b"@" + headers.get(topics.H_MODEL, b"")
-    sequence = int(headers.get(topics.H_SEQUENCE, b"0")).to_bytes(_SEQUENCE_BYTES, "big")
-    return [topic, sequence, record.value or b""]
+    sequence = max(number_of(headers.get(topics.H_SEQUENCE, b"0")), 0)
+    return [topic, sequence.to_bytes(_SEQUENCE_BYTES, "big"), record.value or b""]

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import msgspec
 
-from kvatlas.bridge.errors import LogError, WireError
+from kvatlas.bridge.errors import DECODE_ERRORS, LogError, WireError
 from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.history.log import LogReader, Range, Record
@@ -167,7 +167,7 @@ def load_snapshot(folder: Path) -> Snapshot:
     path = folder / _META
     try:
         snapshot = msgspec.json.decode(path.read_bytes(), type=Snapshot)
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, *DECODE_ERRORS) as error:
         raise WireError(f"{path}: not a snapshot: {error}; remove the folder") from error
     if snapshot.v != _VERSION:
         raise WireError(f"{path}: snapshot of version {snapshot.v}; this build reads {_VERSION}")

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
-from kvatlas.bridge.errors import WireError
+from kvatlas.bridge.errors import DECODE_ERRORS, WireError
 from kvatlas.bridge.model import records, topics
 from kvatlas.bridge.model.events import tier_of
 from kvatlas.deploy.history.log import Record
@@ -211,7 +211,7 @@ def read_message(record: Record, headers: dict[str, bytes] | None = None) -> Mes
         except msgspec.ValidationError:
             batch = _array_batch.decode(value)
         return Message(record, headers, batch.ts, batch.events)
-    except (msgspec.MsgspecError, WireError, RecursionError) as error:
+    except (*DECODE_ERRORS, WireError) as error:
         return Message(record, headers, 0.0, (), str(error))
 
 
@@ -289,8 +289,11 @@ def _hex(value: HashValue | None) -> str:
 
 
 def number_of(value: bytes | None) -> int:
-    """Return a header's number, -1 for none."""
-    return int(value) if value is not None and value.isdigit() else -1
+    """Return a header's number, -1 for none and for what is no number."""
+    try:
+        return topics.header_number(value)
+    except ValueError:
+        return -1
 
 
 _TYPE_OF: Final[dict[type, str]] = {

@@ -15,6 +15,7 @@ import msgspec
 
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.runtime.interpreter import tune_interpreter
+from kvatlas.bridge.runtime.restarts import Restarts
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.scorer.api.core import Core
 from kvatlas.scorer.lookups.local import LocalTables
@@ -93,6 +94,10 @@ class ScoringWorker:
         self.worker.add_check("scores", self._scorer.unready)
         self._starting = asyncio.create_task(self._start_scorer())
 
+    def tell_restarts(self, restarts: Restarts) -> None:
+        """Tell on the worker's ``/metrics`` and ``/readyz`` how often this process was started again."""
+        self.worker.tell_restarts(restarts)
+
     async def _start_scorer(self) -> None:
         await self._scorer.start()
         await self.worker.ready.wait()
@@ -106,16 +111,21 @@ class ScoringWorker:
         Raises:
             SettingsError: the scorer's address cannot be bound or a file of its settings cannot be read.
             LogError: the scorer cannot read its topics.
+            BaseException: whatever else ended one of the two.
         """
         assert self._starting is not None
-        running = asyncio.create_task(self.worker.run_until(stop))
+        running = [asyncio.create_task(one.run_until(stop)) for one in (self.worker, self._scorer)]
         try:
-            await asyncio.wait({running, self._starting}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({*running, self._starting}, return_when=asyncio.FIRST_COMPLETED)
             if self._starting.done():
                 self._starting.result()
-            await running
+                await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in running:
+                if task.done():
+                    task.result()
         finally:
-            running.cancel()
+            for task in running:
+                task.cancel()
 
     async def stop(self) -> None:
         """Stop: the scorer first, while the tables that it reads are open, then the worker."""

@@ -23,7 +23,9 @@ from kvatlas.bridge.errors import KvatlasError
 from kvatlas.deploy.gateway.config import GatewayOptions, document
 from kvatlas.deploy.gateway.envoy import Envoy
 from kvatlas.deploy.gateway.tiny_tokenizer import text, write_tokenizer
-from kvatlas.deploy.processes.launcher import Child, Launcher
+from kvatlas.deploy.processes import child
+from kvatlas.deploy.processes.launcher import Launcher
+from kvatlas.deploy.processes.supervisor import Child, Kept, stop_all
 from kvatlas.deploy.sim.fleet import Fleet
 from kvatlas.deploy.sim.options import SimSettings
 from kvatlas.deploy.sim.serving import POD_HEADER, ServedFleet
@@ -94,7 +96,7 @@ class DemoGateway:
         self._fleet = Fleet(sim, clock=time.time, monotonic=time.monotonic)
         self._served: ServedFleet | None = None
         self._launcher: Launcher | None = None
-        self._picker: Child | None = None
+        self._picker: Kept | None = None
         self._envoy: Envoy | None = None
         self._rng = random.Random(sim.seed)  # noqa: S311 - text, not secrets
 
@@ -147,22 +149,21 @@ class DemoGateway:
             "scorer": scorer,
             "tokenizer": tokenizer,
         }
-        document_ = {name: msgspec.to_builtins(section) for name, section in parts.items()}
-        self._picker = Child("picker", document_, self._state_dir / "picker.log")
+        log = self._state_dir / "picker.log"
+        self._picker = Kept("picker", lambda told: Child("picker", child.document("picker", parts, restarts=told), log))
 
     def _picker_address(self, stop: threading.Event) -> str:
         picker = self._picker
         assert picker is not None
-        self._until(picker.ready.is_set, "the picker is ready", stop)
-        return picker.address
+        self._until(picker.child.ready.is_set, "the picker is ready", stop)
+        return picker.child.address("picker")
 
     def stop(self) -> None:
         """Stop everything."""
         if self._envoy is not None:
             self._envoy.stop()
         if self._picker is not None:
-            self._picker.terminate()
-            self._picker.wait(time.monotonic() + 10)
+            stop_all([self._picker.child])
         if self._launcher is not None:
             self._launcher.stop()
         if self._served is not None:
@@ -170,7 +171,9 @@ class DemoGateway:
         self._fleet.close()
 
     def _check(self) -> None:
-        for part in (self._launcher, self._picker, self._envoy):
+        if self._picker is not None:
+            self._picker.look()
+        for part in (self._launcher, self._envoy):
             if part is not None:
                 part.check()
 

@@ -1,115 +1,35 @@
 """Broker, bridge, worker and scorer on this machine: started in order, watched, and stopped together.
 
-The embedded broker lives in this process; the services are children. A child that dies is not started anew: the
-launcher ends and says which one it was and where its log is.
+The embedded broker lives in this process; the services are children. A child that dies is started again, unless a
+restart cannot help: then the launcher ends and says which one it was and where its log is.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
-import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
 import grpc
 import msgspec
 
-from kvatlas.bridge.errors import KvatlasError, SettingsError
 from kvatlas.bridge.model import block_key
 from kvatlas.bridge.model.topics import TOPICS, changelog_topics
+from kvatlas.bridge.runtime.restarts import Restarts
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers import embedded
 from kvatlas.deploy.brokers.topics import ensure_topics
-from kvatlas.deploy.cli.entry import EXIT_USAGE
+from kvatlas.deploy.processes.child import document
+from kvatlas.deploy.processes.supervisor import Child, Kept, LaunchError, stop_all
 from kvatlas.scorer.v1 import scorer_pb2, scorer_pb2_grpc
 
 _POLL_SECONDS: Final = 0.1
-#: All parts together get this long to stop; the longest of them, the bridge, gives Kafka up to 11 s.
-_STOP_SECONDS: Final = 15.0
 _PROBE_SECONDS: Final = 2.0
-_LOG_LINES: Final = 15
 _PROBE_MODEL: Final = "kvatlas-readiness"
-
-
-class LaunchError(KvatlasError):
-    """A part did not become ready, or ended by itself; the text names its log."""
-
-
-class LaunchRefusedError(LaunchError, SettingsError):
-    """A part ended because of its settings or rights."""
-
-
-class Child:
-    """One service in its own process."""
-
-    def __init__(self, name: str, document: dict[str, Any], log: Path) -> None:
-        self.name, self.log = name, log
-        self.address = ""
-        self.ready = threading.Event()
-        with log.open("ab") as out:
-            # A session of its own: Ctrl-C reaches the launcher alone, which stops the parts in order.
-            self.process = subprocess.Popen(  # noqa: S603 - our own module
-                [sys.executable, "-m", "kvatlas.deploy.processes.child", name],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=out,
-                start_new_session=True,
-            )
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # it ended already; check() tells why
-            self.process.stdin.write(json.dumps(document).encode() + b"\n")
-            self.process.stdin.flush()
-        threading.Thread(target=self._listen, args=(self.process.stdout,), daemon=True).start()
-
-    def _listen(self, output: IO[bytes]) -> None:
-        for line in output:
-            words = line.decode(errors="replace").split()
-            if words[:1] == ["ready"]:
-                self.address = words[1] if len(words) > 1 else ""
-                self.ready.set()
-
-    def check(self) -> None:
-        """Raise LaunchError when the process has ended."""
-        code = self.process.poll()
-        if code is not None:
-            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
-            kind = LaunchRefusedError if code == EXIT_USAGE else LaunchError
-            raise kind(f"the {self.name} ended by itself with code {code}; its log {self.log} ends:\n{tail}")
-
-    def terminate(self) -> None:
-        """Ask it to stop."""
-        if self.process.poll() is None:
-            self.process.terminate()
-
-    def wait(self, deadline: float) -> bool:
-        """Wait until it has stopped; end it, with what it has started, at the deadline (monotonic seconds).
-
-        Returns:
-            Whether it stopped by itself.
-        """
-        try:
-            self.process.wait(max(0.0, deadline - time.monotonic()))
-            return True
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            return False
-        finally:
-            for pipe in (self.process.stdin, self.process.stdout):
-                if pipe is not None:
-                    with contextlib.suppress(BrokenPipeError):
-                        pipe.close()
 
 
 class Launcher:
@@ -125,7 +45,7 @@ class Launcher:
         self._sections = dict(sections)
         self._state_dir = state_dir
         self._broker = embedded.EmbeddedBroker() if use_embedded else None
-        self.children: list[Child] = []
+        self.parts: list[Kept] = []
 
     @property
     def kafka(self) -> KafkaSettings:
@@ -135,8 +55,8 @@ class Launcher:
 
     @property
     def scorer(self) -> str:
-        """Address of the scorer."""
-        return self.children[-1].address
+        """Address of the scorer; it stays over restarts."""
+        return self.parts[-1].child.address("scorer") or str(self._sections["scorer"].listen)
 
     def start(self, stop: threading.Event, timeout_seconds: float = 100.0) -> bool:
         """Start everything and wait until scores can be asked for; False when ``stop`` was set before.
@@ -162,25 +82,37 @@ class Launcher:
         # One bridge has nobody to share pods with, and joining a group takes seconds.
         self._sections["bridge"] = msgspec.structs.replace(self._sections["bridge"], ownership="all")
         asyncio.run(ensure_topics(self.kafka, (*TOPICS, *changelog_topics(worker.app))))
-        document = {name: msgspec.to_builtins(section) for name, section in self._sections.items()}
         for name in ("worker", "bridge", "scorer"):
-            self.children.append(Child(name, document, self._state_dir / f"{name}.log"))
+            self.parts.append(Kept(name, lambda restarts, name=name: self._child(name, restarts)))  # type: ignore[misc]
         while not stop.is_set():
             self.check()
-            if all(child.ready.is_set() for child in self.children) and self._served():
+            if all(part.child.ready.is_set() for part in self.parts) and self._served():
+                # Whoever has the scorer's address keeps it: the next process listens where this one does.
+                self._sections["scorer"] = msgspec.structs.replace(self._sections["scorer"], listen=self.scorer)
                 return True
             if time.monotonic() > deadline:
-                late = [child.name for child in self.children if not child.ready.is_set()] or ["index"]
-                raise LaunchError(
-                    f"{', '.join(late)} not ready within {timeout_seconds:g} s; logs are in {self._state_dir}"
-                )
+                raise self._late(timeout_seconds)
             stop.wait(_POLL_SECONDS)
         return False
 
+    def _child(self, name: str, restarts: Restarts) -> Child:
+        given = document(name, self._sections, prepared=True, restarts=restarts)
+        return Child(name, given, self._state_dir / f"{name}.log")
+
+    def _late(self, timeout_seconds: float) -> LaunchError:
+        late = [part for part in self.parts if not part.child.ready.is_set()]
+        names = ", ".join(part.name for part in late) or "index"
+        why = "".join(f"; the {part.name}: {part.restarts.note()}" for part in self.parts if part.restarts.total)
+        return LaunchError(f"{names} not ready within {timeout_seconds:g} s{why}; logs are in {self._state_dir}")
+
     def check(self) -> None:
-        """Raise LaunchError when a part has ended."""
-        for child in self.children:
-            child.check()
+        """Start parts again that have ended.
+
+        Raises:
+            LaunchRefusedError: one ended by something that a restart does not help.
+        """
+        for part in self.parts:
+            part.look()
 
     def stop(self) -> list[str]:
         """Stop the parts, all at once, and the broker that they need after them.
@@ -188,10 +120,7 @@ class Launcher:
         Returns:
             Names of the parts that did not stop in time and were killed.
         """
-        for child in self.children:
-            child.terminate()
-        deadline = time.monotonic() + _STOP_SECONDS
-        killed = [child.name for child in self.children if not child.wait(deadline)]
+        killed, _ = stop_all([part.child for part in self.parts])
         if self._broker is not None:
             self._broker.stop()
         return killed

@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol
 
 import msgspec
 
-from kvatlas.bridge.runtime.interpreter import tune_interpreter
+from kvatlas.bridge.runtime.restarts import Restarts
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.processes.colocated import ScoringWorker
 from kvatlas.scorer.gateway.options import PickerSettings
@@ -75,19 +75,25 @@ class WithPicker:
 
         Raises:
             KvatlasError: the other part cannot start, for a reason that time does not heal.
+            BaseException: whatever else ended one of the two.
         """
         assert self._starting is not None
-        stopping = asyncio.ensure_future(stop.wait())
+        running = [asyncio.create_task(one.run_until(stop)) for one in (self.picker, self._part)]
         try:
-            await asyncio.wait({stopping, self._starting}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({*running, self._starting}, return_when=asyncio.FIRST_COMPLETED)
             if self._starting.done():
                 self._starting.result()
-            await self._run_part(stop)
+                await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in running:
+                if task.done():
+                    task.result()
         finally:
-            stopping.cancel()
+            for task in running:
+                task.cancel()
 
-    async def _run_part(self, stop: asyncio.Event) -> None:
-        await (self._part.run_until(stop) if not stop.is_set() else stop.wait())
+    def tell_restarts(self, restarts: Restarts) -> None:
+        """Tell on the picker's ``/metrics`` and ``/readyz`` how often this process was started again."""
+        self.picker.tell_restarts(restarts)
 
     async def stop(self) -> None:
         """Drain the picker, then stop the other part."""
@@ -158,11 +164,3 @@ class WorkerWithPicker(WithPicker):
     def picker_address(self) -> str:
         """host:port of the picker's server once started."""
         return self.picker.address
-
-
-async def say_ready(service: ScorerWithPicker) -> None:
-    """Say on standard output once an endpoint can be picked."""
-    await service.ready.wait()
-    tune_interpreter()
-    scorer = f" scorer={service.scorer_address}" if service.scorer_address else ""
-    print(f"ready picker={service.address}{scorer}", flush=True)

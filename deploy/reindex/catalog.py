@@ -152,7 +152,7 @@ async def _send(kafka: KafkaSettings, topic: str, values: dict[bytes, bytes | No
     try:
         await producer.start()
         for key, value in values.items():
-            place = key.decode().rpartition("|")[2]
+            place = key.decode(errors="replace").rpartition("|")[2]
             partition = pod_ids.pod_partition(place, count)
             await producer.send_and_wait(kafka.topic(topic), value, key=key, partition=partition)
     except (KafkaError, OSError) as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
@@ -87,3 +88,10 @@ def within(context: Any, settings: ScorerSettings) -> float:
 def _serialize(message: Any) -> bytes:
     data: bytes = message.SerializeToString()
     return data
+
+
+def socket_target(path: str) -> str:
+    """Return gRPC's name of a Unix socket, its folder made."""
+    whole = Path(path).absolute()
+    whole.parent.mkdir(parents=True, exist_ok=True)
+    return f"unix:{whole}"

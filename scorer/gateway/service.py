@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import grpc
 import grpc.aio
@@ -22,7 +22,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from kvatlas.bridge.errors import SettingsError, UnresolvedError
 from kvatlas.bridge.model.records import PodRecord
-from kvatlas.bridge.runtime.tasks import end_tasks
+from kvatlas.bridge.runtime.restarts import Restarts
+from kvatlas.bridge.runtime.tasks import Background
 from kvatlas.bridge.runtime.telemetry import Telemetry
 from kvatlas.scorer.api.extproc import SERVICE, ExternalProcessor, ProcessorOptions
 from kvatlas.scorer.gateway import discovery, metrics
@@ -100,7 +101,7 @@ class PickerService:
         self._health = health.aio.HealthServicer()
         self._server: grpc.aio.Server | None = None
         self._draining = False
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._background = Background()
 
     # --- life -------------------------------------------------------------------------------------------------------
 
@@ -119,8 +120,8 @@ class PickerService:
         await self._serve()
         if self._pool is not None:
             self._pool.start()
-        self._spawn(self._keep_discovering())
-        self._spawn(self._measure())
+        self._background.start(self._keep_discovering())
+        self._background.start(self._measure())
         if self._settings.scrape_seconds:
             scraper = Scraper(
                 lambda: self.state.endpoints,
@@ -128,7 +129,7 @@ class PickerService:
                 every_seconds=self._settings.scrape_seconds,
                 clock=self._clock,
             )
-            self._spawn(scraper.run())
+            self._background.start(scraper.run())
 
     async def _serve(self) -> None:
         settings = self._settings
@@ -155,8 +156,17 @@ class PickerService:
         self.address = f"{settings.listen.rpartition(':')[0]}:{port}"
         await self._set_health()
 
+    async def run_until(self, stop: asyncio.Event) -> None:
+        """Pick until ``stop`` is set; a task that ends before ends the service with its error."""
+        await self._background.until(stop)
+
+    def tell_restarts(self, restarts: Restarts) -> None:
+        """Tell on ``/metrics`` and ``/readyz`` how often this process was started again."""
+        self._telemetry.tell_restarts(restarts)
+
     async def stop(self) -> None:
         """Drain, then close everything."""
+        self._background.stopping()
         self._draining = True
         if self._server is not None:
             await self._set_health()
@@ -168,7 +178,7 @@ class PickerService:
             self._pool.stop()
         if self._scorer is not None and self._scorer.on_decision == self.state.take:
             self._scorer.on_decision = None
-        await end_tasks(list(self._tasks))
+        await self._background.stop()
         await self._telemetry.stop()
 
     def unready(self) -> str | None:
@@ -186,11 +196,6 @@ class PickerService:
         status = health_pb2.HealthCheckResponse
         for name in _READY_NAMES:
             await self._health.set(name, status.SERVING if good else status.NOT_SERVING)
-
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     # --- endpoints --------------------------------------------------------------------------------------------------
 

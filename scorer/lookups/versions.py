@@ -102,6 +102,10 @@ class VersionReader:
         await asyncio.gather(*(follower.stop() for follower in self._followers.values()))
         await self.lookups.close()
 
+    def failed(self) -> BaseException | None:
+        """Return what ended the reading of one of the topics, None while it goes on."""
+        return next((error for one in self._followers.values() if (error := one.failed()) is not None), None)
+
     def unread(self) -> str | None:
         """Return what is still being read for the first time, None when all has been."""
         if not self._started:

@@ -19,11 +19,13 @@ from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.streams.faust_app.consumer import SourceConsumer, SourceTransport, Waiting
 from kvatlas.streams.faust_app.recovery import BulkTableManager
 from kvatlas.streams.faust_app.table import BulkTable
+from kvatlas.streams.index.apply import is_entry as index_entry
 from kvatlas.streams.options import WorkerSettings
+from kvatlas.streams.resolve.entries import is_entry as engine_entry
 from kvatlas.streams.resolve.resolver import ResolveOptions, Resolver
 from kvatlas.streams.state.changelog import Meta, encode_meta, send_claim
 from kvatlas.streams.state.database import RocksBudget
-from kvatlas.streams.state.partition import PartitionState, Role
+from kvatlas.streams.state.partition import PartitionState, Role, Valid
 from kvatlas.streams.state.restore import BulkReader
 from kvatlas.streams.tasks.index_task import IndexTask
 from kvatlas.streams.tasks.output import Output
@@ -161,7 +163,8 @@ def build_app(
         partitions: topic (without prefix) -> number of partitions, as the brokers say.
         worker_id: names this worker in the brokers' logs.
         clock: wall clock, ns since the epoch.
-        on_crash: called with the error when a task ends by one.
+        on_crash: called with the error, from any thread, when a task or an agent ends by one, or a database cannot be
+            used any more.
     """
     app = WorkerApp(
         kafka.topic(group_of(settings)),
@@ -198,7 +201,7 @@ def build_app(
     app.fetch_wait_ms = settings.fetch_wait_ms
     app.publisher = None
     app.tasks, app.sources = {}, {}
-    budget = RocksBudget(settings.rocksdb_cache_bytes, settings.write_buffer_bytes)
+    budget = RocksBudget(settings.rocksdb_cache_bytes, settings.write_buffer_bytes, on_failed=on_crash)
     engine_changelog, index_changelog = (
         kafka.topic(topic.name) for topic in topics.changelog_topics(settings.versioned_app)
     )
@@ -212,10 +215,10 @@ def build_app(
     tables: dict[str, str] = {}
     if settings.role in ("all", "resolve"):
         tables[engine_changelog] = ENGINE_BLOCKS
-        _add_resolve(parts, _table(parts, ENGINE_BLOCKS, engine_changelog))
+        _add_resolve(parts, _table(parts, ENGINE_BLOCKS, engine_changelog, engine_entry))
     if settings.role in ("all", "index"):
         tables[index_changelog] = BLOCK_INDEX
-        _add_index(parts, _table(parts, BLOCK_INDEX, index_changelog))
+        _add_index(parts, _table(parts, BLOCK_INDEX, index_changelog, index_entry))
 
     async def claim(at: TopicPartition, meta: Meta) -> int:
         return await send_claim(app.aiokafka_producer(), at.topic, at.partition, encode_meta(meta))
@@ -245,10 +248,10 @@ class _Parts(NamedTuple):
     on_crash: Callable[[BaseException], None]
 
 
-def _table(parts: _Parts, name: str, changelog: str) -> BulkTable:
+def _table(parts: _Parts, name: str, changelog: str, valid: Valid) -> BulkTable:
     share = 2 if parts.settings.role == "all" else 1
     table: Any = parts.app.Table(
-        name, budget=parts.budget, cache_bytes=parts.settings.cache_bytes // share, changelog=changelog
+        name, budget=parts.budget, cache_bytes=parts.settings.cache_bytes // share, changelog=changelog, valid=valid
     )
     return cast("BulkTable", table)
 
@@ -297,7 +300,7 @@ def _add_tasks(
     )
     parts.app.sources[source] = table
     parts.app.tasks[source] = tasks
-    _agent(parts.app, source, name, tasks)
+    _agent(parts, source, name, tasks)
 
 
 class TableSource:
@@ -335,17 +338,21 @@ class TableSource:
         self._app.source_consumer().committed(TP(self._topic, number), offset)
 
 
-def _agent(app: WorkerApp, source: str, name: str, tasks: TaskSet) -> None:
-    topic = app.topic(
+def _agent(parts: _Parts, source: str, name: str, tasks: TaskSet) -> None:
+    topic = parts.app.topic(
         source, key_type=bytes, value_type=bytes, key_serializer="raw", value_serializer="raw", allow_empty=True
     )
 
     async def agent(stream: Any) -> None:
         # What Faust acknowledges here was only handed over; which offsets are done, the tasks tell the consumer.
-        async for event in stream.events():
-            await tasks.offer(event.message.records)
+        try:
+            async for event in stream.events():
+                await tasks.offer(event.message.records)
+        except Exception as error:
+            parts.on_crash(error)  # Faust would start another agent in the place of this one
+            raise
 
-    app.agent(topic, name=name)(agent)
+    parts.app.agent(topic, name=name)(agent)
 
 
 def _credentials(kafka: KafkaSettings) -> Any:

@@ -12,7 +12,7 @@ from faust.types import TP
 
 from kvatlas.streams.errors import StoreError
 from kvatlas.streams.state.database import RocksBudget
-from kvatlas.streams.state.partition import PartitionState, Role
+from kvatlas.streams.state.partition import PartitionState, Role, Valid
 
 logger = logging.getLogger(__name__)
 
@@ -22,10 +22,11 @@ _THREADS: Final = 2
 class BulkStore(rocksdb.Store):
     """Faust's RocksDB store with our partitions inside; Faust asks it for offsets and hands it rebalances."""
 
-    def __init__(self, *args: Any, budget: RocksBudget, cache_bytes: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, budget: RocksBudget, cache_bytes: int, valid: Valid, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._budget = budget
         self._cache_bytes = cache_bytes
+        self._valid = valid
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix=f"rocksdb-{self.table_name}")
         self.states: dict[int, PartitionState] = {}
 
@@ -35,7 +36,9 @@ class BulkStore(rocksdb.Store):
         """Return a partition's state, opening it at first use."""
         state = self.states.get(partition)
         if state is None:
-            state = PartitionState(partition, self.partition_path(partition), self._budget, 0, self._threads)
+            state = PartitionState(
+                partition, self.partition_path(partition), self._budget, 0, self._threads, valid=self._valid
+            )
             self.states[partition] = state
             self._share_cache()
         return state
@@ -54,7 +57,7 @@ class BulkStore(rocksdb.Store):
             state.cache.resize(self._cache_bytes // len(self.states))
 
     def _db_for_partition(self, partition: int) -> Any:
-        return self.local(partition)._db
+        return self.local(partition)._db.raw
 
     # --- what Faust calls -----------------------------------------------------------------------------------------
 

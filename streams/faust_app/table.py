@@ -33,7 +33,7 @@ from kvatlas.streams.state.changelog import encode_meta, send_batch
 from kvatlas.streams.state.claims import examine
 from kvatlas.streams.state.database import RocksBudget
 from kvatlas.streams.state.overlay import ChangeSet
-from kvatlas.streams.state.partition import PartitionState
+from kvatlas.streams.state.partition import PartitionState, Valid
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,10 @@ class BulkTable(faust.Table[bytes, bytes]):
             offset before and after.
     """
 
-    def __init__(self, app: Any, *, budget: RocksBudget, cache_bytes: int, changelog: str, **kwargs: Any) -> None:
+    def __init__(
+        self, app: Any, *, budget: RocksBudget, cache_bytes: int, changelog: str, valid: Valid, **kwargs: Any
+    ) -> None:
+        self._valid = valid
         self._budget = budget
         self._cache_bytes = cache_bytes
         self._changelog = changelog
@@ -62,6 +65,7 @@ class BulkTable(faust.Table[bytes, bytes]):
             "budget": self._budget,
             "cache_bytes": self._cache_bytes,
             "changelog": self._changelog,
+            "valid": self._valid,
         }
 
     def _changelog_topic_name(self) -> str:
@@ -82,6 +86,7 @@ class BulkTable(faust.Table[bytes, bytes]):
             options={},
             budget=self._budget,
             cache_bytes=self._cache_bytes,
+            valid=self._valid,
         )
 
     @property

@@ -22,7 +22,7 @@ from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.model.epochs import incarnation_of
 from kvatlas.bridge.model.validity import Validity
 from kvatlas.streams.index.blocks_record import OP_ADD, BlocksRecord, Run
-from kvatlas.streams.index.holders import HOLDER, HOLDER_BYTES, add_holder, remove_holder
+from kvatlas.streams.index.holders import HOLDER, HOLDER_BYTES, add_holder, are_holders, remove_holder
 from kvatlas.streams.index.view import View
 
 META_PREFIX: Final = b"\x00pod"
@@ -37,6 +37,13 @@ def meta_key(pod_ref: int) -> bytes:
 def is_meta(key: bytes) -> bool:
     """Tell whether a table key is a pod's position and not a block key."""
     return len(key) != KEY_BYTES
+
+
+def is_entry(key: bytes, value: bytes) -> bool:
+    """Tell whether a key and its value may stand in the table: holders of a block, or a pod's position."""
+    if len(key) == KEY_BYTES:
+        return bool(value) and are_holders(value)
+    return len(key) == len(META_PREFIX) + 8 and key.startswith(META_PREFIX) and len(value) == _POSITION.size
 
 
 def position(view: View, pod_ref: int) -> tuple[int, int]:

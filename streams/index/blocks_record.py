@@ -21,18 +21,19 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Annotated, Final, NamedTuple
 
 import msgspec
 
-from kvatlas.bridge.errors import VersionError, WireError
+from kvatlas.bridge.errors import DECODE_ERRORS, VersionError, WireError
 from kvatlas.bridge.model.block_key import KEY_BYTES
-from kvatlas.streams.index.holders import HOLDER_BYTES
+from kvatlas.streams.index.holders import HOLDER_BYTES, are_holders
 
 SCHEMA_VERSION: Final = 1
 RUN: Final = struct.Struct(">QQQQI")
 OP_ADD: Final = 1
 OP_REMOVE: Final = 2
+_OPS: Final = bytes((OP_ADD, OP_REMOVE))
 
 
 class Run(NamedTuple):
@@ -51,7 +52,7 @@ class _Columns(msgspec.Struct, array_like=True, frozen=True, gc=False):
     keys: bytes
     ops: bytes
     holders: bytes
-    receive_ns: int = 0
+    receive_ns: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)] = 0
 
 
 class BlocksRecord(NamedTuple):
@@ -91,7 +92,7 @@ def decode_blocks(value: bytes) -> BlocksRecord:
     """
     try:
         columns = _decoder.decode(value)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except DECODE_ERRORS as error:
         raise WireError(f"not a kv-blocks record: {error}") from error
     if columns.v != SCHEMA_VERSION:
         raise VersionError(f"kv-blocks record of schema version {columns.v}; this build knows {SCHEMA_VERSION}")
@@ -105,4 +106,6 @@ def decode_blocks(value: bytes) -> BlocksRecord:
         or sum(run.updates for run in runs) != updates
     ):
         raise WireError(f"kv-blocks record: columns disagree on the number of updates ({updates} operations)")
+    if columns.ops.translate(None, _OPS) or not are_holders(columns.holders):
+        raise WireError("kv-blocks record: an operation or a tier that this build does not know")
     return BlocksRecord(runs, columns.keys, columns.ops, columns.holders, columns.receive_ns)

@@ -20,15 +20,24 @@ import struct
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
+from kvatlas.bridge.model.events import Tier
+
 HOLDER: Final = struct.Struct(">QHBBIQ")
 HOLDER_BYTES: Final = HOLDER.size
 IDENTITY_BYTES: Final = 11
 POD_BYTES: Final = 8
 ASSUMED: Final = 0x80
+TIER_AT: Final = 10
 EPOCH_AT: Final = 16
 
-
 pack_holder = HOLDER.pack
+
+_TIERS: Final = bytes(int(tier) for tier in Tier)
+
+
+def are_holders(value: bytes) -> bool:
+    """Tell whether bytes are holders, one after the other, on tiers that are known here."""
+    return len(value) % HOLDER_BYTES == 0 and not value[TIER_AT::HOLDER_BYTES].translate(None, _TIERS)
 
 
 class Holder(NamedTuple):

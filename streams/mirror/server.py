@@ -8,6 +8,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from kvatlas.bridge.errors import DECODE_ERRORS
 from kvatlas.streams import metrics
 from kvatlas.streams.mirror.layout import CLAIM, PODS, WRITE, MirrorLayout, Names
 from kvatlas.streams.mirror.redis_link import escaped
@@ -130,5 +131,5 @@ def _partitions_in(layout: bytes | None) -> int:
     """Return the partitions of a layout that was found, 0 for none or one that cannot be read."""
     try:
         return msgspec.msgpack.decode(layout, type=MirrorLayout).partitions if layout else 0
-    except msgspec.MsgspecError:
+    except DECODE_ERRORS:
         return 0

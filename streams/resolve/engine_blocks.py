@@ -28,10 +28,21 @@ from typing import Any, Final
 
 import msgspec
 
-from kvatlas.bridge.errors import VersionError, WireError
+from kvatlas.bridge.errors import DECODE_ERRORS, VersionError, WireError
 from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.model.chain import Tail
 from kvatlas.bridge.model.epochs import epoch_of
+from kvatlas.bridge.model.numbers import (
+    Count,
+    Epoch,
+    Incarnation,
+    Nanoseconds,
+    Partition,
+    Sequence,
+    Short,
+    Tokens,
+    Word,
+)
 from kvatlas.bridge.model.records import LIVE, GroupSpec
 from kvatlas.bridge.model.validity import exists, is_suspect
 
@@ -198,7 +209,7 @@ def decode_block(value: bytes) -> Block:
             return Block(tiers, Link(body, [], Tail(body[-KEY_BYTES:]), []))
         if form == LINKED:
             return Block(tiers, _link_decoder.decode(body))
-    except (IndexError, struct.error, msgspec.MsgspecError) as error:
+    except (IndexError, struct.error, *DECODE_ERRORS) as error:
         raise WireError(f"engine_blocks: not an engine block: {error}") from error
     raise VersionError(f"engine_blocks: engine block of form {form}; this build knows {PLAIN} and {LINKED}")
 
@@ -259,38 +270,38 @@ class PodState(msgspec.Struct, array_like=True):
 
     v: int
     pod: str
-    incarnation: int = 0
-    clears: int = 0
-    last_sequence: int = -1
-    valid_from: int = 0
-    gpu_valid_from: int = 0
-    suspect_before: int = 0
-    orphans: int = 0
-    orphans_since: int = 0
+    incarnation: Incarnation = 0
+    clears: Word = 0
+    last_sequence: Sequence = -1
+    valid_from: Epoch = 0
+    gpu_valid_from: Epoch = 0
+    suspect_before: Epoch = 0
+    orphans: Sequence = 0
+    orphans_since: Epoch = 0
     aliasing: bool = False
-    groups: dict[int, GroupSpec] = {}
+    groups: dict[Short, GroupSpec] = {}
     state: str = LIVE
     model: str = ""
     engine: str = ""
     store: str = ""
-    dp_rank: int = 0
-    last_event_ns: int = 0
-    receive_ns: int = 0
-    first_lost: int = -1
-    last_lost: int = -1
-    lost: int = 0
-    events_partition: int = -1
-    events_offset: int = -1
-    names: int = 0
+    dp_rank: Tokens = 0
+    last_event_ns: Nanoseconds = 0
+    receive_ns: Nanoseconds = 0
+    first_lost: Sequence = -1
+    last_lost: Sequence = -1
+    lost: Count = 0
+    events_partition: Partition = -1
+    events_offset: Sequence = -1
+    names: Count = 0
     bare: bool = False
     pairs: bool = False
-    chunk_tokens: int = 0
-    blocks_per_chunk: int = 0
-    next_ticket: int = 1
-    first_ticket: int = 1
+    chunk_tokens: Tokens = 0
+    blocks_per_chunk: Tokens = 0
+    next_ticket: Count = 1
+    first_ticket: Count = 1
     owners: list[str] = []
-    reports: int = 0
-    noticed: int = 0
+    reports: Count = 0
+    noticed: Count = 0
 
     @property
     def named(self) -> bool:
@@ -325,7 +336,7 @@ def decode_state(value: bytes) -> PodState:
     """
     try:
         state = _state_decoder.decode(value)
-    except msgspec.MsgspecError as error:
+    except DECODE_ERRORS as error:
         raise WireError(f"engine_blocks: not a pod's state: {error}") from error
     if state.v != SCHEMA_VERSION:
         raise VersionError(f"engine_blocks: pod state of version {state.v}; this build knows {SCHEMA_VERSION}")
@@ -369,7 +380,7 @@ def decode_owners(value: bytes | None) -> list[Owner]:
     """
     try:
         return [] if value is None else _owners_decoder.decode(value)
-    except msgspec.MsgspecError as error:
+    except DECODE_ERRORS as error:
         raise WireError(f"engine_blocks: not a list of owners: {error}") from error
 
 
@@ -381,7 +392,7 @@ def decode_ticket(value: bytes) -> Ticket:
     """
     try:
         return _ticket_decoder.decode(value)
-    except msgspec.MsgspecError as error:
+    except DECODE_ERRORS as error:
         raise WireError(f"engine_blocks: not a ticket: {error}") from error
 
 
@@ -393,5 +404,5 @@ def decode_waiting(value: bytes) -> Waiting:
     """
     try:
         return _waiting_decoder.decode(value)
-    except msgspec.MsgspecError as error:
+    except DECODE_ERRORS as error:
         raise WireError(f"engine_blocks: not a waiting list: {error}") from error

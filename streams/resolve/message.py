@@ -8,6 +8,7 @@ from typing import Final
 import msgspec
 
 from kvatlas.bridge.model import epochs, topics
+from kvatlas.bridge.model.topics import header_number
 
 #: Sequence or incarnation that a message does not carry.
 ABSENT: Final = -1
@@ -66,9 +67,9 @@ def parse_message(
     pod = (key or b"").decode(errors="replace")
     error = "" if pod else "the record has no key, so no pod id"
     try:
-        sequence = _number(get(topics.H_SEQUENCE))
-        incarnation = _number(get(topics.H_INCARNATION))
-        receive_ns = _number(get(topics.H_RECEIVE_NS))
+        sequence = header_number(get(topics.H_SEQUENCE))
+        incarnation = header_number(get(topics.H_INCARNATION))
+        receive_ns = header_number(get(topics.H_RECEIVE_NS))
     except ValueError:
         (sequence, incarnation, receive_ns), bad = _readable_numbers(found)
         error = error or bad
@@ -101,7 +102,7 @@ def _readable_numbers(headers: Mapping[str, bytes]) -> tuple[list[int], str]:
     numbers, error = [], ""
     for name in (topics.H_SEQUENCE, topics.H_INCARNATION, topics.H_RECEIVE_NS):
         try:
-            numbers.append(_number(headers.get(name)))
+            numbers.append(header_number(headers.get(name)))
         except ValueError:
             numbers.append(ABSENT)
             error = error or f"header {name!r} is {headers[name]!r}; expected a decimal number of at most 63 bits"
@@ -115,13 +116,3 @@ def _text(value: bytes | None) -> str:
 def _small(value: bytes | None) -> int:
     """Return an option's number; 0 for what is none, as options decide nothing that would lose the message."""
     return int(value) if value is not None and len(value) <= 9 and value.isdigit() else 0
-
-
-def _number(value: bytes | None) -> int:
-    """Return a header's number; a sequence must fit the columns of ``kv-blocks``."""
-    if value is None:
-        return ABSENT
-    number = int(value)
-    if not 0 <= number < 1 << 63:
-        raise ValueError(number)
-    return number

@@ -12,6 +12,7 @@ from kvatlas.bridge.model import epochs, pod_ids, records, topics
 from kvatlas.bridge.model.adapters import CLEARS_HOST, adapter
 from kvatlas.bridge.model.block_key import root_key
 from kvatlas.bridge.model.events import Cleared, Event, Limits, Removed, Stored, Tier
+from kvatlas.bridge.model.numbers import COUNT_MAX
 from kvatlas.streams.index.view import View
 from kvatlas.streams.resolve import engine_blocks as eb
 from kvatlas.streams.resolve.effects import DeadLetter, Effects
@@ -375,7 +376,7 @@ def _bury(effects: Effects, message: Message, raw: bytes, reason: str) -> None:
 def _note_lost(state: PodState, first: int, last: int) -> None:
     state.first_lost, state.last_lost = first, last
     if 0 <= first <= last:
-        state.lost += last - first + 1
+        state.lost = min(state.lost + last - first + 1, COUNT_MAX)
 
 
 def _nanoseconds(seconds: float) -> int:

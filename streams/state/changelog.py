@@ -20,11 +20,13 @@ from typing import Any, Final, NamedTuple
 
 from aiokafka.errors import KafkaError
 
-from kvatlas.bridge.errors import VersionError
+from kvatlas.bridge.errors import VersionError, WireError
 from kvatlas.streams.errors import ChangelogError
 
 META_VERSION: Final = 2
 META_KEY: Final = b"\x00kvatlas\x00meta"
+#: Epochs count owners one by one; who claims to be past this one is none.
+_EPOCH_MAX: Final = 1 << 48
 _META: Final = struct.Struct(">Bqqqqq")
 _META_1: Final = struct.Struct(">Bqqq")
 
@@ -65,12 +67,17 @@ def decode_meta(value: bytes) -> Meta:
 
     Raises:
         VersionError: another version, or not a meta record.
+        WireError: numbers that no meta record has.
     """
     if len(value) == _META_1.size and value[0] == 1:
-        return Meta(*_META_1.unpack(value)[1:])
-    if len(value) != _META.size or value[0] != META_VERSION:
+        meta = Meta(*_META_1.unpack(value)[1:])
+    elif len(value) == _META.size and value[0] == META_VERSION:
+        meta = Meta(*_META.unpack(value)[1:])
+    else:
         raise VersionError(f"table meta record of {len(value)} bytes, version {value[:1]!r}; expected {META_VERSION}")
-    return Meta(*_META.unpack(value)[1:])
+    if meta.source_offset < -1 or min(meta[1:]) < 0 or meta.epoch > _EPOCH_MAX:
+        raise WireError(f"not a table meta record: {meta}")
+    return meta
 
 
 async def send_batch(

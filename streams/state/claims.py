@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from kvatlas.bridge.errors import WireError
 from kvatlas.streams.errors import FencedError
 from kvatlas.streams.state.changelog import META_KEY, Meta, decode_meta
 
@@ -35,6 +36,14 @@ class Filter:
         self.meta = meta
         self.dropping = False
 
+    def take(self, value: bytes | None) -> bool:
+        """Take a meta record's value; what is none tells of a writer that nobody knows, whose records do not count."""
+        try:
+            return self.writer(decode_meta(value or b""))
+        except WireError:
+            self.dropping = True
+            return False
+
     def writer(self, found: Meta) -> bool:
         """Accept a meta record unless its writer was replaced; returns whether it was accepted."""
         mine = self.meta
@@ -44,7 +53,7 @@ class Filter:
         return not self.dropping
 
 
-def examine(records: Iterable[tuple[bytes, bytes | None]], mine: Meta, where: str) -> set[bytes]:
+def examine(records: Iterable[tuple[bytes | None, bytes | None]], mine: Meta, where: str) -> set[bytes]:
     """Return the keys that replaced writers wrote between two batches of ours.
 
     Args:
@@ -59,10 +68,14 @@ def examine(records: Iterable[tuple[bytes, bytes | None]], mine: Meta, where: st
     ours = True
     for key, value in records:
         if key != META_KEY:
-            if not ours:
+            if not ours and key is not None:
                 keys.add(key)
             continue
-        found = decode_meta(value or b"")
+        try:
+            found = decode_meta(value or b"")
+        except WireError:  # whoever wrote it, it is no owner
+            ours = False
+            continue
         if found.epoch > mine.epoch:
             raise FencedError(f"{where}: another worker took over while this one stood still; it starts anew")
         ours = (found.epoch, found.owner) == (mine.epoch, mine.owner)

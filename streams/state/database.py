@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import rocksdict
 
-from kvatlas.streams.errors import StoreError
+from kvatlas.streams.errors import DamagedError, StoreError
+from kvatlas.streams.state.damage import make_folder, mark, meaning, set_aside, set_aside_marked
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +27,21 @@ class RocksBudget:
     """Memory shared by every database that is opened with it: one block cache, one budget for memtables.
 
     Faust's own options would give every partition a block cache of 2 GiB.
+
+    Args:
+        cache_bytes: of the block cache.
+        write_buffer_bytes: of all memtables.
+        on_failed: told, from any thread, of an error after which a database is of no use to this process.
     """
 
-    def __init__(self, cache_bytes: int, write_buffer_bytes: int) -> None:
+    def __init__(
+        self,
+        cache_bytes: int,
+        write_buffer_bytes: int,
+        *,
+        on_failed: Callable[[StoreError], None] = lambda _: None,
+    ) -> None:
+        self.on_failed = on_failed
         self.cache = rocksdict.Cache(max(cache_bytes, 1024 * 1024))
         self.write_buffer_bytes = write_buffer_bytes
         # Costed to the block cache would make memtables evict blocks; a manager of its own keeps both bounded.
@@ -66,27 +79,116 @@ def open_database(path: Path, budget: RocksBudget, *, replace_damaged: bool = Fa
     Args:
         path: its folder.
         budget: memory that it shares with others.
-        replace_damaged: throw a damaged one away and begin with an empty one, for whoever has it all elsewhere.
+        replace_damaged: set a damaged one aside and begin with an empty one, for whoever has it all elsewhere.
 
     Raises:
-        StoreError: it is locked by another process or cannot be read.
+        StateFolderError: the disk is full, or this account may not use the folder.
+        DamagedError: it cannot be read, and is not to be replaced.
+        StoreError: it is locked by another process.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
+    if replace_damaged:
+        set_aside_marked(path)
+    replaced = False
     for attempt in range(_OPEN_RETRIES):
         try:
-            database = rocksdict.Rdict(str(path), options=budget.options())
+            return rocksdict.Rdict(str(path), options=budget.options())
         except Exception as error:  # rocksdict raises bare Exception
-            if "lock" in str(error).lower() and attempt < _OPEN_RETRIES - 1:
+            means = meaning(path, error)
+            if isinstance(means, DamagedError) and replace_damaged and not replaced:
+                set_aside(path, str(error))
+                replaced = True
+            elif "in use" in str(means) and attempt < _OPEN_RETRIES - 1:
                 time.sleep(_OPEN_RETRY_SECONDS)
-                continue
-            if replace_damaged and "Corruption" in str(error) and not attempt:
-                logger.warning("%s is damaged and is thrown away, to be rebuilt from its changelog: %s", path, error)
-                shutil.rmtree(path, ignore_errors=True)
-                continue
-            raise StoreError(
-                f"cannot open the table partition in {path}: {error}. Stop the process that uses it, or remove the "
-                "folder: the table is rebuilt from its changelog"
-            ) from error
-        else:
-            return database
+            else:
+                raise means from error
     raise AssertionError("unreachable")
+
+
+class Database:
+    """A partition's database, whose errors say what they mean.
+
+    What cannot be read is marked: the process ends by the error, and the next one sets the folder aside.
+    """
+
+    def __init__(self, path: Path, budget: RocksBudget) -> None:
+        """Open it; a damaged one is replaced by an empty one.
+
+        Raises:
+            StoreError: it cannot be used.
+        """
+        self._path = path
+        self._on_failed = budget.on_failed
+        self.raw: Any = open_database(path, budget, replace_damaged=True)
+
+    def get(self, key: bytes) -> bytes | None:
+        """Return a value."""
+        try:
+            value: bytes | None = self.raw.get(key)
+        except Exception as error:
+            raise self._failed(error) from error
+        return value
+
+    def get_many(self, keys: list[bytes]) -> list[bytes | None]:
+        """Return the values of keys in order."""
+        try:
+            values: list[bytes | None] = self.raw.get(keys)
+        except Exception as error:
+            raise self._failed(error) from error
+        return values
+
+    def items(self, start: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
+        """Yield entries in key order from ``start``."""
+        last = start
+        try:
+            for last, value in self.raw.items(from_key=start):
+                yield last, value
+            self._surely_at_end(last)
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def _surely_at_end(self, last: bytes | None) -> None:
+        """Look whether an iteration ended at the end: where a block cannot be read it ends as well, without a word."""
+        cursor = self.raw.iter()
+        if last is None:
+            cursor.seek_to_first()
+        else:
+            cursor.seek(last)
+            if cursor.valid():
+                cursor.next()
+        cursor.status()
+
+    def write(self, batch: Any) -> None:
+        """Write a batch."""
+        try:
+            self.raw.write(batch)
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def put(self, key: bytes, value: bytes) -> None:
+        """Write one value."""
+        try:
+            self.raw.put(key, value)
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def number(self, name: str) -> int:
+        """Return one of RocksDB's numbers, 0 where it has none."""
+        try:
+            return int(self.raw.property_int_value(name) or 0)
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def close(self) -> None:
+        """Close it."""
+        try:
+            self.raw.close()
+        except Exception as error:  # noqa: BLE001 # such as for a full disk, or what was damaged before
+            logger.warning("%s: not closed cleanly, as after a crash: %s", self._path, error)
+
+    def _failed(self, error: Exception) -> StoreError:
+        means = meaning(self._path, error)
+        if isinstance(means, DamagedError):
+            mark(self._path, str(error))
+        self._on_failed(means)  # whoever asked may be a caller that only answers with an error
+        return means

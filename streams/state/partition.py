@@ -22,11 +22,12 @@ from typing import Any, Final, NamedTuple
 import rocksdict
 
 from kvatlas.bridge.errors import VersionError
+from kvatlas.streams import metrics
 from kvatlas.streams.errors import GoneError
 from kvatlas.streams.state.cache import BytesCache
 from kvatlas.streams.state.changelog import META_KEY, Meta, decode_meta, encode_meta
 from kvatlas.streams.state.claims import Filter
-from kvatlas.streams.state.database import RocksBudget, open_database
+from kvatlas.streams.state.database import Database, RocksBudget
 from kvatlas.streams.state.overlay import Overlay
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,10 @@ RESERVED: Final = frozenset({OFFSET_KEY, META_KEY})
 #: RocksDB lets go of the interpreter, so larger reads and writes run beside the event loop; for fewer keys the
 #: way to a thread and back costs more than it frees.
 _APART_KEYS: Final = 256
+
+
+#: Tells whether a key and its value may stand in a table.
+Valid = Callable[[bytes, bytes], bool]
 
 
 class Role(enum.Enum):
@@ -114,7 +119,10 @@ class PartitionState:
         budget: RocksBudget,
         cache_bytes: int,
         threads: ThreadPoolExecutor | None = None,
+        *,
+        valid: Valid = lambda _key, _value: True,
     ) -> None:
+        self._valid = valid
         self.partition = partition
         self.path = path
         self.cache = BytesCache(cache_bytes)
@@ -130,17 +138,16 @@ class PartitionState:
         self._open()
 
     def _open(self) -> None:
-        self._db = open_database(self.path, self._budget, replace_damaged=True)
-        offset = self._db.get(OFFSET_KEY)
-        self.changelog_offset: int | None = None if offset is None else int(offset)
+        self._db = Database(self.path, self._budget)
+        self.changelog_offset: int | None = None
         self.meta = Meta()
-        found = self._db.get(META_KEY)
-        if found is not None:
-            try:
-                self.meta = decode_meta(found)
-            except VersionError as error:
-                logger.warning("%s: %s; the state is rebuilt from its changelog", self.path, error)
-                self.wipe()
+        offset, found = self._db.get(OFFSET_KEY), self._db.get(META_KEY)
+        try:
+            self.changelog_offset = None if offset is None else int(offset)
+            self.meta = Meta() if found is None else decode_meta(found)
+        except (VersionError, ValueError) as error:
+            logger.warning("%s: %s; the state is rebuilt from its changelog", self.path, error)
+            self.wipe()
 
     # --- reading --------------------------------------------------------------------------------------------------
 
@@ -155,7 +162,7 @@ class PartitionState:
 
     def fetch(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """Return values straight from the database in one multi-get; the caller looked into the cache."""
-        values: list[bytes | None] = self._db.get(list(keys))
+        values: list[bytes | None] = self._db.get_many(list(keys))
         return values
 
     async def fetch_apart(self, keys: Sequence[bytes]) -> list[bytes | None]:
@@ -207,7 +214,7 @@ class PartitionState:
 
     def items(self, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
         """Yield entries in key order from ``start``, ours alone (no reserved keys)."""
-        for key, value in self._db.items(from_key=start or None):
+        for key, value in self._db.items(start or None):
             if key not in RESERVED:
                 yield key, value
 
@@ -228,12 +235,12 @@ class PartitionState:
         """Return the bytes of its files and memtables, as RocksDB estimates them."""
         total = 0
         for name in ("rocksdb.total-sst-files-size", "rocksdb.cur-size-all-mem-tables"):
-            total += self._db.property_int_value(name) or 0
+            total += self._db.number(name)
         return total
 
     def entries(self) -> int:
         """Return RocksDB's estimate of the number of keys."""
-        return int(self._db.property_int_value("rocksdb.estimate-num-keys") or 0)
+        return int(self._db.number("rocksdb.estimate-num-keys"))
 
     # --- writing --------------------------------------------------------------------------------------------------
 
@@ -279,24 +286,34 @@ class PartitionState:
         with self._users:
             return work(*args)
 
-    def load(self, records: Iterable[tuple[bytes, bytes | None]], changelog_offset: int) -> None:
+    def load(self, records: Iterable[tuple[bytes | None, bytes | None]], changelog_offset: int) -> None:
         """Write what the changelog says (restore, standby): values and the changelog offset in one batch.
 
         Batches of writers that another has replaced are dropped; while one is being read, the changelog offset stays
-        where it was, so that a restart begins before it. The cache takes over only what it already holds: a restore
+        where it was, so that a restart begins before it. What cannot be an entry is dropped, and what is known of its
+        key is written again by the owner. The cache takes over only what it already holds: a restore
         must not push hot entries out.
         """
         writers = Filter(self.meta)
         writers.dropping = self._dropping
         latest: dict[bytes, bytes | None] = {}
+        valid, unreadable = self._valid, 0
         for key, value in records:
             if key == META_KEY:
-                if writers.writer(decode_meta(value or b"")):
+                if writers.take(value):
                     latest[key] = value
+            elif key is None or key in RESERVED:
+                unreadable += 1
             elif writers.dropping:
+                self.foreign.add(key)
+            elif value is not None and not valid(key, value):
+                unreadable += 1
                 self.foreign.add(key)
             else:
                 latest[key] = value
+        if unreadable:
+            metrics.UNREADABLE.inc(unreadable)
+            logger.warning("%s: %d changelog entries are no such thing and are passed over", self.path, unreadable)
         self._dropping = writers.dropping
         offset = self.changelog_offset if writers.dropping else changelog_offset
         batch = _batch_of(latest)
@@ -331,10 +348,7 @@ class PartitionState:
         with self._users.none():
             if isinstance(self._db, _Closed):
                 return
-            try:
-                self._db.close()
-            except Exception as error:  # noqa: BLE001 # rocksdict raises bare Exception, such as for a full disk
-                logger.warning("%s: not closed cleanly, as after a crash: %s", self.path, error)
+            self._db.close()
             self._db = _Closed(self.path)
 
 

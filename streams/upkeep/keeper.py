@@ -16,7 +16,6 @@ from typing import Final
 from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.errors import KvatlasError
-from kvatlas.streams.errors import FencedError
 from kvatlas.streams.faust_app.table import BulkTable
 from kvatlas.streams.state.overlay import ChangeSet
 from kvatlas.streams.state.partition import PartitionState, Role
@@ -32,7 +31,6 @@ class Keeper:
     Args:
         tables: the worker's.
         may_commit: whether this worker is sure to own its partitions.
-        on_fenced: told when another worker has taken a partition over.
         interval_seconds: a changelog that was not written for so long is idle.
         clock: wall clock, ns since the epoch.
     """
@@ -42,26 +40,28 @@ class Keeper:
         tables: Iterable[BulkTable],
         *,
         may_commit: Callable[[], bool],
-        on_fenced: Callable[[BaseException], None],
         interval_seconds: float = INTERVAL_SECONDS,
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
         self._tables = list(tables)
         self._may_commit = may_commit
-        self._on_fenced = on_fenced
         self._interval = interval_seconds
         self._clock = clock
 
     async def run(self) -> None:
-        """Keep until cancelled."""
+        """Keep until cancelled.
+
+        Raises:
+            FencedError: another worker owns a partition that this one took for its own.
+            KvatlasError: whatever else cannot be tried again.
+        """
         while True:
             await asyncio.sleep(self._interval / 12)
             try:
                 await self.look()
-            except FencedError as error:
-                self._on_fenced(error)
-                return
             except (KvatlasError, KafkaError) as error:
+                if isinstance(error, KvatlasError) and not error.retriable:
+                    raise
                 logger.warning("idle changelogs cannot be written, tried again: %s", error)
 
     async def look(self) -> int:

@@ -76,6 +76,8 @@ class Sweeper:
                 try:
                     await self.sweep_partition(partition)
                 except (KvatlasError, KafkaError) as error:
+                    if isinstance(error, KvatlasError) and not error.retriable:
+                        raise
                     logger.warning("sweep of %s/%d: %s; goes on next time", self._table.name, partition, error)
 
     async def sweep_partition(self, partition: int) -> int:

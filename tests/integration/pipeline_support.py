@@ -27,7 +27,7 @@ PODS = ("pod-a", "pod-b")
 
 
 class Service:
-    """A `kvatlas` command in a process of its own.
+    """A `kvatlas` command in a process of its own; a worker without its supervisor, so that signals reach it.
 
     Attributes:
         log: file of its standard error.
@@ -38,6 +38,8 @@ class Service:
         self.log = log
         self.line = ""
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        if words[0] == "worker":
+            words = ("worker", "--no-supervise", *words[1:])
         with log.open("ab") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "kvatlas.deploy", *words],

@@ -36,9 +36,9 @@ async def make_topics(brokers: str, prefix: str, partitions: int = PARTITIONS) -
 
 
 class WorkerProcess:
-    """A `kvatlas worker` in a process of its own."""
+    """A `kvatlas worker` in a process of its own, which signals reach; supervised, it is the supervisor's."""
 
-    def __init__(self, kafka: KafkaSettings, state_dir: Path, *flags: str) -> None:
+    def __init__(self, kafka: KafkaSettings, state_dir: Path, *flags: str, supervised: bool = False) -> None:
         self.log = state_dir.with_suffix(".log")
         self._out = self.log.open("ab")
         self.process = subprocess.Popen(
@@ -51,6 +51,7 @@ class WorkerProcess:
                 f"--topic-prefix={kafka.topic_prefix}",
                 f"--partitions={kafka.partitions}",
                 f"--state-dir={state_dir}",
+                *(() if supervised else ("--no-supervise",)),
                 *flags,
             ],
             stdout=subprocess.PIPE,

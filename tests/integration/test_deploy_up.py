@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -107,17 +106,33 @@ def test_recorded_engines_on_kafka_and_again_after_a_restart(
     _assert_clean_stop(again, signal.SIGTERM)
 
 
-@pytest.mark.parametrize("victim", ["worker", "scorer"])
-def test_a_dying_part_ends_it_and_is_named(victim: str, ups: list[Up], tmp_path: Path) -> None:
-    """When a part dies, `up` ends with 1, names the part and its log, and leaves nothing behind."""
-    up = Up(tmp_path, [])
+@pytest.mark.parametrize("victim", ["worker", "scorer", "bridge"])
+def test_a_part_that_dies_is_started_again(
+    victim: str, engines: list[RecordedEngine], ups: list[Up], tmp_path: Path
+) -> None:
+    """After SIGKILL of a part the scores are true again, at the scorer's address of before; then all stop cleanly."""
+    up = Up(tmp_path, engines)
     ups.append(up)
-    up.ready()
-    children = support.children_of(up.service.process.pid)
-    os.kill(children[victim], signal.SIGKILL)
-    assert up.service.wait() == 1
-    assert re.search(rf"the {victim} ended by itself with code -9; its log \S+{victim}\.log", up.service.tail())
-    assert not support.eventually(lambda: _left(children))
+    address = up.ready()
+    for engine in engines:
+        engine.play(0, 40)
+    before = support.children_of(up.service.process.pid)
+    os.kill(before[victim], signal.SIGKILL)
+    for engine in engines:
+        engine.play(40)
+
+    def wrong_or_away() -> list[object]:
+        try:
+            return [*support.wrong_hits(address, engines, tmp_path)]
+        except AssertionError as error:  # no scorer, or flagged answers, while the part is away
+            return [str(error)]
+
+    wrong = support.eventually(wrong_or_away)
+    assert not wrong, (wrong[:5], up.logs())
+    after = support.children_of(up.service.process.pid)
+    assert {name for name in before if before[name] != after[name]} == {victim}
+    assert f"{victim} ended with code -9 and is started again" in up.service.tail()
+    _assert_clean_stop(up, signal.SIGTERM)
 
 
 @pytest.mark.parametrize(

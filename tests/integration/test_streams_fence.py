@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import shutil
 import signal
+import socket
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaProducer
 
 from kvatlas.bridge.model import topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
-from kvatlas.streams import metrics
+from kvatlas.deploy.audit.audit import read_records
 from kvatlas.streams.options import WorkerSettings
 from kvatlas.streams.service import WorkerService
-from kvatlas.streams.state.changelog import Meta, encode_meta, send_batch, send_claim
+from kvatlas.streams.state.changelog import META_KEY, Meta, decode_meta, encode_meta, send_batch, send_claim
 from kvatlas.streams.v1 import block_index_pb2 as pb
 from tests.integration.streams_support import (
     PARTITIONS,
@@ -44,16 +47,6 @@ def workers() -> Iterator[list[WorkerProcess]]:
 
 def index_changelog(kafka: KafkaSettings) -> str:
     return kafka.topic(topics.changelog_topics("kvatlas")[1].name)
-
-
-async def settled(service: WorkerService, restarts: float) -> None:
-    """Wait until the app was started anew and its partitions are restored."""
-    deadline = time.monotonic() + 120
-    while metrics.RESTARTS._value.get() <= restarts or not any(
-        state.role.value == "active" for state in service._index_states().values()
-    ):
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.1)
 
 
 @pytest.mark.timeout(400)
@@ -136,35 +129,53 @@ async def test_batches_of_a_replaced_writer_are_dropped_and_written_over(
         await again.stop()
 
 
-async def test_a_worker_whose_partitions_were_claimed_starts_anew(
-    brokers: str, topic_prefix: str, tmp_path: Path
+async def test_a_worker_whose_partitions_were_claimed_ends_and_comes_back(
+    brokers: str, topic_prefix: str, tmp_path: Path, workers: list[WorkerProcess]
 ) -> None:
-    """A claim above its own ends the app at its next commit; it comes back with a claim of its own and goes on."""
+    """A claim above its own ends the process at its next commit; the next one claims anew, goes on, and tells why."""
     kafka = await make_topics(brokers, topic_prefix)
     fleet = fleet_of(kafka)
-    service = WorkerService(WorkerSettings(state_dir=str(tmp_path / "w")), kafka)
-    await service.start()
-    stop = asyncio.Event()
-    running = asyncio.create_task(service.run_until(stop))
-    try:
-        await asyncio.wait_for(service.ready.wait(), 90)
-        restarts = metrics.RESTARTS._value.get()
-        async with producing(kafka) as producer:
-            fleet.serve(40)
-            await fleet.flush(producer)
-            assert_true(await until_true(kafka, fleet.truth()), 4)
-            for number, state in service._index_states().items():
-                claim = state.meta._replace(epoch=state.meta.epoch + 5, owner=77)
-                await send_claim(producer, index_changelog(kafka), number, encode_meta(claim))
-            fleet.serve(40)
-            await fleet.flush(producer)
-            await settled(service, restarts)
-            assert_true(await until_true(kafka, fleet.truth()), 4)
-        assert {state.meta.epoch > 5 for state in service._index_states().values()} == {True}
-    finally:
-        stop.set()
-        await running
-        await service.stop()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        telemetry = f"127.0.0.1:{free.getsockname()[1]}"
+    worker = WorkerProcess(kafka, tmp_path / "w", *FLAGS, f"--telemetry-listen={telemetry}", supervised=True)
+    workers.append(worker)
+    await worker.ready()
+    async with producing(kafka) as producer:
+        fleet.serve(40)
+        await fleet.flush(producer)
+        assert_true(await until_true(kafka, fleet.truth()), 4)
+        before = await newest_metas(kafka)
+        for number, meta in before.items():
+            claim = meta._replace(epoch=meta.epoch + 5, owner=77)
+            await send_claim(producer, index_changelog(kafka), number, encode_meta(claim))
+        fleet.serve(40)
+        await fleet.flush(producer)
+        await worker.ready()
+        assert_true(await until_true(kafka, fleet.truth()), 4)
+    assert all(meta.epoch > before[number].epoch + 5 for number, meta in (await newest_metas(kafka)).items())
+    pages = {page: await asyncio.to_thread(page_of, telemetry, page) for page in ("metrics", "readyz")}
+    assert 'kvatlas_process_restarts_total{code="1"}' in pages["metrics"]
+    assert "another worker took over while this one stood still" in pages["readyz"]
+    assert pages["readyz"].startswith("ready\nrestarts: ")
+    assert worker.terminate() == 0
+
+
+def page_of(address: str, page: str) -> str:
+    with urllib.request.urlopen(f"http://{address}/{page}", timeout=30) as answer:
+        return str(answer.read().decode())
+
+
+async def newest_metas(kafka: KafkaSettings) -> dict[int, Meta]:
+    """The newest meta record of each changelog partition."""
+    found: dict[int, Meta] = {}
+
+    def take(record: Any) -> None:
+        if record.key == META_KEY:
+            found[record.partition] = decode_meta(record.value)
+
+    await read_records(kafka, topics.changelog_topics("kvatlas")[1].name, take)
+    return found
 
 
 async def spoil(

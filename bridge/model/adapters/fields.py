@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from kvatlas.bridge.errors import LimitError, WireError
+from kvatlas.bridge.errors import DECODE_ERRORS, LimitError, WireError
 from kvatlas.bridge.model.block_key import ExtraKey, pack_tokens, pack_wide_tokens, wide_extra
 from kvatlas.bridge.model.events import (
     KINDS,
@@ -140,7 +140,7 @@ def peek_rank(payload: bytes) -> int | None:
     decoder = _envelope_map if payload[:1] and payload[0] in _MAP_FIRST_BYTES else _envelope_array
     try:
         return decoder.decode(payload).data_parallel_rank
-    except (msgspec.MsgspecError, RecursionError):
+    except DECODE_ERRORS:
         return None
 
 
@@ -171,7 +171,7 @@ def decode_batch(payload: bytes, limits: Limits, wire: Format) -> Batch:
     decoder = _batch_map if payload[:1] and payload[0] in _MAP_FIRST_BYTES else _batch_array
     try:
         fields = decoder.decode(payload)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except DECODE_ERRORS as error:
         raise WireError(f"not an event batch [ts, events, rank]: {error}") from error
     if len(fields.events) > limits.events_per_batch:
         raise LimitError(f"batch of {len(fields.events)} events is over the limit of {limits.events_per_batch}")
@@ -180,7 +180,7 @@ def decode_batch(payload: bytes, limits: Limits, wire: Format) -> Batch:
     for raw in fields.events:
         try:
             events.append(_event(raw, limits, wire))
-        except (msgspec.MsgspecError, WireError, OverflowError, RecursionError, TypeError) as error:
+        except (*DECODE_ERRORS, WireError, OverflowError, TypeError) as error:
             rejected.append(Rejected(bytes(raw), f"{type(error).__name__}: {error}"))
     return Batch(fields.ts, events, rejected, fields.data_parallel_rank)
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
-import threading
-import time
-from pathlib import Path
+import argparse
 
 import pytest
 
-from kvatlas.deploy.commands.worker import Supervisor, child_settings, shifted
+from kvatlas.bridge.errors import SettingsError
+from kvatlas.deploy.commands.worker import add_arguments, child_settings, run, shifted
 from kvatlas.streams.options import WorkerSettings
 
 
@@ -37,47 +33,9 @@ def test_contradicting_settings_are_refused() -> None:
         WorkerSettings(session_timeout_seconds=4, heartbeat_seconds=3)
 
 
-@pytest.mark.parametrize(("code", "wanted"), [(0, 0), (3, 1)])
-def test_the_supervisor_revives_children_and_hands_sigterm_on(tmp_path: Path, code: int, wanted: int) -> None:
-    """A child that dies is started anew; SIGTERM ends all, and a bad exit code is not hidden."""
-    script = tmp_path / "child.py"
-    script.write_text(
-        "import pathlib, signal, sys, time\n"
-        f"mark = pathlib.Path({str(tmp_path)!r}) / f'starts-{{sys.argv[-1]}}'\n"
-        f"signal.signal(signal.SIGTERM, lambda *_: sys.exit({code}))\n"
-        "mark.write_text((mark.read_text() if mark.exists() else '') + 'x')\n"
-        "if sys.argv[-1] == '1' and mark.read_text() == 'x': time.sleep(1.2); sys.exit(9)\n"
-        "time.sleep(60)\n"
-    )
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def end() -> None:
-        deadline = time.monotonic() + 30
-        mark = tmp_path / "starts-1"
-        while time.monotonic() < deadline and not (mark.exists() and mark.read_text() == "xx"):
-            time.sleep(0.05)
-        time.sleep(0.3)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    ender = threading.Thread(target=end)
-    ender.start()
-    try:
-        assert Supervisor(2, [sys.executable, str(script)]).run() == wanted
-    finally:
-        ender.join()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    assert (tmp_path / "starts-0").read_text() == "x"
-    assert (tmp_path / "starts-1").read_text() == "xx"
-
-
-def test_the_supervisor_ends_when_a_child_finds_its_settings_wrong(tmp_path: Path) -> None:
-    """What is wrong now is wrong for ever: the children are not started anew and the exit code is handed on."""
-    script = tmp_path / "child.py"
-    script.write_text("import sys, time\nif sys.argv[-1] == '0': sys.exit(2)\ntime.sleep(60)\n")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        assert Supervisor(2, [sys.executable, str(script)]).run() == 2
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+def test_without_a_supervisor_there_is_one_process() -> None:
+    """Several processes without anybody to watch them are refused."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    with pytest.raises(SettingsError, match="--no-supervise"):
+        run(parser.parse_args(["--no-supervise", "--processes=2"]))

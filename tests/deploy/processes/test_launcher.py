@@ -9,15 +9,24 @@ from pathlib import Path
 
 import pytest
 
+from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.runtime.settings import KafkaSettings, LogSettings
-from kvatlas.deploy.processes.launcher import Child, Launcher, LaunchRefusedError
+from kvatlas.deploy.processes.child import document
+from kvatlas.deploy.processes.launcher import Launcher
+from kvatlas.deploy.processes.supervisor import Child, LaunchRefusedError
 
-_NOBODY = {"kafka": {"brokers": "127.0.0.1:1"}, "log": {}, "bridge": {}}
+
+def bridge(log: Path, **settings: object) -> Child:
+    """A bridge without a broker."""
+    sections = {"kafka": KafkaSettings(brokers="127.0.0.1:1"), "log": LogSettings()}
+    given = document("bridge", {**sections, "bridge": BridgeSettings()})
+    given["sections"]["bridge"] |= settings
+    return Child("bridge", given, log)
 
 
 def test_a_part_that_does_not_stop_is_killed(tmp_path: Path) -> None:
     """At the deadline a part that ignores SIGTERM is killed, and the caller learns of it."""
-    child = Child("bridge", _NOBODY, tmp_path / "bridge.log")
+    child = bridge(tmp_path / "bridge.log")
     os.kill(child.process.pid, signal.SIGSTOP)
     os.waitid(os.P_PID, child.process.pid, os.WSTOPPED | os.WNOWAIT)
     child.terminate()
@@ -29,13 +38,13 @@ def test_a_part_that_does_not_stop_is_killed(tmp_path: Path) -> None:
 
 def test_a_part_that_ended_is_told_with_the_end_of_its_log(tmp_path: Path) -> None:
     """The error names part, exit code and log, and quotes what the part said last."""
-    child = Child("bridge", {**_NOBODY, "bridge": {"engines": ["nonsense"]}}, tmp_path / "bridge.log")
+    child = bridge(tmp_path / "bridge.log", engines=["nonsense"])
     try:
         assert child.process.wait(60) == 2
         with pytest.raises(
             LaunchRefusedError, match=r"the bridge ended by itself with code 2; its log \S+bridge\.log"
         ) as caught:
-            child.check()
+            raise child.told(2)
         assert "'nonsense' is neither an address" in str(caught.value)
     finally:
         assert child.wait(time.monotonic() + 5) is True

@@ -8,8 +8,8 @@ import pytest
 
 from kvatlas.bridge.errors import VersionError
 from kvatlas.streams.errors import GoneError, StoreError
-from kvatlas.streams.service import full_disk
 from kvatlas.streams.state.changelog import META_KEY, Meta, decode_meta, encode_meta
+from kvatlas.streams.state.damage import full_disk
 from kvatlas.streams.state.database import RocksBudget, open_database
 from kvatlas.streams.state.partition import OFFSET_KEY, PartitionState, Role
 
@@ -146,5 +146,5 @@ def test_a_full_disk_is_named_with_its_folder_and_what_to_do() -> None:
     assert found is not None
     assert "state_dir /s" in str(found)
     assert "000058.sst" in str(found)
-    assert not found.retriable
+    assert not found.restart_helps
     assert full_disk(RuntimeError("something else"), "/s") is None

@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvatlas.bridge.errors import VersionError, WireError
+from kvatlas.bridge.model.events import Tier
 from kvatlas.streams.index.blocks_record import OP_ADD, OP_REMOVE, Run, decode_blocks, encode_blocks
-from kvatlas.streams.index.holders import HOLDER_BYTES, Holder, add_holder, holders, pack_holder, remove_holder
+from kvatlas.streams.index.holders import Holder, add_holder, holders, pack_holder, remove_holder
 
+TIERS = [int(tier) for tier in Tier]
 # Few and repetitive byte patterns, so that an identity also occurs across the border of two holders.
 refs = st.sampled_from([0, 1, 256, 0x0101010101010101, (1 << 64) - 1])
 packed = st.builds(
@@ -69,7 +71,7 @@ def test_records_come_back_as_they_were(runs, receive_ns, chance):
     columns = [Run(ref, epoch, 3, 7, updates) for ref, epoch, updates in runs]
     count = sum(run.updates for run in columns)
     keys, ops = chance.randbytes(16 * count), bytes(chance.choice((OP_ADD, OP_REMOVE)) for _ in range(count))
-    packed_holders = chance.randbytes(HOLDER_BYTES * count)
+    packed_holders = b"".join(chance.randbytes(10) + bytes((chance.choice(TIERS),)) + chance.randbytes(13) for _ in ops)
     record = decode_blocks(encode_blocks(columns, keys, ops, packed_holders, receive_ns))
     assert record == (tuple(columns), keys, ops, packed_holders, receive_ns)
 

@@ -13,9 +13,12 @@ from kvatlas.bridge.model.epochs import epoch_of
 from kvatlas.bridge.model.records import PodRecord
 from kvatlas.streams.index.apply import apply_blocks
 from kvatlas.streams.index.blocks_record import OP_ADD, OP_REMOVE, decode_blocks
+from kvatlas.streams.index.holders import pack_holder
 from kvatlas.streams.index.view import DictView
 from kvatlas.streams.resolve import effects as module
 from kvatlas.streams.resolve.effects import Effects
+
+HOLDER = pack_holder(7, 0, 1, 0, 0, 1 << 32)
 
 
 def _rows(value):
@@ -78,9 +81,9 @@ def test_every_update_reaches_its_partition_in_the_pods_order(script, partitions
 def test_an_incarnation_begins_a_run():
     """Sequences of two incarnations are never in one run."""
     effects = Effects(1)
-    effects.of(1, epoch_of(1), 900).add([b"a" * 16], b"h" * 24)
-    effects.of(1, epoch_of(2), 0).add([b"b" * 16], b"h" * 24)
-    effects.of(1, epoch_of(2, 1), 1).add([b"c" * 16], b"h" * 24)
+    effects.of(1, epoch_of(1), 900).add([b"a" * 16], HOLDER)
+    effects.of(1, epoch_of(2), 0).add([b"b" * 16], HOLDER)
+    effects.of(1, epoch_of(2, 1), 1).add([b"c" * 16], HOLDER)
     (value,) = effects.encode()[0]
     runs = [(run.epoch, run.first_sequence, run.last_sequence, run.updates) for run in decode_blocks(value).runs]
     assert runs == [(epoch_of(1), 900, 900, 1), (epoch_of(2, 1), 0, 1, 2)]
@@ -91,8 +94,8 @@ def test_a_long_run_goes_on_in_more_records(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "RECORD_UPDATES", 4)
     effects = Effects(1)
     keys = [bytes([number]) * 16 for number in range(11)]
-    effects.of(1, epoch_of(1), 3).add(keys, b"\x00" * 7 + b"\x01" + b"h" * 16)
-    effects.of(2, epoch_of(1), 0).add(keys[:2], b"\x00" * 7 + b"\x02" + b"h" * 16)
+    effects.of(1, epoch_of(1), 3).add(keys, b"\x00" * 7 + b"\x01" + HOLDER[8:])
+    effects.of(2, epoch_of(1), 0).add(keys[:2], b"\x00" * 7 + b"\x02" + HOLDER[8:])
     values = effects.encode()[0]
     assert [len(_rows(value)) for value in values] == [4, 4, 4, 1]
     view, counts = DictView(), Counter()

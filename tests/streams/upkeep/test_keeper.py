@@ -6,7 +6,9 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
-from kvatlas.streams.errors import FencedError
+import pytest
+
+from kvatlas.streams.errors import ChangelogError, DamagedError, FencedError
 from kvatlas.streams.state.changelog import Meta
 from kvatlas.streams.state.overlay import ChangeSet
 from kvatlas.streams.state.partition import Role
@@ -39,12 +41,8 @@ def state(role: Role, written_s: int, foreign: set[bytes] | None = None) -> Any:
     )
 
 
-def keeper_of(table: Any, *, sure: bool = True) -> tuple[Keeper, list[BaseException]]:
-    fenced: list[BaseException] = []
-    keeper = Keeper(
-        [table], may_commit=lambda: sure, on_fenced=fenced.append, interval_seconds=0.12, clock=lambda: 1000 * SECOND
-    )
-    return keeper, fenced
+def keeper_of(table: Any, *, sure: bool = True) -> Keeper:
+    return Keeper([table], may_commit=lambda: sure, interval_seconds=0.12, clock=lambda: 1000 * SECOND)
 
 
 async def test_only_idle_and_active_partitions_are_written() -> None:
@@ -55,22 +53,34 @@ async def test_only_idle_and_active_partitions_are_written() -> None:
         copy=state(Role.STANDBY, 1),
         spoilt=state(Role.ACTIVE, 1000, {b"k"}),
     )
-    keeper, _ = keeper_of(table)
-    assert await keeper.look() == 2
+    assert await keeper_of(table).look() == 2
     assert table.commits == [(0, 7), (3, 7)]
 
 
 async def test_nothing_is_written_while_the_group_may_have_others_write() -> None:
     """A worker that is not sure of its partitions leaves their changelogs alone."""
     table = Table(idle=state(Role.ACTIVE, 900))
-    assert await keeper_of(table, sure=False)[0].look() == 0
+    assert await keeper_of(table, sure=False).look() == 0
     assert table.commits == []
 
 
-async def test_a_claim_of_another_worker_is_told() -> None:
-    """The keeper ends and hands the error on, so that the app starts anew."""
+@pytest.mark.parametrize("failure", [FencedError("taken over"), DamagedError("cannot be read")])
+async def test_what_cannot_be_tried_again_ends_it(failure: Exception) -> None:
+    """The keeper ends by the error, and the worker with it; it does not say for ever that it tries again."""
     table = Table(idle=state(Role.ACTIVE, 900))
-    table.failure = FencedError("taken over")
-    keeper, fenced = keeper_of(table)
-    await keeper.run()
-    assert fenced == [table.failure]
+    table.failure = failure
+    with pytest.raises(type(failure)):
+        await asyncio.wait_for(keeper_of(table).run(), 30)
+
+
+async def test_an_unanswered_write_is_tried_again() -> None:
+    """Brokers that do not answer now may answer later."""
+    table = Table(idle=state(Role.ACTIVE, 900))
+    table.failure = ChangelogError("not acknowledged")
+    running = asyncio.create_task(keeper_of(table).run())
+    await asyncio.sleep(0.05)
+    table.failure = None
+    while not table.commits:
+        await asyncio.sleep(0.01)
+        assert not running.done()
+    running.cancel()

@@ -1,0 +1,29 @@
+"""Numbers of our records, with their bounds.
+
+Whatever a record claims, what is computed from its numbers fits 64 bits, and no loop over one is endless.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+import msgspec
+
+from kvatlas.bridge.model.epochs import INCARNATION_MAX
+
+#: A publisher's counter, or an offset; -1 for none.
+Sequence = Annotated[int, msgspec.Meta(ge=-1, lt=1 << 62)]
+COUNT_MAX: Final = (1 << 62) - 1
+Count = Annotated[int, msgspec.Meta(ge=0, le=COUNT_MAX)]
+#: A wall clock in ns since the epoch.
+Nanoseconds = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+#: 64 bits without a sign, see ``epochs``.
+Epoch = Annotated[int, msgspec.Meta(ge=0)]
+Incarnation = Annotated[int, msgspec.Meta(ge=0, le=INCARNATION_MAX)]
+#: Kafka's; -1 for none.
+Partition = Annotated[int, msgspec.Meta(ge=-1, lt=1_000_000)]
+Tokens = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+#: Numbers of a holder, as wide as its columns.
+Byte = Annotated[int, msgspec.Meta(ge=0, le=0xFF)]
+Short = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
+Word = Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]
