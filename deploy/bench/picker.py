@@ -27,7 +27,9 @@ from kvatlas.deploy.bench._http import FastPod, closed_loop, open_loop, post
 from kvatlas.deploy.gateway.config import KINDS, GatewayOptions, document, plain
 from kvatlas.deploy.gateway.envoy import Envoy
 from kvatlas.deploy.gateway.tiny_tokenizer import text, write_tokenizer
-from kvatlas.deploy.processes.launcher import Child, Launcher
+from kvatlas.deploy.processes import child
+from kvatlas.deploy.processes.launcher import Launcher
+from kvatlas.deploy.processes.supervisor import Child
 from kvatlas.deploy.sim.cache import Request
 from kvatlas.deploy.sim.fleet import Fleet
 from kvatlas.deploy.sim.options import SimSettings
@@ -100,7 +102,7 @@ class _Stand:
         self._publish([*self._prompts, *self._large])
         addresses = [pod.address for pod in self._pods]
         assert self._picker is not None
-        options = GatewayOptions(kind=self._args.kind, pickers=[self._picker.address], pods=addresses)
+        options = GatewayOptions(kind=self._args.kind, pickers=[self._picker.address("picker")], pods=addresses)
         observed = msgspec.structs.replace(options, observe=True, response_headers=False)
         for name, made in (("alone", plain(options)), ("picker", document(options)), ("observed", document(observed))):
             folder = self._folder / name
@@ -131,9 +133,7 @@ class _Stand:
         ]
         picker = PickerSettings(listen="127.0.0.1:0", endpoints=names, scrape_seconds=0.0, drain_seconds=0.0)
         parts = {**sections, "kafka": self._launcher.kafka, "picker": picker}
-        self._picker = Child(
-            "picker", {name: msgspec.to_builtins(part) for name, part in parts.items()}, self._folder / "picker.log"
-        )
+        self._picker = Child("picker", child.document("picker", parts), self._folder / "picker.log")
         self._until(self._picker.ready.is_set, "the picker is ready")
 
     def _prompt(self, characters: int) -> str:

@@ -97,6 +97,7 @@ class DemoGateway:
         self._served: ServedFleet | None = None
         self._launcher: Launcher | None = None
         self._picker: Kept | None = None
+        self._parts: dict[str, Any] = {}
         self._envoy: Envoy | None = None
         self._rng = random.Random(sim.seed)  # noqa: S311 - text, not secrets
 
@@ -142,7 +143,7 @@ class DemoGateway:
             given, listen="127.0.0.1:0", endpoints=served.endpoints(), telemetry_listen="", drain_seconds=0.0
         )
         scorer = msgspec.structs.replace(self._sections["scorer"], outcome_delay_ms=0.0, telemetry_listen="")
-        parts = {
+        parts = self._parts = {
             "kafka": self._launcher.kafka,
             "log": self._sections["log"],
             "picker": picker,
@@ -156,7 +157,10 @@ class DemoGateway:
         picker = self._picker
         assert picker is not None
         self._until(picker.child.ready.is_set, "the picker is ready", stop)
-        return picker.child.address("picker")
+        address = picker.child.address("picker")
+        # The gateway keeps the address: the next process listens where this one does.
+        self._parts["picker"] = msgspec.structs.replace(self._parts["picker"], listen=address)
+        return address
 
     def stop(self) -> None:
         """Stop everything."""
