@@ -278,7 +278,7 @@ def test_scorers_and_workers_take_any_pod_worker_and_decision(found: list[tuple[
         book.apply(key, value)
         others.apply(key, value)
     pods.set_block_size(16)
-    _ = pods.fleet, book.pods(), book.ended(), book.gone_since(2**62), others.owner(0, "me")
+    _ = pods.fleet, book.records(), book.ended(), book.gone_since(2**62), others.owner(0, "me")
     workers.route(0)
     _ = workers.uncovered(), workers.covered, workers.layout
     decisions.expire(2**63)

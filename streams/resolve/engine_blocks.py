@@ -29,20 +29,10 @@ from typing import Any, Final
 import msgspec
 
 from kvatlas.bridge.errors import DECODE_ERRORS, VersionError, WireError
+from kvatlas.bridge.model import numbers
 from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.model.chain import Tail
 from kvatlas.bridge.model.epochs import epoch_of
-from kvatlas.bridge.model.numbers import (
-    Count,
-    Epoch,
-    Incarnation,
-    Nanoseconds,
-    Partition,
-    Sequence,
-    Short,
-    Tokens,
-    Word,
-)
 from kvatlas.bridge.model.records import LIVE, GroupSpec
 from kvatlas.bridge.model.validity import exists, is_suspect
 
@@ -270,38 +260,38 @@ class PodState(msgspec.Struct, array_like=True):
 
     v: int
     pod: str
-    incarnation: Incarnation = 0
-    clears: Word = 0
-    last_sequence: Sequence = -1
-    valid_from: Epoch = 0
-    gpu_valid_from: Epoch = 0
-    suspect_before: Epoch = 0
-    orphans: Sequence = 0
-    orphans_since: Epoch = 0
+    incarnation: numbers.Incarnation = 0
+    clears: numbers.Word = 0
+    last_sequence: numbers.Sequence = -1
+    valid_from: numbers.Epoch = 0
+    gpu_valid_from: numbers.Epoch = 0
+    suspect_before: numbers.Epoch = 0
+    orphans: numbers.Sequence = 0
+    orphans_since: numbers.Epoch = 0
     aliasing: bool = False
-    groups: dict[Short, GroupSpec] = {}
+    groups: dict[numbers.Short, GroupSpec] = {}
     state: str = LIVE
     model: str = ""
     engine: str = ""
     store: str = ""
-    dp_rank: Tokens = 0
-    last_event_ns: Nanoseconds = 0
-    receive_ns: Nanoseconds = 0
-    first_lost: Sequence = -1
-    last_lost: Sequence = -1
-    lost: Count = 0
-    events_partition: Partition = -1
-    events_offset: Sequence = -1
-    names: Count = 0
+    dp_rank: numbers.Tokens = 0
+    last_event_ns: numbers.Nanoseconds = 0
+    receive_ns: numbers.Nanoseconds = 0
+    first_lost: numbers.Sequence = -1
+    last_lost: numbers.Sequence = -1
+    lost: numbers.Count = 0
+    events_partition: numbers.Partition = -1
+    events_offset: numbers.Sequence = -1
+    names: numbers.Count = 0
     bare: bool = False
     pairs: bool = False
-    chunk_tokens: Tokens = 0
-    blocks_per_chunk: Tokens = 0
-    next_ticket: Count = 1
-    first_ticket: Count = 1
+    chunk_tokens: numbers.Tokens = 0
+    blocks_per_chunk: numbers.Tokens = 0
+    next_ticket: numbers.Count = 1
+    first_ticket: numbers.Count = 1
     owners: list[str] = []
-    reports: Count = 0
-    noticed: Count = 0
+    reports: numbers.Count = 0
+    noticed: numbers.Count = 0
 
     @property
     def named(self) -> bool:
