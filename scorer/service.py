@@ -24,6 +24,7 @@ from kvatlas.bridge.kafka.config import client_config
 from kvatlas.bridge.kafka.follower import TopicFollower
 from kvatlas.bridge.kafka.producer import sender_task
 from kvatlas.bridge.model import records, topics
+from kvatlas.bridge.model.workers import WorkerDirectory
 from kvatlas.bridge.runtime.restarts import Restarts
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.bridge.runtime.tasks import Background
@@ -41,7 +42,6 @@ from kvatlas.scorer.lookups.local import LocalTables, TableLookups
 from kvatlas.scorer.lookups.pods import PodTable
 from kvatlas.scorer.lookups.router import PartitionRouter
 from kvatlas.scorer.lookups.versions import VersionReader, Versions
-from kvatlas.scorer.lookups.workers import WorkerTable
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.scoring.decisions import Decisions
 from kvatlas.scorer.tokenization.options import TokenizerSettings
@@ -170,7 +170,7 @@ class ScorerService:
             block_size_tokens=self._settings.block_size_tokens if name == topics.BASE_VERSION else 0,
         )
 
-    def _lookups(self, index_version: str, workers: WorkerTable) -> ServiceLookups:
+    def _lookups(self, index_version: str, workers: WorkerDirectory) -> ServiceLookups:
         router = PartitionRouter(
             workers,
             hedge_seconds=self._settings.hedge_ms / 1e3,
@@ -192,7 +192,7 @@ class ScorerService:
         return self._versions.used.pods
 
     @property
-    def workers(self) -> WorkerTable:
+    def workers(self) -> WorkerDirectory:
         """The workers of the index version in use."""
         return self._versions.used.workers
 

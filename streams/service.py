@@ -24,6 +24,7 @@ from kvatlas.bridge.model import topics
 from kvatlas.bridge.model.block_key import KEY_VERSION
 from kvatlas.bridge.model.directory import PodDirectory
 from kvatlas.bridge.model.records import WorkerRecord
+from kvatlas.bridge.model.workers import WorkerDirectory
 from kvatlas.bridge.runtime.restarts import Restarts
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.bridge.runtime.tasks import Background
@@ -36,7 +37,7 @@ from kvatlas.streams.index.apply import sweep_index
 from kvatlas.streams.options import WorkerSettings
 from kvatlas.streams.resolve import engine_blocks as eb
 from kvatlas.streams.resolve.sweep import sweep_engine_blocks
-from kvatlas.streams.serving.announcer import Announcer, WorkerBook
+from kvatlas.streams.serving.announcer import Announcer
 from kvatlas.streams.serving.lookup_service import LookupServer, LookupService
 from kvatlas.streams.startup import advertised, discover, worker_id
 from kvatlas.streams.state.damage import full_disk
@@ -76,7 +77,7 @@ class WorkerService:
         self._settings = settings
         self._kafka = kafka
         self._clock = clock
-        self._workers = WorkerBook(clock, settings.index_version)
+        self._workers = WorkerDirectory(clock, settings.index_version)
         self._partitions: dict[str, int] = {}
         self._app: WorkerApp | None = None
         self._background = Background()

@@ -9,6 +9,7 @@ router is told that they may be gone.
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -25,6 +26,7 @@ from kvatlas.bridge.model.block_key import KEY_BYTES, partition_of
 from kvatlas.bridge.model.directory import PodDirectory
 from kvatlas.bridge.model.events import Tier
 from kvatlas.bridge.model.records import PodRecord
+from kvatlas.bridge.model.workers import WorkerDirectory
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.streams.errors import StreamsError
 from kvatlas.streams.index.apply import apply_blocks
@@ -35,7 +37,6 @@ from kvatlas.streams.index.view import DictView
 from kvatlas.streams.resolve.effects import Effects
 from kvatlas.streams.resolve.message import parse_message
 from kvatlas.streams.resolve.resolver import ResolveOptions, Resolver
-from kvatlas.streams.serving.announcer import WorkerBook
 from kvatlas.streams.v1 import block_index_pb2 as pb
 from kvatlas.streams.v1 import block_index_pb2_grpc as pb_grpc
 
@@ -84,7 +85,7 @@ async def audit(
     Raises:
         StreamsError: a partition is not answered by any worker.
     """
-    pods, workers = PodDirectory(version), WorkerBook(version=version)
+    pods, workers = PodDirectory(version), WorkerDirectory(time.time_ns, version)
     await read_topic(kafka, topics.PODS, lambda key, value, _: pods.apply(key, value))
     await read_topic(kafka, topics.WORKERS, lambda key, value, _: workers.apply(key, value))
     keys: set[bytes] = {key for tiers in truth.values() for held in tiers.values() for key in held}
@@ -158,7 +159,7 @@ def _compare_pod(
     )
 
 
-async def lookup_all(keys: Sequence[bytes], workers: WorkerBook) -> dict[bytes, bytes]:
+async def lookup_all(keys: Sequence[bytes], workers: WorkerDirectory) -> dict[bytes, bytes]:
     """Ask the workers that announce themselves for the index values of keys.
 
     Args:
@@ -171,7 +172,7 @@ async def lookup_all(keys: Sequence[bytes], workers: WorkerBook) -> dict[bytes, 
     Raises:
         StreamsError: no worker is announced, or a partition is answered by none.
     """
-    live = [record for record in workers.workers() if record.partitions]
+    live = [record for record in workers.records.values() if record.partitions]
     count = max((record.partition_count for record in live), default=0)
     if not count:
         raise StreamsError("no worker announces partitions on kv-workers; is one running?")

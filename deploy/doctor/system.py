@@ -12,6 +12,7 @@ import msgspec
 from kvatlas.bridge.errors import KvatlasError, RightsError
 from kvatlas.bridge.kafka.follower import TopicFollower
 from kvatlas.bridge.model import topics
+from kvatlas.bridge.model.workers import WorkerDirectory
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.rights import check_rights, contact, rights_of
 from kvatlas.deploy.brokers.topics import ensure_topics
@@ -19,7 +20,6 @@ from kvatlas.deploy.doctor.engine import EngineSeen
 from kvatlas.deploy.doctor.findings import Finding
 from kvatlas.scorer.client import ScorerClient
 from kvatlas.scorer.errors import ClientError
-from kvatlas.scorer.lookups.workers import WorkerTable
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 
 _READ_SECONDS: Final = 10.0
@@ -48,7 +48,7 @@ async def check_log(kafka: KafkaSettings, app: str) -> list[Finding]:
 
 
 async def _check_workers(kafka: KafkaSettings) -> Finding:
-    table = WorkerTable(time.time_ns)
+    table = WorkerDirectory(time.time_ns)
     follower = TopicFollower(kafka, topics.WORKERS, table.apply, client_id="kvatlas-doctor")
     follower.start()
     try:
@@ -60,7 +60,7 @@ async def _check_workers(kafka: KafkaSettings) -> Finding:
     return judge_workers(table, kafka.partitions)
 
 
-def judge_workers(table: WorkerTable, partitions: int) -> Finding:
+def judge_workers(table: WorkerDirectory, partitions: int) -> Finding:
     """Return whether every partition of the index has a live owner. Pure."""
     if not table.records:
         return Finding("workers", "workers", "fail", "no worker has announced itself")

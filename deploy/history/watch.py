@@ -14,11 +14,11 @@ from kvatlas.bridge.errors import LogError
 from kvatlas.bridge.kafka.config import client_config
 from kvatlas.bridge.kafka.rights import lost_right
 from kvatlas.bridge.model import records, topics
+from kvatlas.bridge.model.workers import WorkerDirectory
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.history.top_scorers import ScorerRow, Scorers
 from kvatlas.scorer.lookups.pods import PodTable
 from kvatlas.scorer.lookups.versions import VersionReader, Versions
-from kvatlas.scorer.lookups.workers import WorkerTable
 
 _NS_PER_MS: Final = 1_000_000
 _READ_SECONDS: Final = 15.0
@@ -174,7 +174,7 @@ class Watch:
         return self._versions.used.pods
 
     @property
-    def _workers(self) -> WorkerTable:
+    def _workers(self) -> WorkerDirectory:
         return self._versions.used.workers
 
     async def _ends(self) -> dict[int, int]:

@@ -22,10 +22,10 @@ from kvatlas.bridge.kafka.follower import TopicFollower
 from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.records import CATALOG_KEY, IndexCatalog, IndexVersion
 from kvatlas.bridge.model.topics import BASE_VERSION
+from kvatlas.bridge.model.workers import WorkerDirectory
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.deploy.reindex.errors import ReindexError
-from kvatlas.scorer.lookups.workers import WorkerTable
 from kvatlas.streams.options import WorkerSettings
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
@@ -39,7 +39,7 @@ async def read_catalog(kafka: KafkaSettings) -> IndexCatalog:
     Raises:
         LogError: Kafka does not answer, or the topics are missing.
     """
-    table = WorkerTable(lambda: 0)
+    table = WorkerDirectory(lambda: 0)
     follower = TopicFollower(kafka, topics.WORKERS, table.apply, client_id=_CLIENT_ID)
     follower.start()
     try:

@@ -14,9 +14,9 @@ from kvatlas.bridge.errors import LogError
 from kvatlas.bridge.kafka.config import client_config
 from kvatlas.bridge.kafka.follower import TopicFollower
 from kvatlas.bridge.model import records, topics
+from kvatlas.bridge.model.workers import WorkerDirectory
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.reindex.catalog import admin_of
-from kvatlas.scorer.lookups.workers import WorkerTable
 
 _CLIENT_ID: Final = "kvatlas-reindex"
 _READ_SECONDS: Final = 20.0
@@ -67,7 +67,7 @@ class ProgressReader:
         self._kafka = kafka
         self._app = app
         self._clock_ns = clock_ns
-        self._tables: dict[str, WorkerTable] = {}
+        self._tables: dict[str, WorkerDirectory] = {}
         self._newest: dict[bytes | None, bytes | None] = {}
         self._follower = TopicFollower(kafka, topics.WORKERS, self._apply, client_id=_CLIENT_ID)
         self._consumer: Any = AIOKafkaConsumer(**client_config(kafka, _CLIENT_ID), enable_auto_commit=False)
@@ -100,9 +100,9 @@ class ProgressReader:
         for table in self._tables.values():
             table.apply(key, value)
 
-    def _table(self, version: str) -> WorkerTable:
+    def _table(self, version: str) -> WorkerDirectory:
         if version not in self._tables:
-            table = self._tables[version] = WorkerTable(self._clock_ns, version)
+            table = self._tables[version] = WorkerDirectory(self._clock_ns, version)
             for key, value in self._newest.items():
                 table.apply(key, value)
         return self._tables[version]

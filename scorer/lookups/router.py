@@ -29,8 +29,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvatlas.bridge.model.block_key import KEY_BYTES
+from kvatlas.bridge.model.workers import WorkerDirectory
 from kvatlas.scorer.lookups.attempts import Asking, Outcome
-from kvatlas.scorer.lookups.workers import WorkerTable
 from kvatlas.scorer.scoring.lookup import ACTIVE, RESTORING, STANDBY, UNANSWERED, Answers, Seen
 from kvatlas.streams.index.columns import NOT_ANSWERED, read_index
 from kvatlas.streams.v1 import block_index_pb2 as pb
@@ -74,7 +74,7 @@ class PartitionRouter:
 
     def __init__(
         self,
-        workers: WorkerTable,
+        workers: WorkerDirectory,
         *,
         hedge_seconds: float = 0.05,
         credentials: grpc.ChannelCredentials | None = None,

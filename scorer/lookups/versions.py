@@ -17,11 +17,11 @@ from typing import Final
 from kvatlas.bridge.kafka.follower import TopicFollower
 from kvatlas.bridge.model import records, topics
 from kvatlas.bridge.model.block_key import KEY_BYTES
+from kvatlas.bridge.model.workers import WorkerDirectory
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.scorer.lookups.index import Index, ServiceLookups
 from kvatlas.scorer.lookups.pods import PodTable
 from kvatlas.scorer.lookups.router import PartitionRouter
-from kvatlas.scorer.lookups.workers import WorkerTable
 from kvatlas.scorer.scoring.lookup import ACTIVE
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class VersionReader:
         *,
         client_id: str,
         clock_ns: Callable[[], int] = time.time_ns,
-        lookups: Callable[[WorkerTable], ServiceLookups] = PartitionRouter,
+        lookups: Callable[[WorkerDirectory], ServiceLookups] = PartitionRouter,
         block_size_tokens: int = 0,
     ) -> None:
         """Describe what to read; nothing is opened yet.
@@ -60,7 +60,7 @@ class VersionReader:
         """
         self.name = name
         self.pods = PodTable(index_version=name)
-        self.workers = WorkerTable(clock_ns, name)
+        self.workers = WorkerDirectory(clock_ns, name)
         self._block_size_tokens = block_size_tokens
         self.lookups = lookups(self.workers)
         self._followers = {

@@ -1,4 +1,4 @@
-"""Announcing this worker on ``kv-workers``, and knowing the others from it."""
+"""Announcer: writes this worker's record to ``kv-workers``."""
 
 from __future__ import annotations
 
@@ -6,64 +6,16 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 from aiokafka.errors import KafkaError
 
-from kvatlas.bridge.errors import WireError
-from kvatlas.bridge.model import pod_ids, records, topics
+from kvatlas.bridge.model import pod_ids, records
 from kvatlas.bridge.model.records import WorkerRecord
 
 logger = logging.getLogger(__name__)
-
-
-class WorkerBook:
-    """What ``kv-workers`` says: who owns which partition of ``kv-blocks``, in one index version."""
-
-    def __init__(self, clock: Callable[[], int] = time.time_ns, version: str = topics.BASE_VERSION) -> None:
-        self._version = version
-        self._records: dict[str, WorkerRecord] = {}
-        self._clock = clock
-
-    def apply(self, key: bytes | None, value: bytes | None) -> None:
-        """Take a ``kv-workers`` record over; a tombstone removes the worker."""
-        if key == records.CATALOG_KEY:
-            return
-        worker = (key or b"").decode(errors="replace")
-        if value is None:
-            self._records.pop(worker, None)
-            return
-        try:
-            record = records.decode(WorkerRecord, value)
-        except WireError as error:
-            logger.warning("kv-workers: record of %r cannot be read: %s", worker, error)
-            return
-        if record.index_version == self._version:
-            self._records[worker] = record
-        else:
-            self._records.pop(worker, None)
-
-    def owner(self, partition: int, besides: str) -> str:
-        """Return the endpoint of the other worker that owns a partition, empty when nobody says so.
-
-        Of several that say so the one with the latest assignment: a worker that died, or stood still and has just gone
-        on, may still say what was true before.
-        """
-        now = self._clock()
-        claims = [
-            record
-            for record in self._records.values()
-            if record.worker != besides
-            and record.expires_ns > now
-            and (partition in record.partitions or partition in record.restoring)
-        ]
-        return max(claims, key=lambda record: (record.generation, record.updated_ns)).endpoint if claims else ""
-
-    def workers(self) -> Iterable[WorkerRecord]:
-        """Return the records of all workers, expired ones too."""
-        return self._records.values()
 
 
 class Announcer:

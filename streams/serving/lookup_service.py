@@ -17,9 +17,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from kvatlas.bridge.model.block_key import KEY_BYTES
+from kvatlas.bridge.model.workers import WorkerDirectory
 from kvatlas.streams import metrics
 from kvatlas.streams.index.columns import answer_columns
-from kvatlas.streams.serving.announcer import WorkerBook
 from kvatlas.streams.serving.answers import fill, read_all
 from kvatlas.streams.state.partition import PartitionState, Role
 from kvatlas.streams.v1 import block_index_pb2 as pb
@@ -60,7 +60,7 @@ class LookupService(pb_grpc.BlockIndexServicer):
         max_keys: int,
         state_of: StateOf,
         lag_of: Callable[[int], int],
-        others: WorkerBook,
+        others: WorkerDirectory,
         certain: Callable[[], bool],
     ) -> None:
         self._certain = certain

@@ -13,6 +13,7 @@ import grpc.aio
 from kvatlas.bridge.model.block_key import block_keys, pack_tokens, partition_of, root_key
 from kvatlas.bridge.model.pod_ids import pod_ref
 from kvatlas.bridge.model.records import PodRecord, WorkerRecord, encode
+from kvatlas.bridge.model.workers import WorkerDirectory
 from kvatlas.scorer.api.bodies import Inflight
 from kvatlas.scorer.api.calls import Calls
 from kvatlas.scorer.api.core import Core
@@ -23,7 +24,6 @@ from kvatlas.scorer.client import AsyncScorerClient
 from kvatlas.scorer.lookups.index import Index as VersionIndex
 from kvatlas.scorer.lookups.pods import PodTable
 from kvatlas.scorer.lookups.router import PartitionRouter
-from kvatlas.scorer.lookups.workers import WorkerTable
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.scoring.decisions import Decisions
 from kvatlas.scorer.tokenization.pool import TokenizerPool
@@ -69,7 +69,7 @@ class Rig:
     def __init__(self, *, pool: TokenizerPool | None = None, **settings: Any) -> None:
         self.settings = ScorerSettings(**{"hedge_ms": 0.0, "deadline_ms": 60_000.0, **settings})
         self.table: dict[bytes, bytes] = {}
-        self.workers = WorkerTable(time.time_ns)
+        self.workers = WorkerDirectory(time.time_ns)
         self.pods = PodTable()
         self.router = PartitionRouter(self.workers, hedge_seconds=self.settings.hedge_ms / 1e3)
         self.sent: list[Any] = []

@@ -18,12 +18,12 @@ from aiokafka import AIOKafkaProducer
 from kvatlas.bridge.kafka.follower import TopicFollower
 from kvatlas.bridge.model import epochs, topics
 from kvatlas.bridge.model.directory import PodDirectory
+from kvatlas.bridge.model.workers import WorkerDirectory
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.audit.audit import compare, lookup_all, read_topic
 from kvatlas.deploy.bench._fleet import FIRST_INCARNATION, LogFleet
 from kvatlas.deploy.brokers.kafka import KafkaNode
 from kvatlas.streams.errors import StreamsError
-from kvatlas.streams.serving.announcer import WorkerBook
 from tests.integration.streams_support import WorkerProcess, assert_true, fleet_of, make_topics, producing, until_true
 
 SECONDS = float(os.environ.get("KVATLAS_CHAOS_SECONDS", "40"))
@@ -91,7 +91,7 @@ async def restart_and_check(
         await asyncio.sleep(0.1)
     else:
         return 0  # no resolver has this pod right now: nothing is readable, nothing to check
-    book = WorkerBook()
+    book = WorkerDirectory(time.time_ns)
     await read_topic(kafka, topics.WORKERS, lambda key, value, _: book.apply(key, value))
     try:
         index = await lookup_all(before, book)

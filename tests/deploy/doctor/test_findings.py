@@ -10,12 +10,12 @@ import pytest
 
 from kvatlas.bridge.engines.facts import EngineFacts, EventSource
 from kvatlas.bridge.model import records
+from kvatlas.bridge.model.workers import WorkerDirectory
 from kvatlas.deploy.cli.entry import main
 from kvatlas.deploy.doctor import probe
 from kvatlas.deploy.doctor.engine import EngineSeen, SourceSeen
 from kvatlas.deploy.doctor.findings import CHECKS, Finding, exit_code, markdown, page
 from kvatlas.deploy.doctor.system import judge_pods, judge_workers
-from kvatlas.scorer.lookups.workers import WorkerTable
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 
 PAGE = Path(__file__).parents[3] / "docs" / "troubleshooting.md"
@@ -61,7 +61,7 @@ def worker(name: str, partitions: list[int], *, restoring: list[int] | None = No
 )
 def test_partitions_without_an_owner_are_counted(workers: dict[str, bytes], state: str, said: str) -> None:
     """A partition that is being restored has no owner yet."""
-    table = WorkerTable(time.time_ns)
+    table = WorkerDirectory(time.time_ns)
     for name, value in workers.items():
         table.apply(name.encode(), value)
     finding = judge_workers(table, 4)

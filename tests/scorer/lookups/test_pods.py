@@ -7,8 +7,8 @@ import pytest
 from kvatlas.bridge.model.events import Kind
 from kvatlas.bridge.model.pod_ids import pod_key
 from kvatlas.bridge.model.records import GONE, GroupSpec, PodRecord, WorkerRecord, encode
+from kvatlas.bridge.model.workers import Layout, WorkerDirectory
 from kvatlas.scorer.lookups.pods import PodTable
-from kvatlas.scorer.lookups.workers import Layout, WorkerTable
 
 SECOND = 1_000_000_000
 
@@ -82,7 +82,7 @@ def test_late_unreadable_and_removed_records():
     assert not pods.merged
 
 
-def worker(workers: WorkerTable, name: str, partitions: list[int], now: int, **fields: object) -> None:
+def worker(workers: WorkerDirectory, name: str, partitions: list[int], now: int, **fields: object) -> None:
     values: dict[str, object] = {"partition_count": 4, "updated_ns": now, "expires_ns": now + 10 * SECOND} | fields
     record = WorkerRecord(worker=name, endpoint=f"{name}:1", partitions=partitions, **values)  # type: ignore[arg-type]
     workers.apply(name.encode(), encode(record))
@@ -91,7 +91,7 @@ def worker(workers: WorkerTable, name: str, partitions: list[int], now: int, **f
 def test_routes_prefer_the_newest_assignment_and_fall_back_to_standbys_and_expired_owners():
     """Of two claims the later generation wins; without an owner standbys are asked, then expired owners."""
     now = [100 * SECOND]
-    workers = WorkerTable(lambda: now[0])
+    workers = WorkerDirectory(lambda: now[0])
     worker(workers, "old", [0, 1], now[0], generation=1)
     worker(workers, "new", [1], now[0] + 1, generation=2)
     worker(workers, "copy", [], now[0], standby=[0], expires_ns=now[0] + 100 * SECOND)
@@ -106,7 +106,7 @@ def test_routes_prefer_the_newest_assignment_and_fall_back_to_standbys_and_expir
 
 def test_a_worker_of_another_layout_is_refused():
     """Workers that count partitions or tokens differently from the newest one are not asked, and it is said."""
-    workers = WorkerTable(lambda: 0)
+    workers = WorkerDirectory(lambda: 0)
     worker(workers, "w0", [0], 1)
     worker(workers, "w1", [1], 2, block_size_tokens=64)
     assert workers.layout == Layout(4, 64)

@@ -10,10 +10,10 @@ import pytest
 from kvatlas.bridge.model import records
 from kvatlas.bridge.model.block_key import partition_of
 from kvatlas.bridge.model.records import IndexCatalog, IndexVersion, WorkerRecord, encode
+from kvatlas.bridge.model.workers import Layout, WorkerDirectory
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.scorer.lookups.pods import PodTable
 from kvatlas.scorer.lookups.versions import VersionReader, Versions
-from kvatlas.scorer.lookups.workers import Layout, WorkerTable
 from kvatlas.scorer.scoring.lookup import ACTIVE, Answers, Seen
 
 
@@ -175,7 +175,7 @@ async def test_a_pinned_scorer_stays() -> None:
 
 def test_workers_of_other_versions_are_passed_over() -> None:
     """A worker of another index version is neither asked nor refused, and one that changes its version leaves."""
-    table = WorkerTable(lambda: 0, "v2")
+    table = WorkerDirectory(lambda: 0, "v2")
     record = WorkerRecord(worker="w", endpoint="e", partitions=[0], partition_count=1, expires_ns=1, index_version="v2")
     table.apply(b"w", encode(record))
     assert table.layout == Layout(1, 16)

@@ -1,4 +1,7 @@
-"""Who answers for which partition, as ``kv-workers`` tells it. Pure: records in, candidates out, clock passed in."""
+"""Worker directory: who answers for which partition, as ``kv-workers`` tells it. Pure; the clock is passed in.
+
+Workers that redirect and scorers that route follow the same one, so both name the same owner.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,12 @@ class Layout(NamedTuple):
 _NOWHERE = Route((), ())
 
 
-class WorkerTable:
+def _claim(record: WorkerRecord) -> tuple[int, int]:
+    """Return how late a worker's assignment is: two owners overlap while partitions move, the later one is right."""
+    return record.generation, record.updated_ns
+
+
+class WorkerDirectory:
     """All workers known of one index version, by worker id.
 
     Attributes:
@@ -111,7 +119,7 @@ class WorkerTable:
         refused = {}
         for name, record in self.records.items():
             if record.key_version != KEY_VERSION:
-                refused[name] = f"block key version {record.key_version}; this scorer knows {KEY_VERSION}"
+                refused[name] = f"block key version {record.key_version}; this build knows {KEY_VERSION}"
             elif record.partition_count > 0 and self._layout != Layout(
                 record.partition_count, record.block_size_tokens
             ):
@@ -129,6 +137,22 @@ class WorkerTable:
         if now >= self._routes_until_ns:
             self._build(now)
         return self._routes.get(partition, _NOWHERE)
+
+    def owner(self, partition: int, besides: str = "") -> str:
+        """Return the endpoint of the worker that owns a partition, empty when nobody says so.
+
+        Args:
+            partition: of ``kv-blocks``.
+            besides: a worker that does not count: the one that asks.
+
+        Of several that say so the one with the latest assignment: a worker that died, or stood still and has just gone
+        on, may still say what was true before. One that restores the partition is named where none has it yet.
+        """
+        now = self._clock_ns()
+        fresh = [record for record in self.records.values() if record.worker != besides and record.expires_ns > now]
+        claims = [record for record in fresh if partition in record.partitions]
+        claims = claims or [record for record in fresh if partition in record.restoring]
+        return max(claims, key=_claim).endpoint if claims else ""
 
     def _build(self, now: int) -> None:
         self.version += 1
@@ -149,8 +173,7 @@ class WorkerTable:
                     standbys.setdefault(partition, []).append(record)
         self._routes = {}
         for partition in owners.keys() | standbys.keys() | expired.keys():
-            # Two owners overlap while partitions move: the later assignment is right.
-            ranked = sorted(owners.get(partition, []), key=lambda r: (r.generation, r.updated_ns), reverse=True)
+            ranked = sorted(owners.get(partition, []), key=_claim, reverse=True)
             behind = sorted(
                 standbys.get(partition, []), key=lambda r: r.offsets.get(partition, -1), reverse=True
             ) + sorted(expired.get(partition, []), key=lambda r: r.updated_ns, reverse=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from kvatlas.bridge.model.records import WorkerRecord, encode
-from kvatlas.streams.serving.announcer import WorkerBook
+from kvatlas.bridge.model.workers import WorkerDirectory
 
 NOW = 1_000
 
 
-def book_of(*records: WorkerRecord) -> WorkerBook:
-    book = WorkerBook(lambda: NOW)
+def book_of(*records: WorkerRecord) -> WorkerDirectory:
+    book = WorkerDirectory(lambda: NOW)
     for record in records:
         book.apply(record.worker.encode(), encode(record))
     return book
@@ -40,3 +40,13 @@ def test_what_ran_out_or_is_our_own_names_nobody() -> None:
     book.apply(b"other", None)
     assert book.owner(0, besides="me") == ""
     assert book.owner(1, besides="me") == ""
+
+
+def test_redirects_and_routes_name_the_same_owner() -> None:
+    """Whoever a worker sends a scorer to is whom the scorer asks first; one that restores only where nobody has it."""
+    restoring = WorkerRecord(
+        worker="next", endpoint="next:1", restoring=[0, 1], partition_count=2, generation=9, expires_ns=NOW + 1
+    )
+    book = book_of(claim("new", 7, 500), claim("frozen", 6, 900), restoring)
+    assert book.route(0).owners[0] == book.owner(0) == "new:1"
+    assert (book.route(1).owners, book.owner(1)) == ((), "next:1")
