@@ -22,6 +22,7 @@ from kvatlas.bridge.ingest.recovered import Recovered, fold
 from kvatlas.bridge.model import records, topics
 from kvatlas.bridge.model.directory import PodDirectory
 from kvatlas.bridge.model.validity import Validity
+from kvatlas.bridge.model.workers import WorkerDirectory
 from kvatlas.bridge.relay.recovery import take_record
 from kvatlas.deploy.audit.audit import compare
 from kvatlas.deploy.history.filters import Filter, Wanted
@@ -31,7 +32,6 @@ from kvatlas.deploy.history.show import _ROWS, describe
 from kvatlas.deploy.history.summary import read_message
 from kvatlas.deploy.reindex.prompts import Chains
 from kvatlas.scorer.lookups.pods import PodTable
-from kvatlas.scorer.lookups.workers import WorkerTable
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.scoring.decisions import Decisions
 from kvatlas.streams.errors import FencedError
@@ -46,7 +46,6 @@ from kvatlas.streams.resolve.entries import is_entry as engine_entry
 from kvatlas.streams.resolve.message import parse_message
 from kvatlas.streams.resolve.resolver import ResolveOptions, Resolver
 from kvatlas.streams.resolve.sweep import sweep_engine_blocks
-from kvatlas.streams.serving.announcer import WorkerBook
 from kvatlas.streams.state.changelog import META_KEY, Meta, decode_meta, encode_meta
 from kvatlas.streams.state.claims import examine
 from kvatlas.streams.state.database import RocksBudget
@@ -269,8 +268,8 @@ def test_a_bridge_starts_from_any_log(
 @given(st.lists(st.tuples(keys, values), max_size=8))
 def test_scorers_and_workers_take_any_pod_worker_and_decision(found: list[tuple[Value, Value]]) -> None:
     """What they have taken in answers every question about pods, routes and layouts."""
-    pods, workers, decisions = PodTable(), WorkerTable(lambda: 5), Decisions(ScorerSettings(), None)
-    book, others = PodDirectory(), WorkerBook(lambda: 5)
+    pods, workers, decisions = PodTable(), WorkerDirectory(lambda: 5), Decisions(ScorerSettings(), None)
+    book, others = PodDirectory(), WorkerDirectory(lambda: 5)
     for key, value in found:
         pods.apply(key, value)
         workers.apply(key, value)

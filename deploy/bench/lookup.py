@@ -28,7 +28,7 @@ _HOLDER_BYTES: Final = 24
 #: eight partitions.
 _CHANGES: Final = 1_000
 
-Lookup = Callable[[Sequence[bytes]], Awaitable[list[bytes | None]]]
+Lookup = Callable[[Sequence[bytes]], Awaitable[Sequence[bytes | None]]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,7 +118,7 @@ def _load(states: Mapping[int, PartitionState], keys: Sequence[bytes]) -> dict[b
 def _in_process(states: Mapping[int, PartitionState]) -> Lookup:
     tables = TableLookups(LocalTables(states.get, lambda: len(states), lambda: "bench", "v1"))
 
-    async def lookup(keys: Sequence[bytes]) -> list[bytes | None]:
+    async def lookup(keys: Sequence[bytes]) -> Sequence[bytes | None]:
         return (await tables.lookup(keys, time.monotonic() + 60)).values
 
     return lookup
@@ -135,7 +135,7 @@ def _in_worker(states: Mapping[int, PartitionState]) -> Lookup:
         certain=lambda: True,
     )
 
-    async def lookup(keys: Sequence[bytes]) -> list[bytes | None]:
+    async def lookup(keys: Sequence[bytes]) -> Sequence[bytes | None]:
         answer = await service.Lookup(pb.LookupRequest(keys=b"".join(keys), partition_count=len(states)), None)
         distinct = [b"", *answer.values]
         return [distinct[number] for number in memoryview(answer.index).cast("I")]
