@@ -15,6 +15,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping, Sequence
 from struct import iter_unpack
+from types import MappingProxyType
 from typing import Final
 
 import msgspec
@@ -160,13 +161,19 @@ def partition_of(key: bytes, partitions: int) -> int:
     return int.from_bytes(key[:4], "big") % partitions
 
 
-def multimodal_extra(items: Sequence[tuple[str, int, int]], block_size_tokens: int, blocks: int) -> dict[int, bytes]:
-    """Return the extra keys of the blocks that multimodal placeholders touch.
+def multimodal_extra(
+    items: Sequence[tuple[str, int, int]],
+    block_size_tokens: int,
+    blocks: int,
+    wide: Mapping[int, int] = MappingProxyType({}),
+) -> dict[int, bytes]:
+    """Return the extra keys of the blocks that multimodal placeholders touch, and those of wide tokens.
 
     Args:
         items: ``(item hash, offset, length)`` per item, in tokens of the prompt.
         block_size_tokens: tokens in one block.
         blocks: number of full blocks in the prompt.
+        wide: position -> token, from :func:`pack_wide_tokens`.
 
     Returns:
         Block number -> canonical bytes, for :func:`block_keys`.
@@ -177,4 +184,8 @@ def multimodal_extra(items: Sequence[tuple[str, int, int]], block_size_tokens: i
         for number in range(max(first, 0), min(last, blocks - 1) + 1):
             relative = offset - number * block_size_tokens
             per_block.setdefault(number, []).append(("mm", identifier, relative))
+    for at, token in wide.items():
+        number, offset = divmod(at, block_size_tokens)
+        if number < blocks:
+            per_block.setdefault(number, []).append(("wide", token, offset))
     return {number: encode_extra(extra) for number, extra in per_block.items()}

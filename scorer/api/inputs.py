@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Mapping
 from typing import Any, Final
 
-from kvatlas.bridge.model.block_key import TOKEN_BYTES
+from kvatlas.bridge.model.block_key import TOKEN_BYTES, pack_wide_tokens
 from kvatlas.scorer.errors import DeadlineError, InputError, TooLargeError, UnknownModelError
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.scoring.query import PromptTokens, ScoreQuery
@@ -22,8 +22,21 @@ from kvatlas.scorer.v1 import scorer_pb2 as pb
 _SIDES: Final = {"": None, "left": "left", "right": "right"}
 
 
+def _given(tokens: Any) -> PromptTokens:
+    """Return token ids as they were given; those above 32 bits are kept beside the packed ones."""
+    try:
+        return PromptTokens(pack(tokens))
+    except OverflowError:
+        packed, wide = pack_wide_tokens(tokens)
+        return PromptTokens(packed, wide=wide)
+
+
 def pack(tokens: Any) -> bytes:
-    """Pack a repeated uint32 field; its values are in range by type."""
+    """Pack a repeated field of numbers.
+
+    Raises:
+        OverflowError: one is above 32 bits.
+    """
     packed = array("I", tokens)
     if sys.byteorder == "big":
         packed.byteswap()
@@ -60,13 +73,15 @@ async def tokens_of(
     if not forms:
         return PromptTokens(b"")
     if request.tokens:
-        found = PromptTokens(pack(request.tokens))
+        found = _given(request.tokens)
     elif request.tokens_packed:
         if len(request.tokens_packed) % TOKEN_BYTES:
             raise InputError(f"tokens_packed: {len(request.tokens_packed)} bytes are no multiple of {TOKEN_BYTES}")
         found = PromptTokens(request.tokens_packed)
     else:
         found = await _tokenized(request, settings, pool, deadline)
+    if found.wide and request.truncate_tokens:
+        raise InputError("truncate_tokens: not together with token ids above 32 bits, which stand for pictures")
     if forms[0].startswith("tokens") and request.truncate_tokens:
         found = PromptTokens(_truncated(found.packed, request))
     if found.tokens > settings.max_tokens:
@@ -179,7 +194,7 @@ def query_of(request: pb.ScoreRequest, prompt: PromptTokens, seconds: float) -> 
     items = request.multimodal
     return ScoreQuery(
         model=request.model,
-        prompt=PromptTokens(prompt.packed, prompt.tokenizer, seconds),
+        prompt=prompt._replace(seconds=seconds),
         lora=request.lora,
         cache_salt=request.cache_salt,
         items=[(item.identifier, item.offset, item.length) for item in items] if items else (),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Final, NamedTuple
 
 import msgspec
@@ -25,11 +26,13 @@ class PromptTokens(NamedTuple):
         packed: token ids as little-endian u32.
         tokenizer: backend that made them; empty when they were given.
         seconds: time that it took.
+        wide: position -> whole id of the tokens above 32 bits, whose low halves are in ``packed``.
     """
 
     packed: bytes
     tokenizer: str = ""
     seconds: float = 0.0
+    wide: Mapping[int, int] = MappingProxyType({})
 
     @property
     def tokens(self) -> int:
@@ -76,7 +79,8 @@ def keys_of(query: ScoreQuery, block_size_tokens: int) -> list[bytes]:
     extra = None
     if query.items:
         _check_items(query.items, prompt.tokens)
-        extra = multimodal_extra(query.items, block_size_tokens, blocks)
+    if query.items or prompt.wide:
+        extra = multimodal_extra(query.items, block_size_tokens, blocks, prompt.wide)
     return block_keys(root, prompt.packed[: blocks * block_size_tokens * TOKEN_BYTES], block_size_tokens, extra)
 
 

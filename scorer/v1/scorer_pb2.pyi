@@ -191,7 +191,8 @@ class ScoreRequest(_message.Message):
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Exactly one form of input.
-        Token ids; unpacked field for convenience, packed little-endian u32 for speed.
+        Token ids; unpacked field for convenience, packed little-endian u32 for speed. Only the former takes ids above 32
+        bits, which engines put in place of a picture's tokens.
         """
 
     @_builtins.property
@@ -802,7 +803,9 @@ class HolderInfo(_message.Message):
     group: _builtins.int
     epoch: _builtins.int
     state: _builtins.str
-    """live, suspect, dead (its epoch ended), speculative, unknown-pod"""
+    """live, suspect, speculative; without credit: dead (its epoch ended, the pod was removed), other-model (mounts the
+    store, serves another model), assumed (named by its tokens alone, while the pod uses salts), unknown-pod
+    """
     def __init__(
         self,
         *,

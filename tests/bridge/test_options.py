@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from kvatlas.bridge.engines.discovery import static_specs
@@ -87,3 +89,18 @@ def test_bound_addresses_need_a_bridge_of_their_own() -> None:
     with pytest.raises(SettingsError, match=r"bridge\.ownership"):
         BridgeService(settings, KafkaSettings(brokers="127.0.0.1:1"))
     assert static_specs(BridgeSettings(bind=["tcp://*:5557"], ownership="all")) == []
+
+
+def test_an_ipv6_address_without_brackets_is_refused_with_the_right_form() -> None:
+    """The message has what to write instead."""
+    with pytest.raises(SettingsError, match=re.escape("tcp://[fd00::1]:5557")):
+        parse_engine("tcp://fd00::1:5557")
+
+
+def test_options_of_an_endpoint_become_headers() -> None:
+    """What only the endpoint's options say travels with the pod's messages."""
+    [spec] = parse_engine("tcp://a:1,announcements=auto,blocks_per_chunk=4,store=s")
+    assert dict(spec.headers()) == {"announcements": b"auto", "blocks_per_chunk": b"4", "store": b"s"}
+    for bad in ("x", "-1", "70000"):
+        with pytest.raises(SettingsError, match="blocks_per_chunk"):
+            parse_engine(f"tcp://a:1,blocks_per_chunk={bad}")

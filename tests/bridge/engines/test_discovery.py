@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,25 @@ async def test_a_name_becomes_its_addresses() -> None:
     """Each address of a DNS name is one endpoint, on both sockets."""
     specs = await resolve("tcp://localhost:5557,tcp://localhost:5558,model=m")
     assert ("tcp://127.0.0.1:5557", "tcp://127.0.0.1:5558", "m") in [(s.live, s.replay, s.model) for s in specs]
+
+
+@pytest.mark.parametrize(
+    ("addresses", "expected"),
+    [
+        ([("fd00::2", 10), ("fd00::1", 10)], ["tcp://[fd00::1]:5557", "tcp://[fd00::2]:5557"]),
+        ([("fd00::1", 10), ("10.0.0.1", 2)], ["tcp://10.0.0.1:5557"]),
+    ],
+)
+async def test_a_name_with_ipv6_addresses_is_followed(
+    monkeypatch: pytest.MonkeyPatch, addresses: list[tuple[str, int]], expected: list[str]
+) -> None:
+    """AAAA records are endpoints where a name has no others; a pod of two families is one endpoint."""
+
+    async def answer(*_: object, **__: object) -> list[tuple[object, ...]]:
+        return [(socket.AddressFamily(family), 1, 6, "", (address, 0)) for address, family in addresses]
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", answer)
+    assert [spec.live for spec in await resolve("tcp://engines:5557")] == expected
 
 
 async def test_a_name_that_does_not_resolve_is_an_error() -> None:
