@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     start = actions.add_parser(
         "start",
         help="start a node: in the foreground until interrupted, or with --detach",
-        description="Start one Kafka node (KRaft: broker and controller). Needs Java >= 17; its jars are fetched by "
+        description="Start one Kafka node (KRaft: broker and controller). It stays in the foreground until it is "
+        "interrupted, also with --print-address: a script that goes on wants --detach. Needs Java >= 17; its jars are "
+        "fetched by "
         "Maven once and kept in the cache folder (KVATLAS_CACHE_DIR, default ~/.cache/kvatlas).",
     )
     _add_data_dir(start)

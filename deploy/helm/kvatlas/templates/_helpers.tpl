@@ -69,7 +69,7 @@ seccompProfile: {type: RuntimeDefault}
 {{- define "kvatlas.container" -}}
 image: "{{ .root.Values.image.repository }}:{{ .root.Values.image.tag | default .root.Chart.AppVersion }}"
 imagePullPolicy: {{ .root.Values.image.pullPolicy }}
-args: [{{ .part }}, --config, /etc/kvatlas/settings/kvatlas.toml]
+args: [{{ .part }}, --config, /etc/kvatlas/settings/kvatlas.toml{{ if eq .part "worker" }}, --no-supervise{{ end }}]
 securityContext:
   allowPrivilegeEscalation: false
   readOnlyRootFilesystem: true
