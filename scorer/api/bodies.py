@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import zlib
 from collections.abc import Iterator
 from typing import Final
 
-from aiohttp import ClientPayloadError, web
+from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from kvatlas.scorer.errors import BusyError, DeadlineError, InputError, TooLargeError
@@ -92,7 +93,7 @@ class HttpBody:
                 async with asyncio.timeout(left):
                     chunk = await self._request.content.readany()
                 if not chunk:
-                    return bytes(found)
+                    return await self._plain(bytes(found))
                 found += chunk
                 if len(found) > limit:
                     raise TooLargeError(f"body: at most {limit} bytes (max_message_bytes)")
@@ -101,8 +102,26 @@ class HttpBody:
             raise DeadlineError(
                 f"body: {len(found)} bytes came in {time.monotonic() - began:.0f} s, and not its end"
             ) from error
-        except (web.RequestPayloadError, ClientPayloadError, HttpProcessingError) as error:
+        except (web.RequestPayloadError, HttpProcessingError) as error:
             raise InputError(f"body: cannot be read: {error}") from error
+
+    async def _plain(self, body: bytes) -> bytes:
+        """Return a body without its content encoding; no more of it is made than a body may have."""
+        encoding = self._request.headers.get("Content-Encoding", "").strip().lower()
+        if encoding in ("", "identity"):
+            return body
+        if encoding not in ("gzip", "deflate"):
+            raise InputError(f"body: content encoding {encoding[:40]!r}; plain, gzip and deflate are taken")
+        limit = self._settings.max_message_bytes
+        try:
+            # Zlib's number for both heads, found by looking.
+            found = await asyncio.to_thread(zlib.decompressobj(wbits=47).decompress, body, limit + 1)
+        except zlib.error as error:
+            raise InputError(f"body: is not {encoding}, as its header says: {error}") from error
+        if len(found) > limit:
+            raise TooLargeError(f"body: at most {limit} bytes (max_message_bytes)")
+        self._count(len(body) + len(found))
+        return found
 
     def _count(self, size: int) -> None:
         more = max(0, size - _FREE_BYTES) - self._counted

@@ -100,6 +100,7 @@ class HttpFront:
             # From the start of a connection, or the end of an answer, to the next whole header.
             keepalive_timeout=self._settings.http_header_seconds,
             lingering_time=1.0,
+            auto_decompress=False,  # aiohttp answers a false encoding with a traceback
         )
         await self._runner.setup()
         host, _, port = self._settings.http_listen.rpartition(":")

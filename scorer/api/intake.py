@@ -31,6 +31,7 @@ from kvatlas.scorer.v1 import scorer_pb2 as pb
 _AT_ONCE_BYTES: Final = 64 * 1024
 _READERS: Final = 2
 _READ_SECONDS: Final = 20.0
+_READ_CPU_SECONDS: Final = 6.0
 #: Memory of a process that reads: Python's values of a JSON document are many times as large as its text.
 _MEMORY_PER_BYTE: Final = 64
 _OWN_FORMS: Final = ("tokens", "tokens_packed", "prompt")
@@ -68,7 +69,7 @@ class Intake:
         self._threads = ThreadPoolExecutor(_READERS, "intake")
         self._aside = aside.Aside(
             processes=_READERS,
-            cpu_seconds=_READ_SECONDS,
+            cpu_seconds=_READ_CPU_SECONDS,
             memory_bytes=(256 << 20) + _MEMORY_PER_BYTE * settings.max_message_bytes,
             answer_bytes=4 * settings.max_message_bytes + (1 << 20),
             what="reading the body",

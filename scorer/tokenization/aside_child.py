@@ -6,6 +6,7 @@ input. The interval timer's signal has no handler, so the kernel ends the proces
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -34,6 +35,7 @@ def main(cpu_seconds: float, memory_bytes: int) -> None:
     limit = _address_space() + memory_bytes
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     sys.setrecursionlimit(2_000)
+    gc.disable()  # millions of values are made at once and dropped at once
     source, target = sys.stdin.buffer, sys.stdout.buffer
     while len(head := source.read(aside.FRAME.size)) == aside.FRAME.size:
         job, length = aside.FRAME.unpack(head)
@@ -49,6 +51,8 @@ def main(cpu_seconds: float, memory_bytes: int) -> None:
             raise SystemExit(aside.MEMORY_EXIT) from None
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
+            if job == aside.RENDER:
+                gc.collect()  # values of templates may refer to each other
 
 
 def _answer(target: BinaryIO, status: int, payload: bytes) -> None:

@@ -74,11 +74,11 @@ def read_json(shape: str, body: bytes) -> list[requests.EngineRequest]:
     found = requests.read(shape or requests.shape_of_body(value), value)  # type: ignore[arg-type]  # checked by callers
     for one in found:
         if one.chat is not None:
-            _count(one.chat.messages, one.chat.tools, one.chat.documents, one.chat.kwargs)
+            count_values(one.chat.messages, one.chat.tools, one.chat.documents, one.chat.kwargs)
     return found
 
 
-def _count(*values: Any) -> None:
+def count_values(*values: Any) -> None:
     """Refuse more values than may be built again.
 
     Raises:
@@ -90,7 +90,7 @@ def _count(*values: Any) -> None:
         value = waiting.pop()
         count += 1
         if count + len(waiting) > MOST_VALUES:
-            raise TooLargeError(f"body: more than {MOST_VALUES} JSON values in messages, tools and documents")
+            raise TooLargeError(f"body: more than {MOST_VALUES} JSON values beside the token ids")
         if isinstance(value, dict):
             waiting.extend(value.values())
         elif isinstance(value, list | tuple):
@@ -142,9 +142,10 @@ def _parse_json(data: bytes, message: Any) -> None:
     value = json.loads(data.decode())
     if not isinstance(value, dict):
         raise InputError("body: a JSON object is wanted")
-    packed = [(path, bytes_of) for path, bytes_of in _take_tokens(value)]
+    taken = list(_take_tokens(value))
+    count_values(value)
     ParseDict(value, message)
-    for path, tokens in packed:
+    for path, tokens in taken:
         target = message
         for step in path:
             target = target[step] if isinstance(step, int) else getattr(target, step)
