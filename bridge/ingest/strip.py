@@ -322,4 +322,5 @@ def _part(event: Stored, start: int, end: int, packed: bytes, per: int) -> Keyed
         pictured=bool(event.extra),
         adapted=event.lora is not None,
         chunk_tokens=len(event.tokens) // TOKEN_BYTES if event.unnamed and not event.masked else 0,
+        lora=event.lora or "",
     )

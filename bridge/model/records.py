@@ -311,6 +311,7 @@ class KeyedStored(msgspec.Struct, frozen=True, kw_only=True, array_like=True, ta
         names: as ``block_keys``, what the index knows the blocks by where the token behind a block counts; else empty.
         salted, pictured, adapted: the event's blocks have a salt, extra keys, an adapter.
         chunk_tokens: tokens of an unnamed event, which the tier loads as one.
+        lora: the adapter's name, empty for the base model.
     """
 
     engine_keys: list[bytes]
@@ -331,6 +332,7 @@ class KeyedStored(msgspec.Struct, frozen=True, kw_only=True, array_like=True, ta
     pictured: bool = False
     adapted: bool = False
     chunk_tokens: int = 0
+    lora: str = ""
 
 
 class KeyedRemoved(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag="removed"):

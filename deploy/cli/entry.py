@@ -27,6 +27,7 @@ COMMANDS: Final = {
     "picker": "pick the pod for a gateway's next request (Envoy, Gateway API)",
     "gateway": "run a real Envoy before a picker, or print its configuration",
     "score": "ask a scorer for scores",
+    "tokenize": "ask a scorer which token ids the engine makes of a request",
     "explain": "ask a scorer why, block by block",
     "pods": "list or watch the pods a scorer knows",
     "sim": "run a simulated fleet of pods that publish real events",

@@ -40,6 +40,10 @@ EXAMPLES: Final[dict[str, tuple[str, ...]]] = {
         'kvatlas score --model NAME --prompt "You are a helpful assistant."',
         "kvatlas score --scorer scorer:50051 --model NAME --input prompts.jsonl --json",
     ),
+    "tokenize": (
+        'kvatlas tokenize --model NAME --prompt "You are a helpful assistant."',
+        "kvatlas tokenize --scorer scorer:50051 --input requests.jsonl --path /v1/messages --json",
+    ),
     "explain": ("kvatlas explain --scorer scorer:50051 --model NAME --input prompts.jsonl",),
     "pods": ("kvatlas pods --scorer scorer:50051 --watch", "kvatlas pods --all --json"),
     "sim": (

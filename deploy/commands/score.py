@@ -14,14 +14,14 @@ from google.protobuf.json_format import MessageToDict
 
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.scorer.client import ScorerClient, channel_credentials, score_request
-from kvatlas.scorer.errors import ClientError
+from kvatlas.scorer.errors import ClientError, InputError
+from kvatlas.scorer.tokenization.requests import shape_of_body
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 
 HELP: Final = "ask a scorer for scores"
+#: Fields of a line with token ids; any other line is a body of an engine's API, with these beside it.
 _KNOWN: Final = (
     "tokens",
-    "prompt",
-    "messages",
     "lora",
     "cache_salt",
     "pods",
@@ -29,6 +29,7 @@ _KNOWN: Final = (
     "request_id",
     "strategy",
     "usable_only",
+    "multimodal",
 )
 
 
@@ -36,11 +37,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of this subcommand."""
     add_connection(parser)
     parser.add_argument("--model", default="", help="model name, where a request names none")
-    parser.add_argument(
-        "--input", default="-", metavar="FILE", help="JSON lines, one request a line; - reads standard input"
-    )
-    parser.add_argument("--prompt", help="score this text instead of --input")
+    add_input(parser)
     parser.add_argument("--json", action="store_true", help="one JSON answer a line, in the order of the requests")
+
+
+def add_input(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what is asked."""
+    parser.add_argument(
+        "--input",
+        default="-",
+        metavar="FILE",
+        help="JSON lines, one request a line, as the client would send it to the engine (or with tokens, or with url "
+        "and body as in a batch file); - reads standard input",
+    )
+    parser.add_argument(
+        "--path",
+        default="",
+        metavar="PATH",
+        help="path of the requests in --input, such as /v1/messages; default: told by their fields",
+    )
+    parser.add_argument("--prompt", help="ask about this text instead of --input")
 
 
 def add_connection(parser: argparse.ArgumentParser) -> None:
@@ -102,7 +118,7 @@ def requests_of(args: argparse.Namespace) -> Iterator[tuple[str, pb.ScoreRequest
         for number, line in enumerate(_decoded(lines, args.input), 1):
             if line.strip():
                 where = f"{args.input}:{number}"
-                yield where, _request(line, args.model, where)
+                yield where, _request(line, args.model, args.path, where)
 
 
 def _decoded(lines: Iterable[str], name: str) -> Iterator[str]:
@@ -124,20 +140,38 @@ def ask(client: ScorerClient, name: str, where: str, request: pb.ScoreRequest) -
         raise error.at(where) from error
 
 
-def _request(line: str, model: str, where: str) -> pb.ScoreRequest:
+def _request(line: str, model: str, path: str, where: str) -> pb.ScoreRequest:
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SettingsError(f"{where}: not JSON: {error}") from error
-    if not isinstance(fields, dict) or fields.keys() - set(_KNOWN):
-        raise SettingsError(f"{where}: not a request; known fields are {', '.join(_KNOWN)}, found {line.strip()[:80]}")
+    if not isinstance(fields, dict):
+        raise SettingsError(f"{where}: not a request: a JSON object is wanted, found {line.strip()[:80]}")
     given = {name: value for name, value in fields.items() if value is not None}
     if isinstance(given.get("pods"), str):  # it would count as a list of its letters
         raise SettingsError(f"{where}: pods: a list of pod names is wanted, not text")
+    if "tokens" not in given:
+        return _body(fields, model, path, where)
+    if given.keys() - set(_KNOWN):
+        raise SettingsError(f"{where}: not a request; beside tokens known fields are {', '.join(_KNOWN[1:])}")
     try:
         return score_request(given.pop("model", model), **given)
     except (TypeError, ValueError, KeyError, OverflowError, AttributeError) as error:
         raise SettingsError(f"{where}: {error}") from error
+
+
+def _body(fields: dict[str, Any], model: str, path: str, where: str) -> pb.ScoreRequest:
+    """Return a request with the body of one to an engine, as it is or as batch files have it."""
+    if isinstance(fields.get("body"), dict):
+        path, fields = str(fields.get("url") or path), fields["body"]
+    try:
+        if not path:
+            shape_of_body(fields)
+    except InputError as error:
+        raise SettingsError(f"{where}: {error}; give one of these, or tokens") from error
+    if model and not fields.get("model"):
+        fields = {**fields, "model": model}
+    return pb.ScoreRequest(request_json=json.dumps(fields), request_path=path)
 
 
 def answer(response: pb.ScoreResponse) -> dict[str, Any]:

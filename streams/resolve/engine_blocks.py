@@ -256,6 +256,7 @@ class PodState(msgspec.Struct, array_like=True):
         owners: names of those that own copies of their own, in the order of their slots from 1 on.
         noticed: what was said of the pod in the log, bits of :data:`UNSIZED` and so on.
         reports: events that announced again what was there, for requests that asked for a full report.
+        adapters: adapters (LoRA) that the pod's events have named, the first few hundred.
     """
 
     v: int
@@ -292,6 +293,7 @@ class PodState(msgspec.Struct, array_like=True):
     owners: list[str] = []
     reports: numbers.Count = 0
     noticed: numbers.Count = 0
+    adapters: list[str] = []
 
     @property
     def named(self) -> bool:

@@ -15,9 +15,14 @@ from kvatlas.streams.resolve import engine_blocks as eb
 from kvatlas.streams.resolve.effects import Effects
 from kvatlas.streams.resolve.engine_blocks import PodState
 
+#: Adapters of a pod that are remembered by name, and the longest such name.
+_MOST_ADAPTERS: Final = 256
+_ADAPTER_BYTES: Final = 1024
+
 
 def note_names(state: PodState, event: Stored, effects: Effects) -> None:
     """Note what an event shows to be in use beyond tokens."""
+    _note_adapter(state, event.lora, effects)
     state.pairs = state.pairs or bool(event.ahead)
     if event.unnamed:
         _note(state, 0, event.bare, effects)
@@ -30,6 +35,7 @@ def note_names(state: PodState, event: Stored, effects: Effects) -> None:
 
 def note_stripped(state: PodState, event: records.KeyedStored, effects: Effects) -> None:
     """Note what a stripped event shows to be in use beyond tokens."""
+    _note_adapter(state, event.lora, effects)
     state.pairs = state.pairs or bool(event.names)
     if event.unnamed:
         _note(state, 0, event.bare, effects)
@@ -83,3 +89,12 @@ _HIDDEN: Final = (
     "the engine does not publish, so its blocks score for prompts without them too"
 )
 _REPORTS: Final = "clients ask for full reports: what is announced again is not counted as another copy"
+
+
+def _note_adapter(state: PodState, adapter: str | None, effects: Effects) -> None:
+    """Keep the names of adapters, so that requests may name one as their model."""
+    if not adapter or adapter in state.adapters or len(state.adapters) >= _MOST_ADAPTERS:
+        return
+    if len(adapter.encode(errors="replace")) <= _ADAPTER_BYTES:
+        state.adapters = [*state.adapters, adapter]
+        effects.urgent = True  # readers must know the name before they are asked by it

@@ -356,6 +356,7 @@ def pod_record(state: PodState, now_ns: int) -> records.PodRecord:
         events_partition=state.events_partition,
         events_offset=state.events_offset,
         updated_ns=now_ns,
+        adapters=list(state.adapters),
     )
 
 

@@ -123,12 +123,13 @@ async def test_requests_are_read_from_standard_input(terminal: Terminal, monkeyp
     [
         ("{", 2, "requests.jsonl:2: not JSON"),
         ("[1]", 2, "requests.jsonl:2: not a request"),
-        ('{"tokenz": [1]}', 2, "requests.jsonl:2: not a request; known fields are tokens"),
+        ('{"tokenz": [1]}', 2, "requests.jsonl:2: body: has neither prompt nor messages"),
         ('{"tokens": [-1]}', 2, "requests.jsonl:2: "),
         ('{"tokens": [1.5]}', 2, "requests.jsonl:2: "),
         ('{"tokens": [1], "pods": "ab"}', 2, "requests.jsonl:2: pods: a list"),
         ('{"tokens": [1], "cache_salt": 5}', 2, "requests.jsonl:2: "),
-        ('{"tokens": [1], "prompt": "x"}', 1, "INVALID_ARGUMENT: {folder}/requests.jsonl:2: give one form of input"),
+        ('{"tokens": [1], "prompt": "x"}', 2, "requests.jsonl:2: not a request; beside tokens known fields are"),
+        ('{"prompt": []}', 1, "INVALID_ARGUMENT: {folder}/requests.jsonl:2: prompt: a text or a list"),
         ('{"prompt": "x", "model": "unknown"}', 1, "NOT_FOUND: {folder}/requests.jsonl:2: "),
     ],
 )
@@ -193,3 +194,41 @@ async def test_pods_lists_what_the_scorer_knows(terminal: Terminal) -> None:
     ]
     _, out, _ = await terminal.run("pods", "--model=another", "--json")
     assert out == ""
+
+
+async def test_lines_are_the_bodies_that_clients_send(terminal: Terminal, tmp_path: Path) -> None:
+    """Chats with tools, items beside token ids, Anthropic bodies by their url, and lines of a batch file score."""
+    chat = {
+        "messages": [{"role": "user", "content": PROMPT}],
+        "tools": [{"function": {"name": "f"}}],
+        "temperature": 0.5,
+    }
+    anthropic = {"messages": [{"role": "user", "content": [{"type": "text", "text": PROMPT}]}], "system": "Be brief."}
+    lines = [
+        chat,
+        {"custom_id": "1", "method": "POST", "url": "/v1/messages", "body": {**anthropic, "model": "m"}},
+        {"tokens": TOKENS, "multimodal": [{"identifier": "picture", "offset": 16, "length": 4}]},
+        {"prompt": [1, 2, 3]},
+    ]
+    for_chat, by_url, pictured, ids = await terminal.answers(tmp_path, *lines)
+    assert for_chat["prompt_tokens"] > by_url["prompt_tokens"] > 100
+    assert _blocks(pictured) == {"a": 1, "b": 1}
+    assert ids["prompt_tokens"] == 3
+    made = await terminal.answers(tmp_path, *lines, command="tokenize")
+    assert [one["count"] for one in made] == [answer["prompt_tokens"] for answer in (for_chat, by_url, pictured, ids)]
+    assert made[0]["text"].startswith("<|bos|><|im_start|>system")
+    assert "Be brief." in made[1]["text"]
+    assert made[3]["tokens"] == [1, 2, 3]
+    code, out, _ = await terminal.run("tokenize", "--model=m", "--prompt=the router")
+    assert code == 0
+    assert out.splitlines()[0] == "4 tokens by the local tokenizer: 0 89 263 661"
+
+
+async def test_a_path_is_for_all_lines(terminal: Terminal, tmp_path: Path) -> None:
+    """--path says of which API the bodies are; one that is none is told with the line."""
+    file = tmp_path / "requests.jsonl"
+    file.write_text(json.dumps({"model": "m", "messages": [{"role": "user", "content": "x"}], "system": "s"}))
+    code, out, _ = await terminal.run("tokenize", f"--input={file}", "--path=/v1/messages", "--json")
+    assert (code, "system\ns" in json.loads(out)["text"]) == (0, True)
+    code, _, err = await terminal.run("tokenize", f"--input={file}", "--path=/v1/audio")
+    assert (code, f"{file}:1" in err, "request_path" in err) == (1, True, True)

@@ -182,6 +182,38 @@ async def test_pod_scores(router: Router) -> None:
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
+async def test_ranks_answer_under_the_caller_s_names(router: Router) -> None:
+    """Ranks named by their port, and ranks under one name, are found by the plain address; the best rank answers."""
+    keys = block_keys(root_key("m"), pack_tokens(PLAIN.encode(PROMPT).ids), 16)
+    for name, blocks in (
+        ("10.0.0.7:8000", 2),
+        ("10.0.0.7:8001@dp1", 4),
+        ("10.0.0.8:8000@dp0", 1),
+        ("10.0.0.8:8000@dp1", 5),
+    ):
+        router.rig.pod(name, 0)
+        router.rig.hold(name, keys[:blocks])
+    wanted = ["10.0.0.7:8000", "10.0.0.7:8001", "10.0.0.8:8000"]
+    found = [("10.0.0.8:8000", 5.0), ("10.0.0.7:8001", 4.0), ("10.0.0.7:8000", 2.0)]
+    assert await router.scores(prompt=PROMPT, model_name="m", pod_identifiers=wanted) == found
+    by_id = ["10.0.0.8:8000@dp0", "10.0.0.7:8001"]
+    assert await router.scores(prompt=PROMPT, model_name="m", pod_identifiers=by_id) == [
+        ("10.0.0.7:8001", 4.0),
+        ("10.0.0.8:8000@dp0", 1.0),
+    ]
+    everybody = await router.scores(prompt=PROMPT, model_name="m")
+    assert [pod for pod, _ in everybody] == ["10.0.0.8:8000", "10.0.0.7:8001", "a", "10.0.0.7:8000", "b"]
+
+
+async def test_names_too_long_are_refused(router: Router) -> None:
+    """Model and pod names of more than 1 KiB are INVALID_ARGUMENT here too, and no success of the tokenizer service."""
+    for fields in ({"model_name": "m" * 1025}, {"model_name": "m", "pod_identifiers": ["p" * 1025]}):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await router.scores(prompt=PROMPT, **fields)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert not (await router.tokenization("InitializeTokenizer", model_name="m" * 1025)).success
+
+
 async def test_tokenize(router: Router) -> None:
     """Ids with and without special tokens, and flat pairs of offsets."""
     for special in (True, False):

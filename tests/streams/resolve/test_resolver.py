@@ -153,6 +153,15 @@ def test_lora_and_salt_are_in_the_root_and_children_inherit_them(world, make):
     assert not any(w.held("p", w.keys(tokens)))
 
 
+def test_the_adapters_of_a_pod_are_told_by_name(world, make):
+    """The pod's record names the adapters that its events named, each once and within bounds."""
+    w = world()
+    for number, name in enumerate(["sql", "sql", "poet", "x" * 2000]):
+        run = make.run(1 + 16 * number, 16 + 16 * number)
+        w.send("p", make.stored([number + 1], run, 16, lora_name=name, lora_id=3, extra_keys=[[name]]))
+    assert w.pods["p"].adapters == ["sql", "poet"]
+
+
 def test_an_orphan_waits_for_its_parent(world, make):
     """A child of an unknown parent is parked, counted, and keyed once the parent is stored; never as a root."""
     w = world()
