@@ -15,7 +15,7 @@ PARALLEL := -n 4
 PROTOS := $(wildcard streams/v1/*.proto scorer/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv system-deps demo demo-gateway console test test-torch soak lint unit integration kafka proto proto-check manifests chart-schema test-vllm bench clean
+.PHONY: help venv system-deps demo demo-gateway console test test-torch soak lint unit integration kafka proto proto-check manifests chart-schema test-vllm test-transformers bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -95,6 +95,9 @@ chart-schema: $(VENV)/.stamp-dev ## write the settings part of the chart's schem
 
 test-vllm: ## tests inside a real vLLM, in an environment of their own
 	@sh .ci/test-vllm
+
+test-transformers: ## recorded tokenizer classes against transformers 4.57 and 5.x, each in an environment of its own
+	@sh .ci/test-transformers
 
 bench: $(VENV)/.stamp-demo ## the pipeline benchmark, one JSON line a figure
 	@$(BIN)/kvatlas bench pipeline --json
