@@ -133,8 +133,8 @@ async def _sending(work: Callable[[], Any], threads: int = 2) -> AsyncIterator[l
 async def _waits(served: Served, count: int = 200) -> list[float]:
     """Ask for small scores, one after the other; returns how long each took, the longest last.
 
-    In processor time of this process: whatever holds its loop or its interpreter's lock counts, and how busy the machine
-    is with other work does not.
+    In processor time of this process: whatever holds its loop or its interpreter's lock counts, and how busy the
+    machine is with other work does not.
     """
     found = []
     async with aiohttp.ClientSession() as session:
