@@ -305,9 +305,8 @@ class KeyedStored(msgspec.Struct, frozen=True, kw_only=True, array_like=True, ta
         block_keys: packed canonical keys, ``len(engine_keys) * keys_per_block`` of them.
         keys_per_block: canonical blocks in one engine block; 0 for blocks that could not be keyed, which mean what an
             event without tokens means: a tier is added to blocks that are known already.
-        tier, group, window_tokens, block_size_tokens, lookahead, ownership, unnamed, bare, lora: as in
-            :class:`kvatlas.bridge.model.events.Stored`; ``lora`` empty for the base model.
-        kind: as there; -1 when the event does not say.
+        tier, group, window_tokens, block_size_tokens, lookahead, ownership, unnamed, bare, kind, lora: as in
+            :class:`kvatlas.bridge.model.events.Stored`; kind -1 when the event does not say, lora empty for none.
         names: as ``block_keys``, what the index knows the blocks by where the token behind a block counts; else empty.
         salted, pictured, adapted: the event's blocks have a salt, extra keys, an adapter.
         chunk_tokens: tokens of an unnamed event, which the tier loads as one.
