@@ -97,6 +97,7 @@ class LinkedBlocks(BlockUpdates):
             self._set(engine_key, block, place, (1, 0 if eb.tier_at(place) == Tier.SHARED else self._epoch))
             return
         self._counts["blocks_again"] += 1
+        self.again += 1
         if self._copies:
             self._set(engine_key, block, place, (min(held[0] + 1, eb.MAX_ANNOUNCEMENTS), held[1]))
 

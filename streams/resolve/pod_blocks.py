@@ -180,6 +180,7 @@ class PodBlocks(ChainedBlocks):
                     continue
                 if old == value:
                     self._counts["blocks_again"] += 1
+                    self.again += 1
                     if copies:
                         put(table_key, twice + key)
                     continue

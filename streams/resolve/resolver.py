@@ -259,9 +259,9 @@ class Resolver:
             if event.tier == Tier.SHARED and not state.store:
                 state.store = self._options.store
             note_names(state, event, effects)
-            before = effects.counts["blocks_again"]
+            before = blocks.again
             blocks.stored(event, table_keys, self._root(state.model, event))
-            again = effects.counts["blocks_again"] - before
+            again = blocks.again - before
             if again or event.unnamed:
                 note_limits(state, event, effects, again=again)
         elif isinstance(event, Removed):

@@ -55,6 +55,8 @@ class BlockUpdates:
         self._auto = announcements == "auto"
         self._report = False
         self._guessed = False
+        #: Blocks of this message that were announced again where they were.
+        self.again = 0
         self._canonical = canonical_tokens
         self._step = canonical_tokens * TOKEN_BYTES
         self._orphan_blocks = orphan_blocks
