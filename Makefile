@@ -22,7 +22,7 @@ help: ## this list
 
 venv: $(VENV)/.stamp-demo ## the virtual environment that the demo runs in
 
-# Two stamps in one environment: the demo starts without waiting for the test tools. Torch, five gigabytes with what it
+# Two stamps in one environment: the demo starts without waiting for the test tools. Torch, four gigabytes with what it
 # brings for GPUs, has an environment of its own, which is made beside the tests that do without.
 $(VENV)/.stamp-base: .ci/check-python .ci/install
 	@sh .ci/check-python "$(PYTHON)"
@@ -39,9 +39,9 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-demo $(RECIPE)
 	@sh .ci/install $(VENV) -e ".[dev]"
 	@touch $@
 
-$(VENV)-torch/.stamp: $(VENV)/.stamp-base $(RECIPE)
+$(VENV)-torch/.stamp: $(VENV)/.stamp-base $(RECIPE) tests/torch-overrides.txt
 	@echo "installing torch into $(VENV)-torch"
-	@PYTHON="$(PYTHON)" sh .ci/install $(VENV)-torch -e ".[dev,torch]"
+	@PYTHON="$(PYTHON)" UV_OVERRIDE=tests/torch-overrides.txt sh .ci/install $(VENV)-torch -e ".[dev,torch]"
 	@touch $@
 
 system-deps: ## Java, Maven and a Redis server: installed with apt-get where possible, else explained

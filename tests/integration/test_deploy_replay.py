@@ -1,6 +1,7 @@
 """`kvatlas replay` against a real Kafka: ranges, filters, captures and playback."""
 
 import asyncio
+import functools
 import gzip
 import io
 import json
@@ -30,6 +31,7 @@ PARTITIONS = 4
 BEGAN = int(time.time()) - 600
 
 
+@functools.cache
 def frames(pod: str) -> list[list[bytes]]:
     """The recorded frames of a pod."""
     return list(msgpack.Unpacker(io.BytesIO(gzip.decompress((DATA / f"{pod}.frames.gz").read_bytes())), raw=True))
