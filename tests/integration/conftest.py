@@ -39,6 +39,7 @@ ONE_PROCESS = {
 }
 _counter = itertools.count()
 _shared = pytest.StashKey[KafkaNode]()
+_starting = pytest.StashKey[threading.Thread]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -49,7 +50,8 @@ def pytest_configure(config: pytest.Config) -> None:
     parallel = getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput")
     if parallel and _shared not in config.stash:
         node = config.stash[_shared] = KafkaNode()
-        threading.Thread(target=_begin, args=(node,), daemon=True).start()
+        start = config.stash[_starting] = threading.Thread(target=_begin, args=(node,), daemon=True)
+        start.start()
 
 
 def _begin(node: KafkaNode) -> None:
@@ -83,6 +85,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     """End the node of a parallel run."""
     node = config.stash.get(_shared, None)
     if node is not None:
+        config.stash[_starting].join()
         node.stop()
 
 
