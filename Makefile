@@ -69,8 +69,8 @@ unit: $(VENV)/.stamp-dev ## tests without a broker
 integration: $(VENV)/.stamp-dev kafka ## tests on the real Kafka
 	$(PYTEST) $(PARALLEL) --durations=40 -m "$(HERE)" tests/integration
 
-test-torch: $(VENV)-torch/.stamp kafka ## tests that need torch, in an environment of its own
-	$(VENV)-torch/bin/python -m pytest -q -m "torch and not gpu and not vllm" tests/connector tests/integration
+test-torch: $(VENV)-torch/.stamp ## tests that need torch, in an environment of its own
+	$(VENV)-torch/bin/python -m pytest -q -m "torch and not gpu and not vllm" tests
 
 soak: system-deps $(VENV)/.stamp-dev kafka ## chaos, long kills and soak runs on the real Kafka
 	$(PYTEST) --durations=20 -m "$(HERE)" tests/soak

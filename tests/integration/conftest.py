@@ -34,6 +34,7 @@ os.environ.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1")
 ONE_PROCESS = {
     "test_deploy_brokers_kafka.py",
     "test_deploy_brokers_security.py",
+    "test_deploy_console.py",
     "test_deploy_secured.py",
     "test_library_cases.py",
 }

@@ -261,17 +261,17 @@ def test_11_groups_are_apart(deploy: Deploy):
 
 
 def test_12_a_clear_ends_one_pod_s_entries(deploy: Deploy):
-    """On every tier and group; others stay, and storing again shows again."""
+    """On the GPU, as vLLM means it, in every group; other tiers and pods stay, and storing again shows again."""
     world = deploy()
     prompt = tokens(1, 16)
     world.send("a", stored([1], prompt, 16), stored([1], [], 16, medium="CPU"), stored([1], prompt, 16, group_idx=1))
     world.send("b", stored([1], prompt, 16))
     world.send("a", CLEARED)
     world.settle("a", "b")
-    assert world.holders(prompt) == [{("b", "gpu", 0)}]
+    assert world.holders(prompt) == [{("a", "cpu", 0), ("b", "gpu", 0)}]
     world.send("a", stored([1], prompt, 16))
     world.settle("a")
-    assert ("a", "gpu", 0) in world.holders(prompt)[0]
+    assert world.holders(prompt) == [{("a", "cpu", 0), ("a", "gpu", 0), ("b", "gpu", 0)}]
 
 
 def test_12_an_update_from_before_a_clear_comes_late(deploy: Deploy):
