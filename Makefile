@@ -47,14 +47,14 @@ $(VENV)-torch/.stamp: $(VENV)/.stamp-base $(RECIPE) tests/torch-overrides.txt
 system-deps: ## Java, Maven and a Redis server: installed with apt-get where possible, else explained
 	@sh .ci/system-deps
 
-demo: $(VENV)/.stamp-demo ## run the whole pipeline on simulated pods and check its answers: under a minute
+demo: $(VENV)/.stamp-demo ## run the whole pipeline on simulated pods and check its answers (a minute)
 	@$(BIN)/kvatlas demo
 
 demo-gateway: $(VENV)/.stamp-demo ## send chats through a real Envoy to simulated engines and check where they go
 	@$(BIN)/kvatlas demo-gateway
 
 # Beside each other, each printed when it is done: most tests wait for Kafka and other processes more than they compute.
-test: system-deps $(VENV)/.stamp-dev ## everything that must pass before a change lands: under 10 minutes on two free cores
+test: system-deps $(VENV)/.stamp-dev ## everything that must pass before a change lands (aim: 10 minutes on two cores)
 	@echo "tests with Kafka, tests without, static checks and tests with torch run beside each other"
 	@$(MAKE) --no-print-directory --jobs=3 --keep-going --output-sync=target integration unit lint proto-check test-torch
 
@@ -72,7 +72,7 @@ integration: $(VENV)/.stamp-dev kafka ## tests on the real Kafka
 test-torch: $(VENV)-torch/.stamp ## tests that need torch, in an environment of its own
 	$(VENV)-torch/bin/python -m pytest -q -m "torch and not gpu and not vllm" tests
 
-soak: system-deps $(VENV)/.stamp-dev kafka ## chaos, long kills and soak runs on the real Kafka: 10 to 30 minutes
+soak: system-deps $(VENV)/.stamp-dev kafka ## chaos, long kills and soak runs on the real Kafka (aim: 35 minutes)
 	$(PYTEST) -n 2 --durations=20 -m "$(HERE)" tests/soak
 
 kafka: $(VENV)/.stamp-demo ## fetch the jars of the real Kafka into the cache
