@@ -57,6 +57,8 @@ _HOUSEKEEPING_SECONDS: Final = 1.0
 _DECISIONS_SECONDS: Final = 10.0
 #: Decisions on their way to Kafka at once; more are not published.
 _MOST_SENDING: Final = 10_000
+#: Decisions gather for so long before they are sent; a request for each would cost more than all else.
+_GATHER_MS: Final = 5
 #: A Kafka that could not be reached is not asked again for so long; decisions made meanwhile are lost at once.
 _AWAY_SECONDS: Final = 1.0
 
@@ -323,8 +325,7 @@ class ScorerService:
 
     def publish(self, record: records.DecisionRecord) -> None:
         """Put a record on ``kv-decisions`` in the background; one that Kafka does not take is lost and counted."""
-        away = self._producer is None and time.monotonic() < self._away_until
-        if self._sending < _MOST_SENDING and not away:
+        if self._sending < _MOST_SENDING and time.monotonic() >= self._away_until:
             self._background.once(self._send(record), "decision on its way to Kafka")
         else:  # Kafka is away and must not fill the memory
             metrics.DECISIONS_LOST.inc()
@@ -362,6 +363,7 @@ class ScorerService:
                 producer = AIOKafkaProducer(
                     **client_config(self._kafka, f"kvatlas-scorer-{self._settings.name}"),
                     max_request_size=32 * 1024 * 1024,
+                    linger_ms=_GATHER_MS,
                 )
                 try:
                     await producer.start()

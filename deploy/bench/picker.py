@@ -11,9 +11,11 @@ import asyncio
 import json
 import os
 import random
+import socket
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -85,6 +87,7 @@ class _Stand:
         self._launcher: Launcher | None = None
         self._picker: Child | None = None
         self._envoys: dict[str, Envoy] = {}
+        self._telemetry = ""
         self._rng = random.Random(7)  # noqa: S311 - text, not secrets
 
     def start(self) -> None:
@@ -131,7 +134,15 @@ class _Stand:
         names = [
             f"{pod.address},pod={name},model={_MODEL}" for name, pod in zip(self._fleet.pods, self._pods, strict=True)
         ]
-        picker = PickerSettings(listen="127.0.0.1:0", endpoints=names, scrape_seconds=0.0, drain_seconds=0.0)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self._telemetry = f"127.0.0.1:{free.getsockname()[1]}"
+        picker = PickerSettings(
+            listen="127.0.0.1:0",
+            telemetry_listen=self._telemetry,
+            endpoints=names,
+            scrape_seconds=0.0,
+            drain_seconds=0.0,
+        )
         parts = {**sections, "kafka": self._launcher.kafka, "picker": picker}
         self._picker = Child("picker", child.document("picker", parts), self._folder / "picker.log")
         self._until(self._picker.ready.is_set, "the picker is ready")
@@ -218,6 +229,11 @@ class _Stand:
         alone, ours = figures["alone"], figures["picker"]
         yield _figure(f"{case}-p50-ratio", ours["p50"] / alone["p50"], "times")
         yield _figure(f"{case}-p99-ratio", ours["p99"] / alone["p99"], "times")
+        scored = self._counted("kvatlas_picker_decisions_total") or 1.0
+        yield _figure(f"{case}-degraded", self._counted("kvatlas_picker_degraded_total") / scored, "share so far")
+        decided = self._counted("kvatlas_picker_decision_seconds_count") or 1.0
+        spent = self._counted("kvatlas_picker_decision_seconds_sum")
+        yield _figure(f"{case}-decision", spent / decided * 1e3, "ms on average so far")
         yield _figure(f"{case}-cpu", cpu / max(count, 1) * 1e3, "ms/request")
 
     def _send(self, case: str, name: str, requests: Sequence[bytes], seconds: float) -> list[float]:
@@ -242,6 +258,12 @@ class _Stand:
                 "value": spent / len(taken) / 100,
                 "unit": "ms/chunk",
             }
+
+    def _counted(self, name: str) -> float:
+        """Return the sum of a metric of the picker."""
+        with urllib.request.urlopen(f"http://{self._telemetry}/metrics", timeout=5) as answer:
+            lines = answer.read().decode().splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
 
     def _cpu(self) -> float:
         """Seconds of CPU that the picker has used."""

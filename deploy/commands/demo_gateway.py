@@ -82,6 +82,9 @@ def _report(turns: list[Turn], verdicts: dict[str, str]) -> bool:
     first = Counter(verdicts.get(turn.request_id, "unknown") for turn in turns if not turn.turn)
     print(f"{stayed} of {len(later)} later turns went to the pod that holds the conversation; {reused} found it there")
     print(f"predicted cached tokens equal the engine's for {exact} of {len(later)} later turns")
+    others = Counter(verdicts.get(turn.request_id, "unknown") for turn in later) - Counter({"exact": len(later)})
+    if others:
+        print("the others: " + ", ".join(f"{count} {name}" for name, count in others.items()))
     # Pods are unknown before their first event, so that two first turns can share a prefix unseen.
     print("and for first turns: " + ", ".join(f"{count} {name}" for name, count in first.items()))
     return stayed == reused == exact == len(later) and "unknown" not in first
