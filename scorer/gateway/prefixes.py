@@ -62,12 +62,13 @@ class CorePrefixes:
             ScorerError: the body is none that an engine takes, or its prompt cannot be scored now.
         """
         request = requests.read(shape, body)[0]
-        encoded = await self._pool.tokens_of(request.model, request)
+        model, lora = self._core.intake.names.resolve(request.model, request.lora)
+        encoded = await self._pool.tokens_of(model, request)
         query = ScoreQuery(
-            model=request.model,
+            model=model,
             prompt=PromptTokens(encoded.ids, encoded.backend),
             cache_salt=request.cache_salt,
-            lora=request.lora,
+            lora=lora,
             items=[(place.identifier, place.offset, place.length) for place in request.multimodal],
             usable_only=True,
         )
