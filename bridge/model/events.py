@@ -205,6 +205,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
     message_bytes: int = 16 * 1024 * 1024
     events_per_batch: int = 20_000
+    keys_per_batch: int = 262_144
     tokens_per_event: int = 1_048_576
     keys_per_event: int = 131_072
     group_max: int = 65_535

@@ -110,16 +110,18 @@ def _decode(payloads: list[bytes]) -> None:
 def _resolve(payloads: list[bytes], **options: Any) -> list[tuple[int, bytes]]:
     """Resolve messages of a few pods in flushes; returns the ``kv-blocks`` records."""
     resolver = Resolver(ResolveOptions(**options), _PARTITIONS, time.time_ns)
-    view, effects = DictView(), Effects(_PARTITIONS)
+    view = DictView()
     made: list[tuple[int, bytes]] = []
-    for number, payload in enumerate(payloads):
-        pod = f"pod-{number % _PODS}"
-        resolver.apply(
-            view, Message(pod=pod, value=payload, sequence=number // _PODS, incarnation=1, model="demo"), effects
-        )
-        if number % _FLUSH == _FLUSH - 1 or number == len(payloads) - 1:
-            made += ((partition, value) for partition, values in effects.encode().items() for value in values)
-            effects = Effects(_PARTITIONS)
+    for start in range(0, len(payloads), _FLUSH):
+        effects = Effects(_PARTITIONS)
+        part = resolver.slice(view, effects)
+        for number in range(start, min(start + _FLUSH, len(payloads))):
+            pod, sequence = f"pod-{number % _PODS}", number // _PODS
+            message = Message(pod=pod, value=payloads[number], sequence=sequence, incarnation=1, model="demo")
+            for _ in resolver.steps(part, message):
+                pass
+        part.finish()
+        made += ((partition, value) for partition, values in effects.encode().items() for value in values)
     return made
 
 

@@ -111,6 +111,18 @@ class Effects:
         """Note that a pod's record changed; ``build`` makes it when it is asked for, once per flush."""
         self._pods[pod] = build
 
+    def absorb(self, other: Effects) -> None:
+        """Take over the effects of messages of other pods, or of earlier messages of the same."""
+        self.dead += other.dead
+        self.notices += other.notices
+        self.counts.update(other.counts)
+        self.urgent = self.urgent or other.urgent
+        self.receive_ns = max(self.receive_ns, other.receive_ns)
+        self._pods.update(other._pods)
+        self._segments += other._segments
+        for segment in other._segments:
+            self._current.pop(segment.pod_ref, None)
+
     @property
     def updates(self) -> int:
         """Return the number of block updates gathered."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Final
 
+from kvatlas.bridge.errors import WireError
 from kvatlas.bridge.model.chain import split_keys
 from kvatlas.bridge.model.events import Tier
+from kvatlas.streams.resolve import bounds
 from kvatlas.streams.resolve import engine_blocks as eb
 from kvatlas.streams.resolve.engine_blocks import Block, Link, Pending, Ticket, Waiting
 from kvatlas.streams.resolve.updates import BlockUpdates, oldest_of_all
@@ -164,6 +166,8 @@ class LinkedBlocks(BlockUpdates):
             block = self._load(member) or Block({}, Link())
             known = engine_key in block.link.finals
             if not known:
+                if len(block.link.finals) >= bounds.MAX_FINALS:
+                    raise WireError(f"{bounds.MAX_FINALS} engine blocks share a canonical block with one before them")
                 block.link.finals.append(engine_key)
             if not known or block.link.epoch != self._epoch:
                 self._save(member, block)
@@ -188,17 +192,37 @@ class LinkedBlocks(BlockUpdates):
         self._view.put(
             eb.ticket_key(self._ref_bytes, ticket), eb.encode_record(Ticket(self._epoch, self._group, engine_key))
         )
-        table_key = eb.waiting_prefix(self._ref_bytes, self._group) + parent
-        old = self._view.get(table_key)
-        children: list[bytes] = []
-        if old is not None:
-            waiting = eb.decode_waiting(old)
-            if waiting.epoch >= state.orphans_since:
-                children = waiting.children
+        children = self._children(parent)
         if engine_key not in children:
+            while len(children) >= bounds.MAX_WAITING:
+                children = self._give_up(parent, children)
             children.append(engine_key)
+        table_key = eb.waiting_prefix(self._ref_bytes, self._group) + parent
         self._view.put(table_key, eb.encode_record(Waiting(self._epoch, children)))
         return ticket
+
+    def _children(self, parent: bytes) -> list[bytes]:
+        """Return the engine keys that wait for a parent."""
+        value = self._view.get(eb.waiting_prefix(self._ref_bytes, self._group) + parent)
+        if value is None:
+            return []
+        waiting = eb.decode_waiting(value)
+        return waiting.children if waiting.epoch >= self._state.orphans_since else []
+
+    def _give_up(self, parent: bytes, children: list[bytes]) -> list[bytes]:
+        """Forget the block that has waited longest for one parent; returns those that still do."""
+        oldest, *others = children
+        block = self._load(oldest)
+        if block is not None and block.link.pending is not None and block.link.pending.parent == parent:
+            self._forget(oldest, block, block.link.pending)
+        return others
+
+    def _forget(self, engine_key: bytes, block: Block, pending: Pending) -> None:
+        self._counts["orphans_evicted"] += 1
+        self._unwait(engine_key, pending)
+        block.tiers = {}
+        block.link = Link(finals=block.link.finals)
+        self._save(engine_key, block)
 
     def _unwait(self, engine_key: bytes, pending: Pending) -> None:
         self._seated(pending)
@@ -237,11 +261,7 @@ class LinkedBlocks(BlockUpdates):
             self._enter(oldest.group)
             block = self._load(oldest.engine_key)
             if block is not None and block.link.pending is not None and block.link.pending.ticket == ticket:
-                self._counts["orphans_evicted"] += 1
-                self._unwait(oldest.engine_key, block.link.pending)
-                block.tiers = {}
-                block.link = Link(finals=block.link.finals)
-                self._save(oldest.engine_key, block)
+                self._forget(oldest.engine_key, block, block.link.pending)
             self._enter(home)
         if state.orphans >= self._orphan_blocks:
             state.orphans = 0  # they wait without tickets, from an older build: their room is given to others

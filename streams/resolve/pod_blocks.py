@@ -53,7 +53,7 @@ class PodBlocks(ChainedBlocks):
         if known:
             self._state.reports += 1
             self._counts["reports"] += 1
-            self._report = True
+            self.report = True
 
     def stored(self, event: Stored, table_keys: list[bytes], root: bytes) -> None:
         """Apply a stored event.
@@ -68,8 +68,8 @@ class PodBlocks(ChainedBlocks):
         """
         self._enter(event.group)
         self._note_group(event)
-        if self._report:
-            copies, self._copies, self._report = self._copies, False, False
+        if self.report:
+            copies, self._copies, self.report = self._copies, False, False
             try:
                 self._stored(event, table_keys, root)
             finally:

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final, Literal
 
 import msgspec
 
-from kvatlas.bridge.errors import WireError
+from kvatlas.bridge.errors import LimitError, WireError
 from kvatlas.bridge.model import epochs, pod_ids, records, topics
 from kvatlas.bridge.model.adapters import CLEARS_HOST, adapter
 from kvatlas.bridge.model.block_key import root_key
-from kvatlas.bridge.model.events import Cleared, Event, Limits, Removed, Stored, Tier
-from kvatlas.bridge.model.numbers import COUNT_MAX
+from kvatlas.bridge.model.events import Event, Limits, Removed, Stored, Tier
 from kvatlas.streams.index.view import View
-from kvatlas.streams.resolve import engine_blocks as eb
-from kvatlas.streams.resolve.effects import DeadLetter, Effects
+from kvatlas.streams.resolve.effects import Effects, PodUpdates
 from kvatlas.streams.resolve.engine_blocks import PodState
 from kvatlas.streams.resolve.message import ABSENT, Message, parse_message
 from kvatlas.streams.resolve.naming import note_limits, note_names, note_stripped
 from kvatlas.streams.resolve.pod_blocks import PodBlocks
-from kvatlas.streams.resolve.stripped import removed_of, stored_of
+from kvatlas.streams.resolve.slice import (
+    PART_BLOCKS,
+    PodSession,
+    Slice,
+    nanoseconds,
+    note_lost,
+    planned_parts,
+    raw_event,
+    wanted_keys,
+)
+from kvatlas.streams.resolve.stripped import KeyedEvent, check_stripped, removed_of, stored_of, stripped_parts
 
 __all__ = ["Message", "ResolveOptions", "Resolver", "parse_message", "pod_record"]
 
@@ -30,12 +38,8 @@ RESTART: Final = "restart"
 GONE: Final = "gone"
 CONTROLS: Final = frozenset({START, GAP, RESTART, GONE})
 
-KeyedEvent = records.KeyedStored | records.KeyedRemoved | records.KeyedCleared
-
 _EMPTY: Final[list[bytes]] = []
 _ROOTS: Final = 65_536
-#: The year 2262, where ns no longer fit 63 bits.
-_LATEST_SECONDS: Final = 9.2e9
 
 
 class ResolveOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,67 +91,79 @@ class Resolver:
         """Return empty effects for one flush."""
         return Effects(self._partitions)
 
+    def slice(self, view: View, effects: Effects) -> Slice:
+        """Return an empty slice of messages; :meth:`Slice.finish` ends it.
+
+        Args:
+            view: the ``engine_blocks`` partition of the pods.
+            effects: gathers what is to be written elsewhere.
+        """
+        return Slice(view, effects, lambda state: pod_record(state, self._clock()))
+
     def apply(self, view: View, message: Message, effects: Effects) -> None:
-        """Apply one message.
+        """Apply one message: a slice of its own, in one go.
 
         Args:
             view: the ``engine_blocks`` partition of the pod.
             message: from :func:`~kvatlas.streams.resolve.message.parse_message`.
             effects: gathers what is to be written elsewhere.
+        """
+        alone = self.slice(view, effects)
+        try:
+            for _ in self.steps(alone, message):
+                pass
+        finally:
+            alone.finish()
+
+    def steps(self, part: Slice, message: Message) -> Iterator[int]:
+        """Apply one message of a slice, step by step.
 
         What cannot be applied goes to ``effects.dead``, event by event; nothing is raised for it. A message that was
         applied before, or is of an ended incarnation, changes nothing.
+
+        Yields:
+            The number of blocks that were looked at since the step before: others may have their turn here.
         """
+        effects = part.effects
         effects.receive_ns = max(effects.receive_ns, message.receive_ns)
         try:
             if message.error:
                 raise WireError(message.error)
             if message.content == topics.CONTENT_CONTROL:
-                self._control(view, message, effects)
+                self._control(part, message)
             elif message.content in (topics.CONTENT_ENGINE, topics.CONTENT_KEYS):
-                self._stream(view, message, effects)
+                yield from self._stream(part, message)
             else:
                 raise WireError(f"content type {message.content!r} is not known here")
         except WireError as error:
-            _bury(effects, message, message.value, str(error))
+            part.bury(message, message.value, str(error))
             effects.counts["messages_dead"] += 1
+        finally:
+            part.end_message()
 
     # --- where the pod stands -------------------------------------------------------------------------------------
 
-    def _load(self, view: View, pod: str, ref: bytes) -> PodState | None:
-        value = view.get(eb.state_key(ref))
-        state = None if value is None else eb.decode_state(value)
-        if state is not None and state.pod != pod:
-            raise WireError(f"pod ids {pod!r} and {state.pod!r} have the same 64-bit reference; rename one of them")
-        return state
-
-    def _save(self, view: View, ref: bytes, state: PodState, message: Message, effects: Effects) -> None:
-        state.receive_ns = max(state.receive_ns, message.receive_ns)
-        state.events_partition, state.events_offset = message.partition, message.offset
-        view.put(eb.state_key(ref), eb.encode_state(state))
-        effects.changed(state.pod, lambda: pod_record(state, self._clock()))
-
-    def _control(self, view: View, message: Message, effects: Effects) -> None:
+    def _control(self, part: Slice, message: Message) -> None:
         control = records.decode(records.Control, message.value)
         if control.type not in CONTROLS:
             raise WireError(f"control record of type {control.type!r}; known types: {', '.join(sorted(CONTROLS))}")
         if not 0 <= control.incarnation <= epochs.INCARNATION_MAX:
             raise WireError(f"control record of incarnation {control.incarnation}; expected 32 bits")
-        ref = pod_ids.pod_ref(message.pod).to_bytes(8, "big")
-        state = self._load(view, message.pod, ref)
-        if state is not None and control.incarnation <= state.incarnation:
+        effects, session = part.effects, part.session(message.pod)
+        if session is not None and control.incarnation <= session.state.incarnation:
             effects.counts["controls_late"] += 1
             return
-        if state is None:
-            state = PodState(eb.SCHEMA_VERSION, message.pod)
+        if session is None:
+            session = part.begin(message.pod)
+        state = session.state
         effects.counts[f"control_{control.type}"] += 1
         self._raise_epoch(state, control.incarnation, 0, effects, gap=control.type == GAP)
         state.last_sequence = max(control.last_lost, ABSENT) if control.type == GAP else ABSENT
         state.state = records.GONE if control.type == GONE else records.LIVE
         if control.type == GAP:
-            _note_lost(state, control.first_lost, control.last_lost)
+            note_lost(state, control.first_lost, control.last_lost)
         self._describe(state, message)
-        self._save(view, ref, state, message, effects)
+        part.changed(session, message)
 
     def _raise_epoch(self, state: PodState, incarnation: int, clears: int, effects: Effects, *, gap: bool) -> None:
         """Begin an epoch. After a gap older entries are suspect (or gone, when gaps are strict), else they are gone."""
@@ -172,13 +188,14 @@ class Resolver:
         state.store = message.store or state.store
         state.blocks_per_chunk = message.blocks_per_chunk
 
-    def _admit(self, state: PodState | None, message: Message, effects: Effects) -> PodState | None:
-        """Return the state that a message goes on from; None when it was applied before or came too late."""
-        incarnation = message.incarnation
-        if state is None:
-            state = PodState(eb.SCHEMA_VERSION, message.pod)
-            self._raise_epoch(state, max(incarnation, 0), 0, effects, gap=False)
-        elif incarnation > state.incarnation:
+    def _admit(self, part: Slice, message: Message) -> PodSession | None:
+        """Return the pod that a message goes on with; None when it was applied before or came too late."""
+        effects, incarnation, session = part.effects, message.incarnation, part.session(message.pod)
+        if session is None:
+            session = part.begin(message.pod)
+            self._raise_epoch(session.state, max(incarnation, 0), 0, effects, gap=False)
+        state = session.state
+        if incarnation > state.incarnation:
             # Its control record was lost with the log's retention: nothing older can be trusted.
             self._raise_epoch(state, incarnation, 0, effects, gap=False)
             state.last_sequence = ABSENT
@@ -189,66 +206,82 @@ class Resolver:
             effects.counts["messages_repeated"] += 1
             return None
         elif state.last_sequence != ABSENT and message.sequence > state.last_sequence + 1:
-            _note_lost(state, state.last_sequence + 1, message.sequence - 1)
+            note_lost(state, state.last_sequence + 1, message.sequence - 1)
             effects.counts["holes"] += 1
             self._raise_epoch(state, state.incarnation, state.clears + 1, effects, gap=True)
         state.state = records.LIVE
         state.last_sequence = message.sequence
         self._describe(state, message)
-        return state
+        return session
 
     # --- messages of the stream -----------------------------------------------------------------------------------
 
-    def _stream(self, view: View, message: Message, effects: Effects) -> None:
-        number = pod_ids.pod_ref(message.pod)
-        ref = number.to_bytes(8, "big")
-        state = self._admit(self._load(view, message.pod, ref), message, effects)
-        if state is None:
+    def _stream(self, part: Slice, message: Message) -> Iterator[int]:
+        session = self._admit(part, message)
+        if session is None:
             return
+        state, effects = session.state, part.effects
+        # Also of a message that cannot be read: its sequence is taken, so the next one leaves no hole.
+        part.changed(session, message)
         effects.counts["messages"] += 1
         state.aliasing = state.aliasing or self._options.owners == "always"
-        updates = effects.of(number, state.epoch, message.sequence)
-        blocks = PodBlocks(
-            view,
-            number,
-            state,
-            updates,
-            effects.counts,
-            store_ref=pod_ids.store_ref(state.store or self._options.store),
-            announcements=message.announcements or self._options.announcements,
-            canonical_tokens=self._options.block_size_tokens,
-            orphan_blocks=self._options.orphan_blocks,
-        )
+        updates = effects.of(session.number, state.epoch, message.sequence)
+        blocks = self._blocks(part, session, message, updates)
         try:
             if message.content == topics.CONTENT_KEYS:
-                self._keyed_batch(view, message, state, blocks, effects)
+                yield from self._keyed_batch(part, message, state, blocks)
             else:
-                self._batch(view, message, state, blocks, effects)
+                yield from self._batch(part, message, state, blocks)
+        except LimitError:
+            # What it said is lost: older entries may be wrong from here on, as behind a lost message.
+            note_lost(state, message.sequence, message.sequence)
+            self._raise_epoch(state, state.incarnation, state.clears + 1, effects, gap=True)
+            raise
         finally:
-            # Also for a message that cannot be read: its sequence is taken, so the next one leaves no hole.
             updates.epoch = state.epoch
-            self._save(view, ref, state, message, effects)
 
-    def _batch(self, view: View, message: Message, state: PodState, blocks: PodBlocks, effects: Effects) -> None:
+    def _blocks(self, part: Slice, session: PodSession, message: Message, updates: PodUpdates) -> PodBlocks:
+        state, options = session.state, self._options
+        store_ref = pod_ids.store_ref(state.store or options.store)
+        announcements = message.announcements or options.announcements
+        blocks = session.blocks
+        if blocks is None:
+            blocks = session.blocks = PodBlocks(
+                part.view,
+                session.number,
+                state,
+                updates,
+                part.effects.counts,
+                store_ref=store_ref,
+                announcements=announcements,
+                canonical_tokens=options.block_size_tokens,
+                orphan_blocks=options.orphan_blocks,
+            )
+        else:
+            blocks.begin(updates, store_ref=store_ref, announcements=announcements)
+        return blocks
+
+    def _batch(self, part: Slice, message: Message, state: PodState, blocks: PodBlocks) -> Iterator[int]:
         batch = adapter(message.engine)(message.value, self._options.limits)
-        state.last_event_ns = _nanoseconds(batch.timestamp)
+        state.last_event_ns = nanoseconds(batch.timestamp)
         state.dp_rank = batch.dp_rank or 0
+        effects = part.effects
         for rejected in batch.rejected:
-            _bury(effects, message, rejected.raw, rejected.reason)
+            part.bury(message, rejected.raw, rejected.reason)
         effects.counts["events_dead"] += len(batch.rejected)
-        planned = [
-            (event, _EMPTY if isinstance(event, Cleared) else blocks.table_keys(event)) for event in batch.events
-        ]
-        view.prefetch(_wanted(planned, blocks))
-        for number, (event, table_keys) in enumerate(planned):
-            if isinstance(event, Stored) and event.parent is None:
-                follower = planned[number + 1][0] if number + 1 < len(planned) else None
-                blocks.recognise(event, table_keys, follower)
-            try:
-                self._event(event, table_keys, state, blocks, effects)
-            except WireError as error:
-                effects.counts["events_dead"] += 1
-                _bury(effects, message, msgspec.msgpack.encode(event), f"{type(error).__name__}: {error}")
+        for planned, size in planned_parts(batch.events, blocks):
+            part.view.prefetch(wanted_keys(planned, blocks))
+            for event, table_keys, whole, follower, goes_on in planned:
+                if isinstance(whole, Stored) and whole.parent is None:
+                    blocks.recognise(whole, table_keys, follower)
+                report = blocks.report
+                try:
+                    self._event(event, table_keys, state, blocks, effects)
+                except WireError as error:
+                    effects.counts["events_dead"] += 1
+                    part.bury(message, raw_event(event), f"{type(error).__name__}: {error}")
+                blocks.report = report and goes_on
+            yield size
         blocks.finish()
 
     def _event(
@@ -292,16 +325,20 @@ class Resolver:
             root = self._roots[name] = root_key(*name)
         return root
 
-    def _keyed_batch(self, view: View, message: Message, state: PodState, blocks: PodBlocks, effects: Effects) -> None:
+    def _keyed_batch(self, part: Slice, message: Message, state: PodState, blocks: PodBlocks) -> Iterator[int]:
         batch = records.decode(records.KeyedBatch, message.value)
-        state.last_event_ns = _nanoseconds(batch.timestamp)
+        state.last_event_ns = nanoseconds(batch.timestamp)
         state.dp_rank = batch.dp_rank or 0
-        for event in batch.events:
-            try:
-                self._keyed_event(view, event, state, blocks, effects)
-            except (WireError, ValueError, OverflowError) as error:
-                effects.counts["events_dead"] += 1
-                _bury(effects, message, msgspec.msgpack.encode(event), f"{type(error).__name__}: {error}")
+        effects, limits = part.effects, self._options.limits
+        check_stripped(batch.events, limits)
+        for whole in batch.events:
+            for event in stripped_parts(whole, PART_BLOCKS):
+                try:
+                    self._keyed_event(part.view, event, state, blocks, effects)
+                except (WireError, ValueError, OverflowError) as error:
+                    effects.counts["events_dead"] += 1
+                    part.bury(message, raw_event(event), f"{type(error).__name__}: {error}")
+                yield 1 if isinstance(event, records.KeyedCleared) else len(event.engine_keys)
 
     def _keyed_event(self, view: View, event: KeyedEvent, state: PodState, blocks: PodBlocks, effects: Effects) -> None:
         if isinstance(event, records.KeyedCleared):
@@ -358,28 +395,3 @@ def pod_record(state: PodState, now_ns: int) -> records.PodRecord:
         updated_ns=now_ns,
         adapters=list(state.adapters),
     )
-
-
-def _wanted(planned: list[tuple[Event, list[bytes]]], blocks: PodBlocks) -> list[bytes]:
-    """Return the table keys that a message will read first."""
-    wanted: list[bytes] = []
-    for event, table_keys in planned:
-        wanted += table_keys
-        if isinstance(event, Stored) and event.parent is not None:
-            wanted.append(blocks.table_key(event.group, event.parent))
-    return wanted
-
-
-def _bury(effects: Effects, message: Message, raw: bytes, reason: str) -> None:
-    effects.dead.append(DeadLetter(message.pod, raw, reason, message.partition, message.offset, message.headers))
-
-
-def _note_lost(state: PodState, first: int, last: int) -> None:
-    state.first_lost, state.last_lost = first, last
-    if 0 <= first <= last:
-        state.lost = min(state.lost + last - first + 1, COUNT_MAX)
-
-
-def _nanoseconds(seconds: float) -> int:
-    """Return an engine's clock in ns; 0 for what is no time of day (an engine may send anything)."""
-    return int(seconds * 1e9) if 0 <= seconds < _LATEST_SECONDS else 0

@@ -10,6 +10,7 @@ from kvatlas.bridge.model.events import Removed, Stored, Tier
 from kvatlas.bridge.model.records import GroupSpec
 from kvatlas.streams.index.holders import ASSUMED, pack_holder
 from kvatlas.streams.index.view import View
+from kvatlas.streams.resolve import bounds
 from kvatlas.streams.resolve import engine_blocks as eb
 from kvatlas.streams.resolve.effects import PodUpdates
 from kvatlas.streams.resolve.engine_blocks import Owner, PodState
@@ -29,6 +30,9 @@ class BlockUpdates:
             :class:`~kvatlas.streams.resolve.resolver.ResolveOptions`.
         canonical_tokens: canonical block size.
         orphan_blocks: blocks that may wait for their parents.
+
+    Attributes:
+        report: the store that comes next reports what is there already.
     """
 
     def __init__(
@@ -53,7 +57,7 @@ class BlockUpdates:
         self._store_ref = store_ref
         self._copies = announcements != "presence"
         self._auto = announcements == "auto"
-        self._report = False
+        self.report = False
         self._guessed = False
         #: Blocks of this message that were announced again where they were.
         self.again = 0
@@ -65,6 +69,16 @@ class BlockUpdates:
         self._prefix = eb.block_prefix(self._ref_bytes, 0)
         self._holders: dict[tuple[int, int, bool], bytes] = {}
         self._keyless: list[tuple[int, bytes]] = []
+
+    def begin(self, updates: PodUpdates, *, store_ref: int, announcements: str) -> None:
+        """Go on with another message of the pod."""
+        if store_ref != self._store_ref:
+            self._store_ref = store_ref
+            self._holders.clear()
+        self._copies, self._auto = announcements != "presence", announcements == "auto"
+        self.report = self._guessed = False
+        self._updates, self._epoch = updates, self._state.epoch
+        self._keyless.clear()
 
     def epoch_rose(self) -> None:
         """Take the state's new epoch for what follows."""
@@ -145,6 +159,10 @@ class BlockUpdates:
                 others = newest_of_any(others, found.epoch)
         if now is not None:
             owners.append(Owner(tier, now, owner))
+            if len(owners) > bounds.MAX_OWNERS:
+                # Once all the others are gone the block counts as gone: a miss, never a block that is not there.
+                owners = owners[-bounds.MAX_OWNERS :]
+                self._counts["owners_dropped"] += 1
         if owners:
             self._view.put(table_key, eb.encode_record(owners))
         else:

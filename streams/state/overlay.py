@@ -59,7 +59,7 @@ class Overlay:
             look into the cache first and take what is in here instead, whichever of the two it is: it is never older.
     """
 
-    __slots__ = ("_below", "_cut", "_receive_ns", "_source_offset", "_writes", "values")
+    __slots__ = ("_advanced", "_below", "_committing", "_cut", "_receive_ns", "_source_offset", "_writes", "values")
 
     def __init__(self, below: Committed) -> None:
         self._below = below
@@ -67,11 +67,12 @@ class Overlay:
         self._writes: dict[bytes, bytes | None] = {}
         self._cut: dict[bytes, bytes | None] = {}
         self._source_offset, self._receive_ns = -1, 0
+        self._advanced = self._committing = False
 
     @property
     def reflected(self) -> tuple[int, int] | None:
         """Return source offset and receive time of what was applied; None when all of it is committed."""
-        return (self._source_offset, self._receive_ns) if self._source_offset >= 0 else None
+        return (self._source_offset, self._receive_ns) if self._advanced or self._committing else None
 
     # --- the writer's reads and writes ----------------------------------------------------------------------------
 
@@ -130,15 +131,16 @@ class Overlay:
         """Take note of the source records that were applied.
 
         Args:
-            source_offset: last one.
+            source_offset: last one before which nothing is left to be applied.
             receive_ns: newest receive time among them, bridge clock.
         """
-        self._source_offset = source_offset
+        self._advanced, self._source_offset = True, source_offset
         self._receive_ns = max(self._receive_ns, receive_ns)
 
     def cut(self) -> ChangeSet:
         """Return what was applied since the last cut; what is applied from now on gathers on top of it."""
         self._cut, self._writes = self._writes, {}
+        self._advanced, self._committing = False, True
         self.values = dict(self._cut)
         return ChangeSet(self._cut, self._source_offset, self._receive_ns)
 
@@ -149,13 +151,53 @@ class Overlay:
                 if key not in self._writes and key not in self._cut:
                     self.values.pop(key, None)  # fetched ahead, and older than the database now
             return
-        self._cut = {}
+        self._cut, self._committing = {}, False
         if not self._writes:
             self.values = {}
-        if self._source_offset == changes.source_offset:
-            self._source_offset = -1
 
     def drop(self) -> None:
         """Forget what is not committed: it is applied again by whoever owns the partition next."""
         self.values, self._writes, self._cut = {}, {}, {}
-        self._source_offset = -1
+        self._advanced = self._committing = False
+
+
+class Draft:
+    """Writes of one large message over an overlay: nobody else sees them before all of it is applied.
+
+    What is committed meanwhile thus holds the message whole or not at all. A view for whoever applies the message.
+
+    Args:
+        overlay: what reads go on to, and :meth:`apply` writes to.
+    """
+
+    __slots__ = ("_overlay", "_writes")
+
+    def __init__(self, overlay: Overlay) -> None:
+        self._overlay = overlay
+        self._writes: dict[bytes, bytes | None] = {}
+
+    def get(self, key: bytes) -> bytes | None:
+        """Return the value under ``key``, None when there is none."""
+        value: Any = self._writes.get(key, _ABSENT)
+        return self._overlay.get(key) if value is _ABSENT else value
+
+    def put(self, key: bytes, value: bytes) -> None:
+        """Write a value; visible at once to reads of this draft."""
+        self._writes[key] = value
+
+    def delete(self, key: bytes) -> None:
+        """Remove a key; no effect when it is not there."""
+        self._writes[key] = None
+
+    def prefetch(self, keys: Iterable[bytes]) -> None:
+        """Fetch what is neither cached nor written in one multi-get."""
+        self._overlay.prefetch(keys)
+
+    def apply(self) -> None:
+        """Write everything to the overlay."""
+        for key, value in self._writes.items():
+            if value is None:
+                self._overlay.delete(key)
+            else:
+                self._overlay.put(key, value)
+        self._writes.clear()

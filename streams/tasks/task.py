@@ -154,7 +154,12 @@ class PartitionTask(abc.ABC):
     @property
     def idle(self) -> bool:
         """Return whether everything that came is committed."""
-        return not self._queue and not self._records and self._commit is None
+        return not self._queue and not self._records and not self.unfinished and self._commit is None
+
+    @property
+    def unfinished(self) -> bool:
+        """Return whether a record was begun, and is to be gone on with although no other has come."""
+        return False
 
     @property
     def full(self) -> bool:
@@ -195,7 +200,9 @@ class PartitionTask(abc.ABC):
     async def apply(self, records: Iterator[Any]) -> bool:
         """Apply records to the overlay; ``records`` ends when no more may be applied before a commit.
 
-        Calls :meth:`took` for every record, :meth:`give_way` now and then, and :meth:`advance` at the end.
+        A record that is put off (:meth:`put_off`) is applied by a later call; until then the offset of
+        :meth:`advance` stays before it. Calls :meth:`took` for every record, :meth:`give_way` now and then, and
+        :meth:`advance` at the end.
 
         Returns:
             Whether :meth:`send` has something to send.
@@ -209,6 +216,14 @@ class PartitionTask(abc.ABC):
             KvatlasError: with ``retriable`` set, it can be tried again.
             KafkaError: it can be tried again.
         """
+
+    def put_off(self) -> None:
+        """Take note that the record taken last is not applied yet."""
+        self._records -= 1
+
+    def caught_up(self) -> None:
+        """Take note that a record that was put off is applied."""
+        self._records += 1
 
     def took(self, updates: int) -> None:
         """Count updates towards a full flush."""
@@ -242,18 +257,21 @@ class PartitionTask(abc.ABC):
 
     def _taken(self) -> Iterator[Any]:
         """Yield queued records until no more may be applied before a commit."""
-        before = self._records
-        while self._queue and not self.full:
-            self._records += 1
-            yield self._queue.popleft()
-        metrics.SOURCE_RECORDS.labels(self.agent).inc(self._records - before)
+        taken = 0
+        try:
+            while self._queue and not self.full:
+                self._records += 1
+                taken += 1
+                yield self._queue.popleft()
+        finally:
+            metrics.SOURCE_RECORDS.labels(self.agent).inc(taken)
 
     async def _run(self) -> None:
         try:
             while not self._stopping:
-                if self._queue and not self.full and not await self._apply():
+                if (self._queue or self.unfinished) and not self.full and not await self._apply():
                     return
-                if not self._begin_commit() and (not self._queue or self.full):
+                if not self._begin_commit() and (not (self._queue or self.unfinished) or self.full):
                     self._wake.clear()
                     await self._wake.wait()
             await self._commit_rest()

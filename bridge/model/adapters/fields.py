@@ -132,6 +132,8 @@ _batch_array: Final = msgspec.msgpack.Decoder(_BatchArray)
 _batch_map: Final = msgspec.msgpack.Decoder(_BatchMap)
 _envelope_array: Final = msgspec.msgpack.Decoder(_EnvelopeArray)
 _envelope_map: Final = msgspec.msgpack.Decoder(_EnvelopeMap)
+#: Messages above this are counted before their events are taken apart.
+_COUNT_FIRST_BYTES: Final = 65_536
 _MAP_FIRST_BYTES: Final = frozenset([*range(0x80, 0x90), 0xDE, 0xDF])
 
 
@@ -151,38 +153,56 @@ def count_events(payload: bytes) -> int:
     """
     if len(payload) < 11 or payload[1] != 0xCB or not 0x90 <= payload[0] <= 0x9F:
         return 0
-    first = payload[10]
-    if 0x90 <= first <= 0x9F:
-        return first & 0x0F
-    if first == 0xDC:
-        return int.from_bytes(payload[11:13], "big")
-    return int.from_bytes(payload[11:15], "big") if first == 0xDD else 0
+    return _array_length(payload[10:15])
+
+
+def _array_length(head: bytes) -> int:
+    """Return the length of a msgpack array from its first five bytes; 0 for what is none."""
+    if 0x90 <= head[0] <= 0x9F:
+        return head[0] & 0x0F
+    if head[0] == 0xDC:
+        return int.from_bytes(head[1:3], "big")
+    return int.from_bytes(head[1:5], "big") if head[0] == 0xDD else 0
 
 
 def decode_batch(payload: bytes, limits: Limits, wire: Format) -> Batch:
     """Decode a message; events that cannot be used come back as ``rejected``, each alone.
 
     Raises:
-        LimitError: the message is over ``message_bytes`` or ``events_per_batch``.
+        LimitError: the message is over ``message_bytes``, ``events_per_batch`` or ``keys_per_batch``.
         WireError: the message is not a batch at all.
     """
     if len(payload) > limits.message_bytes:
         raise LimitError(f"message of {len(payload)} bytes is over the limit of {limits.message_bytes} bytes")
-    decoder = _batch_map if payload[:1] and payload[0] in _MAP_FIRST_BYTES else _batch_array
+    as_map = bool(payload) and payload[0] in _MAP_FIRST_BYTES
     try:
-        fields = decoder.decode(payload)
+        if len(payload) > _COUNT_FIRST_BYTES:  # a list of millions would be made before it could be counted
+            envelope = (_envelope_map if as_map else _envelope_array).decode(payload)
+            _check_events(_array_length(bytes(memoryview(envelope.events)[:5])), limits)
+        fields = (_batch_map if as_map else _batch_array).decode(payload)
     except DECODE_ERRORS as error:
         raise WireError(f"not an event batch [ts, events, rank]: {error}") from error
-    if len(fields.events) > limits.events_per_batch:
-        raise LimitError(f"batch of {len(fields.events)} events is over the limit of {limits.events_per_batch}")
+    _check_events(len(fields.events), limits)
     events: list[Event] = []
     rejected: list[Rejected] = []
+    keys = 0
     for raw in fields.events:
         try:
-            events.append(_event(raw, limits, wire))
+            event = _event(raw, limits, wire)
         except (*DECODE_ERRORS, WireError, OverflowError, TypeError) as error:
             rejected.append(Rejected(bytes(raw), f"{type(error).__name__}: {error}"))
+            continue
+        events.append(event)
+        if not isinstance(event, Cleared):
+            keys += len(event.keys)
+            if keys > limits.keys_per_batch:
+                raise LimitError(f"batch of {keys} or more block hashes is over the limit of {limits.keys_per_batch}")
     return Batch(fields.ts, events, rejected, fields.data_parallel_rank)
+
+
+def _check_events(count: int, limits: Limits) -> None:
+    if count > limits.events_per_batch:
+        raise LimitError(f"batch of {count} events is over the limit of {limits.events_per_batch}")
 
 
 def _event(raw: msgspec.Raw, limits: Limits, wire: Format) -> Event:

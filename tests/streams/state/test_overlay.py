@@ -99,6 +99,16 @@ def test_what_a_sweep_removes_is_not_seen_where_it_was_fetched_ahead(state: Part
     assert state.overlay.get(b"doomed") is None
 
 
+def test_a_cut_says_its_offset_also_when_that_is_the_last_one_s(state: PartitionState) -> None:
+    """While a record is put off, later ones are applied, cut and committed under the offset before it."""
+    apply(state, 5, {b"a": b"2"})
+    first = state.overlay.cut()
+    apply(state, 5, {b"b": b"3"})
+    commit(state, first)
+    assert state.reflected == Reflected(5, 1005)
+    assert state.overlay.cut() == ChangeSet({b"b": b"3"}, 5, 1005)
+
+
 class Below:
     """A partition over a dict, with a cache that holds some of it."""
 
@@ -148,7 +158,7 @@ class OverlayModel(RuleBasedStateMachine):
     def prefetch(self, keys: list[bytes]) -> None:
         self.overlay.prefetch(keys)
 
-    @precondition(lambda self: self.cut is None)
+    @precondition(lambda self: self.cut is None and self.offset > 0)
     @rule()
     def begin(self) -> None:
         self.cut, self.cut_is = self.overlay.cut(), dict(self.applied)
