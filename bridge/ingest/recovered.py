@@ -39,9 +39,10 @@ def apply_control(record: PodRecord, control: Control) -> PodRecord:
     changes: dict[str, Any] = {"epoch": epoch}
     if control.type == "gap":
         changes["suspect_before"] = epoch
+        changes["heard_from"] = control.last_lost + 1 if control.last_lost >= 0 else -1
     else:
         changes["valid_from"] = epoch
-        changes["last_sequence"] = -1
+        changes["last_sequence"], changes["heard_from"] = -1, 0
         changes["state"] = records.GONE if control.type == "gone" else records.LIVE
     if control.first_lost >= 0:
         changes |= {

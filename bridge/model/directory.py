@@ -9,14 +9,41 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 
+import msgspec
+
 from kvatlas.bridge.errors import WireError
 from kvatlas.bridge.model.epochs import incarnation_of
 from kvatlas.bridge.model.pod_ids import WRITER_BRIDGE, WRITER_STREAMS, pod_ref, streams_writer
-from kvatlas.bridge.model.records import GONE, PodRecord, decode, merge_pod
+from kvatlas.bridge.model.records import GONE, PodRecord, decode
 from kvatlas.bridge.model.topics import BASE_VERSION
 from kvatlas.bridge.model.validity import Validity
 
 log = logging.getLogger(__name__)
+
+
+def merge_pod(bridge: PodRecord | None, streams: PodRecord | None) -> PodRecord:
+    """Join what both writers know: epochs as the highest, meaning from streams, liveness from the bridge."""
+    if bridge is None or streams is None:
+        known = bridge or streams
+        assert known is not None
+        return known
+    return msgspec.structs.replace(
+        streams,
+        state=bridge.state,
+        epoch=max(bridge.epoch, streams.epoch),
+        valid_from=max(bridge.valid_from, streams.valid_from),
+        gpu_valid_from=max(bridge.gpu_valid_from, streams.gpu_valid_from),
+        suspect_before=max(bridge.suspect_before, streams.suspect_before),
+        model=streams.model or bridge.model,
+        engine=streams.engine or bridge.engine,
+        endpoint=bridge.endpoint or streams.endpoint,
+        first_lost=bridge.first_lost,
+        last_lost=bridge.last_lost,
+        lost=max(bridge.lost, streams.lost),
+        heard_from=bridge.heard_from,
+        store=bridge.store or streams.store,
+        load=bridge.load or streams.load,
+    )
 
 
 class PodDirectory:

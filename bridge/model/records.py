@@ -84,6 +84,7 @@ class PodRecord(msgspec.Struct, frozen=True, kw_only=True):
         load: what the pod reports of itself, by name (running and waiting requests, ...).
         updated_ns: the writer's wall clock in ns.
         adapters: adapters (LoRA) that the pod's events have named.
+        heard_from: first sequence from which on nothing of the engine's stream is missing; -1 where nobody says.
     """
 
     v: int = SCHEMA_VERSION
@@ -116,6 +117,18 @@ class PodRecord(msgspec.Struct, frozen=True, kw_only=True):
     load: dict[str, float] = {}
     updated_ns: Nanoseconds = 0
     adapters: list[str] = []
+    heard_from: Sequence = -1
+
+    @property
+    def coverage(self) -> str:
+        """How much of the engine's life is on the log: ``whole``, ``partial`` (what came before is not), or empty.
+
+        An engine that ran before it was heard is covered as far as its replay buffer reaches back; nothing is known of
+        one that has said nothing yet.
+        """
+        if self.heard_from < 0 or self.last_sequence < 0:
+            return ""
+        return PARTIAL if self.heard_from else WHOLE
 
     @property
     def validity(self) -> Validity:
@@ -132,29 +145,8 @@ LIVE: Final = "live"
 STALE: Final = "stale"
 GONE: Final = "gone"
 
-
-def merge_pod(bridge: PodRecord | None, streams: PodRecord | None) -> PodRecord:
-    """Join what both writers know: epochs as the highest, meaning from streams, liveness from the bridge."""
-    if bridge is None or streams is None:
-        known = bridge or streams
-        assert known is not None
-        return known
-    return msgspec.structs.replace(
-        streams,
-        state=bridge.state,
-        epoch=max(bridge.epoch, streams.epoch),
-        valid_from=max(bridge.valid_from, streams.valid_from),
-        gpu_valid_from=max(bridge.gpu_valid_from, streams.gpu_valid_from),
-        suspect_before=max(bridge.suspect_before, streams.suspect_before),
-        model=streams.model or bridge.model,
-        engine=streams.engine or bridge.engine,
-        endpoint=bridge.endpoint or streams.endpoint,
-        first_lost=bridge.first_lost,
-        last_lost=bridge.last_lost,
-        lost=max(bridge.lost, streams.lost),
-        store=bridge.store or streams.store,
-        load=bridge.load or streams.load,
-    )
+WHOLE: Final = "whole"
+PARTIAL: Final = "partial"
 
 
 class WorkerRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,6 +8,7 @@ from typing import Final
 
 from google.protobuf.json_format import MessageToDict
 
+from kvatlas.bridge.model import records
 from kvatlas.deploy.commands import score
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     """List the pods, then their changes with ``--watch``."""
     with score.connect(args) as client:
         if not args.json:
-            print(f"{'POD':40} {'STATE':6} {'MODEL':30} {'SEQUENCE':>10} {'AGE s':>8} {'LOST':>6}")
+            print(f"{'POD':40} {'STATE':6} {'MODEL':30} {'SEQUENCE':>10} {'AGE s':>8} {'LOST':>6} COVERAGE")
         pods = (
             client.watch_pods(args.model, gone=args.all) if args.watch else client.list_pods(args.model, gone=args.all)
         )
@@ -42,4 +43,12 @@ def _print(pod: pb.PodInfo, *, as_json: bool) -> None:
         print(json.dumps(fields), flush=True)
         return
     age = f"{pod.age_ms / 1e3:8.1f}" if pod.age_ms >= 0 else "   never"
-    print(f"{pod.pod:40} {pod.state:6} {pod.model:30} {pod.last_sequence:10} {age} {pod.lost:6}", flush=True)
+    print(
+        f"{pod.pod:40} {pod.state:6} {pod.model:30} {pod.last_sequence:10} {age} {pod.lost:6} {_coverage(pod)}",
+        flush=True,
+    )
+
+
+def _coverage(pod: pb.PodInfo) -> str:
+    """Return how much of the engine's stream is known."""
+    return f"{pod.coverage} from {pod.heard_from}" if pod.coverage == records.PARTIAL else pod.coverage or "unknown"

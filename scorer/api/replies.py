@@ -59,6 +59,8 @@ def _fill_freshness(freshness: pb.Freshness, scored: Scored) -> None:
         entry.age_ms = found.age_ms
         entry.state = found.state
         entry.epoch = found.epoch
+        entry.coverage = found.coverage
+        entry.heard_from = found.heard_from
 
 
 def explained_reply(explained: Explained) -> pb.ExplainResponse:
@@ -118,4 +120,6 @@ def pod_info(record: PodRecord, now_ns: int) -> pb.PodInfo:
         store=record.store,
         load=record.load,
         approximate=record.approximate,
+        coverage=record.coverage,
+        heard_from=max(record.heard_from, 0),
     )

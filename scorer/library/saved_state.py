@@ -24,6 +24,7 @@ import rocksdict
 
 from kvatlas.bridge.ingest.recovered import Recovered
 from kvatlas.bridge.model import pod_ids, records
+from kvatlas.bridge.model.directory import merge_pod
 from kvatlas.bridge.model.records import PodRecord
 from kvatlas.scorer.library.backends.errors import BackendError
 from kvatlas.streams.errors import StoreError
@@ -164,7 +165,7 @@ def recovered_of(kept: Kept) -> Recovered | None:
     bridge = records.decode(PodRecord, kept.bridge) if kept.bridge else None
     if bridge is None and streams is None:
         return None
-    merged = records.merge_pod(bridge, streams)
+    merged = merge_pod(bridge, streams)
     applied = streams.last_sequence if streams is not None else -1
     last = streams.last_event_ns if streams is not None else 0
     record = msgspec.structs.replace(

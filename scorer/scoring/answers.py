@@ -38,12 +38,17 @@ class PodFreshness(msgspec.Struct, frozen=True, kw_only=True):
         age_ms: time since that message was received; -1 before the first.
         state: ``live`` or ``stale``.
         epoch: epoch of what is written now.
+        coverage: ``whole`` (its engine's stream is known from the start), ``partial`` (from ``heard_from`` on, so
+            matches may be longer), or empty where it is not known.
+        heard_from: of a partial one, the first sequence from which on nothing is missing.
     """
 
     last_sequence: int
     age_ms: float
     state: str
     epoch: int
+    coverage: str = ""
+    heard_from: int = 0
 
 
 class Scored(msgspec.Struct, frozen=True, kw_only=True):

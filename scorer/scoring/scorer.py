@@ -274,6 +274,8 @@ def _freshness(matches: Sequence[Match], pods: Mapping[str, PodRecord], now_ns: 
                 age_ms=age_ms(record, now_ns),
                 state=record.state,
                 epoch=record.epoch,
+                coverage=record.coverage,
+                heard_from=max(record.heard_from, 0),
             )
     return found
 

@@ -337,12 +337,20 @@ class PodFreshness(_message.Message):
     AGE_MS_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    COVERAGE_FIELD_NUMBER: _builtins.int
+    HEARD_FROM_FIELD_NUMBER: _builtins.int
     last_sequence: _builtins.int
     age_ms: _builtins.float
     """Age of the pod's last known message, ms."""
     state: _builtins.str
     """live, stale, gone"""
     epoch: _builtins.int
+    coverage: _builtins.str
+    """whole: the engine's stream is known from its start; partial: from heard_from on, so matches may be longer; empty:
+    not known.
+    """
+    heard_from: _builtins.int
+    """Of a partial one: the first sequence from which on nothing is missing."""
     def __init__(
         self,
         *,
@@ -350,10 +358,12 @@ class PodFreshness(_message.Message):
         age_ms: _builtins.float = ...,
         state: _builtins.str = ...,
         epoch: _builtins.int = ...,
+        coverage: _builtins.str = ...,
+        heard_from: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_ms", b"age_ms", "epoch", b"epoch", "last_sequence", b"last_sequence", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_ms", b"age_ms", "coverage", b"coverage", "epoch", b"epoch", "heard_from", b"heard_from", "last_sequence", b"last_sequence", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1049,6 +1059,8 @@ class PodInfo(_message.Message):
     STORE_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     APPROXIMATE_FIELD_NUMBER: _builtins.int
+    COVERAGE_FIELD_NUMBER: _builtins.int
+    HEARD_FROM_FIELD_NUMBER: _builtins.int
     pod: _builtins.str
     state: _builtins.str
     model: _builtins.str
@@ -1064,6 +1076,9 @@ class PodInfo(_message.Message):
     lost: _builtins.int
     store: _builtins.str
     approximate: _builtins.bool
+    coverage: _builtins.str
+    """As in PodFreshness."""
+    heard_from: _builtins.int
     @_builtins.property
     def load(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
     def __init__(
@@ -1085,10 +1100,12 @@ class PodInfo(_message.Message):
         store: _builtins.str = ...,
         load: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         approximate: _builtins.bool = ...,
+        coverage: _builtins.str = ...,
+        heard_from: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_ms", b"age_ms", "approximate", b"approximate", "block_size_tokens", b"block_size_tokens", "dp_rank", b"dp_rank", "endpoint", b"endpoint", "engine", b"engine", "epoch", b"epoch", "last_sequence", b"last_sequence", "load", b"load", "lost", b"lost", "model", b"model", "pod", b"pod", "state", b"state", "store", b"store", "suspect_before", b"suspect_before", "valid_from", b"valid_from"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_ms", b"age_ms", "approximate", b"approximate", "block_size_tokens", b"block_size_tokens", "coverage", b"coverage", "dp_rank", b"dp_rank", "endpoint", b"endpoint", "engine", b"engine", "epoch", b"epoch", "heard_from", b"heard_from", "last_sequence", b"last_sequence", "load", b"load", "lost", b"lost", "model", b"model", "pod", b"pod", "state", b"state", "store", b"store", "suspect_before", b"suspect_before", "valid_from", b"valid_from"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -118,6 +118,19 @@ async def test_pods(curl: Curl) -> None:
         assert (status, [pod["pod"] for pod in found["pods"]]) == (200, names)
 
 
+async def test_coverage_is_told(curl: Curl) -> None:
+    """Of every pod in the list, and of those in an answer: how much of its engine's stream is known."""
+    curl.rig.pod("late", 3, heard_from=2)
+    curl.rig.pod("whole", 3, heard_from=0)
+    expected = {"late": ("partial", "2"), "whole": ("whole", "0"), "a": ("", "0")}
+    _, found = await curl.get("pods")
+    listed = {pod["pod"]: (pod["coverage"], pod["heard_from"]) for pod in found["pods"]}
+    assert {name: listed[name] for name in expected} == expected
+    _, found = await curl.post("score", ONE)
+    pods = found["freshness"]["pods"]
+    assert {name: (pods[name]["coverage"], pods[name]["heard_from"]) for name in expected} == expected
+
+
 async def test_watch_pods(curl: Curl) -> None:
     """All pods, a line each, then each change; one stream too many is refused, and one that was left does not count."""
     url = f"http://{curl._address}/v1/pods/watch?model=m"
