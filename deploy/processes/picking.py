@@ -77,19 +77,27 @@ class WithPicker:
             KvatlasError: the other part cannot start, for a reason that time does not heal.
             BaseException: whatever else ended one of the two.
         """
-        assert self._starting is not None
-        running = [asyncio.create_task(one.run_until(stop)) for one in (self.picker, self._part)]
+        running = [asyncio.create_task(one) for one in (self.picker.run_until(stop), self._run_part(stop))]
         try:
-            await asyncio.wait({*running, self._starting}, return_when=asyncio.FIRST_COMPLETED)
-            if self._starting.done():
-                self._starting.result()
-                await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             for task in running:
                 if task.done():
                     task.result()
         finally:
             for task in running:
                 task.cancel()
+
+    async def _run_part(self, stop: asyncio.Event) -> None:
+        """Run the other part once it has started; a stop does not wait for that."""
+        assert self._starting is not None
+        stopping = asyncio.ensure_future(stop.wait())
+        try:
+            await asyncio.wait({stopping, self._starting}, return_when=asyncio.FIRST_COMPLETED)
+            if self._starting.done():
+                self._starting.result()
+                await self._part.run_until(stop)
+        finally:
+            stopping.cancel()
 
     def tell_restarts(self, restarts: Restarts) -> None:
         """Tell on the picker's ``/metrics`` and ``/readyz`` how often this process was started again."""
