@@ -45,7 +45,7 @@ def worker(name: str, partitions: list[int], *, restoring: list[int] | None = No
     """Return the announcement of a worker."""
     record = records.WorkerRecord(
         worker=name, endpoint=f"{name}:1", partitions=partitions, restoring=restoring or [], partition_count=4,
-        block_size_tokens=16, key_version=1, updated_ns=time.time_ns(), expires_ns=time.time_ns() + 60 * 10**9,
+        block_size_tokens=16, key_version=1, updated_ns=time.time_ns(), expires_ns=time.time_ns() + 86_400 * 10**9,
     )  # fmt: skip
     return records.encode(record)
 
