@@ -6,7 +6,7 @@ from enum import Enum
 from typing import NamedTuple
 
 
-class Tier(Enum):
+class OffloadTier(Enum):
     """Where a block's bytes are, from near to far."""
 
     HOST = "host"
@@ -52,7 +52,7 @@ class Result(NamedTuple):
 
     outcome: Outcome
     detail: str = ""
-    tier: Tier | None = None
+    tier: OffloadTier | None = None
 
     @property
     def ok(self) -> bool:

@@ -104,26 +104,7 @@ R6_EXCEPTIONS: Final[frozenset[str]] = frozenset(
         "scorer.library.indexer: _set_block_size",
     }
 )
-R7_EXCEPTIONS: Final[frozenset[str]] = frozenset(
-    {
-        "Backend",
-        "BackendError",
-        "Batch",
-        "Block",
-        "Budget",
-        "Engine",
-        "Gate",
-        "Holding",
-        "Item",
-        "Lease",
-        "Message",
-        "PodTable",
-        "Position",
-        "Publisher",
-        "Tier",
-        "Waiting",
-    }
-)
+R7_EXCEPTIONS: Final[frozenset[str]] = frozenset()
 R8_LONG: Final[frozenset[str]] = frozenset(
     {
         "bridge.ingest.stream",

@@ -60,7 +60,7 @@ def is_over(pod: Mapping[str, Any]) -> bool:
     return ended or bool((pod.get("metadata") or {}).get("deletionTimestamp"))
 
 
-class PodTable:
+class KubernetesPods:
     """The pods that count, as list and watch tell them."""
 
     def __init__(self, settings: BridgeSettings) -> None:
@@ -113,7 +113,7 @@ class PodWatch:
         """
         self._settings = settings
         self._changed = changed
-        self._table = PodTable(settings)
+        self._table = KubernetesPods(settings)
         self._api = _api(settings)
         self._closing = threading.Event()
         self.listed = threading.Event()

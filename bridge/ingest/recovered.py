@@ -10,7 +10,7 @@ from xxhash import xxh3_64_intdigest
 
 from kvatlas.bridge.errors import WireError
 from kvatlas.bridge.ingest.strip import KnownBlocks
-from kvatlas.bridge.ingest.tracker import DIGESTS, Position
+from kvatlas.bridge.ingest.tracker import DIGESTS, StreamPosition
 from kvatlas.bridge.model import epochs, pod_ids, records, topics
 from kvatlas.bridge.model.numbers import COUNT_MAX
 from kvatlas.bridge.model.records import Control, KeyedBatch, PodRecord
@@ -69,13 +69,13 @@ class Recovered(msgspec.Struct):
     blocks: KnownBlocks | None = None
     ahead: bool = False
 
-    def position(self) -> Position:
+    def position(self) -> StreamPosition:
         """Return where its stream goes on; a pod that was gone starts anew under a later incarnation."""
         record = self.record
         # Behind a gap the clock is that of the last message before it.
         ts = 0.0 if record.last_sequence == record.last_lost else record.last_event_ns / 1e9
         incarnation = epochs.incarnation_of(record.epoch)
-        return Position(incarnation, record.last_sequence, ts, tuple(self.digests[-DIGESTS:]))
+        return StreamPosition(incarnation, record.last_sequence, ts, tuple(self.digests[-DIGESTS:]))
 
 
 def fold(

@@ -12,8 +12,8 @@ import zmq
 
 from kvatlas.bridge.engines.subscriber import Connection, Receive, Subscriber
 from kvatlas.bridge.ingest.recovered import Recovered, apply_control
-from kvatlas.bridge.ingest.tracker import Holding
-from kvatlas.bridge.kafka.producer import Acknowledge, Item, Publisher
+from kvatlas.bridge.ingest.tracker import HeldBytes
+from kvatlas.bridge.kafka.producer import Acknowledge, QueuedRecord, RecordProducer
 from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.records import Control, PodRecord
 from kvatlas.bridge.options import BridgeSettings
@@ -42,7 +42,11 @@ class Shared:
     """
 
     def __init__(
-        self, settings: BridgeSettings, publisher: Publisher, topic: Callable[[str], str], now_ns: Callable[[], int]
+        self,
+        settings: BridgeSettings,
+        publisher: RecordProducer,
+        topic: Callable[[str], str],
+        now_ns: Callable[[], int],
     ) -> None:
         """Gather what the streams need."""
         self.settings = settings
@@ -55,7 +59,7 @@ class Shared:
         self.partitions = 1
         self.replays = asyncio.Semaphore(settings.replay_parallel)
         self.silent_replays = asyncio.Semaphore(settings.replay_parallel)
-        self.holding = Holding(settings.hold_total_bytes)
+        self.holding = HeldBytes(settings.hold_total_bytes)
         self.owns: Callable[[int], bool] = lambda _: True
         self.dead: dict[str, int] = {}
         self.oversized = 0
@@ -86,10 +90,10 @@ class Shared:
         )
         headers = [(topics.H_REASON, reason.encode()), (topics.H_ORIGIN, origin.encode())]
         number = pod_ids.pod_partition(pod, self.partitions)
-        item = Item(pod.encode(), value[:_DLQ_BYTES], headers, None, self._cut)
+        item = QueuedRecord(pod.encode(), value[:_DLQ_BYTES], headers, None, self._cut)
         self.publisher.send(self.topic(topics.DLQ), number, item)
 
-    def _cut(self, item: Item, _reason: str) -> None:
+    def _cut(self, item: QueuedRecord, _reason: str) -> None:
         """Keep less of what is too large even for the DLQ."""
         if item.value:
             number = pod_ids.pod_partition(item.key.decode(), self.partitions)
@@ -100,7 +104,7 @@ class Shared:
         value = records.encode(msgspec.structs.replace(record, updated_ns=self.now_ns()))
         key = pod_ids.pod_key(pod_ids.WRITER_BRIDGE, record.pod)
         number = pod_ids.pod_partition(record.pod, self.partitions)
-        self.publisher.send(self.topic(topics.PODS), number, Item(key, value, [], None))
+        self.publisher.send(self.topic(topics.PODS), number, QueuedRecord(key, value, [], None))
 
     def put_control(self, pod: str, control: Control, fixed: topics.Headers, acknowledged: Acknowledge) -> None:
         """Put a turn of a pod's stream on ``kv-events``, in order with its messages; ``fixed`` says whose it is."""
@@ -113,7 +117,7 @@ class Shared:
         number = pod_ids.pod_partition(pod, self.partitions)
         # A pod's end is made of nothing that could come again.
         origin = None if control.type == "gone" else control
-        item = Item(pod.encode(), records.encode(control), headers, acknowledged, None, origin)
+        item = QueuedRecord(pod.encode(), records.encode(control), headers, acknowledged, None, origin)
         self.publisher.send(self.topic(topics.EVENTS), number, item)
 
     def put_gone(self, record: PodRecord, control: Control, fixed: topics.Headers) -> PodRecord:

@@ -17,8 +17,8 @@ from kvatlas.bridge.engines.spec import EngineSpec
 from kvatlas.bridge.ingest.recovered import Recovered, apply_control, event_ns, read_ts
 from kvatlas.bridge.ingest.shared import Shared, open_socket
 from kvatlas.bridge.ingest.strip import KnownBlocks, Stripper
-from kvatlas.bridge.ingest.tracker import Forward, Message, Output, Position, Tracker, Turn
-from kvatlas.bridge.kafka.producer import Item
+from kvatlas.bridge.ingest.tracker import EngineMessage, Forward, Output, StreamPosition, Tracker, Turn
+from kvatlas.bridge.kafka.producer import QueuedRecord
 from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.adapters.fields import count_events, peek_rank
 from kvatlas.bridge.model.records import Control, PodRecord
@@ -35,7 +35,7 @@ class Handover(NamedTuple):
     """What the next stream of a pod goes on from."""
 
     record: PodRecord
-    position: Position
+    position: StreamPosition
     blocks: KnownBlocks | None
 
 
@@ -221,20 +221,20 @@ class PodStream:
             return
         size = len(payload) + len(topic)
         if size <= shared.settings.message_bytes and tracker.accept(sequence, payload):
-            self._forward(Message(sequence, topic, payload, now), tracker.incarnation)
+            self._forward(EngineMessage(sequence, topic, payload, now), tracker.incarnation)
             return
         self._take(tracker.live(self._message(sequence, topic, payload, now, topics.SOURCE_LIVE)))
         if tracker.request is not None:
             self._wake.set()
 
-    def _message(self, sequence: int, topic: bytes, payload: bytes, now: int, source: str) -> Message:
+    def _message(self, sequence: int, topic: bytes, payload: bytes, now: int, source: str) -> EngineMessage:
         size = len(payload) + len(topic)
         if size <= self._shared.settings.message_bytes:
-            return Message(sequence, topic, payload, now, source)
+            return EngineMessage(sequence, topic, payload, now, source)
         self._shared.oversized += 1
         reason = f"oversized: message {sequence} of {len(payload)} bytes, topic of {len(topic)}, is over the limit"
         self._shared.dead_letter(self.pod, [b""] * 3, reason, self.spec.live)
-        return Message(sequence, topic, None, now, source)
+        return EngineMessage(sequence, topic, None, now, source)
 
     def _known(self, topic: bytes, payload: bytes) -> Tracker | None:
         """Find out whose stream it is; None when its pod is held elsewhere."""
@@ -291,7 +291,7 @@ class PodStream:
         if known is None and (logged := shared.recovered.pop(found.pod_id, None)) is not None:
             known = Handover(logged.record, logged.position(), logged.blocks)
         if known is None:
-            known = Handover(PodRecord(pod=found.pod_id, writer=pod_ids.WRITER_BRIDGE), Position(), None)
+            known = Handover(PodRecord(pod=found.pod_id, writer=pod_ids.WRITER_BRIDGE), StreamPosition(), None)
         shared.claims[found.pod_id] = self
         self._waiting, self._identity, self._partition = None, found, partition
         self._key = found.pod_id.encode()
@@ -358,7 +358,7 @@ class PodStream:
             else:
                 self._turn(output)
 
-    def _forward(self, message: Message, incarnation: int) -> None:
+    def _forward(self, message: EngineMessage, incarnation: int) -> None:
         payload = message.payload
         assert payload is not None
         shared = self._shared
@@ -367,7 +367,7 @@ class PodStream:
         shared.events += count_events(payload)
         self._send(message, payload if self._stripper is None else self._strip(self._stripper, message), incarnation)
 
-    def _send(self, message: Message, value: bytes, incarnation: int) -> None:
+    def _send(self, message: EngineMessage, value: bytes, incarnation: int) -> None:
         shared = self._shared
         headers = [
             (topics.H_SEQUENCE, b"%d" % message.sequence),
@@ -387,13 +387,13 @@ class PodStream:
             if shared.observe is not None:
                 shared.observe(message.receive_ns)
 
-        item = Item(self._key, value, headers, acknowledged, self._refused, message)
+        item = QueuedRecord(self._key, value, headers, acknowledged, self._refused, message)
         shared.publisher.send(shared.topic(topics.EVENTS), self._partition, item)
 
-    def _refused(self, item: Item, reason: str) -> None:
+    def _refused(self, item: QueuedRecord, reason: str) -> None:
         """Record a message that Kafka never takes as lost; what waits behind it goes under the epoch after that."""
         shared, message, pod = self._shared, item.origin, item.key.decode()
-        assert isinstance(message, Message)
+        assert isinstance(message, EngineMessage)
         origin = f"{self.spec.live} message {message.sequence}"
         shared.dead_letter(pod, [b"", b"", item.value], f"refused: {reason}", origin)
         number = pod_ids.pod_partition(pod, shared.partitions)
@@ -403,19 +403,19 @@ class PodStream:
         if holder is not None and behind is not None:
             holder._go_on_without(message, behind, reason)
 
-    def _go_on_without(self, message: Message, behind: list[Item], reason: str) -> None:
+    def _go_on_without(self, message: EngineMessage, behind: list[QueuedRecord], reason: str) -> None:
         tracker = self.tracker
         if tracker is None:
             return
         self._turns.clear()  # they are among what is behind
         self._take([tracker.refused(message.sequence, reason)])
         for item in behind:
-            if isinstance(item.origin, Message):
+            if isinstance(item.origin, EngineMessage):
                 self._send(item.origin, item.value, tracker.incarnation)
             elif isinstance(item.origin, Control):
                 self._control(msgspec.structs.replace(item.origin, incarnation=tracker.raised()))
 
-    def _strip(self, stripper: Stripper, message: Message) -> bytes:
+    def _strip(self, stripper: Stripper, message: EngineMessage) -> bytes:
         """Return what is stored of a message where token ids must not be."""
         batch, rejected, keyless = stripper.strip(message.payload or b"")
         self._shared.keyless += keyless
@@ -424,7 +424,7 @@ class PodStream:
             self._shared.dead_letter(self.pod, [b""], f"event not usable: {reason}", origin)
         return records.encode(batch)
 
-    _acknowledged: tuple[Message, int] | None = None
+    _acknowledged: tuple[EngineMessage, int] | None = None
 
     def _turn(self, turn: Turn) -> None:
         if turn.kind == "restart" and self._stripper is not None:

@@ -46,7 +46,7 @@ RESTART: Final = "restart"
 TurnKind = Literal["start", "gap", "restart"]
 
 
-class Message(NamedTuple):
+class EngineMessage(NamedTuple):
     """One message of an engine as received.
 
     Attributes:
@@ -67,7 +67,7 @@ class Message(NamedTuple):
 class Forward(NamedTuple):
     """Put this message on the log under this incarnation."""
 
-    message: Message
+    message: EngineMessage
     incarnation: int
 
 
@@ -91,7 +91,7 @@ class Turn(NamedTuple):
 Output = Forward | Turn
 
 
-class Position(NamedTuple):
+class StreamPosition(NamedTuple):
     """Where a stream stands on the log.
 
     Attributes:
@@ -128,7 +128,7 @@ class Counts:
         self.duplicates = self.gaps = self.implausible = self.lost = self.repaired = self.restarts = self.shed = 0
 
 
-class Holding:
+class HeldBytes:
     """Bytes held by all trackers that share it, and the bound on them."""
 
     __slots__ = ("held_bytes", "limit_bytes")
@@ -151,14 +151,14 @@ class Tracker:
 
     def __init__(
         self,
-        position: Position,
+        position: StreamPosition,
         *,
         next_incarnation: Callable[[int], int],
         read_ts: Callable[[bytes], float | None] = lambda _: None,
         tries: int = 3,
         hold_messages: int = 20_000,
         hold_bytes: int = 64 * 1024 * 1024,
-        holding: Holding | None = None,
+        holding: HeldBytes | None = None,
         can_replay: bool = True,
         counts: Counts | None = None,
     ) -> None:
@@ -183,13 +183,13 @@ class Tracker:
         self._tries = tries
         self._hold_messages = hold_messages
         self._hold_bytes = hold_bytes
-        self._holding = holding or Holding(hold_bytes)
+        self._holding = holding or HeldBytes(hold_bytes)
         self._can_replay = can_replay
         self._last_ts = position.ts
         self._digests = array("Q", bytes(8 * DIGESTS))
         self._digest_floor = self.expected  # sequences below it were never remembered
         self._remember_all(position.digests)
-        self._held: dict[int, Message] = {}
+        self._held: dict[int, EngineMessage] = {}
         self._held_bytes = 0
         self._seen = self.expected - 1  # highest sequence that is known to exist
         self._newest_live: int | None = None
@@ -243,12 +243,12 @@ class Tracker:
             self._shown = -1 if first else self.expected - 1
         return request
 
-    def position(self) -> Position:
+    def position(self) -> StreamPosition:
         """Return where the stream stands, for another tracker to go on from."""
         last = self.expected - 1
         first = max(self._digest_floor, last - DIGESTS + 1, 0)
         known = ((sequence, self._digests[sequence & (DIGESTS - 1)]) for sequence in range(first, last + 1))
-        return Position(self.incarnation, last, self._last_ts, tuple(item for item in known if item[1]))
+        return StreamPosition(self.incarnation, last, self._last_ts, tuple(item for item in known if item[1]))
 
     def begin(self) -> list[Output]:
         """Return what a stream without history starts with."""
@@ -295,7 +295,7 @@ class Tracker:
         self.expected = sequence + 1
         return True
 
-    def live(self, message: Message) -> list[Output]:
+    def live(self, message: EngineMessage) -> list[Output]:
         """Take a live message."""
         sequence = message.sequence
         if self._newest_live is not None and sequence <= self._newest_live:
@@ -322,7 +322,7 @@ class Tracker:
             self._newest_live = sequence
             self._seen = max(self._seen, sequence)
 
-    def replayed(self, message: Message) -> list[Output]:
+    def replayed(self, message: EngineMessage) -> list[Output]:
         """Take one message of a replay; they come in the engine's order."""
         sequence = message.sequence
         if sequence < self.expected:
@@ -415,14 +415,14 @@ class Tracker:
 
     # --- inside --------------------------------------------------------------------------------------------------
 
-    def _forward_from(self, message: Message) -> list[Output]:
+    def _forward_from(self, message: EngineMessage) -> list[Output]:
         outputs: list[Output] = []
         self._forward(message, outputs)
         if self._held:
             outputs += self._drain()
         return outputs
 
-    def _forward(self, message: Message, outputs: list[Output]) -> None:
+    def _forward(self, message: EngineMessage, outputs: list[Output]) -> None:
         sequence = message.sequence
         if (copy := self._held.pop(sequence, None)) is not None:
             self._count_held(-len(copy.payload or b""))
@@ -446,7 +446,7 @@ class Tracker:
         self._held_bytes += size
         self._holding.held_bytes += size
 
-    def _hold(self, message: Message) -> list[Output]:
+    def _hold(self, message: EngineMessage) -> list[Output]:
         size = len(message.payload or b"")
         if message.sequence in self._held:
             self.counts.duplicates += 1
@@ -461,7 +461,7 @@ class Tracker:
             self._count_held(size)
         return [] if self._can_replay else self.without_replay()
 
-    def _known(self, message: Message) -> list[Output]:
+    def _known(self, message: EngineMessage) -> list[Output]:
         same = self._same(message)
         if same is None and self._newest_live is None and self._verify and self._can_replay:
             # What a bridge hears right after it took the pod over may be older than what the other one has logged.
@@ -475,7 +475,7 @@ class Tracker:
             self._verify = False
         return []
 
-    def _same(self, message: Message) -> bool | None:
+    def _same(self, message: EngineMessage) -> bool | None:
         """Tell whether a message below ``expected`` is the one that was forwarded; None when nothing is known of it."""
         sequence = message.sequence
         if message.payload is None:
@@ -489,7 +489,7 @@ class Tracker:
             return None if ts is None else abs(ts - self._last_ts) < 1e-6  # kept in ns, so rounded
         return None
 
-    def _restart(self, message: Message | None, reason: str) -> list[Output]:
+    def _restart(self, message: EngineMessage | None, reason: str) -> list[Output]:
         self.counts.restarts += 1
         self.incarnation = self._next(self.incarnation)
         outputs: list[Output] = [Turn(RESTART, self.incarnation, reason=reason)]
@@ -533,12 +533,12 @@ __all__ = [
     "SOURCE_REPLAY",
     "START",
     "Counts",
+    "EngineMessage",
     "Forward",
-    "Holding",
-    "Message",
+    "HeldBytes",
     "Output",
-    "Position",
     "Request",
+    "StreamPosition",
     "Tracker",
     "Turn",
 ]

@@ -6,8 +6,8 @@ The idempotent producer repeats a batch until the broker has it; when the produc
 batch sent again, so nothing that was accepted is dropped (readers drop repetitions by sequence).
 
 But for what no repetition brings in: a record that is larger alone than its topic's ``max.message.bytes``. It is taken
-out, so that it does not hold up its partition for ever, and who sent it is told (:attr:`Item.refused`). A batch of
-several that is too large is sent in smaller ones, from then on.
+out, so that it does not hold up its partition for ever, and who sent it is told (:attr:`QueuedRecord.refused`). A batch
+of several that is too large is sent in smaller ones, from then on.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 Acknowledge = Callable[[int], None]
 
 
-class Item(NamedTuple):
+class QueuedRecord(NamedTuple):
     """One record on its way.
 
     Attributes:
@@ -57,7 +57,7 @@ class Item(NamedTuple):
     value: bytes
     headers: Headers
     acknowledged: Acknowledge | None
-    refused: Callable[[Item, str], None] | None = None
+    refused: Callable[[QueuedRecord, str], None] | None = None
     origin: object = None
 
 
@@ -88,7 +88,7 @@ class Buckets:
         return list(zip(names, map(float, accumulate(self.counts)), strict=True))
 
 
-class Gate:
+class SendWindow:
     """Lets the batches for one broker go together: open while no request is in flight, and ``pause_seconds`` long shut.
 
     The client sends one request at a time to a broker. A batch that is closed while another request is in flight waits
@@ -132,7 +132,7 @@ class Gate:
             self._open.set()
 
 
-class Publisher:
+class RecordProducer:
     """Sends records to one cluster.
 
     Attributes:
@@ -164,13 +164,13 @@ class Publisher:
         self._batch_bytes = batch_bytes
         self._message_bytes = message_bytes
         self._producer: Any = None
-        self._queues: dict[tuple[str, int], deque[Item]] = {}
+        self._queues: dict[tuple[str, int], deque[QueuedRecord]] = {}
         self._flying: dict[tuple[str, int], int] = {}
         self._tasks: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._wake: dict[tuple[str, int], asyncio.Event] = {}
         self._limits: dict[tuple[str, int], asyncio.Timeout] = {}  # of what is with the producer
         self._most: dict[tuple[str, int], int] = {}  # bytes that a batch may hold, once larger ones were refused
-        self._gates: dict[int | None, Gate] = {}
+        self._gates: dict[int | None, SendWindow] = {}
         self._replacing = asyncio.Lock()
         self.pending_bytes = 0
         self.sent = 0
@@ -218,7 +218,7 @@ class Publisher:
         assert self._producer is not None
         return len(await self._producer.partitions_for(topic))
 
-    def send(self, topic: str, partition: int, item: Item) -> None:
+    def send(self, topic: str, partition: int, item: QueuedRecord) -> None:
         """Accept a record; it goes out after those accepted before it for this partition."""
         place = (topic, partition)
         queue = self._queues.get(place)
@@ -238,15 +238,15 @@ class Publisher:
         while len(queue) > flying:
             self.pending_bytes -= len(queue.pop().value) + _OVERHEAD_BYTES
 
-    def withdraw(self, topic: str, partition: int, key: bytes) -> list[Item] | None:
+    def withdraw(self, topic: str, partition: int, key: bytes) -> list[QueuedRecord] | None:
         """Take back a key's records that have an origin, up to the first one without.
 
-        Only from :attr:`Item.refused`: nothing of the partition may be on its way.
+        Only from :attr:`QueuedRecord.refused`: nothing of the partition may be on its way.
 
         Returns:
             Them in order; None when one without origin ends them.
         """
-        queue, kept, taken = self._queues[topic, partition], list[Item](), list[Item]()
+        queue, kept, taken = self._queues[topic, partition], list[QueuedRecord](), list[QueuedRecord]()
         ended = False
         for item in queue:
             ended = ended or (item.key == key and item.origin is None)
@@ -290,7 +290,7 @@ class Publisher:
         if error is not None and self.failed is not None and not self.failed.done():
             self.failed.set_exception(error)
 
-    async def _send_head(self, place: tuple[str, int], queue: deque[Item]) -> None:
+    async def _send_head(self, place: tuple[str, int], queue: deque[QueuedRecord]) -> None:
         tries = 0
         while True:
             while self._replacing.locked() or not self.may_send():  # noqa: ASYNC110 - a lease ends by the clock
@@ -336,7 +336,7 @@ class Publisher:
         self.sent += count
         self.sent_bytes += batch.size()
 
-    def _too_large(self, place: tuple[str, int], queue: deque[Item], count: int, error: KafkaError) -> None:
+    def _too_large(self, place: tuple[str, int], queue: deque[QueuedRecord], count: int, error: KafkaError) -> None:
         """Make the next batch smaller, or take out the record that is too large alone."""
         if count > 1:
             self._most[place] = sum(len(item.value) + _OVERHEAD_BYTES for item in islice(queue, count)) // 2
@@ -350,11 +350,11 @@ class Publisher:
         if item.refused is not None:
             item.refused(item, reason)
 
-    def _gate(self, producer: Any, place: tuple[str, int]) -> Gate:
+    def _gate(self, producer: Any, place: tuple[str, int]) -> SendWindow:
         leader: int | None = producer.client.cluster.leader_for_partition(TopicPartition(*place))
         gate = self._gates.get(leader)
         if gate is None:
-            gate = self._gates[leader] = Gate(self._linger)
+            gate = self._gates[leader] = SendWindow(self._linger)
         return gate
 
     def _note_refusal(self, error: BaseException, tries: int) -> None:
@@ -363,7 +363,7 @@ class Publisher:
             self.failed.set_exception(refused)
 
     @staticmethod
-    def _build(producer: AIOKafkaProducer, queue: deque[Item], most_bytes: int) -> tuple[Any, int]:
+    def _build(producer: AIOKafkaProducer, queue: deque[QueuedRecord], most_bytes: int) -> tuple[Any, int]:
         batch = producer.create_batch()
         count = size = 0
         now = int(time.time() * 1000)

@@ -22,7 +22,7 @@ from kvatlas.bridge.ingest.absent import Absent
 from kvatlas.bridge.ingest.inbound import Inbound
 from kvatlas.bridge.ingest.metrics import BridgeCollector
 from kvatlas.bridge.ingest.stream import PodStream, Shared
-from kvatlas.bridge.kafka.producer import Publisher
+from kvatlas.bridge.kafka.producer import RecordProducer
 from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.relay.ownership import Ownership
@@ -76,7 +76,7 @@ class BridgeService:
         self._stopped = False
         self._background = Background()
         self._shared: Shared | None = None
-        self._publisher: Publisher | None = None
+        self._publisher: RecordProducer | None = None
         self._ownership: Ownership | None = None
         #: Gets the receive time (ns) of each acknowledged message; for measuring.
         self.observe: Callable[[int], None] | None = None
@@ -114,7 +114,7 @@ class BridgeService:
         """
         settings = self._settings
         await self.telemetry.start()
-        publisher = self._publisher = Publisher(
+        publisher = self._publisher = RecordProducer(
             self._kafka,
             compression=settings.compression,
             linger_seconds=settings.linger_ms / 1000,

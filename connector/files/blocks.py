@@ -11,7 +11,7 @@ from kvatlas.connector.files import layout
 from kvatlas.connector.files.fs import Buffer
 
 
-class Block(NamedTuple):
+class BlockBuffers(NamedTuple):
     """A block's key and where its bytes are, or are to go: buffers that follow each other."""
 
     key: bytes

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from typing import Protocol
 
-from kvatlas.connector.files.blocks import Block
+from kvatlas.connector.files.blocks import BlockBuffers
 from kvatlas.connector.metrics import Metrics
 from kvatlas.connector.outcome import Results
 
@@ -21,10 +21,10 @@ class BlockTier(Protocol):
     def kind(self) -> str:
         """``file`` or ``object``; the tier's word in metrics."""
 
-    def store(self, blocks: Sequence[Block]) -> Future[Results]:
+    def store(self, blocks: Sequence[BlockBuffers]) -> Future[Results]:
         """Store blocks; their buffers stay unchanged until the future is done."""
 
-    def load(self, blocks: Sequence[Block], *, per_task: int = 0) -> Future[Results]:
+    def load(self, blocks: Sequence[BlockBuffers], *, per_task: int = 0) -> Future[Results]:
         """Fill the blocks' buffers; a buffer is undefined unless its block was LOADED."""
 
     def lookup(self, keys: Iterable[bytes]) -> dict[bytes, bool]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from kvatlas.connector.files import scan
-from kvatlas.connector.files.catalog import Budget
+from kvatlas.connector.files.catalog import DiskBudget
 from kvatlas.connector.files.fs import FileSystem, Space
 from kvatlas.connector.files.holdings import Holdings
 
@@ -45,7 +45,7 @@ class Capacity:
         self,
         fs: FileSystem,
         directory: Path,
-        budget: Budget,
+        budget: DiskBudget,
         holdings: Holdings,
         *,
         monotonic: Callable[[], float],

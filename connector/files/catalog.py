@@ -133,7 +133,7 @@ class Catalog:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budget:
+class DiskBudget:
     """How much of a file system the tier may take.
 
     Attributes:

@@ -18,7 +18,7 @@ _RETRY_SECONDS: Final = 1.0
 log = logging.getLogger(__name__)
 
 
-class Publisher(Protocol):
+class EventPublisher(Protocol):
     """The part of :class:`kvatlas.bridge.engines.publisher.EnginePublisher` that is used."""
 
     def publish(self, events: Sequence[Mapping[str, Any]], *, timestamp: float, dp_rank: int | None = 0) -> int:
@@ -66,7 +66,7 @@ class StorageEvents:
 
     def __init__(
         self,
-        publisher: Publisher,
+        publisher: EventPublisher,
         *,
         locality: Literal["LOCAL", "REMOTE"] = "LOCAL",
         dp_rank: int = 0,

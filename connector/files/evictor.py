@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kvatlas.connector.errors import LayoutError
 from kvatlas.connector.files import layout, scan
-from kvatlas.connector.files.catalog import Budget, Catalog
+from kvatlas.connector.files.catalog import Catalog, DiskBudget
 from kvatlas.connector.files.fs import FileSystem, PosixFileSystem
 
 
@@ -45,7 +45,7 @@ class Report:
 
 def evict_root(
     root: Path,
-    budget: Budget,
+    budget: DiskBudget,
     *,
     dry_run: bool = False,
     fs: FileSystem | None = None,

@@ -15,7 +15,7 @@ import xxhash
 
 from kvatlas.connector.errors import LayoutError
 from kvatlas.connector.files import layout
-from kvatlas.connector.files.blocks import Block, Corrupt, Missing, Written, copy_in, copy_out, payload_sum
+from kvatlas.connector.files.blocks import BlockBuffers, Corrupt, Missing, Written, copy_in, copy_out, payload_sum
 from kvatlas.connector.files.buffers import AlignedPool, is_aligned
 from kvatlas.connector.files.fs import ALIGNMENT, IOV_MAX, O_DIRECT, Buffer, FileSystem, read_full, write_full
 from kvatlas.connector.files.gate import IoGate
@@ -74,7 +74,7 @@ class SegmentFiles:
 
     # -- writing ---------------------------------------------------------------------------------------------
 
-    def write(self, blocks: Sequence[Block]) -> Written:
+    def write(self, blocks: Sequence[BlockBuffers]) -> Written:
         """Write blocks as one segment and publish it under each block's name.
 
         The file is complete before its first name appears. A failure before that leaves nothing but, at worst, a
@@ -110,7 +110,7 @@ class SegmentFiles:
             raise
         return Written(found.st_ino, size, keys)
 
-    def _write_body(self, fd: int, header: bytes, slot_bytes: int, blocks: Sequence[Block]) -> None:
+    def _write_body(self, fd: int, header: bytes, slot_bytes: int, blocks: Sequence[BlockBuffers]) -> None:
         bounced = [self._direct and not self._fits(block, slot_bytes) for block in blocks]
         with self._pool.take(len(header) + slot_bytes * sum(bounced)) as memory:
             memory[: len(header)] = header
@@ -131,7 +131,7 @@ class SegmentFiles:
             pieces.clear()
 
     @staticmethod
-    def _fits(block: Block, slot_bytes: int) -> bool:
+    def _fits(block: BlockBuffers, slot_bytes: int) -> bool:
         return block.size_bytes == slot_bytes and all(is_aligned(part) for part in block.parts)
 
     def _publish(self, temporary: str, keys: Sequence[bytes]) -> tuple[bytes, ...]:
@@ -166,7 +166,7 @@ class SegmentFiles:
 
     # -- reading ---------------------------------------------------------------------------------------------
 
-    def read(self, block: Block) -> None:
+    def read(self, block: BlockBuffers) -> None:
         """Fill a block's buffers; returning means that every byte verified.
 
         Raises:
@@ -180,7 +180,7 @@ class SegmentFiles:
             self._finish(block, slot, memory, info.st_ino)
 
     def _fetch(
-        self, fd: int, info: os.stat_result, block: Block, held: contextlib.ExitStack
+        self, fd: int, info: os.stat_result, block: BlockBuffers, held: contextlib.ExitStack
     ) -> tuple[Slot, Buffer | None]:
         """Read a block's slot into its buffers, or where direct I/O cannot, into memory that ``held`` gives back."""
         slot_bytes = round_up(block.size_bytes)
@@ -199,7 +199,7 @@ class SegmentFiles:
         return slot, memory
 
     def _fetch_single(
-        self, fd: int, inode: int, block: Block, held: contextlib.ExitStack, *, slot_bytes: int, in_place: bool
+        self, fd: int, inode: int, block: BlockBuffers, held: contextlib.ExitStack, *, slot_bytes: int, in_place: bool
     ) -> tuple[Slot, Buffer | None]:
         """Read header and payload of a one-block segment with one call."""
         head = layout.header_bytes(1)
@@ -218,7 +218,7 @@ class SegmentFiles:
         self._check_length(header.slots[0], block.size_bytes)
         return header.slots[0], rest
 
-    def read_whole(self, blocks: Sequence[Block]) -> frozenset[bytes]:
+    def read_whole(self, blocks: Sequence[BlockBuffers]) -> frozenset[bytes]:
         """Fill the buffers of blocks that are exactly one file's, in its order, with one call.
 
         Returns:
@@ -248,7 +248,7 @@ class SegmentFiles:
         )
 
     @staticmethod
-    def _finish(block: Block, slot: Slot, memory: Buffer | None, inode: int) -> None:
+    def _finish(block: BlockBuffers, slot: Slot, memory: Buffer | None, inode: int) -> None:
         parts = block.parts if memory is None else [memory[: slot.length]]
         if payload_sum(parts) != slot.sum:
             raise Corrupt("payload checksum is wrong", inode)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvatlas.connector.files.catalog import Budget
+from kvatlas.connector.files.catalog import DiskBudget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class FileTierSettings:
     bounce_bytes: int = 256 << 20
     direct: bool = True
     fsync: bool = False
-    budget: Budget = field(default_factory=Budget)
+    budget: DiskBudget = field(default_factory=DiskBudget)
     cpus: tuple[int, ...] = ()
     quarantine_files: int = 64
     quarantine_bytes: int = 1 << 30

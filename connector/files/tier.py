@@ -19,7 +19,7 @@ from typing import Final
 
 from kvatlas.connector.errors import ClosedError
 from kvatlas.connector.files import directory, layout, scan
-from kvatlas.connector.files.blocks import Block, Corrupt, Missing, Written
+from kvatlas.connector.files.blocks import BlockBuffers, Corrupt, Missing, Written
 from kvatlas.connector.files.buffers import AlignedPool
 from kvatlas.connector.files.capacity import Capacity
 from kvatlas.connector.files.fs import FileSystem, PosixFileSystem, probe_direct, probe_links
@@ -32,7 +32,7 @@ from kvatlas.connector.files.segments import SegmentFiles
 from kvatlas.connector.files.settings import FileTierSettings
 from kvatlas.connector.files.usage import UsageLog
 from kvatlas.connector.metrics import Metrics
-from kvatlas.connector.outcome import Outcome, Result, Results, Tier
+from kvatlas.connector.outcome import OffloadTier, Outcome, Result, Results
 
 
 class FileTier:
@@ -125,7 +125,7 @@ class FileTier:
 
     # -- store -----------------------------------------------------------------------------------------------
 
-    def store(self, blocks: Sequence[Block]) -> Future[Results]:
+    def store(self, blocks: Sequence[BlockBuffers]) -> Future[Results]:
         """Write blocks; their buffers must stay unchanged until the future is done.
 
         Returns:
@@ -138,7 +138,7 @@ class FileTier:
             self._submit_store(job, piece)
         return job.future
 
-    def _submit_store(self, job: Gather, piece: Sequence[Block]) -> None:
+    def _submit_store(self, job: Gather, piece: Sequence[BlockBuffers]) -> None:
         cancelled = {block.key: Result(Outcome.CANCELLED, "the tier closed") for block in piece}
         task = Task(
             lambda: job.add(self._guarded(self._store_piece, piece)),
@@ -154,7 +154,7 @@ class FileTier:
             self.metrics.count("shed", len(piece))
             job.add({block.key: Result(Outcome.SHED, "too many stores are waiting") for block in piece})
 
-    def _guarded(self, work: Callable[[Sequence[Block]], Results], piece: Sequence[Block]) -> Results:
+    def _guarded(self, work: Callable[[Sequence[BlockBuffers]], Results], piece: Sequence[BlockBuffers]) -> Results:
         """Do the work of one task; whatever goes wrong becomes a result, so that a future always ends."""
         try:
             return work(piece)
@@ -162,12 +162,12 @@ class FileTier:
             self.metrics.count("failed", len(piece))
             return {block.key: Result(Outcome.FAILED, repr(error)) for block in piece}
 
-    def _store_piece(self, piece: Sequence[Block]) -> Results:
+    def _store_piece(self, piece: Sequence[BlockBuffers]) -> Results:
         results: Results = {}
-        fresh: list[Block] = []
+        fresh: list[BlockBuffers] = []
         for block in piece:
             if self._holdings.find(block.key, self._now(), block.size_bytes):
-                results[block.key] = Result(Outcome.EXISTS, tier=Tier.FILE)
+                results[block.key] = Result(Outcome.EXISTS, tier=OffloadTier.FILE)
             else:
                 fresh.append(block)
         self._note_use(results)
@@ -175,7 +175,7 @@ class FileTier:
             results.update(self._write_fresh(fresh))
         return results
 
-    def _write_fresh(self, fresh: Sequence[Block]) -> Results:
+    def _write_fresh(self, fresh: Sequence[BlockBuffers]) -> Results:
         keys = [block.key for block in fresh]
         size = sum(block.size_bytes for block in fresh)
         if self.read_only:
@@ -194,7 +194,7 @@ class FileTier:
         self.metrics.moved("file", "store", blocks=len(fresh), size_bytes=size, seconds=time.perf_counter() - begin)
         admitted = self._admit(written)
         return {
-            key: Result(Outcome.STORED, tier=Tier.FILE)
+            key: Result(Outcome.STORED, tier=OffloadTier.FILE)
             if key in admitted
             else Result(Outcome.FAILED, "removed right after it was written")
             for key in keys
@@ -206,7 +206,7 @@ class FileTier:
         for key in published:
             with contextlib.suppress(Missing, Corrupt, OSError):
                 if self._admit(self._segments.probe(key)._replace(keys=(key,))):
-                    results[key] = Result(Outcome.STORED, tier=Tier.FILE)
+                    results[key] = Result(Outcome.STORED, tier=OffloadTier.FILE)
         failed = [key for key in keys if key not in results]
         self.metrics.count("failed", len(failed))
         results.update(dict.fromkeys(failed, Result(Outcome.FAILED, error_text(error))))
@@ -224,7 +224,7 @@ class FileTier:
 
     # -- load ------------------------------------------------------------------------------------------------
 
-    def load(self, blocks: Sequence[Block], *, per_task: int = 0) -> Future[Results]:
+    def load(self, blocks: Sequence[BlockBuffers], *, per_task: int = 0) -> Future[Results]:
         """Fill the blocks' buffers; a buffer is undefined unless its block's result is LOADED.
 
         Args:
@@ -252,7 +252,7 @@ class FileTier:
                 job.add(cancelled)
         return job.future
 
-    def read_now(self, piece: Sequence[Block]) -> Results:
+    def read_now(self, piece: Sequence[BlockBuffers]) -> Results:
         """Read blocks on the calling thread."""
         keys = [block.key for block in piece]
         with self._holdings.pinned(keys):
@@ -263,7 +263,7 @@ class FileTier:
         self._note_use(key for key, result in results.items() if result.ok)
         return results
 
-    def _read_together(self, piece: Sequence[Block]) -> Results:
+    def _read_together(self, piece: Sequence[BlockBuffers]) -> Results:
         """Read blocks that share a file with one call; what is left out is for :meth:`_read_block` to judge."""
         begin = time.perf_counter()
         try:
@@ -273,14 +273,14 @@ class FileTier:
         size = sum(block.size_bytes for block in piece if block.key in good)
         if good:
             self._moved(len(good), size, begin)
-        return dict.fromkeys(good, Result(Outcome.LOADED, tier=Tier.FILE))
+        return dict.fromkeys(good, Result(Outcome.LOADED, tier=OffloadTier.FILE))
 
     def _moved(self, blocks: int, size: int, begin: float) -> None:
         seconds = time.perf_counter() - begin
         self.metrics.moved("file", "load", blocks=blocks, size_bytes=size, seconds=seconds)
         self.metrics.count("hits", blocks)
 
-    def _read_block(self, block: Block) -> Result:
+    def _read_block(self, block: BlockBuffers) -> Result:
         begin = time.perf_counter()
         try:
             self._segments.read(block)
@@ -297,7 +297,7 @@ class FileTier:
             self._holdings.distrust(block.key)
             return Result(Outcome.FAILED, error_text(error))
         self._moved(1, block.size_bytes, begin)
-        return Result(Outcome.LOADED, tier=Tier.FILE)
+        return Result(Outcome.LOADED, tier=OffloadTier.FILE)
 
     def lookup(self, keys: Iterable[bytes]) -> dict[bytes, bool]:
         """Return which blocks have a file with a sound header; only a load can promise more.

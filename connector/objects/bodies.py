@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from kvatlas.connector.errors import LayoutError
 from kvatlas.connector.files import layout
-from kvatlas.connector.files.blocks import Block, Missing, payload_sum
+from kvatlas.connector.files.blocks import BlockBuffers, Missing, payload_sum
 from kvatlas.connector.files.fs import Buffer
 from kvatlas.connector.files.layout import Header, Slot
 
@@ -27,7 +27,7 @@ def object_bytes(payload_bytes: int) -> int:
     return HEAD_BYTES + layout.round_up(payload_bytes)
 
 
-def encode(fingerprint: bytes, block: Block, random_bytes: Callable[[int], bytes] = os.urandom) -> bytes:
+def encode(fingerprint: bytes, block: BlockBuffers, random_bytes: Callable[[int], bytes] = os.urandom) -> bytes:
     """Return the object of a block. The copy is the request's own: a block's memory may change once its store ended."""
     size = block.size_bytes
     slot_bytes = layout.round_up(size)
@@ -82,7 +82,7 @@ def check_payload(slot: Slot, pieces: list[Buffer]) -> list[Buffer]:
     return payload
 
 
-def fill(block: Block, payload: list[Buffer]) -> None:
+def fill(block: BlockBuffers, payload: list[Buffer]) -> None:
     """Copy a verified payload to where its block wants it."""
     at = 0
     target = list(block.parts)

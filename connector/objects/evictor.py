@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 from kvatlas.connector.errors import LayoutError
 from kvatlas.connector.files import layout
 from kvatlas.connector.files.blocks import Missing
-from kvatlas.connector.files.catalog import Budget
+from kvatlas.connector.files.catalog import DiskBudget
 from kvatlas.connector.files.evictor import Report
 from kvatlas.connector.files.usage import SUFFIX, decode, usage_key
 from kvatlas.connector.objects.client import Objects, ObjectStoreError, connect
@@ -34,7 +34,7 @@ class _Found(NamedTuple):
 
 def evict_prefix(
     settings: ObjectTierSettings,
-    budget: Budget,
+    budget: DiskBudget,
     *,
     dry_run: bool = False,
     objects: Objects | None = None,

@@ -18,7 +18,7 @@ from typing import Final
 
 from kvatlas.connector.errors import ClosedError
 from kvatlas.connector.files import layout
-from kvatlas.connector.files.blocks import Block, Missing
+from kvatlas.connector.files.blocks import BlockBuffers, Missing
 from kvatlas.connector.files.gather import Gather
 from kvatlas.connector.files.holdings import Change
 from kvatlas.connector.files.layout import Fingerprint
@@ -32,7 +32,7 @@ from kvatlas.connector.objects.pause import Pause
 from kvatlas.connector.objects.recent import Recent
 from kvatlas.connector.objects.settings import ObjectTierSettings
 from kvatlas.connector.objects.uses import ObjectUses
-from kvatlas.connector.outcome import Outcome, Result, Results, Tier
+from kvatlas.connector.outcome import OffloadTier, Outcome, Result, Results
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class ObjectTier:
 
     # -- store -----------------------------------------------------------------------------------------------
 
-    def store(self, blocks: Sequence[Block]) -> Future[Results]:
+    def store(self, blocks: Sequence[BlockBuffers]) -> Future[Results]:
         """Store blocks; their buffers must stay unchanged until the future is done.
 
         Returns:
@@ -138,7 +138,7 @@ class ObjectTier:
                 job.add({block.key: Result(Outcome.SHED, "too many stores are waiting")})
         return job.future
 
-    def _task(self, job: Gather, block: Block, work: Callable[[Block], Result]) -> Task:
+    def _task(self, job: Gather, block: BlockBuffers, work: Callable[[BlockBuffers], Result]) -> Task:
         def run() -> None:
             try:
                 result = work(block)
@@ -150,7 +150,7 @@ class ObjectTier:
         cancelled = {block.key: Result(Outcome.CANCELLED, "the tier closed")}
         return Task(run, lambda: job.add(cancelled), block.size_bytes)
 
-    def _store_block(self, block: Block) -> Result:
+    def _store_block(self, block: BlockBuffers) -> Result:
         if self.read_only:
             self.metrics.count("failed")
             return Result(Outcome.FAILED, "the bucket is read-only")
@@ -160,10 +160,10 @@ class ObjectTier:
         try:
             with self._announced.lock(block.key):
                 if block.key not in self._absent and self._is_there(block):
-                    result = Result(Outcome.EXISTS, tier=Tier.OBJECT)
+                    result = Result(Outcome.EXISTS, tier=OffloadTier.OBJECT)
                 else:
                     self._put(block)
-                    result = Result(Outcome.STORED, tier=Tier.OBJECT)
+                    result = Result(Outcome.STORED, tier=OffloadTier.OBJECT)
                 self._announced.stored(block.key)
         except DeniedError as error:
             self.read_only = True
@@ -174,7 +174,7 @@ class ObjectTier:
         self._use([block.key])
         return result
 
-    def _put(self, block: Block) -> None:
+    def _put(self, block: BlockBuffers) -> None:
         begin = time.perf_counter()
         body = bodies.encode(self._digest, block)
         self._objects.put(self.path(block.key), body, part_bytes=self.settings.part_bytes)
@@ -184,7 +184,7 @@ class ObjectTier:
         with self._counting:
             self._used_bytes += size
 
-    def _is_there(self, block: Block) -> bool:
+    def _is_there(self, block: BlockBuffers) -> bool:
         """Return whether the store has the block; one that this run never saw whole is read through once."""
         try:
             slot = self._head(block.key)
@@ -200,7 +200,7 @@ class ObjectTier:
 
     # -- load ------------------------------------------------------------------------------------------------
 
-    def load(self, blocks: Sequence[Block], *, per_task: int = 0) -> Future[Results]:  # noqa: ARG002 - as the file tier's
+    def load(self, blocks: Sequence[BlockBuffers], *, per_task: int = 0) -> Future[Results]:  # noqa: ARG002 - as the file tier's
         """Fill the blocks' buffers; a buffer is undefined unless its block's result is LOADED.
 
         Returns:
@@ -215,7 +215,7 @@ class ObjectTier:
                 task.cancel()
         return job.future
 
-    def _load_block(self, block: Block) -> Result:
+    def _load_block(self, block: BlockBuffers) -> Result:
         if self._pause.active:
             self.metrics.count("failed")
             return Result(Outcome.FAILED, "the object store is away")
@@ -238,7 +238,7 @@ class ObjectTier:
             with self._announced.lock(block.key):
                 self._announced.stored(block.key)
         self._use([block.key])
-        return Result(Outcome.LOADED, tier=Tier.OBJECT)
+        return Result(Outcome.LOADED, tier=OffloadTier.OBJECT)
 
     def _fetch(self, key: bytes, size: int) -> list[memoryview]:
         """Return a block's verified payload, in pieces."""
@@ -271,7 +271,7 @@ class ObjectTier:
         listed = list(keys)
         job = Gather(len(listed))
         for key in listed:
-            task = self._task(job, Block(key, ()), self._look)
+            task = self._task(job, BlockBuffers(key, ()), self._look)
             try:
                 self._pool.read(task)
             except ClosedError:
@@ -279,7 +279,7 @@ class ObjectTier:
         found = job.future.result()
         return {key: found[key].ok for key in listed}
 
-    def _look(self, block: Block) -> Result:
+    def _look(self, block: BlockBuffers) -> Result:
         key = block.key
         if key in self._distrusted or key in self._absent or self._pause.active:
             return Result(Outcome.MISS, "not asked again yet")
@@ -294,7 +294,7 @@ class ObjectTier:
             return Result(Outcome.MISS, f"not usable: {error}")
         except ObjectStoreError as error:
             return self._failed(key, error)
-        return Result(Outcome.EXISTS, tier=Tier.OBJECT)
+        return Result(Outcome.EXISTS, tier=OffloadTier.OBJECT)
 
     def _head(self, key: bytes) -> layout.Slot:
         """Return what a block's header says; one request for its first page, which tells the object's size as well."""

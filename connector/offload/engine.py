@@ -13,18 +13,18 @@ import numpy as np
 import torch
 
 from kvatlas.connector.errors import CapacityError, ClosedError
-from kvatlas.connector.files.blocks import Block
+from kvatlas.connector.files.blocks import BlockBuffers
 from kvatlas.connector.files.gather import Gather
 from kvatlas.connector.files.pool import IoPool, Task
 from kvatlas.connector.files.tier import FileTier
 from kvatlas.connector.metrics import Metrics
-from kvatlas.connector.offload.host import HostTier, Lease
+from kvatlas.connector.offload.host import HostTier, SlotLease
 from kvatlas.connector.offload.policies import POLICIES
 from kvatlas.connector.offload.transfer import Mover, PagedKV, Placement
-from kvatlas.connector.outcome import Outcome, Result, Results, Tier
+from kvatlas.connector.outcome import OffloadTier, Outcome, Result, Results
 
 
-class Item(NamedTuple):
+class TransferItem(NamedTuple):
     """One block of a transfer: its key, its KV-cache group and its number in the paged tensors."""
 
     key: bytes
@@ -129,7 +129,7 @@ class OffloadEngine:
 
     # -- store -----------------------------------------------------------------------------------------------
 
-    def store(self, items: Sequence[Item]) -> Future[Results]:
+    def store(self, items: Sequence[TransferItem]) -> Future[Results]:
         """Copy blocks to host memory and on to the files.
 
         The paged blocks must not be overwritten before the future is done, except by work on the calling
@@ -144,7 +144,7 @@ class OffloadEngine:
         """
         return self._submit(items, self._store_chunk, writes=True)
 
-    def _store_chunk(self, items: Sequence[Item], after: Any, report: Callable[[Results], None]) -> None:
+    def _store_chunk(self, items: Sequence[TransferItem], after: Any, report: Callable[[Results], None]) -> None:
         lease = self.host.lease([item.key for item in items])
         if lease is None:
             self.metrics.count("shed", len(items))
@@ -162,7 +162,10 @@ class OffloadEngine:
         if self.files is None:
             self.host.release(keys)
             report(
-                {key: Result(Outcome.STORED if key in lease.empty else Outcome.EXISTS, tier=Tier.HOST) for key in keys}
+                {
+                    key: Result(Outcome.STORED if key in lease.empty else Outcome.EXISTS, tier=OffloadTier.HOST)
+                    for key in keys
+                }
             )
             return
         slots = {**lease.ready, **lease.empty}
@@ -172,17 +175,17 @@ class OffloadEngine:
             self.host.release(keys)
             report(
                 {
-                    key: result if result.ok else result._replace(tier=Tier.HOST)
+                    key: result if result.ok else result._replace(tier=OffloadTier.HOST)
                     for key, result in future.result().items()
                 }
             )
 
-        blocks = [Block(key, [self._row(slots[key], groups[key])]) for key in keys]
+        blocks = [BlockBuffers(key, [self._row(slots[key], groups[key])]) for key in keys]
         self.files.store(blocks).add_done_callback(finish)
 
     # -- load ------------------------------------------------------------------------------------------------
 
-    def load(self, items: Sequence[Item]) -> Future[Results]:
+    def load(self, items: Sequence[TransferItem]) -> Future[Results]:
         """Bring blocks back into the paged tensors; only blocks whose bytes verified are written there.
 
         Returns:
@@ -194,7 +197,7 @@ class OffloadEngine:
         """
         return self._submit(items, self._load_chunk, writes=False)
 
-    def _load_chunk(self, items: Sequence[Item], after: Any, report: Callable[[Results], None]) -> None:
+    def _load_chunk(self, items: Sequence[TransferItem], after: Any, report: Callable[[Results], None]) -> None:
         keys = list(dict.fromkeys(item.key for item in items))
         if self.files is None and (absent := [key for key in keys if key not in self.host]):
             # Nothing can fill a slot for these, so none is taken from a block that is here.
@@ -210,7 +213,7 @@ class OffloadEngine:
         if lease is None:
             report(dict.fromkeys(keys, Result(Outcome.FAILED, "host memory stayed full of other transfers")))
             return
-        results = {key: Result(Outcome.LOADED, tier=Tier.HOST) for key in lease.ready}
+        results = {key: Result(Outcome.LOADED, tier=OffloadTier.HOST) for key in lease.ready}
         pending = dict(lease.empty)
         try:
             groups = {item.key: item.group for item in items}
@@ -235,17 +238,17 @@ class OffloadEngine:
         if self.files is None:
             self.metrics.count("misses", len(empty))
             return dict.fromkeys(empty, Result(Outcome.MISS, "not in host memory"))
-        blocks = [Block(key, [self._row(slot, groups[key])]) for key, slot in empty.items()]
+        blocks = [BlockBuffers(key, [self._row(slot, groups[key])]) for key, slot in empty.items()]
         return self.files.load(blocks).result()
 
     # -- find, evict, end ------------------------------------------------------------------------------------
 
-    def lookup(self, keys: Sequence[bytes]) -> dict[bytes, Tier | None]:
+    def lookup(self, keys: Sequence[bytes]) -> dict[bytes, OffloadTier | None]:
         """Return the nearest tier that has each block; a file's payload is only verified by a load."""
-        found: dict[bytes, Tier | None] = {key: Tier.HOST if key in self.host else None for key in keys}
+        found: dict[bytes, OffloadTier | None] = {key: OffloadTier.HOST if key in self.host else None for key in keys}
         rest = [key for key, tier in found.items() if tier is None]
         if self.files is not None and rest:
-            found.update({key: Tier.FILE for key, there in self.files.lookup(rest).items() if there})
+            found.update({key: OffloadTier.FILE for key, there in self.files.lookup(rest).items() if there})
         return found
 
     def evict(self, keys: Sequence[bytes]) -> Results:
@@ -253,7 +256,7 @@ class OffloadEngine:
         results: Results = {}
         for key in keys:
             if not self.host.evict(key) and key in self.host:
-                results[key] = Result(Outcome.FAILED, "a transfer holds it", Tier.HOST)
+                results[key] = Result(Outcome.FAILED, "a transfer holds it", OffloadTier.HOST)
         rest = [key for key in keys if key not in results]
         gone = dict.fromkeys(rest, Result(Outcome.MISS, "evicted"))
         results.update(self.files.evict(rest) if self.files is not None else gone)
@@ -277,7 +280,7 @@ class OffloadEngine:
         at = slot * self.kv.slot_bytes
         return self._view[at : at + self.kv.block_bytes(group)]
 
-    def _copy(self, items: Sequence[Item], slots: dict[bytes, int], after: Any, *, to_host: bool) -> None:
+    def _copy(self, items: Sequence[TransferItem], slots: dict[bytes, int], after: Any, *, to_host: bool) -> None:
         by_group: dict[int, list[Placement]] = {}
         for item in items:
             by_group.setdefault(item.group, []).append(Placement(item.block, slots[item.key]))
@@ -287,15 +290,15 @@ class OffloadEngine:
             with self.metrics.timed("host", direction, len(places), len(places) * self.kv.block_bytes(group)):
                 move(group, places, after)
 
-    def _abandon(self, lease: Lease) -> None:
+    def _abandon(self, lease: SlotLease) -> None:
         for key in lease.empty:
             self.host.filled(key, good=False)
         self.host.release(list(lease.ready))
 
     def _submit(
         self,
-        items: Sequence[Item],
-        work: Callable[[Sequence[Item], Any, Callable[[Results], None]], None],
+        items: Sequence[TransferItem],
+        work: Callable[[Sequence[TransferItem], Any, Callable[[Results], None]], None],
         *,
         writes: bool,
     ) -> Future[Results]:
@@ -318,7 +321,7 @@ class OffloadEngine:
                 task.cancel()
         return job.future
 
-    def _task(self, job: Gather, piece: Sequence[Item], work: Any, after: Any) -> Task:
+    def _task(self, job: Gather, piece: Sequence[TransferItem], work: Any, after: Any) -> Task:
         def run() -> None:
             try:
                 work(piece, after, job.add)

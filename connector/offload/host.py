@@ -20,7 +20,7 @@ class _Resident:
     pins: int = 0
 
 
-class Lease(NamedTuple):
+class SlotLease(NamedTuple):
     """Slots held for one transfer; all are pinned until released.
 
     Attributes:
@@ -57,14 +57,14 @@ class HostTier:
         with self._changed:
             return sum(item.ready for item in self._held.values())
 
-    def lease(self, keys: Sequence[bytes], wait_seconds: float = 0.0) -> Lease | None:
+    def lease(self, keys: Sequence[bytes], wait_seconds: float = 0.0) -> SlotLease | None:
         """Pin the blocks that are here and take slots for the others; None when there is no room in time.
 
         A block that another transfer is filling counts as no room until that ends.
         """
         wanted = list(dict.fromkeys(keys))
         with self._changed:
-            found: list[Lease] = []
+            found: list[SlotLease] = []
 
             def attempt() -> bool:
                 lease = self._try(wanted)
@@ -75,7 +75,7 @@ class HostTier:
             self._changed.wait_for(attempt, wait_seconds)
             return found[0] if found else None
 
-    def _try(self, wanted: Sequence[bytes]) -> Lease | None:
+    def _try(self, wanted: Sequence[bytes]) -> SlotLease | None:
         here = [key for key in wanted if key in self._held]
         if not all(self._held[key].ready for key in here):
             return None
@@ -102,7 +102,7 @@ class HostTier:
         for key in missing:
             slot = empty[key] = self._free.pop()
             self._held[key] = _Resident(slot, pins=1)
-        return Lease(ready, empty)
+        return SlotLease(ready, empty)
 
     def filled(self, key: bytes, *, good: bool) -> None:
         """End the filling of a leased empty slot: its block is here from now on, or its slot is free again."""

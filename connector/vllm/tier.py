@@ -53,9 +53,9 @@ from vllm.v1.kv_offload.tiering.base import (  # noqa: E402
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource  # noqa: E402
 
-from kvatlas.connector.files.blocks import Block  # noqa: E402
+from kvatlas.connector.files.blocks import BlockBuffers  # noqa: E402
 from kvatlas.connector.files.blocktier import BlockTier  # noqa: E402
-from kvatlas.connector.files.catalog import Budget  # noqa: E402
+from kvatlas.connector.files.catalog import DiskBudget  # noqa: E402
 from kvatlas.connector.files.holdings import Change  # noqa: E402
 from kvatlas.connector.files.layout import Fingerprint  # noqa: E402
 from kvatlas.connector.files.pool import numa_cpus  # noqa: E402
@@ -128,7 +128,7 @@ def fingerprint_of(spec: OffloadingSpec, block_bytes: int) -> Fingerprint:
 def settings_of(root_dir: str, options: Mapping[str, Any]) -> FileTierSettings:
     """Return the file tier's settings from a tier's JSON configuration."""
     known = dict(options)
-    budget = Budget(
+    budget = DiskBudget(
         max_bytes=known.pop("max_bytes", None),
         max_percent=known.pop("max_percent", 80.0),
         high_watermark=known.pop("high_watermark", 0.95),
@@ -269,9 +269,11 @@ class FileTierManager(SecondaryTierManager):  # type: ignore[misc]
         """Queue the read of chunks into primary memory."""
         self._submit(job_metadata, self.files.load, is_load=True)
 
-    def _submit(self, job: TransferJob, work: Callable[[list[Block]], Future[Results]], *, is_load: bool) -> None:
+    def _submit(
+        self, job: TransferJob, work: Callable[[list[BlockBuffers]], Future[Results]], *, is_load: bool
+    ) -> None:
         keys = tuple(job.keys)
-        blocks = [Block(key, [self._row(int(chunk))]) for key, chunk in zip(keys, job.chunk_ids, strict=True)]
+        blocks = [BlockBuffers(key, [self._row(int(chunk))]) for key, chunk in zip(keys, job.chunk_ids, strict=True)]
         begin = time.monotonic()
         self._running[job.job_id] = _Running(keys, is_load, begin)
         work(blocks).add_done_callback(lambda future: self._done(job.job_id, future))

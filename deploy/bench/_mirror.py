@@ -9,7 +9,7 @@ from typing import Any, Final, cast
 
 from kvatlas.bridge.errors import KvatlasError
 from kvatlas.streams.index.holders import HOLDER_BYTES
-from kvatlas.streams.mirror.layout import MirrorLayout, Names, Position
+from kvatlas.streams.mirror.layout import MirrorLayout, MirrorPosition, Names
 from kvatlas.streams.mirror.mirror import Mirror
 from kvatlas.streams.mirror.part import MirrorSource
 from kvatlas.streams.mirror.redis_link import connect
@@ -48,7 +48,7 @@ async def mirror_rate(url: str, entries: int) -> tuple[float, float]:
     rng = random.Random(4)  # noqa: S311 # the same keys every time
     state, client = _State(), connect(url)
 
-    async def changed(_number: int, _after: Position, _through: int) -> list[bytes] | None:
+    async def changed(_number: int, _after: MirrorPosition, _through: int) -> list[bytes] | None:
         return None
 
     mirror = Mirror(

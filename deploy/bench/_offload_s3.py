@@ -10,7 +10,7 @@ from typing import Any, Final
 import obstore
 
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.connector.files.blocks import Block
+from kvatlas.connector.files.blocks import BlockBuffers
 from kvatlas.connector.files.layout import Fingerprint
 from kvatlas.connector.objects.client import connect
 from kvatlas.connector.objects.settings import ObjectTierSettings
@@ -50,7 +50,7 @@ def _one_size(
 ) -> Iterator[dict[str, Any]]:
     memory = fresh_memory(size)
     parts = [memory[at : at + block_bytes] for at in range(0, size, block_bytes)]
-    blocks = [Block(number.to_bytes(32, "big"), [part]) for number, part in enumerate(parts)]
+    blocks = [BlockBuffers(number.to_bytes(32, "big"), [part]) for number, part in enumerate(parts)]
     fingerprint = Fingerprint(
         engine="bench", engine_version="1", model=f"bench-{name}", hash_algorithm="counter", hash_seed="",
         dtype="int8", block_size_tokens=(16,), layers=(), block_bytes=block_bytes,

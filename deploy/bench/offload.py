@@ -110,14 +110,14 @@ def _tier(
     args: argparse.Namespace, directory: Path, memory: memoryview, per_file: int, *, buffered: bool
 ) -> Iterator[tuple[Any, list[Any]]]:
     """Yield a file tier that has looked around, and the blocks of ``memory``."""
-    from kvatlas.connector.files.blocks import Block  # noqa: PLC0415 - `bench list` must not need the connector
-    from kvatlas.connector.files.catalog import Budget  # noqa: PLC0415
+    from kvatlas.connector.files.blocks import BlockBuffers  # noqa: PLC0415 - `bench list` must not need the connector
+    from kvatlas.connector.files.catalog import DiskBudget  # noqa: PLC0415
     from kvatlas.connector.files.layout import Fingerprint  # noqa: PLC0415
     from kvatlas.connector.files.settings import FileTierSettings  # noqa: PLC0415
     from kvatlas.connector.files.tier import FileTier  # noqa: PLC0415
 
     blocks = [
-        Block(number.to_bytes(32, "big"), [memory[at : at + _BLOCK_BYTES]])
+        BlockBuffers(number.to_bytes(32, "big"), [memory[at : at + _BLOCK_BYTES]])
         for number, at in enumerate(range(0, len(memory), _BLOCK_BYTES))
     ]
     fingerprint = Fingerprint(
@@ -131,7 +131,7 @@ def _tier(
         write_threads=args.threads,
         queued_write_bytes=2 * len(memory),
         direct=not buffered,
-        budget=Budget(max_percent=None),
+        budget=DiskBudget(max_percent=None),
     )
     directory.mkdir(parents=True, exist_ok=True)
     with FileTier(settings, fingerprint) as tier:

@@ -12,7 +12,7 @@ from typing import Final
 
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.connector.errors import LayoutError
-from kvatlas.connector.files.catalog import Budget
+from kvatlas.connector.files.catalog import DiskBudget
 from kvatlas.connector.files.evictor import Report, evict_root
 from kvatlas.deploy.cli.common import at_least
 
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     """
     if not 0 < args.low <= args.high <= 1:
         raise SettingsError(f"--low {args.low} and --high {args.high}: need 0 < low <= high <= 1")
-    budget = Budget(
+    budget = DiskBudget(
         max_bytes=args.max_bytes, max_percent=args.max_percent, high_watermark=args.high, low_watermark=args.low
     )
     evict = _pass_over(args, budget)
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         time.sleep(args.interval)
 
 
-def _pass_over(args: argparse.Namespace, budget: Budget) -> Callable[[], Report]:
+def _pass_over(args: argparse.Namespace, budget: DiskBudget) -> Callable[[], Report]:
     """Return what evicts once, from a folder or from a bucket."""
     progress = _progress if args.progress else None
     if "://" in args.root:

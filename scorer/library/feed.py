@@ -22,7 +22,7 @@ from kvatlas.bridge.engines.spec import EngineSpec
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.ingest.recovered import Recovered
 from kvatlas.bridge.ingest.stream import PodStream, Shared
-from kvatlas.bridge.kafka.producer import Item, Publisher
+from kvatlas.bridge.kafka.producer import QueuedRecord, RecordProducer
 from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.runtime.tasks import end_tasks
@@ -51,11 +51,11 @@ class Inbox:
     """
 
     def __init__(self, feed: Feed) -> None:
-        self.items: deque[Item] = deque()
+        self.items: deque[QueuedRecord] = deque()
         self.pending_bytes = 0
         self._feed = feed
 
-    def send(self, topic: str, partition: int, item: Item) -> None:  # noqa: ARG002 - the publisher's signature
+    def send(self, topic: str, partition: int, item: QueuedRecord) -> None:  # noqa: ARG002 - the publisher's signature
         """Take a record that the stream would send to ``topic``."""
         if topic == topics.EVENTS:
             self.items.append(item)
@@ -66,7 +66,7 @@ class Inbox:
         else:
             self._feed.counts["messages_dead"] += 1
 
-    def settle(self, taken: list[Item], offset: int) -> None:
+    def settle(self, taken: list[QueuedRecord], offset: int) -> None:
         """Acknowledge applied records and give their room back."""
         for item in taken:
             self.pending_bytes -= len(item.value) + _OVERHEAD_BYTES
@@ -74,14 +74,14 @@ class Inbox:
                 item.acknowledged(offset)
 
 
-class Engine:
+class FedEngine:
     """One endpoint: its stream and its queue."""
 
     def __init__(self, spec: EngineSpec, feed: Feed, settings: BridgeSettings, clock: Callable[[], int]) -> None:
         self.spec = spec
         self.inbox = Inbox(feed)
         # Only `send` and `pending_bytes` of a publisher are used by a stream.
-        shared = Shared(settings, cast("Publisher", self.inbox), lambda topic: topic, clock)
+        shared = Shared(settings, cast("RecordProducer", self.inbox), lambda topic: topic, clock)
         shared.context.term()
         shared.context, shared.replays, shared.recovered = feed.context, feed.replays, feed.recovered
         shared.claims, shared.silent_replays = feed.claims, feed.silent_replays
@@ -131,7 +131,7 @@ class Feed:
         self.applier = Applier(backend, pods, resolve=resolve, clock=clock, state=state)
         self.counts: Counter[str] = self.applier.counts
         self.pods = pods
-        self.engines: dict[str, Engine] = {}
+        self.engines: dict[str, FedEngine] = {}
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.replays = asyncio.Semaphore(bridge.replay_parallel)
         self.silent_replays = asyncio.Semaphore(bridge.replay_parallel)
@@ -190,7 +190,7 @@ class Feed:
         if not spec.live:
             raise SettingsError("engine without an address: the indexer connects to engines; a bridge can be bound")
         if spec.key not in self.engines:
-            self.engines[spec.key] = Engine(spec, self, self._bridge, self._clock)
+            self.engines[spec.key] = FedEngine(spec, self, self._bridge, self._clock)
 
     async def remove(self, pod: str) -> bool:
         """Leave a pod: its blocks score no more and are dropped from the index; False when there is no such pod."""
@@ -208,7 +208,7 @@ class Feed:
                     del self.claims[name]
         return bool(leaving)
 
-    async def _forget(self, engine: Engine, name: str) -> None:
+    async def _forget(self, engine: FedEngine, name: str) -> None:
         async with self.applier.lock:
             await self._apply([engine], until=None)
         epoch = await self.applier.forget(name)
@@ -248,10 +248,10 @@ class Feed:
                     await self._apply(waiting, until=time.perf_counter() + _SLICE_SECONDS)
                 await asyncio.sleep(0)
 
-    async def _apply(self, engines: list[Engine], until: float | None) -> None:
+    async def _apply(self, engines: list[FedEngine], until: float | None) -> None:
         """Apply what waits, in turns, until it is done or the time is over."""
         effects = self.applier.effects()
-        taken: list[tuple[Engine, list[Item]]] = []
+        taken: list[tuple[FedEngine, list[QueuedRecord]]] = []
         while engines and (until is None or time.perf_counter() < until):
             for engine in engines:
                 items = engine.inbox.items
@@ -294,6 +294,6 @@ class Feed:
                     stream.write_record()
 
 
-def _message(spec: EngineSpec, item: Item) -> Message:
+def _message(spec: EngineSpec, item: QueuedRecord) -> Message:
     """Return what is to be applied of a record that an engine's stream sent."""
     return parse_message(item.key, item.value, [*item.headers, *spec.headers()])

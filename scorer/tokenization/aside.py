@@ -191,7 +191,7 @@ class Aside:
         except EOFError as error:
             raise self._ended(child) from error
         except OSError as error:
-            raise own.BackendError(f"{self._what}: no process for it: {error}") from error
+            raise own.TokenizerBackendError(f"{self._what}: no process for it: {error}") from error
         finally:
             self._done(child, back)
         return _opened(answer)
@@ -218,7 +218,7 @@ class Aside:
     def _begun(self, child: _Child | None) -> _Child:
         with self._lock:
             if self._closed:
-                raise own.BackendError(f"{self._what}: shutting down")
+                raise own.TokenizerBackendError(f"{self._what}: shutting down")
             child = child or _Child(self._command())
             self._active.add(child)
             return child
@@ -241,7 +241,7 @@ class Aside:
         if code in (MEMORY_EXIT, -signal.SIGKILL, -signal.SIGSEGV, -signal.SIGABRT):
             return errors.TooLargeError(f"{self._what} took more than {self._memory_bytes} bytes of memory")
         log.error("a process beside the scorer ended with %s", code)
-        return own.BackendError(f"{self._what}: its process ended with {code}")
+        return own.TokenizerBackendError(f"{self._what}: its process ended with {code}")
 
 
 #: Exit code of a child that ran out of its memory.
@@ -254,4 +254,4 @@ def _opened(answer: bytes) -> bytes:
     name, text = json.loads(answer[1:])
     if name in _ERRORS:
         raise _ERRORS[name](text)
-    raise own.BackendError(text)
+    raise own.TokenizerBackendError(text)

@@ -20,7 +20,7 @@ from kvatlas.scorer.tokenization.text_cache import TextCache
 from kvatlas.scorer.tokenization.tokenizer_class import Transformers
 
 
-class Engine(Protocol):
+class LoadedTokenizer(Protocol):
     """A model's tokenizer, loaded. Calls block and may come from many threads at once.
 
     Attributes:
@@ -45,7 +45,7 @@ class Engine(Protocol):
         """Give back what the engine holds; calls under way still end well."""
 
 
-class Backend(Protocol):
+class TokenizerBackend(Protocol):
     """Makes engines. ``load`` blocks; it is called once per model, however many ask at the same time.
 
     Attributes:
@@ -56,7 +56,7 @@ class Backend(Protocol):
     name: str
     waits: bool
 
-    def load(self, model: str) -> Engine:
+    def load(self, model: str) -> LoadedTokenizer:
         """Load a model's tokenizer.
 
         Raises:

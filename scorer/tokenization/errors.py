@@ -49,7 +49,7 @@ class BadModelError(errors.ScorerError):
     """A model's tokenizer files are missing, unreadable or not what they claim to be; names the file."""
 
 
-class BackendError(errors.ScorerError):
+class TokenizerBackendError(errors.ScorerError):
     """A hub or a tokenizer service did not answer; another backend, or the same later, may."""
 
     retriable = True

@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 from kvatlas.scorer.tokenization import files
 from kvatlas.scorer.tokenization.arguments import UNKNOWN
 from kvatlas.scorer.tokenization.backend import FolderEngine, Making
-from kvatlas.scorer.tokenization.errors import BackendError, NoTokenizerError
+from kvatlas.scorer.tokenization.errors import NoTokenizerError, TokenizerBackendError
 
 
 class HubBackend:
@@ -52,12 +52,12 @@ class HubBackend:
         except (RepositoryNotFoundError, RevisionNotFoundError) as error:
             raise NoTokenizerError(f"the hub has no model {model!r} at revision {self._revision!r}") from error
         except LocalEntryNotFoundError as error:
-            raise BackendError(
+            raise TokenizerBackendError(
                 f"the hub cannot be reached and {model!r} is not in its cache: copy the model's tokenizer files here "
                 f"and name their folder (setting models), or fill the cache where there is a network"
             ) from error
         except (HfHubHTTPError, OSError) as error:
-            raise BackendError(f"the hub did not give {model!r}: {error}") from error
+            raise TokenizerBackendError(f"the hub did not give {model!r}: {error}") from error
         return FolderEngine(Path(folder), self._making, self._making.arguments.get(model, UNKNOWN))
 
     def close(self) -> None:

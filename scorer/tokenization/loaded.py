@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 
-from kvatlas.scorer.tokenization.backend import Backend, Engine
+from kvatlas.scorer.tokenization.backend import LoadedTokenizer, TokenizerBackend
 
 _Key = tuple[str, str]
 
@@ -34,11 +34,11 @@ class Loaded:
         self._clock = clock
         self._failure_seconds = failure_seconds
         self._lock = threading.Lock()
-        self._engines: OrderedDict[_Key, Future[Engine]] = OrderedDict()
+        self._engines: OrderedDict[_Key, Future[LoadedTokenizer]] = OrderedDict()
         self._failed_at: dict[_Key, float] = {}
         self.loads = 0
 
-    def get(self, backend: Backend, model: str) -> Future[Engine]:
+    def get(self, backend: TokenizerBackend, model: str) -> Future[LoadedTokenizer]:
         """Return the engine of a model, loaded or loading; the result may be an error of the backend."""
         key = (backend.name, model)
         with self._lock:
@@ -64,7 +64,7 @@ class Loaded:
         for engine in engines:
             engine.close()
 
-    def _load(self, key: _Key, backend: Backend) -> Engine:
+    def _load(self, key: _Key, backend: TokenizerBackend) -> LoadedTokenizer:
         try:
             engine = backend.load(key[1])
         except BaseException:
@@ -75,7 +75,7 @@ class Loaded:
             old.close()
         return engine
 
-    def _make_room(self, size_bytes: int) -> list[Engine]:
+    def _make_room(self, size_bytes: int) -> list[LoadedTokenizer]:
         """Take engines out, least recently used first, until one more fits beside the rest."""
         gone = []
         with self._lock:
@@ -98,7 +98,7 @@ class Loaded:
             self._engines.pop(key, None)
 
 
-def _ready(future: Future[Engine]) -> Engine | None:
+def _ready(future: Future[LoadedTokenizer]) -> LoadedTokenizer | None:
     if future.done() and not future.cancelled() and future.exception() is None:
         return future.result()
     return None

@@ -18,15 +18,15 @@ from kvatlas.bridge.errors import SettingsError
 from kvatlas.scorer.errors import BusyError, TooLargeError, UnknownModelError
 from kvatlas.scorer.tokenization.arguments import EngineArguments, engine_arguments
 from kvatlas.scorer.tokenization.aside import RENDER, Aside
-from kvatlas.scorer.tokenization.backend import Backend, Engine, LocalBackend, Making
+from kvatlas.scorer.tokenization.backend import LoadedTokenizer, LocalBackend, Making, TokenizerBackend
 from kvatlas.scorer.tokenization.chat import ChatRenderer
 from kvatlas.scorer.tokenization.errors import (
-    BackendError,
     BadModelError,
     NoTokenizerError,
     PromptLimitError,
     TemplateLimitError,
     TokenizeInputError,
+    TokenizerBackendError,
 )
 from kvatlas.scorer.tokenization.harmony import HarmonyRenderer
 from kvatlas.scorer.tokenization.hub import HubBackend
@@ -58,7 +58,7 @@ class TokenizerPool:
         self,
         settings: TokenizerSettings,
         *,
-        backends: Sequence[Backend] | None = None,
+        backends: Sequence[TokenizerBackend] | None = None,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], datetime] = datetime.now,
         also_named: Callable[[str], Sequence[str]] = lambda _model: (),
@@ -128,7 +128,7 @@ class TokenizerPool:
         """
         self._check_prompt(prompt)
 
-        def work(engine: Engine) -> Encoded:
+        def work(engine: LoadedTokenizer) -> Encoded:
             return engine.encode(prompt, add_special_tokens=add_special_tokens, truncation=truncate, offsets=offsets)
 
         encoded, backend = await self._ask(model, work)
@@ -252,11 +252,13 @@ class TokenizerPool:
         finally:
             self._waiting_templates -= 1
 
-    async def _ask(self, model: str, work: Callable[[Engine], T], executor: Executor | None = None) -> tuple[T, str]:
+    async def _ask(
+        self, model: str, work: Callable[[LoadedTokenizer], T], executor: Executor | None = None
+    ) -> tuple[T, str]:
         """Run work on the first backend that can do it; returns its result and the backend's name."""
         if not model:
             raise TokenizeInputError("no model is named: tokenizing needs to know whose tokenizer")
-        failures: list[tuple[str, UnknownModelError | BadModelError | BackendError]] = []
+        failures: list[tuple[str, UnknownModelError | BadModelError | TokenizerBackendError]] = []
         for backend, name in (
             (backend, name) for backend in self._backends for name in (model, *self._also_named(model))
         ):
@@ -265,7 +267,7 @@ class TokenizerPool:
                 threads = executor or (self._waiting if backend.waits else self._working)
                 # Not shielded: work that nobody waits for any more need not begin.
                 return await asyncio.wrap_future(threads.submit(work, engine)), backend.name
-            except (UnknownModelError, BadModelError, BackendError) as error:
+            except (UnknownModelError, BadModelError, TokenizerBackendError) as error:
                 failures.append((backend.name, error))
         raise _summary(model, failures)
 
@@ -276,13 +278,13 @@ class TokenizerPool:
             raise PromptLimitError(f"prompt of {size} bytes; the limit is {limit} (setting max_prompt_bytes)")
 
 
-def backends_of(settings: TokenizerSettings, making: Making) -> list[Backend]:
+def backends_of(settings: TokenizerSettings, making: Making) -> list[TokenizerBackend]:
     """Build the backends that the settings turn on, in their order.
 
     Raises:
         SettingsError: an entry of ``models`` is not MODEL=DIR.
     """
-    found: list[Backend] = []
+    found: list[TokenizerBackend] = []
     for name in settings.order:
         if name == "local":
             root = Path(settings.root) if settings.root else None
@@ -324,16 +326,16 @@ async def _waited(future: Future[T]) -> T:
 
 
 def _summary(
-    model: str, failures: Sequence[tuple[str, UnknownModelError | BadModelError | BackendError]]
-) -> UnknownModelError | BadModelError | BackendError:
+    model: str, failures: Sequence[tuple[str, UnknownModelError | BadModelError | TokenizerBackendError]]
+) -> UnknownModelError | BadModelError | TokenizerBackendError:
     """Return one error for what all backends answered: the most telling kind, with every backend's words."""
     if not failures:
         return NoTokenizerError(f"no tokenizer for model {model!r}: no backend is turned on (setting order)")
     text = f"no tokenizer for model {model!r}: " + "; ".join(f"{name}: {error}" for name, error in failures)
-    for kind in (BackendError, BadModelError):
+    for kind in (TokenizerBackendError, BadModelError):
         found = [error for _, error in failures if isinstance(error, kind)]
         if found:
-            summary: BackendError | BadModelError = kind(text)
+            summary: TokenizerBackendError | BadModelError = kind(text)
             summary.__cause__ = found[0]
             return summary
     return NoTokenizerError(text)

@@ -11,7 +11,7 @@ from typing import Any, Final
 import grpc
 
 from kvatlas.scorer.tokenization import convert
-from kvatlas.scorer.tokenization.errors import BackendError, NoTokenizerError, TokenizeInputError
+from kvatlas.scorer.tokenization.errors import NoTokenizerError, TokenizeInputError, TokenizerBackendError
 from kvatlas.scorer.tokenization.records import ChatInput, Encoded, Truncation
 from kvatlas.scorer.v1 import tokenization_pb2 as pb
 from kvatlas.scorer.v1 import tokenization_pb2_grpc
@@ -103,7 +103,7 @@ class RemoteEngine:
                 raise TokenizeInputError(f"the tokenizer service refuses the request: {text}") from error
             if code is grpc.StatusCode.NOT_FOUND:
                 raise NoTokenizerError(f"the tokenizer service: {text}") from error
-            raise BackendError(f"the tokenizer service failed: {code.name}: {text}") from error
+            raise TokenizerBackendError(f"the tokenizer service failed: {code.name}: {text}") from error
         if not answer.success:
             # Our own service says what kind of failure it was; another's may be ours to answer elsewhere.
             kind = dict(call.trailing_metadata() or ()).get(ERROR_KIND)
@@ -111,7 +111,7 @@ class RemoteEngine:
                 raise TokenizeInputError(f"the tokenizer service refuses the request: {answer.error_message}")
             if kind == "unknown-model":
                 raise NoTokenizerError(f"the tokenizer service: {answer.error_message}")
-            raise BackendError(f"the tokenizer service failed: {answer.error_message}")
+            raise TokenizerBackendError(f"the tokenizer service failed: {answer.error_message}")
         return answer
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from kvatlas.bridge.kafka.config import password, ssl_context
 from kvatlas.bridge.kafka.lease import Lease
 from kvatlas.bridge.model import pod_ids, topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
-from kvatlas.streams.faust_app.consumer import SourceConsumer, SourceTransport, Waiting
+from kvatlas.streams.faust_app.consumer import IdleSource, SourceConsumer, SourceTransport
 from kvatlas.streams.faust_app.recovery import BulkTableManager
 from kvatlas.streams.faust_app.table import BulkTable
 from kvatlas.streams.index.apply import is_entry as index_entry
@@ -84,13 +84,13 @@ class WorkerApp(faust.App):
         """Return Faust's consumer."""
         return cast("SourceConsumer", self.consumer)
 
-    def waiting(self) -> Iterator[Waiting]:
+    def waiting(self) -> Iterator[IdleSource]:
         """Yield the source partitions whose tasks wait for a record."""
         for topic, table in self.sources.items():
             tasks = self.tasks[topic]
             for partition in list(table.store.states):
                 if (wanted := tasks.waiting(partition)) is not None:
-                    yield Waiting(TP(topic, partition), wanted)
+                    yield IdleSource(TP(topic, partition), wanted)
 
     def source_end(self, tp: TP) -> int | None:
         """Return the end of a source partition as seen last, None when unknown."""

@@ -5,7 +5,7 @@ the streams' queues, and cuts off the delivery in progress. What an agent has no
 nothing here trusts the consumer's position: it is set to what the tables reflect after every restore, a task that
 sees a gap has it read again, and a :class:`Watchdog` does the same when nothing comes although there is something.
 
-Faust carries what one fetch brought for a topic as one message, a :class:`Batch`: two tasks, an event and an
+Faust carries what one fetch brought for a topic as one message, a :class:`FetchedRecords`: two tasks, an event and an
 acknowledgement a record are most of what a worker would do otherwise, and its turns of the event loop most of the
 time that a record is on its way.
 """
@@ -29,7 +29,7 @@ _WATCH_SECONDS: Final = 1.0
 _STUCK_SECONDS: Final = 5.0
 
 
-class Batch(ConsumerMessage):
+class FetchedRecords(ConsumerMessage):
     """What one fetch brought for a topic; it stands at the last record of its first partition.
 
     Attributes:
@@ -123,7 +123,7 @@ class SourceConsumer(driver.Consumer):
         return SourceConsumerThread(self, loop=self.loop, beacon=self.beacon)
 
     async def getmany(self, timeout: float) -> AsyncIterator[tuple[TP, ConsumerMessage]]:
-        """Yield what is there: a :class:`Batch` for each source topic, other records one by one."""
+        """Yield what is there: a :class:`FetchedRecords` for each source topic, other records one by one."""
         ahead = self._ahead or self._ask(timeout)
         self._ahead = None
         found, active = await ahead.fetched
@@ -146,7 +146,7 @@ class SourceConsumer(driver.Consumer):
         for topic, by_partition in sources.items():
             if not self._current(generation):
                 return
-            batch = Batch(topic, by_partition, generation)
+            batch = FetchedRecords(topic, by_partition, generation)
             yield batch.tp, batch
         for tp, record in self.scheduler.iterate(others):
             if not self._current(generation):
@@ -213,7 +213,7 @@ class SourceTransport(driver.Transport):
     Consumer: ClassVar[Any] = SourceConsumer
 
 
-class Waiting(NamedTuple):
+class IdleSource(NamedTuple):
     """A source partition whose task has nothing to do.
 
     Attributes:
@@ -240,7 +240,7 @@ class Watchdog:
 
     def __init__(
         self,
-        waiting: Callable[[], Iterator[Waiting]],
+        waiting: Callable[[], Iterator[IdleSource]],
         end_of: Callable[[TP], int | None],
         rewind: Callable[[TP, int], None],
         clock: Callable[[], float] = time.monotonic,

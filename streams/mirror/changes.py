@@ -13,7 +13,7 @@ from aiokafka.errors import KafkaError
 from kvatlas.bridge.kafka.config import client_config
 from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.runtime.settings import KafkaSettings
-from kvatlas.streams.mirror.layout import Position
+from kvatlas.streams.mirror.layout import MirrorPosition
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ async def changed_keys(
     changelog: str,
     partition: int,
     *,
-    after: Position,
+    after: MirrorPosition,
     through: int,
     most: int,
     max_age_seconds: float,

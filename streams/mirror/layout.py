@@ -90,7 +90,7 @@ class MirrorLayout(msgspec.Struct, frozen=True, kw_only=True):
     index_version: str
 
 
-class Position(NamedTuple):
+class MirrorPosition(NamedTuple):
     """How far a partition is mirrored; offsets are -1 for nothing, times in ns since the epoch and 0 for none.
 
     Attributes:
@@ -110,9 +110,9 @@ class Position(NamedTuple):
         return _POSITION.pack(*self)
 
 
-def position_of(value: bytes | None) -> Position | None:
+def position_of(value: bytes | None) -> MirrorPosition | None:
     """Return a position from its bytes; None for none, or for bytes of another length."""
-    return Position(*_POSITION.unpack(value)) if value and len(value) == _POSITION.size else None
+    return MirrorPosition(*_POSITION.unpack(value)) if value and len(value) == _POSITION.size else None
 
 
 def token(generation: int, worker: str) -> bytes:

@@ -27,7 +27,7 @@ from redis.exceptions import RedisError
 from kvatlas.bridge.model import pod_ids, records
 from kvatlas.bridge.model.block_key import KEY_BYTES, partition_of
 from kvatlas.streams import metrics
-from kvatlas.streams.mirror.layout import MirrorLayout, Position, token
+from kvatlas.streams.mirror.layout import MirrorLayout, MirrorPosition, token
 from kvatlas.streams.mirror.part import MirrorSource, Part
 from kvatlas.streams.mirror.server import LostError, MirrorServer
 from kvatlas.streams.state.partition import PartitionState, Role
@@ -262,7 +262,7 @@ class Mirror:
             return
         through, began = part.through, time.monotonic()
         assert through is not None
-        after = Position(through, state.meta.source_offset, state.meta.receive_ns, state.meta.written_ns).pack()
+        after = MirrorPosition(through, state.meta.source_offset, state.meta.receive_ns, state.meta.written_ns).pack()
         keys = self._take(part)
         part.tried = through
         try:

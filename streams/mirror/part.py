@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from kvatlas.bridge.model import records
-from kvatlas.streams.mirror.layout import Position, position_of
-from kvatlas.streams.mirror.server import Holding
+from kvatlas.streams.mirror.layout import MirrorPosition, position_of
+from kvatlas.streams.mirror.server import MirroredPartition
 from kvatlas.streams.state.partition import PartitionState
 
 
@@ -30,7 +30,7 @@ class MirrorSource(NamedTuple):
     pod: Callable[[str], records.PodRecord | None]
     pods: Callable[[], Iterable[records.PodRecord]]
     pods_known: Callable[[], bool]
-    changed: Callable[[int, Position, int], Awaitable[list[bytes] | None]]
+    changed: Callable[[int, MirrorPosition, int], Awaitable[list[bytes] | None]]
 
 
 class Part:
@@ -54,7 +54,7 @@ class Part:
         self.base: int | None = None
         self.through: int | None = None
         self.tried: int | None = None
-        self.behind: Position | None = None
+        self.behind: MirrorPosition | None = None
         self.copy = False
         self.token = b""
         self.position: bytes | None = None
@@ -72,7 +72,7 @@ class Part:
             self.behind = known
         self.position, self.all_pods = found, True
 
-    def held(self, number: int) -> Holding:
+    def held(self, number: int) -> MirroredPartition:
         """Return what a write names."""
         assert self.position is not None
-        return Holding(number, self.token, self.position)
+        return MirroredPartition(number, self.token, self.position)

@@ -21,7 +21,7 @@ class LostError(Exception):
     """A write was refused: the partition is another's, or the server is not where we thought."""
 
 
-class Holding(NamedTuple):
+class MirroredPartition(NamedTuple):
     """A partition as we hold it: what every write to it names.
 
     Attributes:
@@ -78,7 +78,10 @@ class MirrorServer:
         return bool(ours), found
 
     async def write(
-        self, held: Holding, chunks: Iterable[tuple[Sequence[bytes], Sequence[bytes | None]]], after: bytes = b""
+        self,
+        held: MirroredPartition,
+        chunks: Iterable[tuple[Sequence[bytes], Sequence[bytes | None]]],
+        after: bytes = b"",
     ) -> None:
         """Write entries in one round trip, a piece at a time inside the server.
 
@@ -110,7 +113,7 @@ class MirrorServer:
         found: list[bytes] = await self._client.hkeys(self._names.pods(number))
         return found
 
-    async def write_pods(self, held: Holding, fields: Mapping[bytes, bytes]) -> None:
+    async def write_pods(self, held: MirroredPartition, fields: Mapping[bytes, bytes]) -> None:
         """Write pods of a partition; empty values remove.
 
         Raises:

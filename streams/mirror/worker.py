@@ -9,7 +9,7 @@ from kvatlas.bridge.model.directory import PodDirectory
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.streams.faust_app.table import BulkTable
 from kvatlas.streams.mirror.changes import changed_keys
-from kvatlas.streams.mirror.layout import MirrorLayout, Position
+from kvatlas.streams.mirror.layout import MirrorLayout, MirrorPosition
 from kvatlas.streams.mirror.mirror import Mirror
 from kvatlas.streams.mirror.part import MirrorSource
 from kvatlas.streams.mirror.redis_link import connect, where
@@ -45,7 +45,7 @@ def worker_mirror(
     """
     changelog = kafka.topic(topics.changelog_topics(settings.versioned_app)[1].name)
 
-    async def changed(partition: int, after: Position, through: int) -> list[bytes] | None:
+    async def changed(partition: int, after: MirrorPosition, through: int) -> list[bytes] | None:
         return await changed_keys(
             kafka,
             changelog,

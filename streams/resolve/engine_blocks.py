@@ -343,7 +343,7 @@ class Owner(msgspec.Struct, frozen=True, array_like=True, gc=False):
     engine_key: bytes
 
 
-class Waiting(msgspec.Struct, array_like=True):
+class WaitingChildren(msgspec.Struct, array_like=True):
     """Engine keys that wait for one parent, as of the epoch of the newest."""
 
     epoch: int
@@ -360,7 +360,7 @@ class Ticket(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 _ticket_decoder: Final = msgspec.msgpack.Decoder(Ticket)
 _owners_decoder: Final = msgspec.msgpack.Decoder(list[Owner])
-_waiting_decoder: Final = msgspec.msgpack.Decoder(Waiting)
+_waiting_decoder: Final = msgspec.msgpack.Decoder(WaitingChildren)
 encode_record: Final = msgspec.msgpack.Encoder().encode
 
 
@@ -388,7 +388,7 @@ def decode_ticket(value: bytes) -> Ticket:
         raise WireError(f"engine_blocks: not a ticket: {error}") from error
 
 
-def decode_waiting(value: bytes) -> Waiting:
+def decode_waiting(value: bytes) -> WaitingChildren:
     """Decode a waiting list.
 
     Raises:

@@ -9,7 +9,7 @@ from kvatlas.bridge.model.chain import split_keys
 from kvatlas.bridge.model.events import Tier
 from kvatlas.streams.resolve import bounds
 from kvatlas.streams.resolve import engine_blocks as eb
-from kvatlas.streams.resolve.engine_blocks import Block, Link, Pending, Ticket, Waiting
+from kvatlas.streams.resolve.engine_blocks import Block, Link, Pending, Ticket, WaitingChildren
 from kvatlas.streams.resolve.updates import BlockUpdates, oldest_of_all
 
 _LATEST: Final = (1 << 64) - 1
@@ -198,7 +198,7 @@ class LinkedBlocks(BlockUpdates):
                 children = self._give_up(parent, children)
             children.append(engine_key)
         table_key = eb.waiting_prefix(self._ref_bytes, self._group) + parent
-        self._view.put(table_key, eb.encode_record(Waiting(self._epoch, children)))
+        self._view.put(table_key, eb.encode_record(WaitingChildren(self._epoch, children)))
         return ticket
 
     def _children(self, parent: bytes) -> list[bytes]:

@@ -11,7 +11,7 @@ import pytest
 
 from kvatlas.bridge.ingest.shared import Shared
 from kvatlas.bridge.ingest.stream import PodStream
-from kvatlas.bridge.kafka.producer import Item, Publisher
+from kvatlas.bridge.kafka.producer import QueuedRecord, RecordProducer
 from kvatlas.bridge.model import pod_ids, records
 from kvatlas.bridge.options import BridgeSettings
 
@@ -22,11 +22,11 @@ class MemoryLog:
     pending_bytes = refused = 0
 
     def __init__(self) -> None:
-        self.records: list[tuple[str, Item]] = []
+        self.records: list[tuple[str, QueuedRecord]] = []
         self.holding = False
         self._acknowledged = 0
 
-    def send(self, topic: str, _partition: int, item: Item) -> None:
+    def send(self, topic: str, _partition: int, item: QueuedRecord) -> None:
         """Take a record."""
         self.records.append((topic, item))
         if not self.holding:
@@ -72,7 +72,7 @@ class Bridge:
     def share(self, settings: BridgeSettings) -> Shared:
         """Begin anew with other settings, on the same log."""
         clock = iter(range(10**18, 2 * 10**18, 10**6))  # every look a millisecond later
-        self.shared = Shared(settings, cast("Publisher", self.log), lambda topic: topic, lambda: next(clock))
+        self.shared = Shared(settings, cast("RecordProducer", self.log), lambda topic: topic, lambda: next(clock))
         return self.shared
 
     def change(self, **settings: Any) -> Shared:

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from kvatlas.connector.files import layout
-from kvatlas.connector.files.blocks import Block
-from kvatlas.connector.files.catalog import Budget
+from kvatlas.connector.files.blocks import BlockBuffers
+from kvatlas.connector.files.catalog import DiskBudget
 from kvatlas.connector.files.fs import PosixFileSystem, Space, StrPath
 from kvatlas.connector.files.holdings import Change
 from kvatlas.connector.files.layout import Fingerprint
@@ -110,7 +110,7 @@ class Fleet:
         self._tiers: list[FileTier] = []
 
     def tier(self, *, fingerprint: Fingerprint = FINGERPRINT, scan: bool = True, **settings: Any) -> FileTier:
-        settings.setdefault("budget", Budget(max_percent=None))
+        settings.setdefault("budget", DiskBudget(max_percent=None))
         settings.setdefault("threads", 3)
         made = FileTier(
             FileTierSettings(root=self.root, **settings),
@@ -177,21 +177,21 @@ def payload(number: int, size: int = 8192, version: int = 0) -> bytes:
     return random.Random(f"{number}.{version}").randbytes(size)
 
 
-def block(number: int, size: int = 8192, version: int = 0) -> Block:
+def block(number: int, size: int = 8192, version: int = 0) -> BlockBuffers:
     """Return a block to store."""
-    return Block(key(number), [memoryview(payload(number, size, version))])
+    return BlockBuffers(key(number), [memoryview(payload(number, size, version))])
 
 
-def target(number: int, size: int = 8192) -> tuple[Block, bytearray]:
+def target(number: int, size: int = 8192) -> tuple[BlockBuffers, bytearray]:
     """Return a block to load and the memory it goes to."""
     memory = bytearray(b"\xaa" * size)
-    return Block(key(number), [memoryview(memory)]), memory
+    return BlockBuffers(key(number), [memoryview(memory)]), memory
 
 
-def aligned_target(number: int, size: int = 8192) -> tuple[Block, memoryview]:
+def aligned_target(number: int, size: int = 8192) -> tuple[BlockBuffers, memoryview]:
     """Return a block to load and the page-aligned memory it goes to, as an engine's host memory is."""
     memory = memoryview(mmap.mmap(-1, size))
-    return Block(key(number), [memory]), memory
+    return BlockBuffers(key(number), [memory]), memory
 
 
 def store(tier: FileTier, numbers: Iterable[int], **kwargs: int) -> Results:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from kvatlas.bridge.engines.publisher import EnginePublisher
-from kvatlas.connector.files.blocks import Block
-from kvatlas.connector.files.catalog import Budget
+from kvatlas.connector.files.blocks import BlockBuffers
+from kvatlas.connector.files.catalog import DiskBudget
 from kvatlas.connector.files.events import BlockMeta, StorageEvents
 from kvatlas.connector.files.evictor import evict_root
 from kvatlas.connector.files.layout import Fingerprint
@@ -51,7 +51,7 @@ class Node:
             block_size_tokens=(_BLOCK,), layers=(("layer",),),
         )  # fmt: skip
         self.fs = FaultyFileSystem()
-        settings = FileTierSettings(root=root, threads=2, budget=Budget(max_percent=None))
+        settings = FileTierSettings(root=root, threads=2, budget=DiskBudget(max_percent=None))
         self.files = FileTier(settings, fingerprint, fs=self.fs, listener=self.events)
         self.memory = [bytearray(random.Random(number).randbytes(8192)) for number in range(_BLOCKS)]
 
@@ -88,9 +88,9 @@ class Node:
             result = self.files.store([self.block(number)]).result(90)[_key(number)]
             assert result.outcome is Outcome.STORED, result
 
-    def block(self, number: int) -> Block:
+    def block(self, number: int) -> BlockBuffers:
         """Return a block in the engine's memory."""
-        return Block(_key(number), [memoryview(self.memory[number])])
+        return BlockBuffers(_key(number), [memoryview(self.memory[number])])
 
     def load(self, number: int) -> Outcome:
         """Bring one block back."""
@@ -262,7 +262,7 @@ def test_pods_that_share_a_store_are_both_scored_and_both_hear_of_eviction(
             assert second.load(number) is Outcome.LOADED
             assert second.memory[number] == first.memory[number]
         _says(client, "pod-b", {"shared": 3}, stack)
-        report = evict_root(tmp_path / "root", Budget(max_bytes=1, max_percent=None))
+        report = evict_root(tmp_path / "root", DiskBudget(max_bytes=1, max_percent=None))
         assert (report.evicted_blocks, report.failed) == (3, 0)
         for node in (first, second):
             assert {node.load(number) for number in range(3)} == {Outcome.MISS}

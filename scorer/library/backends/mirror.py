@@ -23,7 +23,7 @@ from kvatlas.scorer.library.backends.errors import BackendError, ReadOnlyError, 
 from kvatlas.scorer.lookups.pods import PodTable
 from kvatlas.streams.index.apply import Validities
 from kvatlas.streams.index.blocks_record import BlocksRecord
-from kvatlas.streams.mirror.layout import MirrorLayout, Names, Position, position_of
+from kvatlas.streams.mirror.layout import MirrorLayout, MirrorPosition, Names, position_of
 from kvatlas.streams.mirror.redis_link import connect, where
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Snapshot(NamedTuple):
     """
 
     pods: dict[bytes, bytes]
-    positions: dict[int, Position | None]
+    positions: dict[int, MirrorPosition | None]
     unkept: frozenset[int]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kvatlas.bridge.engines.kubernetes import PodTable, PodWatch, pod_specs
+from kvatlas.bridge.engines.kubernetes import KubernetesPods, PodWatch, pod_specs
 from kvatlas.bridge.engines.spec import EngineSpec
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.options import BridgeSettings
@@ -82,7 +82,7 @@ def test_annotations_say_what_a_spec_says() -> None:
 
 def test_a_pod_counts_from_ready_until_it_ends() -> None:
     """Not ready at first: left out; not ready later: kept; ended, being deleted or bad annotations: left out."""
-    table = PodTable(BridgeSettings())
+    table = KubernetesPods(BridgeSettings())
     table.changed("ADDED", pod("a", ready=False))
     assert table.specs() == []
     table.changed("MODIFIED", pod("a"))

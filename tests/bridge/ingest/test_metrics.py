@@ -10,7 +10,7 @@ from kvatlas.bridge.engines.publisher import EnginePublisher
 from kvatlas.bridge.engines.spec import parse_engine
 from kvatlas.bridge.ingest.metrics import BridgeCollector
 from kvatlas.bridge.ingest.stream import PodStream
-from kvatlas.bridge.kafka.producer import Publisher
+from kvatlas.bridge.kafka.producer import RecordProducer
 from kvatlas.bridge.runtime.settings import KafkaSettings
 
 _CLEAR = [{"type": "AllBlocksCleared"}]
@@ -18,7 +18,7 @@ _CLEAR = [{"type": "AllBlocksCleared"}]
 
 async def test_the_counts_of_a_stream_are_on_the_page(bridge: Any) -> None:
     """Traffic, a repaired hole, a lost one, a dead letter and an endpoint that waits show in the numbers."""
-    kafka = Publisher(KafkaSettings(brokers="127.0.0.1:1"))
+    kafka = RecordProducer(KafkaSettings(brokers="127.0.0.1:1"))
     kafka.send = bridge.log.send  # type: ignore[method-assign]
     kafka.sent, kafka.sent_bytes, kafka.failures, kafka.pending_bytes = 5, 700, 1, 90
     kafka.latency.add(0.004, 5)

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from kvatlas.bridge.ingest.recovered import Recovered, event_ns, fold, read_ts
-from kvatlas.bridge.ingest.tracker import Position
+from kvatlas.bridge.ingest.tracker import StreamPosition
 from kvatlas.bridge.model import records
 
 
@@ -61,4 +61,4 @@ def test_behind_a_gap_the_last_clock_is_not_the_one_of_the_last_sequence() -> No
     gap = _control(type="gap", incarnation=6, first_lost=4, last_lost=6)
     _take(pods, 2, gap, content_type=b"control", incarnation=b"6")
     position = pods["p"].position()
-    assert position._replace(digests=()) == Position(6, 6, 0.0)
+    assert position._replace(digests=()) == StreamPosition(6, 6, 0.0)

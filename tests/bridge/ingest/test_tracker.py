@@ -9,17 +9,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
-from kvatlas.bridge.ingest.tracker import Forward, Holding, Message, Output, Position, Request, Tracker, Turn
+from kvatlas.bridge.ingest.tracker import (
+    EngineMessage,
+    Forward,
+    HeldBytes,
+    Output,
+    Request,
+    StreamPosition,
+    Tracker,
+    Turn,
+)
 
 
-def _message(sequence: int, source: str = "live", life: int = 0) -> Message:
-    return Message(sequence, b"", b"%d/%d" % (life, sequence), 0, source)
+def _message(sequence: int, source: str = "live", life: int = 0) -> EngineMessage:
+    return EngineMessage(sequence, b"", b"%d/%d" % (life, sequence), 0, source)
 
 
-_NEW = Position()
+_NEW = StreamPosition()
 
 
-def _tracker(position: Position = _NEW, **options: int | bool) -> Tracker:
+def _tracker(position: StreamPosition = _NEW, **options: int | bool) -> Tracker:
     return Tracker(position, next_incarnation=lambda previous: max(previous + 1, 100), **options)  # type: ignore[arg-type]
 
 
@@ -59,7 +68,7 @@ def test_going_back_on_one_connection_is_a_restart() -> None:
 
 def test_a_replay_that_ends_below_our_position_is_a_restart() -> None:
     """An engine always still holds its newest message, so an empty answer means another process."""
-    tracker = _tracker(Position(100, 9))
+    tracker = _tracker(StreamPosition(100, 9))
     assert tracker.ask() == Request(9, None)
     (turn,) = tracker.replay_ended(complete=True, newest=None)
     assert isinstance(turn, Turn)
@@ -68,7 +77,7 @@ def test_a_replay_that_ends_below_our_position_is_a_restart() -> None:
 
 def test_an_engine_that_does_not_answer_is_no_restart() -> None:
     """Silence says nothing: the position stays, and live messages wait for a bounded number of tries."""
-    tracker = _tracker(Position(100, 9), tries=2)
+    tracker = _tracker(StreamPosition(100, 9), tries=2)
     outputs = tracker.live(_message(10))
     assert outputs == []
     outputs += tracker.replay_ended(complete=False, newest=None)
@@ -149,7 +158,7 @@ def test_messages_that_came_after_a_replay_was_asked_for_need_not_be_in_it() -> 
 
 def test_a_late_message_after_a_takeover_is_no_restart() -> None:
     """What is heard late and is on the log already says nothing; the replay that is under way tells."""
-    position = Position(100, 9, digests=((9, xxh3_64_intdigest(b"0/9")),))
+    position = StreamPosition(100, 9, digests=((9, xxh3_64_intdigest(b"0/9")),))
     tracker = _tracker(position)
     outputs = tracker.live(_message(7)) + tracker.live(_message(8)) + tracker.live(_message(10))
     for sequence in (9, 10):
@@ -167,7 +176,7 @@ def test_a_late_message_after_a_takeover_is_no_restart() -> None:
 def test_behind_a_gap_the_clock_of_before_says_nothing() -> None:
     """A message that was given up and is there after all has another clock than the last one before the gap."""
     tracker = Tracker(
-        Position(100, 9, 9.0),
+        StreamPosition(100, 9, 9.0),
         next_incarnation=lambda previous: previous + 1,
         read_ts=lambda payload: float(payload.split(b"/")[1]),
         tries=1,
@@ -191,8 +200,8 @@ def test_a_sequence_that_is_nonsense_leaves_no_trace() -> None:
 
 def test_what_is_held_is_bounded_over_all_pods() -> None:
     """Pods that wait for replays at one time share a bound: what goes beyond it is left to replay."""
-    holding = Holding(6)
-    one, two = (Tracker(Position(1, 0), next_incarnation=lambda n: n + 1, holding=holding) for _ in range(2))
+    holding = HeldBytes(6)
+    one, two = (Tracker(StreamPosition(1, 0), next_incarnation=lambda n: n + 1, holding=holding) for _ in range(2))
     for tracker in (one, two):
         tracker.live(_message(5))
         tracker.live(_message(6))
@@ -223,7 +232,7 @@ def test_every_message_is_forwarded_once_or_recorded_as_lost(seed: int, buffer: 
     chance = random.Random(seed)
     tracker = _tracker(tries=2, hold_messages=hold)
     outputs = tracker.begin()
-    kept: list[Message] = []
+    kept: list[EngineMessage] = []
     published, life = 0, 0
 
     def ask(lossy: float) -> None:

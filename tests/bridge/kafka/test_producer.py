@@ -15,7 +15,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaConnectionError, MessageSizeTooLargeError
 
 from kvatlas.bridge.errors import LogError
-from kvatlas.bridge.kafka.producer import Buckets, Gate, Item, Publisher
+from kvatlas.bridge.kafka.producer import Buckets, QueuedRecord, RecordProducer, SendWindow
 from kvatlas.bridge.model.adapters.fields import count_events
 from kvatlas.bridge.runtime.settings import KafkaSettings
 
@@ -75,8 +75,8 @@ class Producer:
         """Nothing to end."""
 
 
-def _publisher() -> tuple[Publisher, Producer]:
-    publisher, producer = Publisher(KafkaSettings(brokers="127.0.0.1:1"), linger_seconds=0.0), Producer()
+def _publisher() -> tuple[RecordProducer, Producer]:
+    publisher, producer = RecordProducer(KafkaSettings(brokers="127.0.0.1:1"), linger_seconds=0.0), Producer()
     publisher._producer = producer
     return publisher, producer
 
@@ -88,7 +88,7 @@ async def test_records_go_out_in_order_and_in_batches() -> None:
     for number in range(7):
         for partition in (0, 1):
             ack = functools.partial(lambda p, offset: offsets.append((p, offset)), partition)
-            publisher.send("t", partition, Item(b"k", b"%d" % number, [], ack))
+            publisher.send("t", partition, QueuedRecord(b"k", b"%d" % number, [], ack))
     assert await publisher.flush(5.0)
     for partition in (0, 1):
         values = [v for _, number, batch in producer.batches if number == partition for v in batch]
@@ -104,10 +104,10 @@ async def test_batches_for_one_broker_go_together() -> None:
     """While a request is in flight, records gather for its broker alone, and then go in one request."""
     publisher, producer = _publisher()
     producer.leaders, producer.hold = {0: 1, 1: 1, 2: 2}, asyncio.Event()
-    publisher.send("t", 0, Item(b"k", b"first", [], None))
+    publisher.send("t", 0, QueuedRecord(b"k", b"first", [], None))
     await asyncio.sleep(0.02)
     for partition in (0, 1, 2, 1):
-        publisher.send("t", partition, Item(b"k", b"later", [], None))
+        publisher.send("t", partition, QueuedRecord(b"k", b"later", [], None))
         await asyncio.sleep(0.01)
     assert producer.batches == [("t", 0, [b"first"]), ("t", 2, [b"later"])]
     producer.hold.set()
@@ -118,13 +118,13 @@ async def test_batches_for_one_broker_go_together() -> None:
 
 async def test_requests_keep_their_distance() -> None:
     """What comes within the pause after a request waits for its end, then goes as one."""
-    gate, began = Gate(0.1), time.monotonic()
+    gate, began = SendWindow(0.1), time.monotonic()
     async with gate:
         pass
     await asyncio.gather(*(gate.__aenter__() for _ in range(2)))
     assert time.monotonic() - began >= 0.09
     await asyncio.gather(*(gate.__aexit__() for _ in range(2)))
-    patient = Gate(3600)
+    patient = SendWindow(3600)
     async with asyncio.timeout(60):
         async with patient:  # the first one does not wait
             pass
@@ -138,7 +138,7 @@ async def test_nothing_is_dropped_while_the_broker_is_away() -> None:
     publisher, producer = _publisher()
     producer.failing = True
     for number in range(4):
-        publisher.send("t", 0, Item(b"k", b"%d" % number, [], None))
+        publisher.send("t", 0, QueuedRecord(b"k", b"%d" % number, [], None))
     assert not await publisher.flush(0.1)
     waiting = publisher.pending_bytes
     assert waiting >= 4
@@ -155,11 +155,11 @@ async def test_what_may_not_go_out_waits_or_is_discarded() -> None:
     leave = asyncio.Event()
     publisher.may_send = leave.is_set
     for partition in (0, 1):
-        publisher.send("t", partition, Item(b"k", b"early", [], None))
+        publisher.send("t", partition, QueuedRecord(b"k", b"early", [], None))
     assert not await publisher.flush(0.1)
     assert producer.batches == []
     publisher.discard("t", 0)
-    publisher.send("t", 0, Item(b"k", b"late", [], None))
+    publisher.send("t", 0, QueuedRecord(b"k", b"late", [], None))
     leave.set()
     assert await publisher.flush(60.0)
     assert sorted(producer.batches) == [("t", 0, [b"late"]), ("t", 1, [b"early"])]
@@ -171,11 +171,11 @@ async def test_what_is_in_flight_is_not_discarded() -> None:
     publisher, producer = _publisher()
     producer.hold = asyncio.Event()
     offsets: list[int] = []
-    publisher.send("t", 0, Item(b"k", b"flying", [], offsets.append))
+    publisher.send("t", 0, QueuedRecord(b"k", b"flying", [], offsets.append))
     async with asyncio.timeout(60):
         while not producer.batches:
             await asyncio.sleep(0.01)
-    publisher.send("t", 0, Item(b"k", b"waiting", [], offsets.append))
+    publisher.send("t", 0, QueuedRecord(b"k", b"waiting", [], offsets.append))
     publisher.discard("t", 0)
     producer.hold.set()
     assert await publisher.flush(60.0)
@@ -196,7 +196,9 @@ async def test_what_is_too_large_for_its_topic_holds_nothing_up(monkeypatch: pyt
     refused: list[bytes] = []
     places: list[int] = []
     for value in (b"a" * 600, b"b" * 600, b"c" * 1001, b"d"):
-        publisher.send("t", 0, Item(b"k", value, [], places.append, lambda item, _: refused.append(item.value[:1])))
+        publisher.send(
+            "t", 0, QueuedRecord(b"k", value, [], places.append, lambda item, _: refused.append(item.value[:1]))
+        )
     assert await publisher.flush(60.0)
     assert [value[:1] for _, _, batch in producer.batches for value in batch] == [b"a", b"b", b"d"]
     assert (refused, publisher.refused, places) == ([b"c"], 1, [0, 1, 2])
@@ -212,7 +214,7 @@ async def test_what_nobody_expected_ends_the_publisher_aloud() -> None:
         raise RuntimeError("not a batch")
 
     producer.create_batch = broken  # type: ignore[method-assign]
-    publisher.send("t", 0, Item(b"k", b"v", [], None))
+    publisher.send("t", 0, QueuedRecord(b"k", b"v", [], None))
     with pytest.raises(RuntimeError, match="not a batch"):
         await asyncio.wait_for(publisher.failed, 60)
     await publisher.stop()
@@ -220,7 +222,7 @@ async def test_what_nobody_expected_ends_the_publisher_aloud() -> None:
 
 async def test_no_broker_at_start_is_an_error() -> None:
     """A cluster that does not answer is named."""
-    publisher = Publisher(KafkaSettings(brokers="127.0.0.1:1"))
+    publisher = RecordProducer(KafkaSettings(brokers="127.0.0.1:1"))
     with pytest.raises(LogError, match=r"127\.0\.0\.1:1"):
         await publisher.start()
 
@@ -234,7 +236,7 @@ async def test_a_start_that_is_cancelled_leaves_no_producer_open() -> None:
         writer.close()
 
     server = await asyncio.start_server(silent, "127.0.0.1", 0)
-    publisher = Publisher(KafkaSettings(brokers=f"127.0.0.1:{server.sockets[0].getsockname()[1]}"))
+    publisher = RecordProducer(KafkaSettings(brokers=f"127.0.0.1:{server.sockets[0].getsockname()[1]}"))
     starting = asyncio.create_task(publisher.start())
     made: list[AIOKafkaProducer] = []
     async with asyncio.timeout(60):

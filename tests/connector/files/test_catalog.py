@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kvatlas.connector.files.catalog import Budget, Catalog, Found
+from kvatlas.connector.files.catalog import Catalog, DiskBudget, Found
 
 _KEYS = st.integers(0, 9).map(lambda number: b"%d" % number)
 _INODES = st.integers(1, 5)
@@ -103,7 +103,7 @@ def test_eviction_begins_at_the_high_mark_and_ends_at_the_low(
 ) -> None:
     """Below the high watermark nothing goes; above it, so much that the low one holds."""
     low, high = sorted(marks)
-    excess = Budget(high_watermark=high, low_watermark=low).excess_bytes(used, limit, incoming)
+    excess = DiskBudget(high_watermark=high, low_watermark=low).excess_bytes(used, limit, incoming)
     if used + incoming <= limit * high:
         assert excess == 0
     else:
@@ -113,6 +113,6 @@ def test_eviction_begins_at_the_high_mark_and_ends_at_the_low(
 
 def test_the_smallest_limit_counts() -> None:
     """Bytes and percent both bind, and neither may exceed the file system."""
-    assert Budget(max_bytes=500, max_percent=80).limit_bytes(1000) == 500
-    assert Budget(max_bytes=900, max_percent=80).limit_bytes(1000) == 800
-    assert Budget(max_bytes=5000, max_percent=None).limit_bytes(1000) == 1000
+    assert DiskBudget(max_bytes=500, max_percent=80).limit_bytes(1000) == 500
+    assert DiskBudget(max_bytes=900, max_percent=80).limit_bytes(1000) == 800
+    assert DiskBudget(max_bytes=5000, max_percent=None).limit_bytes(1000) == 1000

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvatlas.connector.errors import LayoutError
-from kvatlas.connector.files.catalog import Budget
+from kvatlas.connector.files.catalog import DiskBudget
 from kvatlas.connector.files.evictor import evict_root
 from kvatlas.connector.outcome import Outcome
 from kvatlas.deploy.commands import evictor as command
@@ -35,7 +35,7 @@ def test_the_longest_unused_go_over_all_fingerprints(fleet: Fleet) -> None:
     fleet.now_ns += 1_000_000_000_000_000_000
     other.store([block(50)]).result(10)
     other._usage.flush()
-    report = evict_root(fleet.root, Budget(max_bytes=6 * ONE, low_watermark=0.67), clock_ns=lambda: fleet.now_ns)
+    report = evict_root(fleet.root, DiskBudget(max_bytes=6 * ONE, low_watermark=0.67), clock_ns=lambda: fleet.now_ns)
     assert len(report.directories) == 2
     assert report.evicted_blocks == 5
     assert [n for n in range(8) if tier.lookup([key(n)])[key(n)]] == [5, 6, 7]
@@ -48,7 +48,7 @@ def test_the_longest_unused_go_over_all_fingerprints(fleet: Fleet) -> None:
 def test_a_dry_run_removes_nothing(fleet: Fleet) -> None:
     """A dry run reports the same and leaves every block."""
     tier = filled(fleet, 6)
-    report = evict_root(fleet.root, Budget(max_bytes=3 * ONE), dry_run=True, clock_ns=lambda: fleet.now_ns)
+    report = evict_root(fleet.root, DiskBudget(max_bytes=3 * ONE), dry_run=True, clock_ns=lambda: fleet.now_ns)
     assert report.evicted_blocks >= 3
     assert all(tier.lookup([key(n) for n in range(6)]).values())
 
@@ -64,7 +64,7 @@ def test_a_block_stored_again_meanwhile_is_left(fleet: Fleet) -> None:
         spare.write_bytes(data)
         spare.replace(path)
 
-    evict_root(fleet.root, Budget(max_bytes=ONE), clock_ns=lambda: fleet.now_ns, progress=progress)
+    evict_root(fleet.root, DiskBudget(max_bytes=ONE), clock_ns=lambda: fleet.now_ns, progress=progress)
     wanted, memory = target(0)
     assert tier.load([wanted]).result(10)[key(0)].ok
     assert bytes(memory) == payload(0)
@@ -73,7 +73,7 @@ def test_a_block_stored_again_meanwhile_is_left(fleet: Fleet) -> None:
 def test_a_root_that_is_not_there_is_an_error(fleet: Fleet) -> None:
     """A missing root is named in the error."""
     with pytest.raises(LayoutError, match="nowhere"):
-        evict_root(fleet.root / "nowhere", Budget())
+        evict_root(fleet.root / "nowhere", DiskBudget())
 
 
 def test_the_command_reports_and_obeys(fleet: Fleet, capsys: pytest.CaptureFixture[str]) -> None:

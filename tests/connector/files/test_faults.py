@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from kvatlas.connector.files import layout
-from kvatlas.connector.files.catalog import Budget
+from kvatlas.connector.files.catalog import DiskBudget
 from kvatlas.connector.outcome import Outcome
 from tests.connector.conftest import (
     EIO,
@@ -185,7 +185,7 @@ def test_two_writers_of_one_block_leave_one_whole_block(fleet: Fleet) -> None:
 
 def test_the_clock_may_jump_back(fleet: Fleet) -> None:
     """After the clock went back a year, what was used last is still evicted last."""
-    tier = fleet.tier(budget=Budget(max_bytes=6 * 12_288, high_watermark=1.0, low_watermark=0.9))
+    tier = fleet.tier(budget=DiskBudget(max_bytes=6 * 12_288, high_watermark=1.0, low_watermark=0.9))
     for number in range(5):
         store(tier, [number])
     fleet.now_ns -= 365 * 86_400 * 1_000_000_000

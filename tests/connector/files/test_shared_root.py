@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from kvatlas.connector.files.catalog import Budget
+from kvatlas.connector.files.catalog import DiskBudget
 from kvatlas.connector.files.evictor import evict_root
 from kvatlas.connector.files.fs import PosixFileSystem, Space, StrPath
 from kvatlas.connector.files.layout import Fingerprint
@@ -109,7 +109,7 @@ def test_two_processes_and_the_evictor_on_one_root(tmp_path: Path, per_file: int
     engines = [Process(root, half, per_file) for half in (0, 1)]
     evicted = passes = 0
     enough = 30
-    budget = Budget(max_bytes=60 * 12_288, max_percent=None, high_watermark=0.9, low_watermark=0.6)
+    budget = DiskBudget(max_bytes=60 * 12_288, max_percent=None, high_watermark=0.9, low_watermark=0.6)
     try:
         wanted = ("other loaded True", "other miss ")
         while evicted < 200 or any(engine.seen(what) < enough for engine in engines for what in wanted):
@@ -166,7 +166,7 @@ def test_engines_whose_budgets_exceed_the_disk_share_it(tmp_path: Path) -> None:
 
     def engine(rank: int) -> FileTier:
         fingerprint = Fingerprint(**{**FINGERPRINT.__dict__, "rank": str(rank)})
-        settings = FileTierSettings(root=tmp_path, threads=1, checksum_threads=0, budget=Budget(max_percent=100.0))
+        settings = FileTierSettings(root=tmp_path, threads=1, checksum_threads=0, budget=DiskBudget(max_percent=100.0))
         return FileTier(settings, fingerprint, fs=disk, monotonic=lambda: now[0])
 
     outcomes: Counter[Outcome] = Counter()

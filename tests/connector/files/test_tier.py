@@ -12,8 +12,8 @@ import pytest
 
 from kvatlas.connector.errors import LayoutError
 from kvatlas.connector.files import layout
-from kvatlas.connector.files.blocks import Block
-from kvatlas.connector.files.catalog import Budget
+from kvatlas.connector.files.blocks import BlockBuffers
+from kvatlas.connector.files.catalog import DiskBudget
 from kvatlas.connector.outcome import Outcome
 from tests.connector.conftest import (
     EIO,
@@ -51,9 +51,9 @@ def test_a_block_may_lie_in_several_buffers(fleet: Fleet) -> None:
     tier = fleet.tier()
     data = payload(1, 10_000)
     parts = [memoryview(data[:3]), memoryview(data[3:5000]), memoryview(data[5000:])]
-    assert tier.store([Block(key(1), parts)]).result(WAIT)[key(1)].ok
+    assert tier.store([BlockBuffers(key(1), parts)]).result(WAIT)[key(1)].ok
     out = [bytearray(7000), bytearray(3000)]
-    assert tier.load([Block(key(1), [memoryview(part) for part in out])]).result(WAIT)[key(1)].ok
+    assert tier.load([BlockBuffers(key(1), [memoryview(part) for part in out])]).result(WAIT)[key(1)].ok
     assert b"".join(out) == data
 
 
@@ -117,7 +117,7 @@ def test_memory_file_systems_are_roots_too() -> None:
     """On tmpfs blocks come back, are evicted within the budget, and a restart finds them."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         fleet = Fleet(Path(folder))
-        tier = fleet.tier(blocks_per_file=3, budget=Budget(max_bytes=30 * 12_288))
+        tier = fleet.tier(blocks_per_file=3, budget=DiskBudget(max_bytes=30 * 12_288))
         for first in range(0, 60, 3):
             assert all(result.ok for result in store(tier, range(first, first + 3)).values())
         tier.drain(WAIT)
@@ -251,7 +251,7 @@ def test_stores_are_shed_when_too_many_wait_and_loads_are_not(fleet: Fleet) -> N
 
 def test_the_budget_holds_and_the_oldest_go_first(fleet: Fleet) -> None:
     """Stores beyond the budget evict what was longest unused; the budget is never exceeded."""
-    tier = fleet.tier(budget=Budget(max_bytes=10 * 12_288, high_watermark=0.9, low_watermark=0.5))
+    tier = fleet.tier(budget=DiskBudget(max_bytes=10 * 12_288, high_watermark=0.9, low_watermark=0.5))
     for number in range(30):
         fleet.now_ns += 1_000_000
         assert store(tier, [number])[key(number)].ok
@@ -265,14 +265,14 @@ def test_the_budget_holds_and_the_oldest_go_first(fleet: Fleet) -> None:
 
 def test_a_block_that_can_never_fit_is_shed(fleet: Fleet) -> None:
     """A block larger than the whole budget is refused with an outcome."""
-    tier = fleet.tier(budget=Budget(max_bytes=8192))
+    tier = fleet.tier(budget=DiskBudget(max_bytes=8192))
     assert store(tier, [1])[key(1)].outcome is Outcome.SHED
 
 
 def test_a_percentage_of_the_file_system_is_a_budget_too(fleet: Fleet) -> None:
     """A percentage limits the tier by the size of the file system."""
     fleet.fs.total_bytes = 100 * 12_288
-    tier = fleet.tier(budget=Budget(max_percent=5.0, high_watermark=1.0, low_watermark=0.8))
+    tier = fleet.tier(budget=DiskBudget(max_percent=5.0, high_watermark=1.0, low_watermark=0.8))
     store(tier, range(20))
     tier.drain(WAIT)
     assert tier.used_bytes <= 5 * 12_288
@@ -287,7 +287,7 @@ def test_last_use_survives_a_restart(fleet: Fleet) -> None:
     fleet.now_ns = time.time_ns() + 3_600_000_000_000
     load(first, 0)
     first.close(drain=True)
-    again = fleet.tier(budget=Budget(max_bytes=6 * 12_288, high_watermark=1.0, low_watermark=0.7))
+    again = fleet.tier(budget=DiskBudget(max_bytes=6 * 12_288, high_watermark=1.0, low_watermark=0.7))
     fleet.now_ns += 1_000_000
     store(again, [7])
     again.drain(WAIT)
@@ -302,7 +302,7 @@ def test_a_lost_sidecar_is_rebuilt_from_a_scan(fleet: Fleet) -> None:
     first.close(drain=True)
     for path in (first.directory / layout.USAGE).iterdir():
         path.write_bytes(b"garbage" * 13)
-    again = fleet.tier(budget=Budget(max_bytes=4 * 12_288))
+    again = fleet.tier(budget=DiskBudget(max_bytes=4 * 12_288))
     again.drain(WAIT)
     assert 0 < again.used_bytes <= 4 * 12_288
     assert len(again.known()) == again.used_bytes // 12_288

@@ -6,7 +6,7 @@ import obstore
 import pytest
 
 from kvatlas.connector.errors import LayoutError
-from kvatlas.connector.files.catalog import Budget
+from kvatlas.connector.files.catalog import DiskBudget
 from kvatlas.connector.objects.client import DeniedError, ObjectStoreError
 from kvatlas.connector.objects.evictor import evict_prefix
 from kvatlas.connector.objects.settings import ObjectTierSettings
@@ -28,7 +28,7 @@ def test_the_longest_unused_go(bucket: Bucket) -> None:
     bucket.now_ns = 4_000_000_000_000_000_000
     tier.touch([key(number) for number in range(5)])
     assert tier.drain(WAIT)
-    budget = Budget(max_bytes=8 * OBJECT, max_percent=None, high_watermark=0.9, low_watermark=0.75)
+    budget = DiskBudget(max_bytes=8 * OBJECT, max_percent=None, high_watermark=0.9, low_watermark=0.75)
     dry = evict_prefix(SETTINGS, budget, objects=bucket.objects, dry_run=True)
     assert (dry.blocks, dry.used_bytes, dry.evicted_blocks) == (10, 10 * OBJECT, 4)
     report = evict_prefix(SETTINGS, budget, objects=bucket.objects)
@@ -47,7 +47,7 @@ def test_uses_of_writers_long_gone_are_removed(bucket: Bucket) -> None:
     tier.store([block(1)]).result(WAIT)
     tier.close()
     later = 4_000_000_000_000_000_000
-    report = evict_prefix(SETTINGS, Budget(max_percent=None), objects=bucket.objects, clock_ns=lambda: later)
+    report = evict_prefix(SETTINGS, DiskBudget(max_percent=None), objects=bucket.objects, clock_ns=lambda: later)
     assert report.stale_files == 1
     assert not list(obstore.list(bucket.objects.store, f"{tier.directory}/usage"))
 
@@ -55,7 +55,7 @@ def test_uses_of_writers_long_gone_are_removed(bucket: Bucket) -> None:
 def test_what_cannot_be_listed_is_an_error_and_what_cannot_be_removed_is_counted(bucket: Bucket) -> None:
     """A store without the right to list ends the pass; one that refuses a removal is reported."""
     bucket.tier().store([block(number) for number in range(3)]).result(WAIT)
-    budget = Budget(max_bytes=OBJECT, max_percent=None)
+    budget = DiskBudget(max_bytes=OBJECT, max_percent=None)
     bucket.objects.faults["delete"] = refuse(ObjectStoreError("503"))
     report = evict_prefix(SETTINGS, budget, objects=bucket.objects)
     assert (report.evicted_blocks, report.failed) == (0, 3)
@@ -69,7 +69,7 @@ def test_eviction_on_a_server_under_an_engine(s3: S3Server) -> None:
     settings = s3.settings()
     with ObjectTier(settings, FINGERPRINT) as tier:
         tier.store([block(number) for number in range(20)]).result(WAIT)
-        budget = Budget(max_bytes=10 * OBJECT, max_percent=None, high_watermark=1.0, low_watermark=1.0)
+        budget = DiskBudget(max_bytes=10 * OBJECT, max_percent=None, high_watermark=1.0, low_watermark=1.0)
         assert evict_prefix(settings, budget).evicted_blocks == 10
         outcomes = [tier.load([wanted]).result(WAIT)[wanted.key].outcome for wanted, _ in map(target, range(20))]
     assert outcomes.count(Outcome.LOADED) == outcomes.count(Outcome.MISS) == 10

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.connector.errors import LayoutError
 from kvatlas.connector.files import layout
-from kvatlas.connector.files.blocks import Block, Missing
+from kvatlas.connector.files.blocks import BlockBuffers, Missing
 from kvatlas.connector.files.fs import Buffer
 from kvatlas.connector.files.usage import decode, usage_key
 from kvatlas.connector.objects import bodies
 from kvatlas.connector.objects.client import DeniedError, ObjectStoreError
 from kvatlas.connector.objects.settings import ObjectTierSettings, split_url
 from kvatlas.connector.objects.tier import ObjectTier
-from kvatlas.connector.outcome import Outcome, Result, Results, Tier
+from kvatlas.connector.outcome import OffloadTier, Outcome, Result, Results
 from tests.connector.conftest import FINGERPRINT, WAIT, Fleet, block, key, payload, target
 from tests.connector.objects.conftest import Bucket, refuse
 
@@ -52,7 +52,7 @@ def test_what_was_stored_comes_back(bucket: Bucket, size: int) -> None:
     assert {result.outcome for result in results.values()} == {Outcome.STORED}
     for number in (1, 2, 3):
         result, found = load(tier, number, size)
-        assert result == Result(Outcome.LOADED, tier=Tier.OBJECT)
+        assert result == Result(Outcome.LOADED, tier=OffloadTier.OBJECT)
         assert found == payload(number, size)
     ranged = [name for name, _ in bucket.objects.asked if name == "get_ranges"]
     assert len(ranged) == (3 if size + 4096 > 1 << 20 else 0)
@@ -68,7 +68,7 @@ def test_a_payload_in_pieces_fills_a_block_in_parts(sizes: list[int], cuts: list
     edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
     pieces: list[Buffer] = [memoryview(data)[a:b] for a, b in itertools.pairwise(edges)]
     memories = [bytearray(size) for size in sizes]
-    bodies.fill(Block(b"k", [memoryview(memory) for memory in memories]), pieces)
+    bodies.fill(BlockBuffers(b"k", [memoryview(memory) for memory in memories]), pieces)
     assert b"".join(memories) == data
 
 
@@ -120,7 +120,7 @@ def test_a_damaged_object_is_a_miss_and_is_removed(bucket: Bucket, at: int) -> N
     assert tier.metrics.counts["corrupt"] == 1
     assert bucket.announced() == set()
     assert store(tier, [1])[key(1)].outcome is Outcome.STORED
-    assert load(tier, 1) == (Result(Outcome.LOADED, tier=Tier.OBJECT), payload(1))
+    assert load(tier, 1) == (Result(Outcome.LOADED, tier=OffloadTier.OBJECT), payload(1))
 
 
 def test_a_store_finds_damage_of_an_earlier_run(bucket: Bucket) -> None:
@@ -324,7 +324,7 @@ def test_the_newest_answer_of_a_racing_writer_counts(bucket: Bucket) -> None:
         return [*parts[:-1], memoryview(bytes(len(parts[-1])))]
 
     bucket.objects.get_ranges = torn  # type: ignore[method-assign]
-    assert load(tier, 1, size) == (Result(Outcome.LOADED, tier=Tier.OBJECT), payload(1, size))
+    assert load(tier, 1, size) == (Result(Outcome.LOADED, tier=OffloadTier.OBJECT), payload(1, size))
 
 
 @given(st.binary(max_size=300))

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from kvatlas.connector.errors import CapacityError
-from kvatlas.connector.offload.engine import EngineSettings, Item, OffloadEngine
+from kvatlas.connector.offload.engine import EngineSettings, OffloadEngine, TransferItem
 from kvatlas.connector.offload.transfer import PagedKV
-from kvatlas.connector.outcome import Outcome, Tier
+from kvatlas.connector.outcome import OffloadTier, Outcome
 from tests.connector.conftest import ENOSPC, Fleet, fail, key
 
 pytestmark = pytest.mark.torch
@@ -38,14 +38,14 @@ def paged(device: str, seed: int, blocks: int = 40) -> PagedKV:
     return PagedKV((*one.tensors, flat), (*one.groups, (ref,)))
 
 
-def block_of(kv: PagedKV, item: Item) -> bytes:
+def block_of(kv: PagedKV, item: TransferItem) -> bytes:
     return b"".join(
         kv.tensors[ref.tensor][item.block, : ref.page_bytes].cpu().numpy().tobytes() for ref in kv.groups[item.group]
     )
 
 
-def items(numbers: range, offset: int = 0) -> list[Item]:
-    return [Item(key(number, number % 2), number % 2, (number + offset) % 40) for number in numbers]
+def items(numbers: range, offset: int = 0) -> list[TransferItem]:
+    return [TransferItem(key(number, number % 2), number % 2, (number + offset) % 40) for number in numbers]
 
 
 @pytest.mark.parametrize("policy", ["lru", "arc"])
@@ -68,7 +68,7 @@ def test_round_trip_through_every_tier(fleet: Fleet, device: str, policy: str, s
     results = engine.load(moved).result(WAIT)
     assert {result.outcome for result in results.values()} == {Outcome.LOADED}
     assert all(block_of(source, item) == wanted[item.key] for item in moved)
-    assert {result.tier for result in results.values()} >= ({Tier.FILE} if slots < 40 else {Tier.HOST})
+    assert {result.tier for result in results.values()} >= ({OffloadTier.FILE} if slots < 40 else {OffloadTier.HOST})
     engine.close()
 
 
@@ -97,8 +97,8 @@ def test_a_failed_file_store_is_a_failure_that_host_memory_survives(fleet: Fleet
     fleet.fs.faults["pwritev"] = fail(ENOSPC)
     item = items(range(1))[0]
     result = engine.store([item]).result(WAIT)[item.key]
-    assert (result.outcome, result.tier) == (Outcome.FAILED, Tier.HOST)
-    assert engine.lookup([item.key]) == {item.key: Tier.HOST}
+    assert (result.outcome, result.tier) == (Outcome.FAILED, OffloadTier.HOST)
+    assert engine.lookup([item.key]) == {item.key: OffloadTier.HOST}
     assert engine.load([item]).result(WAIT)[item.key].ok
     assert fleet.announced() == set()
     engine.close()

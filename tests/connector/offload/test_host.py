@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kvatlas.connector.offload.host import HostTier, Lease
+from kvatlas.connector.offload.host import HostTier, SlotLease
 from kvatlas.connector.offload.policies import POLICIES
 
 _SLOTS = 4
@@ -24,7 +24,7 @@ class HostBesideAModel(RuleBasedStateMachine):
         super().__init__()
         self.host = HostTier(_SLOTS, POLICIES["lru"](_SLOTS))
         self.content: dict[int, bytes] = {}
-        self.leases: list[Lease] = []
+        self.leases: list[SlotLease] = []
         self.filling: dict[bytes, int] = {}
 
     def _pinned(self) -> set[bytes]:
@@ -83,24 +83,24 @@ def test_a_lease_waits_for_room() -> None:
     first = host.lease([b"a"])
     assert first is not None
     assert host.lease([b"b"], wait_seconds=0.01) is None
-    got: list[Lease | None] = []
+    got: list[SlotLease | None] = []
     waiting = threading.Thread(target=lambda: got.append(host.lease([b"b"], wait_seconds=90)))
     waiting.start()
     time.sleep(0.02)
     host.filled(b"a", good=True)
     host.release([b"a"])
     waiting.join(100)
-    assert got == [Lease({}, {b"b": 0})]
+    assert got == [SlotLease({}, {b"b": 0})]
     assert host.evicted == 1
 
 
 def test_a_block_being_filled_is_waited_for_not_filled_twice() -> None:
     """Two transfers of one block share one slot."""
     host = HostTier(4, POLICIES["arc"](4))
-    assert host.lease([b"a"]) == Lease({}, {b"a": 0})
+    assert host.lease([b"a"]) == SlotLease({}, {b"a": 0})
     assert host.lease([b"a"]) is None
     host.filled(b"a", good=True)
-    assert host.lease([b"a"]) == Lease({b"a": 0}, {})
+    assert host.lease([b"a"]) == SlotLease({b"a": 0}, {})
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvatlas.connector.offload import lanes
-from kvatlas.connector.offload.engine import EngineSettings, Item, OffloadEngine, host_memory
+from kvatlas.connector.offload.engine import EngineSettings, OffloadEngine, TransferItem, host_memory
 from kvatlas.connector.offload.lanes import BUFFERS, CpuLane, CudaLane
 from kvatlas.connector.offload.transfer import Mover, PagedKV, Placement, Ref
 
@@ -155,7 +155,7 @@ def test_a_block_that_is_not_there_is_refused_at_once(group: int, block: int) ->
     engine = OffloadEngine(caches([[(64, 0)]]), EngineSettings(host_bytes=4096))
     for move in (engine.store, engine.load):
         with pytest.raises(ValueError, match="no block"):
-            move([Item(b"good", 0, 0), Item(b"bad", group, block)])
+            move([TransferItem(b"good", 0, 0), TransferItem(b"bad", group, block)])
     assert engine.lookup([b"good"]) == {b"good": None}
     engine.close()
 

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from kvatlas.bridge.engines.identity import parse_topic
-from kvatlas.connector.files.catalog import Budget
+from kvatlas.connector.files.catalog import DiskBudget
 from kvatlas.connector.files.settings import FileTierSettings
 from kvatlas.connector.vllm.version import SUPPORTED
 
@@ -117,7 +117,7 @@ def test_connector(flags: dict[str, Config]) -> None:
     (init,) = [node for node in manager.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
     named = {argument.arg for argument in (*init.args.args, *init.args.kwonlyargs)}
     budget = {key: tier[key] for key in ("max_bytes", "max_percent", "high_watermark", "low_watermark") if key in tier}
-    Budget(**{"max_bytes": None, "max_percent": 80.0, "high_watermark": 0.95, "low_watermark": 0.85, **budget})
+    DiskBudget(**{"max_bytes": None, "max_percent": 80.0, "high_watermark": 0.95, "low_watermark": 0.85, **budget})
     rest = set(tier) - {"type", "module_path", "numa_node"} - named - set(budget)
     FileTierSettings(root=Path(tier["root_dir"]), **{key: tier[key] for key in rest})
 

@@ -16,7 +16,7 @@ from prometheus_client.core import Metric
 
 from kvatlas.bridge.ingest.metrics import BridgeCollector
 from kvatlas.bridge.ingest.stream import Shared
-from kvatlas.bridge.kafka.producer import Publisher
+from kvatlas.bridge.kafka.producer import RecordProducer
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.connector.metrics import Metrics, PrometheusCollector
@@ -65,7 +65,7 @@ def of_families(families: Iterator[Metric]) -> dict[str, frozenset[str]]:
 
 def exported() -> dict[str, frozenset[str]]:
     """Name of every series the services export, with its labels."""
-    shared = Shared(BridgeSettings(), Publisher(KafkaSettings()), str, lambda: 0)
+    shared = Shared(BridgeSettings(), RecordProducer(KafkaSettings()), str, lambda: 0)
     bridge = of_families(iter(BridgeCollector({}, shared).collect()))
     connector = of_families(PrometheusCollector(Metrics()).collect())
     shared.context.destroy()

@@ -15,7 +15,7 @@ import pytest
 
 from kvatlas.scorer.errors import BusyError, InputError, TooLargeError
 from kvatlas.scorer.tokenization import aside
-from kvatlas.scorer.tokenization.errors import BackendError, TemplateError, TemplateLimitError
+from kvatlas.scorer.tokenization.errors import TemplateError, TemplateLimitError, TokenizerBackendError
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.tokenization.pool import TokenizerPool
 from kvatlas.scorer.tokenization.records import ChatInput
@@ -156,7 +156,7 @@ def test_a_process_serves_many_and_is_replaced_when_it_dies(beside: aside.Aside)
         assert beside.run(aside.READ_BODY, body, timeout_seconds=60)
     for child in _children():
         os.kill(child, 9)
-    with pytest.raises((TooLargeError, BackendError)):
+    with pytest.raises((TooLargeError, TokenizerBackendError)):
         beside.run(aside.READ_BODY, body, timeout_seconds=60)
     assert beside.run(aside.READ_BODY, body, timeout_seconds=60)
 
@@ -182,7 +182,7 @@ def test_the_end_does_not_wait_for_work(beside: aside.Aside) -> None:
             time.sleep(0.01)
         began = time.monotonic()
         beside.close()
-        with pytest.raises((TooLargeError, BackendError, InputError)):
+        with pytest.raises((TooLargeError, TokenizerBackendError, InputError)):
             running.result()
     assert time.monotonic() - began < 10
     assert not _children()
@@ -192,5 +192,5 @@ def test_a_closed_one_starts_nothing(beside: aside.Aside) -> None:
     """After the end there is an error, not a process that nobody ends."""
     closed = aside.Aside(processes=1, cpu_seconds=1.0, memory_bytes=MIB, answer_bytes=MIB, what="work")
     closed.close()
-    with pytest.raises(BackendError, match="shutting down"):
+    with pytest.raises(TokenizerBackendError, match="shutting down"):
         closed.run(aside.READ_BODY, b"\n{}", timeout_seconds=1)

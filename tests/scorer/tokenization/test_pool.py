@@ -21,11 +21,11 @@ from kvatlas.scorer.errors import UnknownModelError
 from kvatlas.scorer.tokenization.backend import FolderEngine, LocalBackend, Making
 from kvatlas.scorer.tokenization.chat import ChatRenderer
 from kvatlas.scorer.tokenization.errors import (
-    BackendError,
     BadModelError,
     NoTokenizerError,
     PromptLimitError,
     TokenizeInputError,
+    TokenizerBackendError,
 )
 from kvatlas.scorer.tokenization.harmony import HarmonyRenderer
 from kvatlas.scorer.tokenization.hub import HubBackend
@@ -214,7 +214,7 @@ def test_hub_without_a_network_says_what_to_do(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     settings = TokenizerSettings()
     backend = HubBackend(models=["good/*"], folder=str(tmp_path), revision="main", making=_making(settings))
-    with pytest.raises(BackendError, match="cannot be reached") as caught:
+    with pytest.raises(TokenizerBackendError, match="cannot be reached") as caught:
         backend.load("good/model")
     assert caught.value.retriable
     with pytest.raises(NoTokenizerError, match="hub_models"):
@@ -277,7 +277,7 @@ async def test_fallback_says_who_answered(address: str) -> None:
         assert (await pool.encode("m", "text")).backend == "remote"
     async with _pool(remote="127.0.0.1:1", remote_timeout_ms=500, order=("remote", "local")) as pool:
         assert (await pool.encode("m", "text")).backend == "local"
-        with pytest.raises(BackendError, match=r"remote: .*; local: ") as caught:
+        with pytest.raises(TokenizerBackendError, match=r"remote: .*; local: ") as caught:
             await pool.encode("other", "text")
         assert caught.value.retriable
 
@@ -304,6 +304,6 @@ async def test_service_tells_failures_in_the_answer(address: str) -> None:
 async def test_remote_backend_without_a_service() -> None:
     """Nobody at the address is a retriable error of the backend."""
     backend = RemoteBackend("127.0.0.1:1", 0.5)
-    with pytest.raises(BackendError, match=r"UNAVAILABLE|DEADLINE"):
+    with pytest.raises(TokenizerBackendError, match=r"UNAVAILABLE|DEADLINE"):
         await asyncio.to_thread(backend.load, "m")
     backend.close()

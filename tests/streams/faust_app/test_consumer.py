@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from faust.types import TP
 
-from kvatlas.streams.faust_app.consumer import Waiting, Watchdog
+from kvatlas.streams.faust_app.consumer import IdleSource, Watchdog
 
 AT = TP("kv-events", 3)
 
@@ -23,9 +23,9 @@ class Source:
             self.waiting, lambda _: self.end, lambda tp, at: self.rewound.append((tp, at)), lambda: self.now
         )
 
-    def waiting(self) -> Iterator[Waiting]:
+    def waiting(self) -> Iterator[IdleSource]:
         if self.wanted is not None:
-            yield Waiting(AT, self.wanted)
+            yield IdleSource(AT, self.wanted)
 
     def after(self, seconds: float) -> list[tuple[TP, int]]:
         for _ in range(round(seconds)):

@@ -12,7 +12,7 @@ import pytest
 
 from kvatlas.bridge.model import block_key, epochs, pod_ids, records
 from kvatlas.bridge.model.records import PodRecord
-from kvatlas.streams.mirror.layout import MirrorLayout, Names, Position, position_of
+from kvatlas.streams.mirror.layout import MirrorLayout, MirrorPosition, Names, position_of
 from kvatlas.streams.mirror.mirror import Mirror
 from kvatlas.streams.mirror.part import MirrorSource
 from kvatlas.streams.mirror.redis_link import connect
@@ -76,7 +76,7 @@ class Worker:
         self.states = {number: State(table) for number, table in tables.items()}
         self.generation = generation
         self.pods: dict[str, PodRecord] = {}
-        self.asked: list[Position] = []
+        self.asked: list[MirrorPosition] = []
         self.tells = True
         self.client = connect(url, retries=0)
         source = MirrorSource(
@@ -90,7 +90,7 @@ class Worker:
         layout = options.pop("layout", LAYOUT)
         self.mirror = Mirror(MirrorServer(self.client, "test"), worker=name, layout=layout, source=source, **options)
 
-    async def changed(self, partition: int, after: Position, through: int) -> list[bytes] | None:
+    async def changed(self, partition: int, after: MirrorPosition, through: int) -> list[bytes] | None:
         self.asked.append(after)
         changes = self.states[partition].table.changes
         return changes[after.changelog_offset + 1 : through + 1] if self.tells else None
@@ -157,7 +157,7 @@ async def test_commits_arrive_and_positions_say_so(rig: SimpleNamespace):
     await worker.mirror.turn()
     assert await mirrored(worker) == {one: b"h3"}
     position = position_of(await worker.client.get(NAMES.position(0)))
-    assert position == Position(4, 40, 7, 8)
+    assert position == MirrorPosition(4, 40, 7, 8)
 
 
 async def test_a_partition_that_moved_goes_on_and_its_first_writer_can_write_no_more(rig: SimpleNamespace):

@@ -15,7 +15,7 @@ from kvatlas.bridge.model.epochs import epoch_of
 from kvatlas.bridge.model.events import Tier
 from kvatlas.bridge.model.validity import Validity
 from kvatlas.streams.resolve import engine_blocks as eb
-from kvatlas.streams.resolve.engine_blocks import Block, Link, Owner, Pending, PodState, Waiting
+from kvatlas.streams.resolve.engine_blocks import Block, Link, Owner, Pending, PodState, WaitingChildren
 from kvatlas.streams.resolve.sweep import sweep_engine_blocks
 
 REF = (5).to_bytes(8, "big")
@@ -114,8 +114,8 @@ def test_the_sweep_takes_what_ended_and_leaves_the_rest():
         (prefix + b"damaged", b"\x09"),
         (eb.owners_prefix(REF, 0) + KEY, eb.encode_record(owners)),
         (eb.owners_prefix(REF, 1) + KEY, eb.encode_record(owners[:1])),
-        (eb.waiting_prefix(REF, 0) + b"old", eb.encode_record(Waiting(OLD, [b"c"]))),
-        (eb.waiting_prefix(REF, 0) + b"new", eb.encode_record(Waiting(NEW, [b"c"]))),
+        (eb.waiting_prefix(REF, 0) + b"old", eb.encode_record(WaitingChildren(OLD, [b"c"]))),
+        (eb.waiting_prefix(REF, 0) + b"new", eb.encode_record(WaitingChildren(NEW, [b"c"]))),
         (other + b"x", _plain(Tier.GPU, OLD)),
     ]
     swept = sweep_engine_blocks(items, {5: Validity(NEW)})

@@ -16,7 +16,7 @@ from kvatlas.scorer import Indexer
 from kvatlas.scorer.library.backends.errors import ReadOnlyError, SchemaError
 from kvatlas.scorer.library.backends.mirror import MirrorBackend
 from kvatlas.streams.index.holders import pack_holder
-from kvatlas.streams.mirror.layout import MirrorLayout, Names, Position, token
+from kvatlas.streams.mirror.layout import MirrorLayout, MirrorPosition, Names, token
 from kvatlas.streams.mirror.redis_link import connect
 
 NAMES = Names("mirror")
@@ -38,7 +38,7 @@ async def client(own_redis: Any) -> AsyncIterator[Any]:
     layout = MirrorLayout(partitions=2, block_size_tokens=16, index_version="base")
     await made.set(NAMES.layout, msgspec.msgpack.encode(layout))
     for number in range(2):
-        await made.set(NAMES.position(number), Position(1, 1, 1, 1).pack())
+        await made.set(NAMES.position(number), MirrorPosition(1, 1, 1, 1).pack())
         await made.set(NAMES.claim(number), token(1, "w"))
     for key in block_key.block_keys(block_key.root_key("m"), block_key.pack_tokens(TOKENS), 16):
         await made.set(NAMES.blocks + key, pack_holder(pod_ids.pod_ref("one"), 0, Tier.GPU, 0, 0, EPOCH))
