@@ -228,13 +228,13 @@ def test_damage_in_a_file_read_as_a_whole_is_found_per_block(fleet: Fleet, damag
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from kvatlas.connector.files.catalog import Budget
+from kvatlas.connector.files.catalog import DiskBudget
 from kvatlas.connector.files.settings import FileTierSettings
 from kvatlas.connector.files.tier import FileTier
 from tests.connector.conftest import FINGERPRINT, block, key
 changes = []
 settings = FileTierSettings(
-    root=Path(sys.argv[1]), direct=sys.argv[2] == "direct", threads=2, budget=Budget(max_percent=None)
+    root=Path(sys.argv[1]), direct=sys.argv[2] == "direct", threads=2, budget=DiskBudget(max_percent=None)
 )
 with FileTier(settings, FINGERPRINT, listener=changes.append) as tier:
     tier.scanned.wait()
@@ -321,13 +321,13 @@ def test_a_stale_handle_of_a_network_file_system_is_a_failure(fleet: Fleet, call
 SHARING = """
 import random, sys
 from pathlib import Path
-from kvatlas.connector.files.catalog import Budget
+from kvatlas.connector.files.catalog import DiskBudget
 from kvatlas.connector.files.settings import FileTierSettings
 from kvatlas.connector.files.tier import FileTier
 from tests.connector.conftest import FINGERPRINT, block, key, payload, target
 rng = random.Random(int(sys.argv[2]))
 settings = FileTierSettings(
-    root=Path(sys.argv[1]), blocks_per_file=rng.choice([1, 3]), threads=2, budget=Budget(max_bytes=30 * 12_288)
+    root=Path(sys.argv[1]), blocks_per_file=rng.choice([1, 3]), threads=2, budget=DiskBudget(max_bytes=30 * 12_288)
 )
 loaded = wrong = failed = 0
 with FileTier(settings, FINGERPRINT) as tier:

@@ -16,12 +16,12 @@ from tests.connector.conftest import Fleet, key, payload, target
 WRITER = """
 import itertools, sys
 from pathlib import Path
-from kvatlas.connector.files.catalog import Budget
+from kvatlas.connector.files.catalog import DiskBudget
 from kvatlas.connector.files.settings import FileTierSettings
 from kvatlas.connector.files.tier import FileTier
 from tests.connector.conftest import FINGERPRINT, block
 tier = FileTier(
-    FileTierSettings(root=Path(sys.argv[1]), blocks_per_file=4, threads=4, budget=Budget(max_bytes=4_000_000)),
+    FileTierSettings(root=Path(sys.argv[1]), blocks_per_file=4, threads=4, budget=DiskBudget(max_bytes=4_000_000)),
     FINGERPRINT,
 )
 tier.scanned.wait()

@@ -30,7 +30,7 @@ ENGINE = """
 import json, random, sys, threading
 from collections import Counter
 from pathlib import Path
-from kvatlas.connector.files.catalog import Budget
+from kvatlas.connector.files.catalog import DiskBudget
 from kvatlas.connector.files.settings import FileTierSettings
 from kvatlas.connector.files.tier import FileTier
 from tests.connector.conftest import FINGERPRINT, block, key, payload, target
@@ -39,7 +39,7 @@ held, ends, loads = set(), threading.Event(), Counter()
 def hear(change):
     (held.difference_update if change.removed else held.update)(change.keys)
 tier = FileTier(FileTierSettings(root=Path(sys.argv[1]), blocks_per_file=int(sys.argv[3]), threads=2,
-    budget=Budget(max_percent=None)), FINGERPRINT, listener=hear)
+    budget=DiskBudget(max_percent=None)), FINGERPRINT, listener=hear)
 threading.Thread(target=lambda: (sys.stdin.read(), ends.set()), daemon=True).start()
 chosen = random.Random(half)
 while not ends.is_set():
