@@ -27,7 +27,7 @@ from kvatlas.bridge.model import records, topics
 from kvatlas.bridge.model.workers import WorkerDirectory
 from kvatlas.bridge.runtime.restarts import Restarts
 from kvatlas.bridge.runtime.settings import KafkaSettings
-from kvatlas.bridge.runtime.tasks import Background
+from kvatlas.bridge.runtime.tasks import Background, serving
 from kvatlas.bridge.runtime.telemetry import Telemetry
 from kvatlas.scorer.api import llmd, metrics
 from kvatlas.scorer.api.bodies import Inflight
@@ -263,6 +263,7 @@ class ScorerService:
             ) from error
         await server.start()
         self._server = server
+        self._background.start(serving(server, f"of scores on {settings.listen}"), "serving")
         self.address = f"{settings.listen.rpartition(':')[0]}:{port}"
         if settings.http_listen:
             from kvatlas.scorer.api.http_server import HttpFront  # noqa: PLC0415 - only when switched on

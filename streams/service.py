@@ -184,6 +184,7 @@ class WorkerService:
             port = await self._server.start()
         except OSError as error:
             raise SettingsError(f"[worker] listen {self._settings.listen}: {error}") from error
+        self._watch(self._server.serving())
         self.address = advertised(self._settings.listen, self._settings.advertise, port)
 
     async def _start_app(self) -> None:

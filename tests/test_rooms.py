@@ -98,6 +98,7 @@ R6_EXCEPTIONS: Final[frozenset[str]] = frozenset(
         "bridge.kafka.follower: _client",
         "bridge.kafka.producer: _message_accumulator",
         "bridge.kafka.producer: _sender",
+        "bridge.kafka.fetching: _fetcher",
         "bridge.kafka.lease: _coordinator",
         "scorer.library.indexer: _options",
         "scorer.library.indexer: _pods",

@@ -13,6 +13,7 @@ from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.errors import LogError
 from kvatlas.bridge.kafka.config import client_config
+from kvatlas.bridge.kafka.fetching import fetch
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.bridge.runtime.tasks import end_tasks
 
@@ -146,7 +147,7 @@ class TopicFollower:
             while True:
                 if not behind:
                     self.caught_up.set()
-                batches = await consumer.getmany(timeout_ms=_POLL_MS, max_records=_RECORDS_PER_TURN)
+                batches = await fetch(consumer, timeout_ms=_POLL_MS, max_records=_RECORDS_PER_TURN)
                 self.connected = True
                 self._apply_all(batches)
                 if behind:

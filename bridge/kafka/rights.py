@@ -27,6 +27,10 @@ def refusal_in(error: BaseException | None) -> KafkaError | None:
     while error is not None:
         if isinstance(error, TopicAuthorizationFailedError | GroupAuthorizationFailedError):
             return error
+        # Asked for committed offsets, aiokafka knows no reason but the few it names, and puts the others into text.
+        for kind in (TopicAuthorizationFailedError, GroupAuthorizationFailedError):
+            if type(error) is KafkaError and error.args and str(error.args[0]).startswith(kind.__name__):
+                return kind()
         error = error.__cause__ or error.__context__
     return None
 

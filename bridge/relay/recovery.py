@@ -11,6 +11,7 @@ from aiokafka.errors import KafkaError
 from kvatlas.bridge.errors import LogError, WireError
 from kvatlas.bridge.ingest.recovered import Recovered, fold
 from kvatlas.bridge.kafka.config import client_config
+from kvatlas.bridge.kafka.fetching import fetch
 from kvatlas.bridge.kafka.rights import lost_right
 from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.records import PodRecord
@@ -138,7 +139,7 @@ async def _to_end(consumer: Any, places: list[TopicPartition], starts: dict[Topi
         consumer.seek(place, min(max(starts.get(place, 0), first[place]), ends[place]))
     open_places = {place for place in places if await consumer.position(place) < ends[place]}
     while open_places:
-        for messages in (await consumer.getmany(timeout_ms=200)).values():
+        for messages in (await fetch(consumer, timeout_ms=200)).values():
             for message in messages:
                 yield message
         for place in list(open_places):

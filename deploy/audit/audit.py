@@ -20,6 +20,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from kvatlas.bridge.errors import DECODE_ERRORS
 from kvatlas.bridge.kafka.config import client_config
+from kvatlas.bridge.kafka.fetching import fetch
 from kvatlas.bridge.kafka.follower import partitions_of
 from kvatlas.bridge.model import pod_ids, topics
 from kvatlas.bridge.model.block_key import KEY_BYTES, partition_of
@@ -269,7 +270,7 @@ async def read_records(kafka: KafkaSettings, topic: str, apply: Any) -> None:
             left -= {at for at in left if await consumer.position(at) >= ends[at]}
             if not left:
                 return
-            for batch in (await consumer.getmany(*left, timeout_ms=_POLL_MS)).values():
+            for batch in (await fetch(consumer, *left, timeout_ms=_POLL_MS)).values():
                 for record in batch:
                     apply(record)
     finally:

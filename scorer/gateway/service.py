@@ -23,7 +23,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from kvatlas.bridge.errors import SettingsError, UnresolvedError
 from kvatlas.bridge.model.records import PodRecord
 from kvatlas.bridge.runtime.restarts import Restarts
-from kvatlas.bridge.runtime.tasks import Background
+from kvatlas.bridge.runtime.tasks import Background, serving
 from kvatlas.bridge.runtime.telemetry import Telemetry
 from kvatlas.scorer.api.extproc import SERVICE, ExternalProcessor, ProcessorOptions
 from kvatlas.scorer.gateway import discovery, metrics
@@ -153,6 +153,7 @@ class PickerService:
             raise SettingsError(f"[picker] cannot listen on {settings.listen}: {error}") from error
         await server.start()
         self._server = server
+        self._background.start(serving(server, f"of picks on {settings.listen}"), "serving")
         self.address = f"{settings.listen.rpartition(':')[0]}:{port}"
         await self._set_health()
 

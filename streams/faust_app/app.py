@@ -54,6 +54,7 @@ class WorkerApp(faust.App):
         roles_listener: called when roles changed, with whether all active partitions are caught up.
         lease: whether the group surely counts this worker in.
         publisher: of pod records; None when the resolve agent does not run here.
+        on_failed: called with the error, from any thread, when something has ended that nothing repairs.
     """
 
     reader: BulkReader
@@ -63,6 +64,7 @@ class WorkerApp(faust.App):
     lease: Lease
     publisher: PodPublisher | None
     roles_listener: Callable[[bool], None] | None
+    on_failed: Callable[[BaseException], None]
 
     def _new_transport(self) -> Any:
         return SourceTransport(self.conf.broker_consumer, self)
@@ -198,6 +200,7 @@ def build_app(
         TableManager=BulkTableManager,
     )
     app.roles_listener = None
+    app.on_failed = on_crash
     app.fetch_wait_ms = settings.fetch_wait_ms
     app.publisher = None
     app.tasks, app.sources = {}, {}

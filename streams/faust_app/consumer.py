@@ -23,6 +23,8 @@ from aiokafka.errors import IllegalStateError
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
 
+from kvatlas.bridge.kafka.fetching import fetcher_task
+
 logger = logging.getLogger(__name__)
 
 _WATCH_SECONDS: Final = 1.0
@@ -91,7 +93,13 @@ class SourceConsumerThread(driver.AIOKafkaConsumerThread):
     async def on_start(self) -> None:
         """Start the consumer, and have each heartbeat that the group accepts renew the lease."""
         await super().on_start()
-        self.app.lease.renew_with_heartbeats(self._ensure_consumer())
+        consumer = self._ensure_consumer()
+        self.app.lease.renew_with_heartbeats(consumer)
+        fetcher_task(consumer).add_done_callback(self._fetcher_ended)
+
+    def _fetcher_ended(self, fetcher: asyncio.Task[None]) -> None:
+        if not fetcher.cancelled() and (error := fetcher.exception()) is not None:
+            self.app.on_failed(error)  # the consumer itself only has nothing new any more
 
     def rewind(self, tp: TP, offset: int) -> None:
         """Read a partition from ``offset`` on, soon; no effect when it is not assigned any more."""

@@ -11,6 +11,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.kafka.config import client_config
+from kvatlas.bridge.kafka.fetching import fetch
 from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.streams.mirror.layout import MirrorPosition
@@ -61,7 +62,7 @@ async def changed_keys(
                 return None
             consumer.seek(place, start)
             while await consumer.position(place) <= through:
-                for batch in (await consumer.getmany(place, timeout_ms=_POLL_MS, max_records=_RECORDS)).values():
+                for batch in (await fetch(consumer, place, timeout_ms=_POLL_MS, max_records=_RECORDS)).values():
                     found.update(dict.fromkeys(record.key for record in batch if len(record.key or b"") == KEY_BYTES))
     except (KafkaError, TimeoutError) as error:
         logger.warning(

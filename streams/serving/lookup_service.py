@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection
 
 from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.model.workers import WorkerDirectory
+from kvatlas.bridge.runtime.tasks import serving
 from kvatlas.streams import metrics
 from kvatlas.streams.index.columns import answer_columns
 from kvatlas.streams.serving.answers import fill, read_all
@@ -196,6 +197,10 @@ class LookupServer:
         status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
         await self._health.set(SERVICE, status)
         await self._health.set("", status)
+
+    async def serving(self) -> None:
+        """Wait until it serves no more; raises what its loop died of as a ``TaskEndedError``."""
+        await serving(self._server, f"of lookups on {self._listen}")
 
     async def stop(self, grace_seconds: float = 0.2) -> None:
         """Stop: lookups in progress get ``grace_seconds``."""

@@ -18,6 +18,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.kafka.config import client_config
+from kvatlas.bridge.kafka.fetching import fetch
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.streams import metrics
 from kvatlas.streams.errors import RestoreError
@@ -192,7 +193,7 @@ class BulkReader:
             if not open_:
                 report.end()
                 return entries
-            batches = await consumer.getmany(*open_, timeout_ms=_POLL_MS, max_records=_POLL_RECORDS)
+            batches = await fetch(consumer, *open_, timeout_ms=_POLL_MS, max_records=_POLL_RECORDS)
             for at, batch in batches.items():
                 states[at].load(((record.key, record.value) for record in batch), batch[-1].offset)
                 open_[at] = batch[-1].offset + 1
@@ -242,7 +243,7 @@ class BulkReader:
             while await consumer.position(at) <= last:
                 if time.monotonic() > deadline:
                     raise RestoreError(f"changelog {at.topic}/{at.partition}: records {first} to {last} do not come")
-                for batch in (await consumer.getmany(timeout_ms=_POLL_MS)).values():
+                for batch in (await fetch(consumer, timeout_ms=_POLL_MS)).values():
                     found += [(record.key, record.value) for record in batch if record.offset <= last]
         except KafkaError as error:
             raise RestoreError(
@@ -266,7 +267,7 @@ class BulkReader:
                 state.role = Role.STANDBY
         on_caught_up()
         while True:
-            batches = await consumer.getmany(timeout_ms=_POLL_MS, max_records=_POLL_RECORDS)
+            batches = await fetch(consumer, timeout_ms=_POLL_MS, max_records=_POLL_RECORDS)
             behind: dict[str, int] = {}
             for at, batch in batches.items():
                 state = states[at]

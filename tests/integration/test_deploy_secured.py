@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -246,4 +247,6 @@ def test_a_right_that_is_taken_away_ends_the_service(accounts, services, engines
         assert refused.wait() == 2, refused.tail()
     finally:
         accounts.give(who)
-    assert f"refuses topic {right.name} to {who}" in refused.tail()
+    # Asked for committed offsets, the client says that a topic is refused and not which.
+    named = rf"refuses topic ({re.escape(right.name)}|\(it does not say which\)) to {who}"
+    assert re.search(named, refused.tail()), refused.tail()

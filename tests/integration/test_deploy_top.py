@@ -64,6 +64,7 @@ CONTRACT: dict[str, dict[str, type | tuple[type, ...]]] = {
         "realised": (float, type(None)),
         "pods": int,
         "unserved": int,
+        "disagreements": list,
     },
 }
 

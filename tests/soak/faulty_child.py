@@ -1,7 +1,7 @@
 """A child of the supervisor that breaks one of its background tasks when it is asked to.
 
-It reads from the file ``break`` which one, by the name of its coroutine; what that task waits for then raises. The file
-``names`` beside it lists the tasks that there are.
+It reads from the file ``break`` which one, by name; what that task waits for then raises. The file ``names`` beside it
+lists the tasks that there have been since the service was ready, those of Faust's consumer thread included.
 """
 
 from __future__ import annotations
@@ -16,58 +16,95 @@ from typing import Any
 
 from kvatlas.deploy.processes import child, main
 
+Task = asyncio.Task[Any]
+
 
 class InjectedError(Exception):
     """What a background task gets."""
 
 
-def name_of(task: asyncio.Task[Any]) -> str:
-    """A task's coroutine and, where somebody gave it one, its name."""
+def name_of(task: Task) -> str:
+    """Name of a task's coroutine; of one that only runs another's, as those of mode's services do, the other's."""
     coro: Any = task.get_coro()
-    return f"{getattr(coro, '__qualname__', '?')}"
+    inner: Any = getattr(task, "__wrapped__", None)
+    name = getattr(coro, "__qualname__", "?")
+    return name if inner is None else f"{name}({getattr(inner, '__qualname__', '?')})"
 
 
-def break_one(wanted: str) -> None:
+def break_one(wanted: str, loop: asyncio.AbstractEventLoop) -> None:
     """Have what a task waits for raise."""
-    for task in asyncio.all_tasks():
+    for task in asyncio.all_tasks(loop):
         if name_of(task) != wanted or task.done():
             continue
         waiter: Any = getattr(task, "_fut_waiter", None)
         while isinstance(waiter, asyncio.Task) and getattr(waiter, "_fut_waiter", None) is not None:
             waiter = waiter._fut_waiter
         if waiter is not None and not waiter.done() and not isinstance(waiter, asyncio.Task):
+            sys.stderr.write(f"broken: {wanted}\n")
+            sys.stderr.flush()
             waiter.set_exception(InjectedError(wanted))
             return
 
 
-def watch(loop: asyncio.AbstractEventLoop, folder: Path) -> None:
-    """Look for what is asked for."""
+class Watch:
+    """Looks for what is asked for, in a thread.
 
-    def look() -> None:
-        names = sorted({name_of(task) for task in asyncio.all_tasks(loop)})
-        (folder / "names.new").write_text("\n".join(names))
-        (folder / "names.new").replace(folder / "names")
+    Args:
+        loops: the loops of the process, more to come.
+        folder: of the files.
+    """
 
-    while True:
-        time.sleep(0.1)
-        loop.call_soon_threadsafe(look)
-        asked = folder / "break"
-        if asked.exists():
-            wanted = asked.read_text()
-            asked.unlink()
-            loop.call_soon_threadsafe(break_one, wanted)
+    def __init__(self, loops: list[asyncio.AbstractEventLoop], folder: Path) -> None:
+        self._loops, self._folder = loops, folder
+        self._seen: set[str] = set()
+
+    def run(self) -> None:
+        """Look until the process ends."""
+        while True:
+            time.sleep(0.1)
+            for loop in self._loops:
+                loop.call_soon_threadsafe(self._look, loop)
+            asked = self._folder / "break"
+            if asked.exists():
+                wanted = asked.read_text()
+                asked.unlink()
+                for loop in self._loops:
+                    loop.call_soon_threadsafe(break_one, wanted, loop)
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        found = {name_of(task) for task in asyncio.all_tasks(loop)}
+        if not found <= self._seen:
+            self._seen |= found
+            new = self._folder / f"names.{threading.get_ident()}"
+            new.write_text("\n".join(sorted(self._seen)))
+            new.replace(self._folder / "names")
+
+
+LOOPS: list[asyncio.AbstractEventLoop] = []
+
+
+def _set_event_loop(plain: Any) -> Any:
+    def set_event_loop(loop: asyncio.AbstractEventLoop | None) -> None:
+        if loop is not None and loop not in LOOPS:
+            LOOPS.append(loop)
+        plain(loop)
+
+    return set_event_loop
 
 
 def _announce(plain: Any) -> Any:
     async def announce(*args: Any) -> None:
-        folder = Path(os.environ["FAULTS"])
-        threading.Thread(target=watch, args=(asyncio.get_running_loop(), folder), daemon=True).start()
         await plain(*args)
+        running = asyncio.get_running_loop()
+        loops = LOOPS if running in LOOPS else [running, *LOOPS]
+        watch = Watch(loops, Path(os.environ["FAULTS"]))
+        threading.Thread(target=watch.run, daemon=True).start()
 
     return announce
 
 
 main._announce = _announce(main._announce)
+asyncio.set_event_loop = _set_event_loop(asyncio.set_event_loop)
 
 if __name__ == "__main__":
     sys.exit(child.main())
