@@ -8,7 +8,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 # How long an example takes, to be made or to run, says more of what else the machine does than of the code.
-settings.register_profile("kvatlas", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+QUIET = [HealthCheck.too_slow]
+settings.register_profile("kvatlas", deadline=None, suppress_health_check=QUIET, derandomize=True)
+# `--hypothesis-profile explore` looks at other examples with every run; the plain run looks at the same ones.
+settings.register_profile("explore", deadline=None, suppress_health_check=QUIET)
 settings.load_profile("kvatlas")
 
 
