@@ -59,7 +59,22 @@ class Match(NamedTuple):
 class _Track:
     """One pod on its way along the prompt."""
 
-    __slots__ = ("align", "behind", "best", "chunk", "grades", "held", "lengths", "limit", "matched", "pod")
+    __slots__ = (
+        *(
+            "align",
+            "behind",
+            "best",
+            "chunk",
+            "grades",
+            "held",
+            "history",
+            "lengths",
+            "limit",
+            "matched",
+            "pod",
+            "start",
+        ),
+    )
 
     def __init__(self, pod: Pod, limit: int, align: int, start: int) -> None:
         """Begin at block ``start``; the blocks before it, less than a chunk, do not hold the pod."""
@@ -73,6 +88,9 @@ class _Track:
         self.grades: list[Grade | None] = []
         self.lengths: list[int] = []
         self.held = [0] * len(pod.windows)  # unbroken blocks up to here, per window
+        # The same at every block from ``start`` on, where a chunk that is whole only later makes earlier matches good.
+        self.history = [self.held] if pod.windows and self.chunk > align else []
+        self.start = start
 
     def walk_on(self, cell: Cell | None, start: int, end: int, block_size_tokens: int) -> bool:
         """Walk over a run of equal blocks; tells whether more of them can matter."""
@@ -105,6 +123,9 @@ class _Track:
     def _look_back(self, held: int, start: int, end: int, block_size_tokens: int) -> None:
         """Find the longest match that ends in this run and has what every window needs."""
         longest = min(self.matched, self.limit) // self.align * self.align
+        if self.history:
+            self._look_back_far(held, start, end, longest, block_size_tokens)
+            return
         searched = range(longest, start, -self.align)
         if not any(window.chunk_tokens for window in self.pod.windows):
             # Windows only fill up inside a run: when its longest match fails, so do the shorter ones.
@@ -115,15 +136,29 @@ class _Track:
                 break
         self.held = [count + end - start if held >> bit & 1 else 0 for bit, count in enumerate(self.held)]
 
+    def _look_back_far(self, held: int, start: int, end: int, longest: int, block_size_tokens: int) -> None:
+        """Find the longest match in all blocks so far: the chunk that is whole now began in earlier runs."""
+        for _ in range(start, end):
+            self.held = [count + 1 if held >> bit & 1 else 0 for bit, count in enumerate(self.held)]
+            self.history.append(self.held)
+        for match in range(longest, max(self.best, self.start - 1), -self.align):
+            have = self.history[match - self.start]
+            if all(have[bit] >= self._needed(bit, match, block_size_tokens) for bit in range(len(have))):
+                self.best = match
+                break
+
+    def _needed(self, bit: int, match: int, block_size_tokens: int) -> int:
+        """Return how many unbroken blocks before its end a window needs for a match."""
+        window = self.pod.windows[bit]
+        if not window.chunk_tokens:
+            return min(window.blocks, match)
+        chunk_start = match * block_size_tokens // window.chunk_tokens * window.chunk_tokens
+        return match - chunk_start // block_size_tokens
+
     def _satisfied(self, match: int, start: int, held: int, block_size_tokens: int) -> bool:
-        for bit, window in enumerate(self.pod.windows):
-            if window.chunk_tokens:
-                chunk_start = match * block_size_tokens // window.chunk_tokens * window.chunk_tokens
-                need = match - chunk_start // block_size_tokens
-            else:
-                need = min(window.blocks, match)
+        for bit in range(len(self.held)):
             have = self.held[bit] + match - start if held >> bit & 1 else 0
-            if have < need:
+            if have < self._needed(bit, match, block_size_tokens):
                 return False
         return True
 
@@ -276,7 +311,8 @@ def stopped_at(
                 return number
         elif not track.walk_on(cell, number, number + 1, size):
             return None if number + 1 >= limit and track.matched > number else number
-    return None
+    # A prompt that ends inside its first chunk, of which the pod holds nothing.
+    return limit - 1 if track is None and 0 < limit <= len(values) else None
 
 
 def walk(
