@@ -112,6 +112,16 @@ class BridgeSettings(Section, frozen=True, kw_only=True):
     block_size_tokens: Annotated[
         int, Meta(description="tokens in a canonical block, as the workers have it; for stripped tokens", ge=1, le=4096)
     ] = 16
+    lmcache_topic: Annotated[
+        str, Meta(description="LMCache's event topic (lmcache-cache-events), without prefix; empty: none is read")
+    ] = ""
+    lmcache_servers: Annotated[
+        list[str],
+        Meta(description="LMCache server and the pods that load from it: INSTANCE,pod=POD[,pod=POD][,model=NAME]"),
+    ] = []  # noqa: RUF012 - msgspec copies it
+    lmcache_chunks: Annotated[
+        int, Meta(description="chunks remembered per LMCache server, and tokens of as many in all", ge=1)
+    ] = 65_536
     listen: Annotated[str, Meta(description="host:port of /metrics, /healthz, /readyz; empty switches it off")] = ""
 
     def limits(self) -> Limits:

@@ -106,7 +106,7 @@ class Shared:
         number = pod_ids.pod_partition(record.pod, self.partitions)
         self.publisher.send(self.topic(topics.PODS), number, QueuedRecord(key, value, [], None))
 
-    def put_control(self, pod: str, control: Control, fixed: topics.Headers, acknowledged: Acknowledge) -> None:
+    def put_control(self, pod: str, control: Control, fixed: topics.Headers, acknowledged: Acknowledge | None) -> None:
         """Put a turn of a pod's stream on ``kv-events``, in order with its messages; ``fixed`` says whose it is."""
         headers = [
             (topics.H_CONTENT_TYPE, topics.CONTENT_CONTROL.encode()),

@@ -41,6 +41,7 @@ def merge_pod(bridge: PodRecord | None, streams: PodRecord | None) -> PodRecord:
         last_lost=bridge.last_lost,
         lost=max(bridge.lost, streams.lost),
         heard_from=bridge.heard_from,
+        serves=bridge.serves,
         store=bridge.store or streams.store,
         load=bridge.load or streams.load,
     )

@@ -25,6 +25,7 @@ from kvatlas.bridge.ingest.stream import PodStream, Shared
 from kvatlas.bridge.kafka.producer import RecordProducer
 from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.options import BridgeSettings
+from kvatlas.bridge.relay.lmcache import CacheSource, parse_cache_servers
 from kvatlas.bridge.relay.ownership import Ownership
 from kvatlas.bridge.relay.recovery import recover
 from kvatlas.bridge.runtime.restarts import Restarts
@@ -56,6 +57,7 @@ class BridgeService:
             SettingsError: an endpoint or the engines file is not valid.
         """
         static_specs(settings)
+        parse_cache_servers(settings.lmcache_servers)
         if settings.engines_file:
             read_engines(Path(settings.engines_file))
         self._settings = settings
@@ -77,6 +79,7 @@ class BridgeService:
         self._background = Background()
         self._shared: Shared | None = None
         self._publisher: RecordProducer | None = None
+        self._caches: CacheSource | None = None
         self._ownership: Ownership | None = None
         #: Gets the receive time (ns) of each acknowledged message; for measuring.
         self.observe: Callable[[int], None] | None = None
@@ -142,6 +145,10 @@ class BridgeService:
                 log.warning("Kubernetes has not answered yet; its pods follow")
         await self._sync(await self._found())
         self._bind()
+        if settings.lmcache_topic:
+            self._caches = CacheSource(shared, self._kafka)
+            self.registry.register(self._caches.metrics())
+            self._caches.start()
         self._watch()
         self.ready.set()
 
@@ -179,6 +186,8 @@ class BridgeService:
             await asyncio.to_thread(self._pods.stop)
         for inbound in self._inbound:
             inbound.close()
+        if self._caches is not None:
+            await self._caches.stop()
         await asyncio.gather(*(stream.close() for stream in self.streams.values()))
         if self._publisher is not None:
             await self._publisher.flush(self._settings.flush_seconds)
@@ -216,6 +225,8 @@ class BridgeService:
             if stream.record is not None and pod_ids.pod_partition(stream.pod, shared.partitions) in partitions:
                 stream.write_record()
                 stream.hand_over()
+        if self._caches is not None:
+            self._caches.lost(partitions)
         for pod in list(shared.recovered):
             if pod_ids.pod_partition(pod, shared.partitions) in partitions:
                 del shared.recovered[pod]

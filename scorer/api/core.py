@@ -193,7 +193,7 @@ class Core:
         wanted = request.request
         run = await self.run(wanted, deadline)
         allowed = set(wanted.pods)
-        pods = [r for r in self.pods.listed(wanted.model) if not allowed or r.pod in allowed]
+        pods = [r for r in self.pods.serving(wanted.model) if not allowed or r.pod in allowed]
         full = full_score(run.strategy, run.weights, run.matches, len(run.keys), run.scored.block_size_tokens)
         choice = choose(pick_query(request), run.scored, pods, self._settings, full=full)
         if request.report and choice.pod:

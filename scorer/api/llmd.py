@@ -49,7 +49,7 @@ class IndexerServicer(indexer_pb2_grpc.IndexerServiceServicer):
             check_names(request.pod_identifiers, len(request.pod_identifiers), "pod_identifiers")
             wanted = pb.ScoreRequest(model=request.model_name, prompt=request.prompt)
             opened = (await core.intake.open_request(wanted))[0].request
-            known = [record.pod for record in core.pods.listed(opened.model)]
+            known = [record.pod for record in core.pods.serving(opened.model)]
             names = ranks_of(request.pod_identifiers, known)
             opened.pods.extend(names if request.pod_identifiers else ())
             calls.check(caller, opened)

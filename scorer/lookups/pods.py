@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from kvatlas.bridge.model.directory import PodDirectory
 from kvatlas.bridge.model.records import GONE, PodRecord
 from kvatlas.bridge.model.topics import BASE_VERSION
-from kvatlas.scorer.scoring.fleet import Fleet, meaning
+from kvatlas.scorer.scoring.fleet import Fleet, is_server, meaning
 
 
 class Changes:
@@ -116,6 +116,10 @@ class PodTable:
             for _, record in sorted(self.merged.items())
             if (gone or record.state != GONE) and (not model or not record.model or record.model == model)
         ]
+
+    def serving(self, model: str = "") -> list[PodRecord]:
+        """Return the pods that requests may go to, by name."""
+        return [record for record in self.listed(model) if not is_server(record)]
 
     @asynccontextmanager
     async def watch(self) -> AsyncIterator[Changes]:

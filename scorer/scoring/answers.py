@@ -94,7 +94,8 @@ class HolderInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         state: ``live``, ``suspect``, ``speculative``, ``dead`` (an ended epoch, a removed pod), ``other-model`` (a pod
-            that mounts the store and serves another model), ``assumed`` (named by its tokens alone, while the pod uses
+            that mounts the store and serves another model), ``adapters`` (a cache server's chunk, which cannot name the
+            pod's adapters), ``assumed`` (named by its tokens alone, while the pod uses
             salts or pictures) or ``unknown-pod``.
     """
 

@@ -15,6 +15,7 @@ from kvatlas.streams.index.holders import ASSUMED, Holder, holders
 _WITHOUT_CREDIT: Final = {
     "dead": "held only by epochs that ended",
     "other-model": "held only in a shared store, for another model",
+    "adapters": "held by a cache server whose chunks do not name adapters, while the pod uses some",
     "assumed": "named by its tokens alone, while the pod uses salts or pictures",
 }
 
@@ -67,6 +68,9 @@ def _infos(holder: Holder, scene: Scene) -> list[HolderInfo]:
     if pod is not None:
         state = pod.validity.state(holder.tier, holder.epoch)
         named = [(pod.name, "assumed" if assumed and pod.named and state != "dead" else state)]
+    elif (server := fleet.servers.get(holder.pod_ref)) is not None:
+        state = server.own.validity.state(holder.tier, holder.epoch)
+        named = [(pod.name, _of_server(pod, scene, state)) for pod in server.serves]
     elif holder.tier == Tier.SHARED and holder.pod_ref in fleet.by_store:
         mounts = fleet.by_store[holder.pod_ref]
         named = [(pod.name, _in_store(pod, scene, assumed=assumed)) for pod in mounts]
@@ -78,6 +82,12 @@ def _infos(holder: Holder, scene: Scene) -> list[HolderInfo]:
         HolderInfo(pod=name, tier=tier_name(holder.tier), group=holder.group, epoch=holder.epoch, state=state)
         for name, state in named
     ]
+
+
+def _of_server(pod: Pod, scene: Scene, state: str) -> str:
+    if not scene.reads(pod):
+        return "other-model"
+    return "adapters" if pod.adapted and state != "dead" else state
 
 
 def _in_store(pod: Pod, scene: Scene, *, assumed: bool) -> str:

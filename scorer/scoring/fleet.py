@@ -15,6 +15,7 @@ import msgspec
 from kvatlas.bridge.model.events import Kind, Tier
 from kvatlas.bridge.model.pod_ids import pod_ref, store_ref
 from kvatlas.bridge.model.records import GONE, PodRecord
+from kvatlas.bridge.model.topics import ENGINE_LMCACHE
 from kvatlas.bridge.model.validity import SPECULATIVE, Validity
 from kvatlas.streams.index.holders import ASSUMED, HOLDER
 
@@ -85,6 +86,7 @@ class Pod(NamedTuple):
         chunk_blocks: canonical blocks that an offload tier loads as one, counted from the prompt's start.
         pairs: the engine's cache is keyed by pairs of tokens, see :func:`kvatlas.bridge.model.block_key.ahead_key`.
         named: blocks that tokens alone name count nothing, see :data:`kvatlas.streams.index.holders.ASSUMED`.
+        adapted: adapters are in use, which a cache server's chunks do not name.
     """
 
     number: int
@@ -102,6 +104,7 @@ class Pod(NamedTuple):
     chunk_blocks: int = 1
     pairs: bool = False
     named: bool = False
+    adapted: bool = False
 
     def usable_blocks(self, tokens: int, block_size_tokens: int, *, whole_prompt: bool) -> int:
         """Return how many blocks of a prompt this pod can reuse at most: engines recompute the last token.
@@ -158,12 +161,32 @@ def _pod(index: int, record: PodRecord, block_size_tokens: int) -> Pod:
         chunk_blocks=math.lcm(engine, block_size_tokens, record.chunk_tokens or 1) // block_size_tokens,
         pairs=record.pairs,
         named=record.named,
+        adapted=bool(record.adapters),
     )
+
+
+class CacheHost(NamedTuple):
+    """A cache server, or a pool of several: no pod to send requests to, but pods load what it holds.
+
+    Attributes:
+        own: its own epochs.
+        serves: the pods that load from it.
+        pool: whether it counts as a shared store, whatever tier its entries name.
+    """
+
+    own: Pod
+    serves: tuple[Pod, ...]
+    pool: bool
+
+
+def is_server(record: PodRecord) -> bool:
+    """Tell whether a record is that of a cache server, which serves no requests."""
+    return record.engine == ENGINE_LMCACHE
 
 
 def meaning(record: PodRecord, block_size_tokens: int) -> tuple[object, ...]:
     """Return what a fleet reads of a record: where it is equal, a fleet need not be built anew."""
-    return record.state == GONE, _pod(0, record, block_size_tokens)
+    return record.state == GONE, _pod(0, record, block_size_tokens), is_server(record), tuple(record.serves)
 
 
 class Cell(NamedTuple):
@@ -194,7 +217,8 @@ class Fleet:
         """
         self.block_size_tokens = block_size_tokens
         known = list(records)
-        alive = [record for record in known if record.state != GONE]
+        here = [record for record in known if record.state != GONE]
+        alive = [record for record in here if not is_server(record)]
         self.gone: dict[int, str] = {pod_ref(record.pod): record.pod for record in known if record.state == GONE}
         self.pods: tuple[Pod, ...] = tuple(_pod(index, record, block_size_tokens) for index, record in enumerate(alive))
         self.by_ref: dict[int, Pod] = {pod.ref: pod for pod in self.pods}
@@ -204,6 +228,14 @@ class Fleet:
             if pod.store:
                 self.by_store.setdefault(store_ref(pod.store), []).append(pod)
         self.windowed_only: tuple[Pod, ...] = tuple(pod for pod in self.pods if pod.windowed_only)
+        #: Cache servers by reference.
+        self.servers: dict[int, CacheHost] = {}
+        for record in here:
+            if is_server(record):
+                own = _pod(-1, record, block_size_tokens)
+                names = frozenset(record.serves)
+                serves = [pod for pod in self.pods if pod.name in names or pod.name.partition("@dp")[0] in names]
+                self.servers[own.ref] = CacheHost(own, tuple(serves), bool(record.store))
         #: Blocks up to which a pod may be met first: the last block of a chunk stands for the chunk.
         self.longest_chunk = max((pod.chunk_blocks for pod in self.pods), default=1)
         self._paired = frozenset(pod.model for pod in self.pods if pod.pairs)
@@ -257,6 +289,8 @@ class Scene:
                 grade = self._grade(pod, tier, epoch)
                 if grade is not None and not (kind & ASSUMED and pod.named):
                     _offer(offers, pod, group, kind, grade)
+            elif (server := self.fleet.servers.get(ref)) is not None:
+                self._serve(offers, server, group, kind, self._grade(server.own, tier, epoch))
             elif tier == _SHARED and not (self.weights.end_at_zero and self.weights.shared <= 0):
                 grade = Grade(self._weight_of[_SHARED], _SHARED, suspect=False)
                 for pod in self.fleet.by_store.get(ref, ()):
@@ -267,6 +301,18 @@ class Scene:
             cell = _cell(self.fleet.pods[index], held)
             cells[index] = self._interned.setdefault(cell, cell)
         return cells
+
+    def _serve(self, offers: dict[int, _Offers], server: CacheHost, group: int, kind: int, grade: Grade | None) -> None:
+        """Credit what a cache server holds to the pods that load from it: whole chunks, of all their groups."""
+        if grade is not None and server.pool:
+            factor = self.weights.suspect_factor if grade.suspect else 1.0
+            grade = Grade(self._weight_of[_SHARED] * factor, _SHARED, grade.suspect)
+        if grade is None or (self.weights.end_at_zero and grade.weight <= 0):
+            return
+        for pod in server.serves:
+            if self.reads(pod) and not pod.adapted:
+                for each in (*(pod.full or (group,)), *(window.group for window in pod.windows)):
+                    _offer(offers, pod, each, kind, grade)
 
     def _grade(self, pod: Pod, tier: int, epoch: int) -> Grade | None:
         # Validity.state written out, since every holder of every new value comes by; a property test holds them equal.

@@ -813,8 +813,8 @@ class HolderInfo(_message.Message):
     group: _builtins.int
     epoch: _builtins.int
     state: _builtins.str
-    """live, suspect, speculative; without credit: dead (its epoch ended, the pod was removed), other-model (mounts the
-    store, serves another model), assumed (named by its tokens alone, while the pod uses salts), unknown-pod
+    """live, suspect, speculative; without credit: adapters (a cache server's chunk, while the pod uses adapters), dead
+    (its epoch ended, the pod was removed), other-model (mounts the store, serves another model), assumed (named by its tokens alone, while the pod uses salts), unknown-pod
     """
     def __init__(
         self,

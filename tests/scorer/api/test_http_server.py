@@ -131,6 +131,19 @@ async def test_coverage_is_told(curl: Curl) -> None:
     assert {name: (pods[name]["coverage"], pods[name]["heard_from"]) for name in expected} == expected
 
 
+async def test_a_cache_server_is_credited_and_never_chosen(curl: Curl) -> None:
+    """What it holds counts for the pods that load from it; it is listed, and is no pod to send requests to."""
+    curl.rig.pod("lmcache:s", 10, engine="lmcache", serves=["b"])
+    _, found = await curl.post("score", ONE)
+    assert {pod: entry["matched_blocks"] for pod, entry in found["scores"].items()} == {"a": 10, "b": 10}
+    _, found = await curl.post("pick", {"request": {"model": "m", "tokens": [7] * 160}})
+    assert {each["pod"] for each in found["candidates"]} == {"a", "b"}
+    _, found = await curl.post("explain", ONE)
+    assert {holder["pod"] for block in found["blocks"] for holder in block["holders"]} == {"a", "b"}
+    _, found = await curl.get("pods")
+    assert "lmcache:s" in {pod["pod"] for pod in found["pods"]}
+
+
 async def test_watch_pods(curl: Curl) -> None:
     """All pods, a line each, then each change; one stream too many is refused, and one that was left does not count."""
     url = f"http://{curl._address}/v1/pods/watch?model=m"

@@ -1,0 +1,215 @@
+"""LMCache's event topic through the bridge, on the real Kafka."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+
+from kvatlas.bridge.model import pod_ids, records, topics
+from kvatlas.bridge.model.block_key import block_keys, pack_tokens, root_key
+from kvatlas.bridge.model.events import Tier
+from kvatlas.bridge.options import BridgeSettings
+from kvatlas.bridge.relay.service import BridgeService
+from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.deploy.brokers.topics import ensure_topics
+from kvatlas.streams.index.apply import apply_blocks
+from kvatlas.streams.index.blocks_record import decode_blocks
+from kvatlas.streams.index.holders import holders
+from kvatlas.streams.index.view import DictView
+from kvatlas.streams.resolve.message import parse_message
+from kvatlas.streams.resolve.resolver import ResolveOptions, Resolver
+
+GOLDEN: dict[str, Any] = json.loads(
+    (Path(__file__).parents[1] / "data" / "captures" / "golden_lmcache.json").read_text()
+)
+SERVER = "mp-server-1"
+POD = f"lmcache:{SERVER}"
+POOL = "lmcache-pool:s3"
+NAMES = [name for name in GOLDEN if GOLDEN[name].get("transport") == "kafka" and GOLDEN[name]["hex"]]
+KEYS = block_keys(root_key("demo-model"), pack_tokens(GOLDEN["hashes"]["token_ids"]), 16)
+
+CreateTopic = Callable[..., Any]
+
+
+class Log:
+    """The deployment's topics, read from the start each time."""
+
+    def __init__(self, kafka: KafkaSettings) -> None:
+        self.kafka = kafka
+
+    async def read(self, name: str) -> list[Any]:
+        consumer = AIOKafkaConsumer(bootstrap_servers=self.kafka.brokers, enable_auto_commit=False)
+        await consumer.start()
+        try:
+            places = [TopicPartition(self.kafka.topic(name), number) for number in range(2)]
+            consumer.assign(places)
+            await consumer.seek_to_beginning(*places)
+            ends = await consumer.end_offsets(places)
+            found: list[Any] = []
+            while any([await consumer.position(place) < ends[place] for place in places]):
+                for messages in (await consumer.getmany(timeout_ms=200)).values():
+                    found += messages
+            return found
+        finally:
+            await consumer.stop()
+
+    async def pods(self) -> dict[str, records.PodRecord]:
+        """Return the newest record of each pod."""
+        found = {message.key: message.value for message in await self.read(topics.PODS)}
+        prefix = pod_ids.pod_key(pod_ids.WRITER_BRIDGE, "")
+        return {
+            key.removeprefix(prefix).decode(): records.decode(records.PodRecord, value)
+            for key, value in found.items()
+            if key.startswith(prefix)
+        }
+
+    async def held(self, pod: str) -> dict[bytes, set[Tier]]:
+        """Return the tiers of each block that a pod has, as workers and scorers make of the log."""
+        resolver, engine, index = Resolver(ResolveOptions(), 1, time.time_ns), DictView(), DictView()
+        effects = resolver.effects()
+        for message in await self.read(topics.EVENTS):
+            parsed = parse_message(message.key, message.value, message.headers, message.partition, message.offset)
+            resolver.apply(engine, parsed, effects)
+        assert not effects.dead
+        for values in effects.encode().values():
+            for value in values:
+                apply_blocks(index, decode_blocks(value), effects.counts)
+        if pod not in effects.pods:
+            return {}
+        record, ref = effects.pods[pod], pod_ids.pod_ref(pod)
+        found: dict[bytes, set[Tier]] = {}
+        for key in KEYS:
+            for holder in holders(index.get(key) or b""):
+                if holder.pod_ref == ref and holder.epoch >= record.valid_from:
+                    found.setdefault(key, set()).add(Tier(holder.tier))
+        return found
+
+    async def until_held(self, pod: str, expected: dict[bytes, set[Tier]]) -> None:
+        """Wait until a pod has exactly these blocks of the recorded prompt."""
+        deadline = time.monotonic() + 90
+        while (found := await self.held(pod)) != expected:
+            assert time.monotonic() < deadline, f"{pod} has {found}"
+            await asyncio.sleep(0.2)
+
+    async def until_pod(self, pod: str, condition: Callable[[records.PodRecord], bool]) -> records.PodRecord:
+        """Wait until a pod's record is as wanted; returns it."""
+        deadline = time.monotonic() + 90
+        while (record := (await self.pods()).get(pod)) is None or not condition(record):
+            assert time.monotonic() < deadline, f"the record of {pod} is {record}"
+            await asyncio.sleep(0.2)
+        return record
+
+
+class Cache:
+    """What an LMCache server writes."""
+
+    def __init__(self, producer: AIOKafkaProducer, topic: str) -> None:
+        self._producer, self.topic = producer, topic
+
+    async def say(self, *values: bytes) -> None:
+        """Write records, in order."""
+        for value in values:
+            await self._producer.send_and_wait(self.topic, value, key=SERVER.encode())
+
+    async def replay(self, *names: str) -> None:
+        """Write recorded records."""
+        await self.say(*(bytes.fromhex(GOLDEN[name]["hex"]) for name in names))
+
+
+def _changed(name: str, **fields: Any) -> bytes:
+    (batch,) = GOLDEN[name]["json"]["batches"]
+    return json.dumps({"batches": [batch | fields]}).encode()
+
+
+@pytest.fixture
+async def log(brokers: str, topic_prefix: str) -> Log:
+    """A deployment's topics."""
+    kafka = KafkaSettings(brokers=brokers, topic_prefix=topic_prefix, partitions=2)
+    await ensure_topics(kafka, [topic for topic in topics.TOPICS if topic.by == "pod"])
+    return Log(kafka)
+
+
+@pytest.fixture
+async def cache(log: Log, create_topic: CreateTopic) -> Any:
+    """A server's producer and its topic."""
+    topic = await create_topic("lmcache-cache-events", partitions=2)
+    producer = AIOKafkaProducer(bootstrap_servers=log.kafka.brokers)
+    await producer.start()
+    yield Cache(producer, topic)
+    await producer.stop()
+
+
+def _bridge(log: Log, cache: Cache, **options: Any) -> BridgeService:
+    settings = BridgeSettings(
+        lmcache_topic=cache.topic,
+        lmcache_servers=[f"{SERVER},pod=pod-a,pod=pod-b"],
+        **{"ownership": "all", "group": f"{cache.topic}-bridges", **options},
+    )
+    return BridgeService(settings, log.kafka)
+
+
+async def test_what_a_server_holds_is_told_kept_and_taken_over(log: Log, cache: Cache) -> None:
+    """Without an engine or ZMQ: what was there before, what comes, holes, restarts, and a bridge that goes on."""
+    await cache.replay("config.0", "config.1", "store_l1")
+    first = _bridge(log, cache)
+    await first.start()
+    await log.until_held(POD, {key: {Tier.CPU} for key in KEYS})
+    record = await log.until_pod(POD, lambda record: bool(record.serves))
+    assert (record.serves, record.engine, record.coverage) == (["pod-a", "pod-b"], "lmcache", "whole")
+
+    await cache.say(b"no json")
+    await cache.replay(*NAMES[3 : NAMES.index("store_l2_shared") + 1])
+    shared = GOLDEN["store_l2_shared"]["json"]["batches"][0]["entries"]
+    known = {entry["key"]["chunk_hash_hex"] for entry in shared}
+    chunks = dict(zip(GOLDEN["hashes"]["chunk_hashes"], KEYS, strict=True))
+    pooled = {key: {Tier.DISK} for chunk, key in chunks.items() if chunk in known}
+    assert pooled
+    await log.until_held(POOL, pooled)
+    assert (await log.until_pod(POOL, lambda record: bool(record.serves))).serves == ["pod-a", "pod-b"]
+    await first.stop()
+    reasons = [dict(message.headers)["reason"] for message in await log.read(topics.DLQ)]
+    assert [reason.partition(b":")[0] for reason in reasons] == [b"not usable"]
+
+    gone = GOLDEN["hashes"]["chunk_hashes"][2]
+    entry = next(
+        entry for entry in GOLDEN["store_l1"]["json"]["batches"][0]["entries"] if entry["key"]["chunk_hash_hex"] == gone
+    )
+    await cache.say(_changed("delete_l1", seq=9, entries=[entry | {"token_ids": [], "token_offset": -1}]))
+    second = _bridge(log, cache)
+    await second.start()
+    expected = {key: {Tier.CPU} for key in KEYS[:2]}
+    await log.until_held(POD, expected)
+    after = await log.until_pod(POD, lambda after: after.epoch > record.epoch and after.lost > 0)
+    assert (after.lost, after.first_lost, after.last_lost) == (2, 7, 8)
+    assert (after.coverage, after.heard_from) == ("partial", 9)
+    assert after.suspect_before > after.valid_from, "what was held before the hole is suspect"
+    await second.stop()
+
+
+async def test_one_bridge_of_several_tells_and_another_goes_on(log: Log, cache: Cache) -> None:
+    """The one that owns the server's partition: once it has left, the other tells all anew and then what comes."""
+    bridges = [_bridge(log, cache, ownership="group", session_timeout_seconds=6) for _ in range(2)]
+    for bridge in bridges:
+        await bridge.start()
+    await cache.replay("config.0", "config.1", "store_l1")
+    await log.until_held(POD, {key: {Tier.CPU} for key in KEYS})
+    before = await log.until_pod(POD, lambda record: bool(record.serves))
+    await bridges[0].stop()
+    third = _bridge(log, cache, ownership="group", session_timeout_seconds=6)
+    await third.start()
+    await bridges[1].stop()  # so whoever had it, another one has it now
+    entries = GOLDEN["store_l1"]["json"]["batches"][0]["entries"]
+    first = GOLDEN["hashes"]["chunk_hashes"][0]
+    away = [entry for entry in entries if entry["key"]["chunk_hash_hex"] != first]
+    await cache.say(_changed("delete_l1", seq=4, entries=away))
+    await log.until_held(POD, {KEYS[0]: {Tier.CPU}})
+    after = await log.until_pod(POD, lambda record: record.epoch > before.epoch)
+    assert (after.lost, after.coverage) == (0, "whole")
+    await third.stop()
