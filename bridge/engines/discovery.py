@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import socket
-import tomllib
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from kvatlas.bridge.engines.http import is_http, parse_http, specs_over_http
+from kvatlas.bridge.engines.listing import read_listing
 from kvatlas.bridge.engines.spec import EngineSpec, parse_bind, parse_engine
 from kvatlas.bridge.errors import SettingsError, UnresolvedError
 from kvatlas.bridge.options import BridgeSettings
@@ -74,26 +70,9 @@ def read_engines(path: Path) -> list[str]:
     Raises:
         SettingsError: the file cannot be read, has another shape, or a spec is not valid.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        document: Any
-        if path.suffix == ".toml":
-            document = tomllib.loads(text)
-        elif path.suffix == ".json":
-            document = json.loads(text)
-        else:
-            document = yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise SettingsError(f"engines file {path}: {error}") from error
-    engines = document.get("engines") if isinstance(document, dict) else document
-    if not isinstance(engines, list) or not all(isinstance(item, str) for item in engines):
-        raise SettingsError(f"engines file {path}: expected `engines`, a list of endpoint specs")
-    try:
-        for item in engines:
-            parse_http(item) if is_http(item) else parse_engine(item)
-        return engines
-    except SettingsError as error:
-        raise SettingsError(f"engines file {path}: {error}") from error
+    return read_listing(
+        path, "engines", "endpoint specs", lambda text: (parse_http if is_http(text) else parse_engine)(text)
+    )
 
 
 async def resolve(text: str) -> list[EngineSpec]:

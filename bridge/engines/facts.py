@@ -155,7 +155,12 @@ def _sources(host: str, events: Mapping[str, Any]) -> list[EventSource]:
 def cache_config(metrics: str) -> dict[str, str]:
     """Return the labels of vLLM's ``cache_config_info`` in a ``/metrics`` text; empty where it is not there."""
     found = _CONFIG.search(metrics)
-    return dict(_LABEL.findall(found[1])) if found else {}
+    return labels_of(found[1]) if found else {}
+
+
+def labels_of(text: str) -> dict[str, str]:
+    """Return the labels between the braces of a metric's line, escapes as they stand."""
+    return dict(_LABEL.findall(text))
 
 
 def reachable(address: str, url: str) -> str:

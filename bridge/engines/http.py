@@ -24,7 +24,7 @@ TIMEOUT_SECONDS: Final = 3.0
 _ANSWER_BYTES: Final = 8 * 1024 * 1024
 _SCHEMES: Final = ("http", "https")
 #: Engines are neighbours: no proxy of the environment stands between.
-_OPENER: Final = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+OPENER: Final = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def is_http(text: str) -> bool:
@@ -57,7 +57,7 @@ async def specs_over_http(text: str, timeout_seconds: float = TIMEOUT_SECONDS) -
         UnresolvedError: the engine does not answer, or tells no event sockets; says what to do.
     """
     url, options = parse_http(text)
-    facts = await ask_engine(url, timeout_seconds)
+    facts = await ask_engine(url, timeout_seconds, figures=False)
     if not facts.sources:
         why = (
             f"publishes no events: start it with {_EVENTS_ON[facts.engine]}"
@@ -87,21 +87,25 @@ def specs_of(facts: EngineFacts, options: dict[str, str]) -> list[EngineSpec]:
         (spec,) = engine_specs(
             facts.url, source.live, source.replay, {**kept, "pod": pod, "model": model, "engine": facts.engine}
         )
-        found.append(_ranked(spec, source.rank, len(facts.sources)))
+        found.append(spec.replace(rank=source.rank, ranks=len(facts.sources)))
     return found
 
 
-def _ranked(spec: EngineSpec, rank: int, ranks: int) -> EngineSpec:
-    return spec.replace(rank=rank, ranks=ranks)
-
-
-async def ask_engine(url: str, timeout_seconds: float = TIMEOUT_SECONDS) -> EngineFacts:
+async def ask_engine(url: str, timeout_seconds: float = TIMEOUT_SECONDS, *, figures: bool = True) -> EngineFacts:
     """Ask an engine what it is; several requests at once.
+
+    Args:
+        url: its API, without a path.
+        timeout_seconds: of each request.
+        figures: read vLLM's page of metrics too, which alone tells its block size and whether it reuses prefixes;
+            it is long, and who asks again and again for sockets needs none of it.
 
     Raises:
         UnresolvedError: nothing there answers as vLLM or SGLang do.
     """
-    paths = ("/server_info", "/get_server_info", "/v1/models", "/version", "/kv_event_sources", "/metrics")
+    paths = ["/server_info", "/get_server_info", "/v1/models", "/version", "/kv_event_sources"]
+    if figures:
+        paths.append("/metrics")
     async with asyncio.TaskGroup() as group:
         tasks = {path: group.create_task(asyncio.to_thread(_get, url + path, timeout_seconds)) for path in paths}
     answers = {path: task.result() for path, task in tasks.items()}
@@ -115,7 +119,7 @@ async def ask_engine(url: str, timeout_seconds: float = TIMEOUT_SECONDS) -> Engi
     if len(errors) == len(paths) or models is None:
         reason = errors[0] if errors else "/v1/models is no model list"
         raise UnresolvedError(f"engine {url}: {reason}; give the address of its OpenAI API, http://HOST:PORT")
-    metrics = answers["/metrics"]
+    metrics = answers.get("/metrics")
     return vllm_facts(
         url,
         sources=_json(answers["/kv_event_sources"]),
@@ -128,7 +132,7 @@ async def ask_engine(url: str, timeout_seconds: float = TIMEOUT_SECONDS) -> Engi
 def _get(url: str, timeout_seconds: float) -> bytes | Exception | None:
     """Return the body of an answer; None for one that says the path is not there, the error for no answer at all."""
     try:
-        with _OPENER.open(url, timeout=timeout_seconds) as answer:
+        with OPENER.open(url, timeout=timeout_seconds) as answer:
             body: bytes = answer.read(_ANSWER_BYTES)
             return body
     except urllib.error.HTTPError as error:

@@ -19,8 +19,8 @@ from kvatlas.deploy.brokers.rights import check_rights, rights_of
 from kvatlas.deploy.cli import common
 from kvatlas.deploy.reindex.catalog import configured
 from kvatlas.streams.errors import StreamsError
-from kvatlas.streams.faust_app.app import resolve_options
 from kvatlas.streams.options import WorkerSettings
+from kvatlas.streams.resolve.options import resolve_options
 
 HELP: Final = "compare the index with what pods really hold"
 

@@ -16,7 +16,7 @@ from kvatlas.deploy.cli import common
 from kvatlas.deploy.commands.console import token_of
 from kvatlas.deploy.console.beside import ConsoleBeside
 from kvatlas.deploy.processes.launcher import Launcher
-from kvatlas.streams.resolve.resolver import ResolveOptions
+from kvatlas.streams.resolve.options import resolve_options
 
 HELP: Final = "run broker, bridge, worker and scorer on this machine until interrupted"
 
@@ -72,14 +72,7 @@ def _console(sections: dict[str, Any], launcher: Launcher) -> tuple[ConsoleBesid
     """Start the console; returns it, and its address as the ready line says it."""
     settings = sections["console"]
     token, told = token_of(settings)
-    worker = sections["worker"]
-    options = ResolveOptions(
-        block_size_tokens=worker.block_size_tokens,
-        announcements=worker.announcements,
-        clears=worker.clears,
-        strict_gaps=worker.strict_gaps,
-        store=worker.default_store,
-    )
+    options = resolve_options(sections["worker"])
     console = ConsoleBeside(settings, launcher.kafka, launcher.scorer, options, token)
     address = console.start()
     return console, f" console={address}/{f'#token={token}' if told else ''}"

@@ -9,6 +9,7 @@ import asyncio
 import tempfile
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +19,7 @@ from kvatlas.bridge.errors import WireError
 from kvatlas.bridge.model import records, topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.history import ask
-from kvatlas.deploy.history.log import LogReader
+from kvatlas.deploy.history.log import LogReader, Record
 from kvatlas.deploy.history.moment import LATEST, Moment, parse_moment
 from kvatlas.deploy.history.rebuild import PastIndex, rebuild
 from kvatlas.streams.resolve.resolver import ResolveOptions
@@ -47,22 +48,7 @@ class Past:
             SettingsError: the moment is none.
             LogError: Kafka does not answer.
         """
-        start = parse_moment(since, time.time_ns() // 1_000_000)
-        found: deque[dict[str, Any]] = deque(maxlen=_MARKS)
-        async with self._turn, LogReader(self._kafka) as reader:
-            async for chunk in reader.read(await reader.range(topics.EVENTS, start, LATEST)):
-                for record in chunk:
-                    if record.key != pod.encode():
-                        continue
-                    headers = dict(record.headers)
-                    if headers.get(topics.H_CONTENT_TYPE) != topics.CONTENT_CONTROL.encode():
-                        continue
-                    try:
-                        control = records.decode(records.Control, record.value or b"")
-                    except WireError:
-                        continue
-                    found.append({"at_ms": record.timestamp_ms, **msgspec.to_builtins(control)})
-        return list(found)
+        return await self._newest(topics.EVENTS, since, _MARKS, lambda record: _mark(record, pod.encode()))
 
     async def dead_letters(self, since: str) -> list[dict[str, Any]]:
         """Return the newest dead letters since a moment, with their reasons; values are left out.
@@ -71,23 +57,17 @@ class Past:
             SettingsError: the moment is none.
             LogError: Kafka does not answer.
         """
+        return await self._newest(topics.DLQ, since, _LETTERS, _letter)
+
+    async def _newest(
+        self, topic: str, since: str, most: int, row_of: Callable[[Record], dict[str, Any] | None]
+    ) -> list[dict[str, Any]]:
+        """Return the newest rows of a topic since a moment; None is no row."""
         start = parse_moment(since, time.time_ns() // 1_000_000)
-        found: deque[dict[str, Any]] = deque(maxlen=_LETTERS)
+        found: deque[dict[str, Any]] = deque(maxlen=most)
         async with self._turn, LogReader(self._kafka) as reader:
-            async for chunk in reader.read(await reader.range(topics.DLQ, start, LATEST)):
-                for record in chunk:
-                    headers = dict(record.headers)
-                    found.append(
-                        {
-                            "at_ms": record.timestamp_ms,
-                            "pod": (record.key or b"").decode(errors="replace"),
-                            "reason": (headers.get(topics.H_REASON) or b"").decode(errors="replace"),
-                            "origin": (headers.get(topics.H_ORIGIN) or b"").decode(errors="replace"),
-                            "bytes": len(record.value or b""),
-                            "partition": record.partition,
-                            "offset": record.offset,
-                        }
-                    )
+            async for chunk in reader.read(await reader.range(topic, start, LATEST)):
+                found.extend(row for record in chunk if (row := row_of(record)) is not None)
         return list(found)
 
     async def ask(self, moment: str, model: str, question: ask.Question) -> dict[str, Any]:
@@ -120,3 +100,27 @@ class Past:
 async def _answer(past: PastIndex, model: str, question: ask.Question) -> dict[str, Any]:
     """Return scores, blocks and the reason of each pod's end."""
     return {**await ask.score(past, model, question), **await ask.explain(past, model, question)}
+
+
+def _mark(record: Record, key: bytes) -> dict[str, Any] | None:
+    """Return a control record of one pod as a row; None for every other record."""
+    if record.key != key or dict(record.headers).get(topics.H_CONTENT_TYPE) != topics.CONTENT_CONTROL.encode():
+        return None
+    try:
+        control = records.decode(records.Control, record.value or b"")
+    except WireError:
+        return None
+    return {"at_ms": record.timestamp_ms, **msgspec.to_builtins(control)}
+
+
+def _letter(record: Record) -> dict[str, Any]:
+    headers = dict(record.headers)
+    return {
+        "at_ms": record.timestamp_ms,
+        "pod": (record.key or b"").decode(errors="replace"),
+        "reason": (headers.get(topics.H_REASON) or b"").decode(errors="replace"),
+        "origin": (headers.get(topics.H_ORIGIN) or b"").decode(errors="replace"),
+        "bytes": len(record.value or b""),
+        "partition": record.partition,
+        "offset": record.offset,
+    }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -54,17 +54,21 @@ class SourceSeen(msgspec.Struct):
     bare_offload: int = 0
     described_offload: int = 0
 
-    def take(self, sequence: int, payload: bytes, engine: str, now: float) -> None:
-        """Note one message."""
+    def heard(self, sequence: int, payload: bytes, engine: str, now: float) -> None:
+        """Note one live message."""
         if len(self.sequences) < _MESSAGES:
             self.sequences.append(sequence)
+        timestamp = self.read(payload, engine)
+        if timestamp:
+            self.clock_seconds = timestamp - now
+
+    def read(self, payload: bytes, engine: str) -> float:
+        """Note what a message says; returns the engine's clock in it, 0 where there is none."""
         try:
             batch = adapter(engine)(payload, Limits())
         except KvatlasError as error:
             self.unreadable.append(str(error))
-            return
-        if batch.timestamp:
-            self.clock_seconds = batch.timestamp - now
+            return 0.0
         self.unreadable += [rejected.reason for rejected in batch.rejected]
         for event in batch.events:
             if isinstance(event, Stored) and event.tier not in (Tier.GPU, Tier.UNKNOWN):
@@ -72,6 +76,7 @@ class SourceSeen(msgspec.Struct):
                     self.described_offload += 1
                 else:
                     self.bare_offload += 1
+        return batch.timestamp
 
 
 class EngineSeen(msgspec.Struct):
@@ -126,16 +131,13 @@ async def _reach(context: zmq.asyncio.Context, seen: SourceSeen, engine: str, ti
     def take(_topic: bytes | None, _sequence: int, payload: bytes) -> bool:
         nonlocal count
         count += 1
-        before = list(seen.sequences)
-        seen.take(_sequence, payload, engine, time.time())
-        seen.sequences = before  # replayed ones are no live ones
+        seen.read(payload, engine)
         return count < _REPLAY_MESSAGES
 
     shadow: zmq.Context[zmq.Socket[bytes]] = zmq.Context.shadow(context.underlying)
     whole, newest = await replay(
         shadow, seen.source.replay, 0, take, timeout_seconds=timeout_seconds, piece=_REPLAY_MESSAGES + 1
     )
-    seen.clock_seconds = None  # the buffer's messages are from the past
     seen.replayed = count if whole or newest is not None else None
 
 
@@ -149,7 +151,7 @@ async def _listen(context: zmq.asyncio.Context, seen: SourceSeen, engine: str) -
         while True:
             frames = await socket.recv_multipart()
             if len(frames) == 3 and len(frames[1]) == 8:
-                seen.take(int.from_bytes(frames[1], "big"), frames[2], engine, time.time())
+                seen.heard(int.from_bytes(frames[1], "big"), frames[2], engine, time.time())
     finally:
         socket.close(linger=0)
 
@@ -231,8 +233,7 @@ def _of_source(url: str, seen: SourceSeen) -> list[Finding]:
     return found
 
 
-def _of_stream(finding: object, seen: SourceSeen) -> list[Finding]:
-    assert callable(finding)
+def _of_stream(finding: Callable[[str, State, str], Finding], seen: SourceSeen) -> list[Finding]:
     found: list[Finding] = []
     if len(seen.sequences) > 1:
         holes = sum(later - sooner - 1 for sooner, later in zip(seen.sequences, seen.sequences[1:], strict=False))
@@ -240,7 +241,7 @@ def _of_stream(finding: object, seen: SourceSeen) -> list[Finding]:
         found.append(finding("sequence", "ok" if holes == 0 else "fail", said))
     if seen.clock_seconds is not None:
         off = seen.clock_seconds
-        state = "ok" if abs(off) < _CLOCK_SECONDS else "warn"
+        state: State = "ok" if abs(off) < _CLOCK_SECONDS else "warn"
         found.append(finding("clock", state, f"{abs(off):.1f} s {'ahead' if off > 0 else 'behind'}"))
     if seen.bare_offload or seen.described_offload:
         state = "warn" if seen.bare_offload > seen.described_offload else "ok"

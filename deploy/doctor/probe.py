@@ -14,6 +14,7 @@ import urllib.request
 import uuid
 from typing import Any, Final
 
+from kvatlas.bridge.engines.http import OPENER
 from kvatlas.deploy.doctor.findings import Finding
 from kvatlas.scorer.client import ScorerClient
 from kvatlas.scorer.errors import ClientError
@@ -21,7 +22,6 @@ from kvatlas.scorer.errors import ClientError
 _TIMEOUT_SECONDS: Final = 60.0
 _ANSWER_BYTES: Final = 16 * 1024 * 1024
 _STEP_SECONDS: Final = 0.1
-_OPENER: Final = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 async def check_probe(
@@ -73,7 +73,7 @@ class _EngineRefusedError(Exception):
 def _post(url: str, body: dict[str, Any]) -> Any:
     request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})  # noqa: S310
     try:
-        with _OPENER.open(request, timeout=_TIMEOUT_SECONDS) as answer:
+        with OPENER.open(request, timeout=_TIMEOUT_SECONDS) as answer:
             return json.loads(answer.read(_ANSWER_BYTES))
     except urllib.error.HTTPError as error:
         with error:

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import json
 import socket
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import yaml
-
+from kvatlas.bridge.engines.listing import read_listing
 from kvatlas.bridge.errors import SettingsError, UnresolvedError
 from kvatlas.bridge.model.records import GONE, PodRecord
 from kvatlas.scorer.picker.endpoints import ROLES, Endpoint
@@ -92,24 +89,8 @@ def read_endpoints(path: Path) -> list[Endpoint]:
     Raises:
         SettingsError: the file cannot be read, has another shape, or a spec is not valid.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        document: Any
-        if path.suffix == ".toml":
-            document = tomllib.loads(text)
-        elif path.suffix == ".json":
-            document = json.loads(text)
-        else:
-            document = yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise SettingsError(f"endpoints file {path}: {error}") from error
-    listed = document.get("endpoints") if isinstance(document, dict) else document
-    if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
-        raise SettingsError(f"endpoints file {path}: expected `endpoints`, a list of HOST:PORT[,...]")
-    try:
-        return [endpoint for item in listed for endpoint in parse_endpoint(item)]
-    except SettingsError as error:
-        raise SettingsError(f"endpoints file {path}: {error}") from error
+    listed = read_listing(path, "endpoints", "HOST:PORT[,...]", parse_endpoint)
+    return [endpoint for item in listed for endpoint in parse_endpoint(item)]
 
 
 async def resolve(text: str) -> list[Endpoint]:

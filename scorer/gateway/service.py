@@ -245,6 +245,8 @@ class PickerService:
 
     async def _measure(self) -> None:
         while True:
+            if self._pool is not None and self._pool.failed is not None:
+                raise self._pool.failed
             self.state.measure()
             self._take_reports()
             metrics.OPEN_STREAMS.set(self.processor.open)

@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
+from kvatlas.bridge.engines.facts import labels_of
+
 
 class EngineLoad(NamedTuple):
     """What a page says; None where it lacks the figure."""
@@ -40,7 +42,6 @@ _LINE: Final = re.compile(
     r"|num_running_reqs|num_queue_reqs|token_usage))(?:\{([^}\n]*)\})?[ \t]+([^\s#]+)",
     re.MULTILINE,
 )
-_LABEL: Final = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
 def read_load(page: str, rank: int | None = None) -> EngineLoad:
@@ -71,5 +72,5 @@ def read_load(page: str, rank: int | None = None) -> EngineLoad:
 
 def _of_rank(labels: str, rank: int) -> bool:
     """Whether a series is of a rank; one without such a label is of every rank."""
-    named = {name: value for name, value in _LABEL.findall(labels) if name in _RANK_LABELS}
+    named = {name: value for name, value in labels_of(labels).items() if name in _RANK_LABELS}
     return not named or str(rank) in named.values()

@@ -22,7 +22,8 @@ from kvatlas.streams.faust_app.table import BulkTable
 from kvatlas.streams.index.apply import is_entry as index_entry
 from kvatlas.streams.options import WorkerSettings
 from kvatlas.streams.resolve.entries import is_entry as engine_entry
-from kvatlas.streams.resolve.resolver import ResolveOptions, Resolver
+from kvatlas.streams.resolve.options import resolve_options
+from kvatlas.streams.resolve.resolver import Resolver
 from kvatlas.streams.state.changelog import Meta, encode_meta, send_claim
 from kvatlas.streams.state.database import RocksBudget
 from kvatlas.streams.state.partition import PartitionState, Role, Valid
@@ -128,18 +129,6 @@ class WorkerApp(faust.App):
         """Tell the listener that roles changed; ``restored`` says that all active partitions are caught up."""
         if self.roles_listener is not None:
             self.roles_listener(restored)
-
-
-def resolve_options(settings: WorkerSettings) -> ResolveOptions:
-    """Return the pure part's options from a worker's settings."""
-    return ResolveOptions(
-        block_size_tokens=settings.block_size_tokens,
-        announcements=settings.announcements,
-        clears=settings.clears,
-        strict_gaps=settings.strict_gaps,
-        orphan_blocks=settings.orphan_blocks,
-        store=settings.default_store,
-    )
 
 
 def group_of(settings: WorkerSettings) -> str:

@@ -98,6 +98,14 @@ def fail(number: int) -> Callable[..., None]:
     return fault
 
 
+def believed(changes: Iterable[Change]) -> set[bytes]:
+    """Return the blocks that a listener of these changes believes to be there."""
+    held: set[bytes] = set()
+    for change in list(changes):
+        (held.difference_update if change.removed else held.update)(change.keys)
+    return held
+
+
 class Fleet:
     """Makes tiers on one root and remembers what they announced; closes them all at the end."""
 
@@ -127,10 +135,7 @@ class Fleet:
 
     def announced(self) -> set[bytes]:
         """Blocks that a listener believes to be there."""
-        held: set[bytes] = set()
-        for change in list(self.changes):
-            (held.difference_update if change.removed else held.update)(change.keys)
-        return held
+        return believed(self.changes)
 
     def close(self) -> None:
         self.fs.faults.clear()

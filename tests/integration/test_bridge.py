@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
@@ -24,6 +24,7 @@ from kvatlas.bridge.relay.recovery import recover
 from kvatlas.bridge.relay.service import BridgeService
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
+from tests.integration.log_support import read_topic
 
 _CLEAR = [{"type": "AllBlocksCleared"}]
 
@@ -35,20 +36,7 @@ async def _setup(brokers: str, prefix: str) -> KafkaSettings:
 
 
 async def _read(kafka: KafkaSettings, name: str) -> list[Any]:
-    consumer = AIOKafkaConsumer(bootstrap_servers=kafka.brokers, enable_auto_commit=False)
-    await consumer.start()
-    try:
-        places = [TopicPartition(kafka.topic(name), number) for number in range(2)]
-        consumer.assign(places)
-        await consumer.seek_to_beginning(*places)
-        ends = await consumer.end_offsets(places)
-        found: list[Any] = []
-        while any([await consumer.position(place) < ends[place] for place in places]):
-            for messages in (await consumer.getmany(timeout_ms=200)).values():
-                found += messages
-        return found
-    finally:
-        await consumer.stop()
+    return await read_topic(kafka.brokers, kafka.topic(name), 2)
 
 
 def _sequences(messages: list[Any], pod: str) -> list[tuple[int, int]]:

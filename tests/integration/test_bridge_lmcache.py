@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaProducer
 
 from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.block_key import block_keys, pack_tokens, root_key
@@ -25,6 +25,7 @@ from kvatlas.streams.index.holders import holders
 from kvatlas.streams.index.view import DictView
 from kvatlas.streams.resolve.message import parse_message
 from kvatlas.streams.resolve.resolver import ResolveOptions, Resolver
+from tests.integration.log_support import read_topic
 
 GOLDEN: dict[str, Any] = json.loads(
     (Path(__file__).parents[1] / "data" / "captures" / "golden_lmcache.json").read_text()
@@ -45,20 +46,7 @@ class Log:
         self.kafka = kafka
 
     async def read(self, name: str) -> list[Any]:
-        consumer = AIOKafkaConsumer(bootstrap_servers=self.kafka.brokers, enable_auto_commit=False)
-        await consumer.start()
-        try:
-            places = [TopicPartition(self.kafka.topic(name), number) for number in range(2)]
-            consumer.assign(places)
-            await consumer.seek_to_beginning(*places)
-            ends = await consumer.end_offsets(places)
-            found: list[Any] = []
-            while any([await consumer.position(place) < ends[place] for place in places]):
-                for messages in (await consumer.getmany(timeout_ms=200)).values():
-                    found += messages
-            return found
-        finally:
-            await consumer.stop()
+        return await read_topic(self.kafka.brokers, self.kafka.topic(name), 2)
 
     async def pods(self) -> dict[str, records.PodRecord]:
         """Return the newest record of each pod."""

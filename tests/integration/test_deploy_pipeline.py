@@ -14,7 +14,6 @@ from typing import Any
 import msgpack
 import pytest
 import zmq
-from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from kvatlas.bridge.model import topics
 from kvatlas.bridge.model.adapters.fields import encode_batch
@@ -24,6 +23,7 @@ from kvatlas.deploy.sim.fleet import Fleet
 from kvatlas.deploy.sim.options import SimSettings
 from kvatlas.scorer.client import ScorerClient
 from tests.integration import pipeline_support as support
+from tests.integration.log_support import read_topic
 from tests.integration.pipeline_support import Service
 
 _PARTITIONS = 4
@@ -209,20 +209,7 @@ def _garbage() -> list[list[bytes]]:
 
 
 async def _dead_letters(pipeline: Pipeline) -> list[Any]:
-    consumer = AIOKafkaConsumer(bootstrap_servers=pipeline.brokers, enable_auto_commit=False)
-    await consumer.start()
-    try:
-        places = [TopicPartition(pipeline.prefix + topics.DLQ, number) for number in range(_PARTITIONS)]
-        consumer.assign(places)
-        await consumer.seek_to_beginning(*places)
-        ends = await consumer.end_offsets(places)
-        found: list[Any] = []
-        while any([await consumer.position(place) < ends[place] for place in places]):
-            for messages in (await consumer.getmany(timeout_ms=200)).values():
-                found += messages
-        return found
-    finally:
-        await consumer.stop()
+    return await read_topic(pipeline.brokers, pipeline.prefix + topics.DLQ, _PARTITIONS)
 
 
 def _metric(address: str, name: str) -> float:

@@ -22,7 +22,7 @@ from kvatlas.connector.files.layout import Fingerprint
 from kvatlas.connector.objects.client import Fetched, Listed, ObjectStoreError, ObstoreObjects, connect
 from kvatlas.connector.objects.settings import ObjectTierSettings
 from kvatlas.connector.objects.tier import ObjectTier
-from tests.connector.conftest import FINGERPRINT
+from tests.connector.conftest import FINGERPRINT, believed
 
 KEY, SECRET = "kvatlas", "kvatlas-secret"
 
@@ -178,10 +178,7 @@ class Bucket:
 
     def announced(self) -> set[bytes]:
         """Blocks that a listener believes to be there."""
-        held: set[bytes] = set()
-        for change in list(self.changes):
-            (held.difference_update if change.removed else held.update)(change.keys)
-        return held
+        return believed(self.changes)
 
     def close(self) -> None:
         self.objects.faults.clear()

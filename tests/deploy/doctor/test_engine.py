@@ -145,6 +145,6 @@ def test_what_was_seen_is_judged(changes: dict[str, Any], expected: set[tuple[st
 def test_a_message_is_noted_with_its_clock() -> None:
     """Clock against ours, in seconds."""
     seen = SourceSeen(EventSource(rank=0, live="tcp://h:1"))
-    seen.take(0, b"\xc1", "vllm", time.time())
+    seen.heard(0, b"\xc1", "vllm", time.time())
     assert len(seen.unreadable) == 1
     assert seen.clock_seconds is None
