@@ -295,9 +295,12 @@ class BridgeService:
                     await self._end(key)
 
     async def _end(self, key: str) -> None:
+        """Stop hearing a pod and record that it is gone, also when the bridge is stopped meanwhile."""
         stream = self.streams.pop(key)
-        await stream.close()
-        stream.end()
+        try:
+            await stream.close()
+        finally:
+            stream.end()
 
     def _until_next_look(self) -> float:
         """Seconds to the next look: not past the time when a missing endpoint is gone."""
