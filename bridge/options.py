@@ -36,14 +36,23 @@ class BridgeSettings(Section, frozen=True, kw_only=True):
     kubernetes_annotations: Annotated[
         str,
         Meta(
-            description="prefix of the annotations port, replay-port, model, engine, dp, store, announcements, "
-            "blocks-per-chunk"
+            description="prefix of the annotations port, replay-port, http-port, model, engine, dp, store, "
+            "announcements, blocks-per-chunk"
         ),
     ] = "kvatlas.io/"
     kubernetes_port: Annotated[int, Meta(description="live port without annotation", ge=1, le=65535)] = 5557
     kubernetes_replay_port: Annotated[
         int, Meta(description="replay port without annotation; 0 for none", ge=0, le=65535)
     ] = 5558
+    kubernetes_http_port: Annotated[
+        int,
+        Meta(
+            description="port of the pods' HTTP API, which is asked where they publish; 0: the ports above, unless a "
+            "pod's annotation http-port says otherwise",
+            ge=0,
+            le=65535,
+        ),
+    ] = 0
     bind: Annotated[
         list[str],
         Meta(
@@ -52,7 +61,9 @@ class BridgeSettings(Section, frozen=True, kw_only=True):
         ),
     ] = []  # noqa: RUF012 - msgspec copies it
     bind_pods: Annotated[int, Meta(description="pods at most that may connect to us", ge=1)] = 10_000
-    discovery_seconds: Annotated[float, Meta(description="how often file and DNS are looked at", gt=0)] = 5.0
+    discovery_seconds: Annotated[
+        float, Meta(description="how often names are looked up and engines asked over HTTP", gt=0)
+    ] = 5.0
     ownership: Annotated[
         Literal["group", "all"],
         Meta(description="group: bridges share pods out through a consumer group; all: this bridge takes every pod"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 
 from kvatlas.bridge.engines.http import is_http, parse_http, specs_over_http
@@ -33,25 +34,30 @@ def static_specs(settings: BridgeSettings) -> list[EngineSpec]:
     return [spec for text in settings.engines if not is_http(text) for spec in parse_engine(text)]
 
 
-async def discover(settings: BridgeSettings, known: dict[str, list[EngineSpec]] | None = None) -> list[EngineSpec]:
+async def discover(
+    settings: BridgeSettings, known: dict[str, list[EngineSpec]] | None = None, more: Iterable[str] = ()
+) -> list[EngineSpec]:
     """Return the endpoints that list, file and names give now.
 
     Args:
         settings: where to look.
         known: what each DNS name and each engine asked over HTTP gave last, kept up to date here. One that does not
             answer now keeps its endpoints of before, none before its first answer: one never hides what others say.
+        more: HTTP specs of further engines to ask.
 
     Raises:
         SettingsError: the file cannot be read; nothing may be concluded from that about the engines.
     """
     known = {} if known is None else known
     specs = static_specs(settings)
-    asked = [text for text in settings.engines if is_http(text)]
+    asked = [*filter(is_http, settings.engines), *more]
     if settings.engines_file:
         listed = await asyncio.to_thread(read_engines, Path(settings.engines_file))
         specs += [spec for text in listed if not is_http(text) for spec in parse_engine(text)]
         asked += filter(is_http, listed)
     sources = dict.fromkeys(settings.dns, resolve) | dict.fromkeys(asked, specs_over_http)
+    for text in known.keys() - sources.keys():
+        del known[text]
     answers = await asyncio.gather(*(source(text) for text, source in sources.items()), return_exceptions=True)
     for text, answer in zip(sources, answers, strict=True):
         if isinstance(answer, UnresolvedError):

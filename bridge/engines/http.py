@@ -11,6 +11,7 @@ import http.client
 import json
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -22,6 +23,8 @@ from kvatlas.bridge.errors import SettingsError, UnresolvedError
 HTTP_OPTIONS: Final = ("pod", "model", "store", "announcements", "blocks_per_chunk")
 TIMEOUT_SECONDS: Final = 3.0
 _ANSWER_BYTES: Final = 8 * 1024 * 1024
+#: Of their own: engines that hang, of which there may be many, keep no thread from anything else.
+_THREADS: Final = ThreadPoolExecutor(64, "engine-http")
 _SCHEMES: Final = ("http", "https")
 #: Engines are neighbours: no proxy of the environment stands between.
 OPENER: Final = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -65,7 +68,10 @@ async def specs_over_http(text: str, timeout_seconds: float = TIMEOUT_SECONDS) -
             else "does not say where it publishes (vLLM before 0.31): give its sockets, tcp://HOST:PORT,tcp://HOST:REPLAY"
         )
         raise UnresolvedError(f"engine {url} ({facts.engine} {facts.version or 'of unknown version'}) {why}")
-    return specs_of(facts, options)
+    try:
+        return specs_of(facts, options)
+    except SettingsError as error:  # what an engine says is no setting: it alone is left out
+        raise UnresolvedError(str(error)) from error
 
 
 _EVENTS_ON: Final = {
@@ -107,7 +113,7 @@ async def ask_engine(url: str, timeout_seconds: float = TIMEOUT_SECONDS, *, figu
     if figures:
         paths.append("/metrics")
     async with asyncio.TaskGroup() as group:
-        tasks = {path: group.create_task(asyncio.to_thread(_get, url + path, timeout_seconds)) for path in paths}
+        tasks = {path: group.create_task(_in_thread(url + path, timeout_seconds)) for path in paths}
     answers = {path: task.result() for path, task in tasks.items()}
     errors = [answer for answer in answers.values() if isinstance(answer, Exception)]
     models = _json(answers["/v1/models"])
@@ -127,6 +133,10 @@ async def ask_engine(url: str, timeout_seconds: float = TIMEOUT_SECONDS, *, figu
         version=_json(answers["/version"]),
         metrics=metrics.decode(errors="replace") if isinstance(metrics, bytes) else "",
     )
+
+
+async def _in_thread(url: str, timeout_seconds: float) -> bytes | Exception | None:
+    return await asyncio.get_running_loop().run_in_executor(_THREADS, _get, url, timeout_seconds)
 
 
 def _get(url: str, timeout_seconds: float) -> bytes | Exception | None:

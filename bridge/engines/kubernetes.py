@@ -2,8 +2,8 @@
 
 A pod is taken once it is ready, and kept while it runs: an engine that fails its readiness for a while still has its
 cache. Annotations of a pod (prefix ``kvatlas.io/`` by default) say what an endpoint spec says: ``port``,
-``replay-port``, ``model``, ``engine``, ``dp``, ``store``, ``announcements``,
-``blocks-per-chunk``.
+``replay-port``, ``model``, ``engine``, ``dp``, ``store``, ``announcements``, ``blocks-per-chunk``. With ``http-port``
+the engine is asked there where it publishes, as one listed by its HTTP address is; its answer says the rest.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from kvatlas.bridge.engines.http import HTTP_OPTIONS, parse_http
 from kvatlas.bridge.engines.kubernetes_watch import PodWatcher, api_client, is_ready, uid_of
 from kvatlas.bridge.engines.spec import EngineSpec, engine_specs
 from kvatlas.bridge.errors import SettingsError
@@ -22,8 +23,12 @@ _OPTIONS: Final = ("model", "engine", "dp", "store", "announcements", "blocks-pe
 log = logging.getLogger(__name__)
 
 
-def pod_specs(pod: Mapping[str, Any], settings: BridgeSettings) -> list[EngineSpec]:
-    """Return the endpoints of a pod (as the API describes it); empty when it has no address.
+def pod_specs(pod: Mapping[str, Any], settings: BridgeSettings) -> list[EngineSpec] | str:
+    """Return the endpoints of a pod (as the API describes it), or the HTTP spec to ask for them.
+
+    Returns:
+        Endpoints, none when the pod has no address. A pod's own ports, of the HTTP API before those of the sockets, go
+        before the settings'.
 
     Raises:
         SettingsError: an annotation is not valid.
@@ -36,11 +41,27 @@ def pod_specs(pod: Mapping[str, Any], settings: BridgeSettings) -> list[EngineSp
     prefix = settings.kubernetes_annotations
     host = f"[{address}]" if ":" in address else address
     port = notes.get(f"{prefix}port", str(settings.kubernetes_port))
+    http_port = notes.get(f"{prefix}http-port", "0" if f"{prefix}port" in notes else str(settings.kubernetes_http_port))
     replay = notes.get(f"{prefix}replay-port", str(settings.kubernetes_replay_port))
     options = {name.replace("-", "_"): str(notes[prefix + name]) for name in _OPTIONS if prefix + name in notes}
     options["pod"] = str(meta.get("name", ""))
     where = f"pod {meta.get('namespace', '')}/{meta.get('name', '')}"
+    if http_port not in ("", "0"):
+        return _http_spec(where, f"{host}:{http_port}", options)
     return engine_specs(where, f"tcp://{host}:{port}", "" if replay in ("", "0") else f"tcp://{host}:{replay}", options)
+
+
+def _http_spec(where: str, address: str, options: dict[str, str]) -> str:
+    told = sorted(options.keys() - set(HTTP_OPTIONS))
+    if told:
+        raise SettingsError(f"{where}: with an HTTP port the engine itself tells {', '.join(told)}: no annotation does")
+    try:
+        engine_specs(where, f"tcp://{address}", "", options)
+        text = ",".join([f"http://{address}", *(f"{name}={value}" for name, value in options.items())])
+        parse_http(text)
+    except SettingsError as error:
+        raise SettingsError(f"{where}: {error}") from error
+    return text
 
 
 def is_over(pod: Mapping[str, Any]) -> bool:
@@ -55,11 +76,15 @@ class KubernetesPods:
     def __init__(self, settings: BridgeSettings) -> None:
         """Start with none."""
         self._settings = settings
-        self._pods: dict[str, list[EngineSpec]] = {}
+        self._pods: dict[str, list[EngineSpec] | str] = {}
 
     def specs(self) -> list[EngineSpec]:
-        """Return all endpoints."""
-        return [spec for specs in list(self._pods.values()) for spec in specs]
+        """Return all endpoints that the API tells."""
+        return [spec for specs in list(self._pods.values()) if not isinstance(specs, str) for spec in specs]
+
+    def asked(self) -> list[str]:
+        """Return the HTTP specs of the engines that tell their endpoints themselves."""
+        return [specs for specs in list(self._pods.values()) if isinstance(specs, str)]
 
     def listed(self, pods: list[dict[str, Any]]) -> None:
         """Take a full list."""
@@ -98,6 +123,10 @@ class PodWatch(PodWatcher):
     def specs(self) -> list[EngineSpec]:
         """Return the endpoints known now; while the API is away, those of before."""
         return self._table.specs()
+
+    def asked(self) -> list[str]:
+        """Return the HTTP specs of the engines to ask, as :meth:`specs` returns the endpoints that need no asking."""
+        return self._table.asked()
 
     def source(self) -> tuple[Any, dict[str, Any]]:
         """Return the call that lists the pods of the selector, in one namespace or in all."""

@@ -244,9 +244,10 @@ class BridgeService:
             log.error("%s; left out", error)
 
     async def _found(self) -> list[EngineSpec]:
-        specs = await discover(self._settings, self._resolved)
+        pods = self._pods.asked() if self._pods is not None else []
+        specs = await discover(self._settings, self._resolved, pods)
         kubernetes = self._pods is None or self._pods.listed.is_set()
-        asked = (*self._settings.dns, *filter(is_http, self._settings.engines))
+        asked = (*self._settings.dns, *filter(is_http, self._settings.engines), *pods)
         self._complete = kubernetes and all(name in self._resolved for name in asked)
         return specs + (self._pods.specs() if self._pods is not None else [])
 

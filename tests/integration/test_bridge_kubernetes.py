@@ -17,6 +17,7 @@ from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.relay.service import BridgeService
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
+from tests.bridge.engines.fake_engine import fake_engine, vllm
 from tests.bridge.engines.kubernetes_api import Api, pod
 
 _PARTITIONS = 2
@@ -135,3 +136,38 @@ async def test_pods_of_a_cluster_come_and_go(
             assert log.models == {"org/m"}
     finally:
         await bridge.stop()
+
+
+async def test_a_pod_that_is_asked_tells_its_sockets_and_their_change(
+    brokers: str, topic_prefix: str, api: Api, engines: dict[str, EnginePublisher], tmp_path: Path
+) -> None:
+    """The engine of the pod says where it publishes and what it serves; started again on other ports it is followed."""
+    kafka = KafkaSettings(brokers=brokers, topic_prefix=topic_prefix, partitions=_PARTITIONS)
+    await ensure_topics(kafka, [topic for topic in topics.TOPICS if topic.by == "pod"])
+    before, after = engines["vllm-0"], engines["vllm-1"]
+    say = [{"type": "AllBlocksCleared"}]
+    answers = vllm(before.endpoint, before.replay_endpoint)
+    with fake_engine(answers) as url:
+        settings = BridgeSettings(
+            kubernetes_selector="app=vllm",
+            kubernetes_config=api.kubeconfig(tmp_path),
+            kubernetes_http_port=int(url.rpartition(":")[2]),
+            discovery_seconds=0.2,
+            gone_seconds=0.5,
+            record_seconds=0.1,
+        )
+        bridge = BridgeService(settings, kafka)
+        before.publish(say, timestamp=0.0)
+        await bridge.start()
+        try:
+            async with Log(kafka) as log:
+                api.change("ADDED", pod("vllm-0", "127.0.0.1"))
+                await log.until(lambda: log.sequences == {"vllm-0": [0]})
+                answers.update(vllm(after.endpoint, after.replay_endpoint))
+                after.publish([*say, *say], timestamp=time.time())
+                await log.until(lambda: log.sequences == {"vllm-0": [0, 0]})
+                assert log.models == {"m"}
+                await log.until(lambda: log.pods["vllm-0"].endpoint == after.endpoint)
+                assert log.pods["vllm-0"].state == records.LIVE
+        finally:
+            await bridge.stop()

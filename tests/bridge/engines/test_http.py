@@ -95,6 +95,18 @@ async def test_discovery_notices_changes_and_keeps_what_does_not_answer(tmp_path
     assert [spec.live for spec in await discover(settings, known)] == ["tcp://b:1", "tcp://10.0.0.7:6000"]
 
 
+async def test_an_engine_that_tells_nonsense_hides_nobody() -> None:
+    """Its endpoints are left out with a warning; who is no longer asked is forgotten."""
+    known: dict[str, Any] = {}
+    settings = BridgeSettings(engines=["tcp://b:1"])
+    with fake_engine(vllm(live="tcp://*:99999")) as odd, fake_engine(vllm()) as good:
+        found = await discover(settings, known, [odd, good])
+        assert [spec.live for spec in found] == ["tcp://b:1", "tcp://127.0.0.1:5557"]
+        assert list(known) == [good]
+        assert [spec.live for spec in await discover(settings, known)] == ["tcp://b:1"]
+        assert known == {}
+
+
 @pytest.mark.parametrize(
     ("address", "url", "reached"),
     [

@@ -80,6 +80,24 @@ def test_annotations_say_what_a_spec_says() -> None:
         pod_specs(pod("d", notes={"engine": "other"}), settings)
 
 
+def test_a_pod_with_an_http_port_tells_its_endpoints_itself() -> None:
+    """Its own annotations go before the settings, the HTTP port before the sockets'."""
+    asking = BridgeSettings(kubernetes_http_port=8000)
+    assert pod_specs(pod("a"), asking) == "http://10.0.0.1:8000,pod=a"
+    assert pod_specs(pod("a", "fd00::1", notes={"store": "s"}), asking) == "http://[fd00::1]:8000,store=s,pod=a"
+    assert pod_specs(pod("a", notes={"http_port": "9", "port": "7"}), BridgeSettings()) == "http://10.0.0.1:9,pod=a"
+    for notes in ({"port": "6000"}, {"http_port": "0"}):
+        (spec,) = pod_specs(pod("a", notes=notes), asking)
+        assert isinstance(spec, EngineSpec)
+    bad = ({"dp": "2"}, {"engine": "sglang"}, {"store": "s,t"}, {"announcements": "some"}, {"http_port": "70000"})
+    for notes in bad:
+        with pytest.raises(SettingsError, match="pod serving/a"):
+            pod_specs(pod("a", notes=notes), asking)
+    table = KubernetesPods(asking)
+    table.listed([pod("a"), pod("b", notes={"port": "1"}), pod("c", notes={"dp": "2"})])
+    assert (table.asked(), [spec.pod for spec in table.specs()]) == (["http://10.0.0.1:8000,pod=a"], ["b"])
+
+
 def test_a_pod_counts_from_ready_until_it_ends() -> None:
     """Not ready at first: left out; not ready later: kept; ended, being deleted or bad annotations: left out."""
     table = KubernetesPods(BridgeSettings())
