@@ -57,7 +57,7 @@ def _play(engines: list[RecordedEngine], rng: random.Random) -> Iterator[None]:
 def test_recordings_score_as_their_engines_said_after_random_kills(
     victim: str, engines: list[RecordedEngine], tmp_path: Path, brokers: str, topic_prefix: str
 ) -> None:
-    """SIGKILL at random moments of a part's life, with messages before, between and after: all hits are the engines'."""
+    """SIGKILL at random moments of a part, with messages before, between and after: all hits are the engines'."""
     rng = random.Random(victim)
     up = Service(
         tmp_path / "up.log",
