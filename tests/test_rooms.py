@@ -37,8 +37,8 @@ PUBLIC: Final = {"bridge.engine_publisher", "connector.vllm_spec", "connector.vl
 
 #: R3: rooms and modules without I/O, clocks and threads, and what they must not import, directly or through others.
 PURE: Final = (
-    "bridge.model", "bridge.ingest.tracker", "streams.index", "streams.resolve", "scorer.scoring", "scorer.picker",
-    "connector.files.layout", "connector.files.catalog", "connector.outcome",
+    "bridge.model", "bridge.ingest.tracker", "bridge.ingest.claims", "streams.index", "streams.resolve",
+    "scorer.scoring", "scorer.picker", "connector.files.layout", "connector.files.catalog", "connector.outcome",
 )  # fmt: skip
 IMPURE_LIBRARIES: Final = frozenset(
     {
@@ -74,8 +74,6 @@ R3_EXCEPTIONS: Final[frozenset[tuple[str, str]]] = frozenset(
 )
 R4_EXCEPTIONS: Final[frozenset[tuple[str, str]]] = frozenset(
     {
-        ("bridge.ingest.shared", "zmq"),
-        ("scorer.library.feed", "zmq"),
         ("scorer.library.replica", "aiokafka"),
         ("scorer.library.saved_state", "rocksdict"),
         ("scorer.service", "aiokafka"),
@@ -88,11 +86,7 @@ R4_EXCEPTIONS: Final[frozenset[tuple[str, str]]] = frozenset(
         ("streams.upkeep.sweeper", "aiokafka"),
     }
 )
-R5_EXCEPTIONS: Final[frozenset[frozenset[str]]] = frozenset(
-    {
-        frozenset({"bridge.ingest.shared", "bridge.ingest.stream"}),
-    }
-)
+R5_EXCEPTIONS: Final[frozenset[frozenset[str]]] = frozenset()
 R6_EXCEPTIONS: Final[frozenset[str]] = frozenset(
     {
         "bridge.kafka.follower: _client",
@@ -108,9 +102,7 @@ R6_EXCEPTIONS: Final[frozenset[str]] = frozenset(
 R7_EXCEPTIONS: Final[frozenset[str]] = frozenset()
 R8_LONG: Final[frozenset[str]] = frozenset(
     {
-        "bridge.ingest.stream",
         "bridge.ingest.tracker",
-        "bridge.kafka.producer",
     }
 )
 R8_INIT: Final[frozenset[str]] = frozenset(

@@ -10,7 +10,7 @@ import msgspec
 
 from kvatlas.bridge.ingest.recovered import Recovered
 from kvatlas.bridge.ingest.shared import Shared
-from kvatlas.bridge.model import epochs, pod_ids, records, topics
+from kvatlas.bridge.model import epochs, records, topics
 from kvatlas.bridge.model.records import Control
 
 _REASON: Final = "not listed by discovery since this bridge has the pod"
@@ -41,7 +41,7 @@ class Absent:
             del self._since[pod]
         for pod, known in list(shared.recovered.items()):
             record = known.record
-            if record.state == records.GONE or not shared.owns(pod_ids.pod_partition(pod, shared.partitions)):
+            if record.state == records.GONE or not shared.owned(pod):
                 continue
             silent = now_seconds - self._since.setdefault(pod, now_seconds)
             if record.endpoint not in listed and silent >= settings.gone_seconds:

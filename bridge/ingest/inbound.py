@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import msgspec
 
 from kvatlas.bridge.engines.identity import parse_topic
 from kvatlas.bridge.engines.spec import EngineSpec, parse_bind
-from kvatlas.bridge.ingest.shared import Shared, open_socket
-from kvatlas.bridge.ingest.stream import PodStream
+from kvatlas.bridge.engines.wires import Wires
+from kvatlas.bridge.ingest.endpoint import EngineEndpoint
+from kvatlas.bridge.ingest.shared import Shared
 from kvatlas.bridge.model.adapters.fields import peek_rank
 
 log = logging.getLogger(__name__)
@@ -20,31 +22,34 @@ _Place = tuple[bytes, int, str]
 
 
 class _Peer:
-    """A pod that connected: its stream, its connection (None when closed), and when that was noticed."""
+    """A pod that connected: its endpoint, its connection (None when closed), and when that was noticed."""
 
-    __slots__ = ("connection", "left_seconds", "stream")
+    __slots__ = ("connection", "endpoint", "left_seconds")
 
-    def __init__(self, stream: PodStream) -> None:
-        self.stream = stream
+    def __init__(self, endpoint: EngineEndpoint) -> None:
+        self.endpoint = endpoint
         self.connection: int | None = None
         self.left_seconds: float | None = None
 
 
 class Inbound:
-    """One bound socket; makes a stream for each (topic, rank) it hears.
+    """One bound socket; makes an endpoint for each (topic, rank) it hears.
 
     A topic ``kv@pod@model`` names the pod; under any other topic the pod is named by the address it connects from. A
     pod is one connection's: what another one says under the same name is left out until the first is closed, so two
     engines never become one pod.
     """
 
-    def __init__(self, text: str, shared: Shared, streams: dict[str, PodStream]) -> None:
+    def __init__(
+        self, text: str, shared: Shared, wires: Wires, open_endpoint: Callable[[EngineSpec], EngineEndpoint]
+    ) -> None:
         """Bind.
 
         Args:
             text: the address and what holds for its engines, see :func:`~kvatlas.bridge.options.parse_bind`.
-            shared: what all streams use.
-            streams: all streams by key; new ones are put there.
+            shared: what all sessions use.
+            wires: opens the socket.
+            open_endpoint: begins an endpoint of a pod that connected.
 
         Raises:
             SettingsError: the text is not valid.
@@ -52,15 +57,15 @@ class Inbound:
         """
         self._common, self._replay_port = parse_bind(text)
         self._shared = shared
-        self._streams = streams
+        self._open = open_endpoint
         self._ours: dict[_Place, _Peer] = {}
         self._connections: set[int] = set()
         self._refused: set[tuple[int, _Place]] = set()
-        self._socket = open_socket(shared, self._common.live, self._received, connection=self._connected)
+        self._socket = wires.subscribe(self._common.live, self._received, connection=self._connected)
         self.address = self._socket.address
 
     def close(self) -> None:
-        """Stop hearing; the streams are closed by who holds them."""
+        """Stop hearing; the endpoints are closed by who holds them."""
         self._socket.close()
 
     def _received(self, frames: list[bytes]) -> None:
@@ -76,11 +81,10 @@ class Inbound:
                 address = self._socket.peer
                 self._shared.dead_letter(address or self.address, frames, f"{reason}: from {address}", self.address)
                 return
-            peer = self._ours[place] = _Peer(PodStream(self._spec(topic, rank, named=named), self._shared))
-            self._streams[peer.stream.spec.key] = peer.stream
-            log.info("%s: %s connected from %s", self.address, peer.stream.spec.live, self._socket.peer)
+            peer = self._ours[place] = _Peer(self._open(self._spec(topic, rank, named=named)))
+            log.info("%s: %s connected from %s", self.address, peer.endpoint.spec.live, self._socket.peer)
         if peer.connection == self._socket.number or self._take(place, peer):
-            peer.stream.received(frames)
+            peer.endpoint.received(frames)
 
     def _take(self, place: _Place, peer: _Peer) -> bool:
         """Tell whether the connection that is being read may speak for a pod; it is the pod's from then on."""
@@ -93,20 +97,20 @@ class Inbound:
                 self._shared.conflicts += 1
                 log.error(
                     "%s: two engines from %s are both pod %s, the second is left out. Give each a topic kv@pod@model",
-                    *(self.address, self._socket.peer, peer.stream.pod),
+                    *(self.address, self._socket.peer, peer.endpoint.pod),
                 )
             return False
         peer.connection = number
-        again, peer.left_seconds, peer.stream.leaving = peer.stream.leaving, None, False
+        again, peer.left_seconds, peer.endpoint.leaving = peer.endpoint.leaving, None, False
         if (number, place) in self._refused:
             self._refused.discard((number, place))
-            peer.stream.replaced()  # the two were there at one time, so they are not one engine
+            peer.endpoint.replaced()  # the two were there at one time, so they are not one engine
         elif again:
-            peer.stream.reconnected()
+            peer.endpoint.reconnected()
         return True
 
-    def left(self, now_seconds: float, limit_seconds: float) -> list[PodStream]:
-        """Forget the pods whose connection was closed that long ago; returns their streams, to be ended.
+    def left(self, now_seconds: float, limit_seconds: float) -> list[EngineEndpoint]:
+        """Forget the pods whose connection was closed that long ago; returns their endpoints, to be ended.
 
         Args:
             now_seconds: a monotonic clock.
@@ -117,7 +121,7 @@ class Inbound:
             if peer.connection is None and peer.left_seconds is None:
                 peer.left_seconds = now_seconds
             if peer.left_seconds is not None and now_seconds - peer.left_seconds >= limit_seconds:
-                gone.append(self._ours.pop(place).stream)
+                gone.append(self._ours.pop(place).endpoint)
         return gone
 
     def _spec(self, topic: bytes, rank: int, *, named: bool) -> EngineSpec:
@@ -141,4 +145,4 @@ class Inbound:
         for peer in self._ours.values():
             if peer.connection == number:
                 peer.connection = None
-                peer.stream.leaving = True
+                peer.endpoint.leaving = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 from xxhash import xxh3_64_intdigest
@@ -52,6 +52,14 @@ def apply_control(record: PodRecord, control: Control) -> PodRecord:
             "last_sequence": control.last_lost,
         }
     return msgspec.structs.replace(record, **changes)
+
+
+class Handover(NamedTuple):
+    """What the next session of a pod goes on from."""
+
+    record: PodRecord
+    position: StreamPosition
+    blocks: KnownBlocks | None
 
 
 class Recovered(msgspec.Struct):

@@ -16,11 +16,10 @@ import asyncio
 import contextlib
 import logging
 import time
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
-from itertools import accumulate, islice
-from typing import Any, Final, NamedTuple
+from itertools import islice
+from typing import Any, Final
 
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError, ProducerClosed, RecordListTooLargeError
@@ -28,7 +27,8 @@ from aiokafka.errors import KafkaError, MessageSizeTooLargeError, ProducerClosed
 from kvatlas.bridge.errors import KvatlasError, LogError
 from kvatlas.bridge.kafka.config import client_config, pace_metadata
 from kvatlas.bridge.kafka.rights import lost_right
-from kvatlas.bridge.model.topics import Headers
+from kvatlas.bridge.model.sink import QueuedRecord
+from kvatlas.bridge.runtime.histogram import Buckets
 from kvatlas.bridge.runtime.settings import KafkaSettings
 
 _RETRY_SECONDS: Final = 0.5
@@ -38,54 +38,6 @@ _WAIT_SECONDS: Final = 0.05
 _OVERHEAD_BYTES: Final = 256
 
 log = logging.getLogger(__name__)
-
-Acknowledge = Callable[[int], None]
-
-
-class QueuedRecord(NamedTuple):
-    """One record on its way.
-
-    Attributes:
-        key, value, headers: the record.
-        acknowledged: called with its offset.
-        refused: called with the item and a reason when Kafka never takes it; nothing of its partition is on its way
-            then, and what waits behind it is still in the queue.
-        origin: the message or control it was encoded from, for re-encoding under another incarnation (`withdraw`).
-    """
-
-    key: bytes
-    value: bytes
-    headers: Headers
-    acknowledged: Acknowledge | None
-    refused: Callable[[QueuedRecord, str], None] | None = None
-    origin: object = None
-
-
-class Buckets:
-    """A histogram of plain counters; no lock, for one event loop.
-
-    Attributes:
-        bounds: upper bounds, seconds.
-        counts: observations in each bucket, the last one beyond all bounds.
-        total: sum of all observations, seconds.
-    """
-
-    bounds: Final = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
-
-    def __init__(self) -> None:
-        """Start empty."""
-        self.counts = [0] * (len(self.bounds) + 1)
-        self.total = 0.0
-
-    def add(self, seconds: float, times: int = 1) -> None:
-        """Count ``times`` observations of one value."""
-        self.counts[bisect_left(self.bounds, seconds)] += times
-        self.total += seconds * times
-
-    def cumulative(self) -> list[tuple[str, float]]:
-        """Return (upper bound, observations up to it), as Prometheus wants them."""
-        names = [*map(str, self.bounds), "+Inf"]
-        return list(zip(names, map(float, accumulate(self.counts)), strict=True))
 
 
 class SendWindow:
@@ -133,7 +85,7 @@ class SendWindow:
 
 
 class RecordProducer:
-    """Sends records to one cluster.
+    """Sends records to one cluster: the record sink of a bridge.
 
     Attributes:
         pending_bytes: bytes accepted and not acknowledged.
@@ -155,6 +107,7 @@ class RecordProducer:
         linger_seconds: float = 0.004,
         batch_bytes: int = 1024 * 1024,
         message_bytes: int = 32 * 1024 * 1024,
+        buffer_bytes: int = 256 * 1024 * 1024,
     ) -> None:
         """Describe the publisher; :meth:`start` connects."""
         self._settings = settings
@@ -163,6 +116,7 @@ class RecordProducer:
         self._linger = linger_seconds
         self._batch_bytes = batch_bytes
         self._message_bytes = message_bytes
+        self._buffer_bytes = buffer_bytes
         self._producer: Any = None
         self._queues: dict[tuple[str, int], deque[QueuedRecord]] = {}
         self._flying: dict[tuple[str, int], int] = {}
@@ -214,18 +168,22 @@ class RecordProducer:
         return producer
 
     async def partitions(self, topic: str) -> int:
-        """Return how many partitions a topic has (full name)."""
+        """Return how many partitions a topic has."""
         assert self._producer is not None
-        return len(await self._producer.partitions_for(topic))
+        return len(await self._producer.partitions_for(self._settings.topic(topic)))
+
+    def room(self, _key: bytes) -> bool:
+        """Whether the buffer takes more."""
+        return self.pending_bytes < self._buffer_bytes
 
     def send(self, topic: str, partition: int, item: QueuedRecord) -> None:
         """Accept a record; it goes out after those accepted before it for this partition."""
-        place = (topic, partition)
+        place = (self._settings.topic(topic), partition)
         queue = self._queues.get(place)
         if queue is None:
             queue = self._queues[place] = deque()
             self._wake[place] = asyncio.Event()
-            task = self._tasks[place] = asyncio.create_task(self._run(place), name=f"publish-{topic}-{partition}")
+            task = self._tasks[place] = asyncio.create_task(self._run(place), name=f"publish-{place[0]}-{partition}")
             task.add_done_callback(self._ended)
         queue.append(item)
         self.pending_bytes += len(item.value) + _OVERHEAD_BYTES
@@ -233,21 +191,17 @@ class RecordProducer:
 
     def discard(self, topic: str, partition: int) -> None:
         """Forget what is accepted for a partition and not on its way yet."""
-        place = (topic, partition)
+        place = (self._settings.topic(topic), partition)
         queue, flying = self._queues.get(place, deque()), self._flying.get(place, 0)
         while len(queue) > flying:
             self.pending_bytes -= len(queue.pop().value) + _OVERHEAD_BYTES
 
-    def withdraw(self, topic: str, partition: int, key: bytes) -> list[QueuedRecord] | None:
-        """Take back a key's records that have an origin, up to the first one without.
+    def _withdraw(self, queue: deque[QueuedRecord], key: bytes) -> list[QueuedRecord] | None:
+        """Take back a key's records that have an origin, up to the first one without; None when one ends them.
 
-        Only from :attr:`QueuedRecord.refused`: nothing of the partition may be on its way.
-
-        Returns:
-            Them in order; None when one without origin ends them.
+        Nothing of the partition may be on its way.
         """
-        queue, kept, taken = self._queues[topic, partition], list[QueuedRecord](), list[QueuedRecord]()
-        ended = False
+        kept, taken, ended = list[QueuedRecord](), list[QueuedRecord](), False
         for item in queue:
             ended = ended or (item.key == key and item.origin is None)
             (kept if ended or item.key != key else taken).append(item)
@@ -332,7 +286,7 @@ class RecordProducer:
             item = queue.popleft()
             self.pending_bytes -= len(item.value) + _OVERHEAD_BYTES
             if item.acknowledged is not None:
-                item.acknowledged(base.offset + number)
+                item.acknowledged(item, base.offset + number)
         self.sent += count
         self.sent_bytes += batch.size()
 
@@ -348,7 +302,7 @@ class RecordProducer:
         reason = f"{len(item.value)} bytes are too large for topic {place[0]} ({error}): raise its max.message.bytes"
         log.error("%s/%d: a record of %r left out: %s", *place, item.key, reason)
         if item.refused is not None:
-            item.refused(item, reason)
+            item.refused(item, reason, None if item.origin is None else self._withdraw(queue, item.key))
 
     def _gate(self, producer: Any, place: tuple[str, int]) -> SendWindow:
         leader: int | None = producer.client.cluster.leader_for_partition(TopicPartition(*place))

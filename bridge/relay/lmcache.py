@@ -18,13 +18,14 @@ from kvatlas.bridge.errors import SettingsError, WireError
 from kvatlas.bridge.ingest.recovered import Recovered, apply_control, event_ns
 from kvatlas.bridge.ingest.shared import Shared
 from kvatlas.bridge.kafka.follower import TopicFollower
-from kvatlas.bridge.kafka.producer import QueuedRecord
 from kvatlas.bridge.model import epochs, pod_ids, records, topics
 from kvatlas.bridge.model.adapters.lmcache import decode_cache_events
 from kvatlas.bridge.model.chunk_cache import CacheFleet, ChunkHolder
 from kvatlas.bridge.model.records import Control, KeyedBatch, PodRecord
+from kvatlas.bridge.model.sink import QueuedRecord
 from kvatlas.bridge.relay.lmcache_metrics import CacheCollector
 from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.bridge.runtime.tasks import Background
 
 _MESSAGE_BYTES: Final = 256 * 1024
 _TURN_SECONDS: Final = 0.2
@@ -95,7 +96,7 @@ class CacheSource:
         rejected: records that could not be read.
     """
 
-    def __init__(self, shared: Shared, kafka: KafkaSettings) -> None:
+    def __init__(self, shared: Shared, kafka: KafkaSettings, background: Background) -> None:
         """Describe it; nothing is read yet.
 
         Raises:
@@ -106,6 +107,7 @@ class CacheSource:
         self._servers = parse_cache_servers(settings.lmcache_servers)
         self.state = self._empty(settings.block_size_tokens, settings.lmcache_chunks)
         self._shared = shared
+        self._background = background
         self._told: dict[str, _Told] = {}
         self._topic = settings.lmcache_topic
         self._follower = TopicFollower(
@@ -123,18 +125,18 @@ class CacheSource:
     def start(self) -> None:
         """Begin to read and to tell; either task's end ends the bridge."""
         self._follower.start()
-        self._shared.background.watch(self._follower.task)
-        self._shared.background.start(self._run())
+        self._background.watch(self._follower.task)
+        self._background.start(self._run())
 
     async def stop(self) -> None:
         """Stop reading."""
-        self._shared.background.release(self._follower.task)
+        self._background.release(self._follower.task)
         await self._follower.stop()
 
     def lost(self, partitions: Sequence[int]) -> None:
         """Tell nothing more of the pods of some partitions; they are told anew once they are ours again."""
         for pod in list(self._told):
-            if pod_ids.pod_partition(pod, self._shared.partitions) in partitions:
+            if self._shared.partition(pod) in partitions:
                 del self._told[pod]
 
     def pod_of(self, holder: str) -> str:
@@ -177,7 +179,7 @@ class CacheSource:
         """Tell what changed of one holder, where this bridge owns its pod."""
         shared, pod = self._shared, self.pod_of(name)
         told = self._told.get(pod)
-        if not shared.owns(pod_ids.pod_partition(pod, shared.partitions)):
+        if not shared.owned(pod):
             return
         if told is None:
             told = self._told[pod] = self._take_over(pod)
@@ -237,7 +239,8 @@ class CacheSource:
     async def _send(self, told: _Told, holder: ChunkHolder) -> bool:
         """Tell what changed; False when there is no room for all of it, or the pod was given away meanwhile."""
         changes = holder.changes(_MESSAGE_BYTES)
-        while self._shared.room() and self._told.get(told.record.pod) is told:
+        key = told.record.pod.encode()
+        while self._shared.sink.room(key) and self._told.get(told.record.pod) is told:
             events = next(changes, None)
             if events is None:
                 return True
@@ -255,9 +258,9 @@ class CacheSource:
             (topics.H_INCARNATION, b"%d" % told.incarnation),
             *_FIXED,
         ]
-        item = QueuedRecord(told.record.pod.encode(), records.encode(batch), headers, None)
-        number = pod_ids.pod_partition(told.record.pod, shared.partitions)
-        shared.publisher.send(shared.topic(topics.EVENTS), number, item)
+        pod = told.record.pod
+        item = QueuedRecord(pod.encode(), records.encode(batch), headers)
+        shared.sink.send(topics.EVENTS, shared.partition(pod), item)
 
     def _control(self, told: _Told, control: Control) -> None:
         told.record = apply_control(told.record, control)

@@ -1,7 +1,7 @@
 """Engines straight into an index: the bridge's streams in front, the workers' resolve behind, no log between.
 
-Each engine has a stream of the bridge's (subscription, sequence tracking, gap repair) whose records go into a bounded
-queue instead of Kafka. One task takes them out, pod by pod in turn, applies them (see
+The bridge's engine streams (subscription, sequence tracking, gap repair) send their records into a bounded queue for
+each pod instead of Kafka. One task takes them out, pod by pod in turn, applies them (see
 :mod:`kvatlas.scorer.library.feed_apply`) and acknowledges, which makes room in the queues.
 
 A queue that is full leaves live messages to replay, as a bridge without Kafka does.
@@ -14,18 +14,16 @@ import itertools
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from typing import Final, cast
-
-import zmq
+from typing import Final
 
 from kvatlas.bridge.engines.spec import EngineSpec
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.ingest.recovered import Recovered
-from kvatlas.bridge.ingest.stream import PodStream, Shared
-from kvatlas.bridge.kafka.producer import QueuedRecord, RecordProducer
+from kvatlas.bridge.ingest.streams import TICK_SECONDS, EngineStreams
 from kvatlas.bridge.model import pod_ids, records, topics
+from kvatlas.bridge.model.sink import QueuedRecord
 from kvatlas.bridge.options import BridgeSettings
-from kvatlas.bridge.runtime.tasks import end_tasks
+from kvatlas.bridge.runtime.tasks import Background
 from kvatlas.scorer.library.backends.base import Backend
 from kvatlas.scorer.library.feed_apply import Applier
 from kvatlas.scorer.library.saved_state import FeedState
@@ -39,72 +37,25 @@ _OVERHEAD_BYTES: Final = 512
 _TURN_MESSAGES: Final = 16
 #: Work done before other tasks of the loop run.
 _SLICE_SECONDS: Final = 0.002
-_TICK_SECONDS: Final = 0.25
 
 
-class Inbox:
-    """Takes what one engine's stream has to say, in the place of the bridge's publisher.
+class _PodQueue:
+    """Messages and turns of a pod that wait to be applied, and what they take."""
 
-    Attributes:
-        items: messages and turns that wait to be applied.
-        pending_bytes: what they take; the stream reads it to know whether there is room.
-    """
+    __slots__ = ("items", "key", "pending_bytes")
 
-    def __init__(self, feed: Feed) -> None:
+    def __init__(self, key: bytes) -> None:
+        self.key = key
         self.items: deque[QueuedRecord] = deque()
         self.pending_bytes = 0
-        self._feed = feed
-
-    def send(self, topic: str, partition: int, item: QueuedRecord) -> None:  # noqa: ARG002 - the publisher's signature
-        """Take a record that the stream would send to ``topic``."""
-        if topic == topics.EVENTS:
-            self.items.append(item)
-            self.pending_bytes += len(item.value) + _OVERHEAD_BYTES
-            self._feed.wake()
-        elif topic == topics.PODS:
-            self._feed.pods.apply(item.key, item.value)
-        else:
-            self._feed.counts["messages_dead"] += 1
-
-    def settle(self, taken: list[QueuedRecord], offset: int) -> None:
-        """Acknowledge applied records and give their room back."""
-        for item in taken:
-            self.pending_bytes -= len(item.value) + _OVERHEAD_BYTES
-            if item.acknowledged is not None:
-                item.acknowledged(offset)
-
-
-class FedEngine:
-    """One endpoint: its stream and its queue."""
-
-    def __init__(self, spec: EngineSpec, feed: Feed, settings: BridgeSettings, clock: Callable[[], int]) -> None:
-        self.spec = spec
-        self.inbox = Inbox(feed)
-        # Only `send` and `pending_bytes` of a publisher are used by a stream.
-        shared = Shared(settings, cast("RecordProducer", self.inbox), lambda topic: topic, clock)
-        shared.context.term()
-        shared.context, shared.replays, shared.recovered = feed.context, feed.replays, feed.recovered
-        shared.claims, shared.silent_replays = feed.claims, feed.silent_replays
-        self.shared = shared
-        self._opened_ns = clock()
-        self.stream = PodStream(spec, shared)
-
-    @property
-    def caught_up(self) -> bool:
-        """Whether all that the engine had published when it was asked has been applied."""
-        tracker = self.stream.tracker
-        if tracker is None:
-            return not self.spec.replay or self.stream.heard_ns > self._opened_ns
-        return not self.inbox.items and not tracker.hole and tracker.request is None
 
 
 class Feed:
-    """All engines of an indexer.
+    """All engines of an indexer: the record sink of their streams.
 
     Attributes:
         counts: what was applied, by name, as the workers count it.
-        pods: where the pods' records go.
-        engines: by live address.
+        streams: the engines' endpoints.
         applier: what brings messages into the index.
     """
 
@@ -123,29 +74,20 @@ class Feed:
         Args:
             backend: the index.
             pods: table of pods that scores are walked with.
-            bridge: subscription, replay and queue settings; ``buffer_bytes`` bounds each engine's queue.
+            bridge: subscription, replay and queue settings; ``buffer_bytes`` bounds each pod's queue.
             resolve: what events mean.
             clock: wall clock, ns.
             state: where what was learnt is kept; None keeps it in memory alone.
         """
         self.applier = Applier(backend, pods, resolve=resolve, clock=clock, state=state)
         self.counts: Counter[str] = self.applier.counts
-        self.pods = pods
-        self.engines: dict[str, FedEngine] = {}
-        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.replays = asyncio.Semaphore(bridge.replay_parallel)
-        self.silent_replays = asyncio.Semaphore(bridge.replay_parallel)
-        self.claims: dict[str, PodStream] = {}
-        self.recovered: dict[str, Recovered] = {}
-        self._bridge = bridge
-        self._clock = clock
+        self._pods = pods
+        self._background = Background()
+        self.streams = EngineStreams(bridge, self, clock, self._background)
+        self._queues: dict[bytes, _PodQueue] = {}
+        self._queue_bytes = bridge.buffer_bytes
         self._wake = asyncio.Event()
         self._offsets = itertools.count()
-        self._tasks: list[asyncio.Task[None]] = []
-
-    def wake(self) -> None:
-        """Tell the applying task that there is something to do."""
-        self._wake.set()
 
     async def start(self) -> None:
         """Take over what an earlier run has kept, and start applying.
@@ -154,29 +96,47 @@ class Feed:
             BackendError: what was kept cannot be opened.
             SettingsError: the index does not last, so that nothing that is kept would go with it.
         """
-        self.recovered.update(await self.applier.open())
-        work = {
-            "apply": self._run(),
-            "tick": self._tick(),
-            "sweep": self.applier.sweep(),
-            "watch": self.applier.watch(),
-        }
-        self._tasks = [asyncio.create_task(each, name=name) for name, each in work.items()]
+        self.streams.adopt(await self.applier.open())
+        for work in (self._run(), self._tick(), *self.applier.tasks()):
+            self._background.start(work)
 
     async def stop(self) -> None:
         """Stop reading and applying."""
-        for engine in self.engines.values():
-            await engine.stream.close()
-        await end_tasks(self._tasks)
-        self.context.destroy(linger=0)
+        self._background.stopping()
+        await self.streams.close()
+        await self._background.stop()
+        self.streams.wires.close()
         self.applier.close()
 
     def failed(self) -> BaseException | None:
         """Return what ended one of the tasks, None while all work."""
-        for task in self._tasks:
-            if task.done() and not task.cancelled() and (error := task.exception()) is not None:
-                return error
-        return None
+        return self._background.failure
+
+    # --- the sink -------------------------------------------------------------------------------------------------
+
+    def room(self, key: bytes) -> bool:
+        """Whether a pod's queue takes more."""
+        queue = self._queues.get(key)
+        return queue is None or queue.pending_bytes < self._queue_bytes
+
+    def send(self, topic: str, partition: int, item: QueuedRecord) -> None:  # noqa: ARG002 - there is one partition
+        """Take a record of a pod's stream."""
+        if topic == topics.EVENTS:
+            queue = self._queues.get(item.key)
+            if queue is None:
+                queue = self._queues[item.key] = _PodQueue(item.key)
+            queue.items.append(item)
+            queue.pending_bytes += len(item.value) + _OVERHEAD_BYTES
+            self._wake.set()
+        elif topic == topics.PODS:
+            self._pods.apply(item.key, item.value)
+        else:
+            self.counts["messages_dead"] += 1
+
+    def pending_bytes(self, pod: str) -> int:
+        """Return the bytes that wait in a pod's queue."""
+        queue = self._queues.get(pod.encode())
+        return 0 if queue is None else queue.pending_bytes
 
     # --- engines --------------------------------------------------------------------------------------------------
 
@@ -189,33 +149,33 @@ class Feed:
         """
         if not spec.live:
             raise SettingsError("engine without an address: the indexer connects to engines; a bridge can be bound")
-        if spec.key not in self.engines:
-            self.engines[spec.key] = FedEngine(spec, self, self._bridge, self._clock)
+        if spec.key not in self.streams.endpoints:
+            self.streams.open(spec)
 
     async def remove(self, pod: str) -> bool:
         """Leave a pod: its blocks score no more and are dropped from the index; False when there is no such pod."""
-        leaving = [key for key, engine in self.engines.items() if pod in (engine.stream.pod, key)]
+        endpoints, claims = self.streams.endpoints, self.streams.shared.claims
+        leaving = [key for key, endpoint in endpoints.items() if pod in (endpoint.pod, key)]
         for key in leaving:
-            engine = self.engines.pop(key)
-            name, held = engine.stream.pod, not engine.stream.waiting  # it names its endpoint once it has ended
-            await engine.stream.close()
-            engine.stream.end()
+            endpoint = endpoints[key]
+            name, held = endpoint.pod, not endpoint.waiting  # it names its endpoint once it has ended
+            await self.streams.end(key)
             if held:
-                self.claims[name] = engine.stream  # who waits for the pod must not have it before all is forgotten
+                claims[name] = endpoint  # who waits for the pod must not have it before all is forgotten
                 try:
-                    await self._forget(engine, name)
+                    await self._forget(name)
                 finally:
-                    del self.claims[name]
+                    del claims[name]
         return bool(leaving)
 
-    async def _forget(self, engine: FedEngine, name: str) -> None:
+    async def _forget(self, name: str) -> None:
         async with self.applier.lock:
-            await self._apply([engine], until=None)
+            await self._apply([queue for key, queue in self._queues.items() if key == name.encode()], until=None)
         epoch = await self.applier.forget(name)
         if epoch:
             # Were the engine added again at once, its incarnation must still lie above all that were used.
             record = records.PodRecord(pod=name, writer=pod_ids.WRITER_BRIDGE, epoch=epoch)
-            self.recovered[record.pod] = Recovered(record)
+            self.streams.shared.recovered[name] = Recovered(record)
 
     @property
     def stale(self) -> bool:
@@ -230,12 +190,15 @@ class Feed:
     @property
     def caught_up(self) -> bool:
         """Whether every engine's messages so far have been applied."""
-        return all(engine.caught_up for engine in self.engines.values()) and not self.applier.lock.locked()
+        return not self.late() and not self.applier.lock.locked()
 
-    @property
-    def pending_bytes(self) -> int:
-        """Bytes that wait in all queues."""
-        return sum(engine.inbox.pending_bytes for engine in self.engines.values())
+    def late(self) -> list[str]:
+        """Return the addresses of engines that have said what is not applied yet."""
+        return [
+            endpoint.spec.live
+            for endpoint in self.streams.endpoints.values()
+            if not endpoint.caught_up or self.pending_bytes(endpoint.pod)
+        ]
 
     # --- applying -------------------------------------------------------------------------------------------------
 
@@ -243,27 +206,30 @@ class Feed:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while waiting := [engine for engine in self.engines.values() if engine.inbox.items]:
+            while self._queues:
                 async with self.applier.lock:
-                    await self._apply(waiting, until=time.perf_counter() + _SLICE_SECONDS)
+                    await self._apply(list(self._queues.values()), until=time.perf_counter() + _SLICE_SECONDS)
                 await asyncio.sleep(0)
 
-    async def _apply(self, engines: list[FedEngine], until: float | None) -> None:
+    async def _apply(self, queues: list[_PodQueue], until: float | None) -> None:
         """Apply what waits, in turns, until it is done or the time is over."""
         effects = self.applier.effects()
-        taken: list[tuple[FedEngine, list[QueuedRecord]]] = []
-        while engines and (until is None or time.perf_counter() < until):
-            for engine in engines:
-                items = engine.inbox.items
-                part = [items.popleft() for _ in range(min(len(items), _TURN_MESSAGES))]
-                taken.append((engine, part))
-                for item in part:
-                    self.applier.resolve(_message(engine.spec, item), effects, streamed=True)
-            engines = [engine for engine in engines if engine.inbox.items]
+        taken: list[tuple[_PodQueue, QueuedRecord]] = []
+        while queues and (until is None or time.perf_counter() < until):
+            for queue in queues:
+                for _ in range(min(len(queue.items), _TURN_MESSAGES)):
+                    item = queue.items.popleft()
+                    taken.append((queue, item))
+                    self.applier.resolve(parse_message(item.key, item.value, item.headers), effects, streamed=True)
+            queues = [queue for queue in queues if queue.items]
         await self.applier.commit(effects)
         offset = next(self._offsets)
-        for engine, part in taken:
-            engine.inbox.settle(part, offset)
+        for queue, item in taken:
+            queue.pending_bytes -= len(item.value) + _OVERHEAD_BYTES
+            if not queue.pending_bytes:
+                del self._queues[queue.key]
+            if item.acknowledged is not None:
+                item.acknowledged(item, offset)
 
     async def record(self, message: Message) -> None:
         """Apply one message that no stream of ours read."""
@@ -275,25 +241,6 @@ class Feed:
     # --- in the background ----------------------------------------------------------------------------------------
 
     async def _tick(self) -> None:
-        settings, beats, written = self._bridge, dict[str, int](), 0.0
         while True:
-            await asyncio.sleep(_TICK_SECONDS)
-            now = self._clock()
-            due = time.monotonic() - written >= settings.record_seconds
-            if due:
-                written = time.monotonic()
-            for key, engine in self.engines.items():
-                stream = engine.stream
-                stream.retry()  # two engines may name one pod: the second waits until the first has left it
-                silent = (now - stream.heard_ns) / 1e9
-                stream.mark(records.STALE if silent >= settings.stale_seconds else records.LIVE)
-                if silent >= settings.heartbeat_seconds and now - beats.get(key, 0) >= settings.heartbeat_seconds * 1e9:
-                    beats[key] = now
-                    stream.beat()
-                if due and stream.changed:
-                    stream.write_record()
-
-
-def _message(spec: EngineSpec, item: QueuedRecord) -> Message:
-    """Return what is to be applied of a record that an engine's stream sent."""
-    return parse_message(item.key, item.value, [*item.headers, *spec.headers()])
+            await asyncio.sleep(TICK_SECONDS)
+            await self.streams.tick(complete=False)

@@ -19,8 +19,8 @@ import contextlib
 import itertools
 import logging
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable
-from typing import Final
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final
 
 import msgspec
 from xxhash import xxh3_64_intdigest
@@ -255,11 +255,13 @@ class Applier:
 
     # --- an index that forgot -------------------------------------------------------------------------------------
 
-    async def watch(self) -> None:
-        """Look from time to time whether the index still has everything: also when no message comes to show it."""
+    def tasks(self) -> list[Coroutine[Any, Any, None]]:
+        """Return what is to run beside the messages, for ever."""
         backend = self._backend
-        if not isinstance(backend, Losable):
-            return
+        return [self._sweep(), *([self._watch(backend)] if isinstance(backend, Losable) else [])]
+
+    async def _watch(self, backend: Losable) -> None:
+        """Look from time to time whether the index still has everything: also when no message comes to show it."""
         while True:
             await asyncio.sleep(_CHECK_SECONDS)
             try:
@@ -297,7 +299,7 @@ class Applier:
 
     # --- what is dead ---------------------------------------------------------------------------------------------
 
-    async def sweep(self) -> None:
+    async def _sweep(self) -> None:
         """Give back the room of ended epochs, for ever; nothing reads it in any case."""
         while True:
             await self._to_sweep.wait()

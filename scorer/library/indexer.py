@@ -222,9 +222,7 @@ class Indexer(Scores):
         deadline = time.monotonic() + timeout_seconds
         while not self._running.caught_up:
             if time.monotonic() >= deadline:
-                late = (
-                    [] if self._feed is None else [e.spec.live for e in self._feed.engines.values() if not e.caught_up]
-                )
+                late = [] if self._feed is None else self._feed.late()
                 raise NotReadyError(
                     f"not caught up after {timeout_seconds:g} s: {', '.join(late) or 'updates still wait'}"
                 )
@@ -318,7 +316,11 @@ class Indexer(Scores):
     @property
     def engines(self) -> Mapping[str, Any]:
         """The engines subscribed to, by live address; for metrics."""
-        return {} if self._feed is None else self._feed.engines
+        return {} if self._feed is None else self._feed.streams.endpoints
+
+    def pending_bytes(self, pod: str) -> int:
+        """Return the bytes of a pod's messages that wait to be applied."""
+        return 0 if self._feed is None else self._feed.pending_bytes(pod)
 
     @property
     def counts(self) -> Mapping[str, int]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from kvatlas.bridge.ingest.metrics import BridgeCollector
+from kvatlas.bridge.ingest.metrics import per_pod
 from kvatlas.scorer.errors import NotReadyError
 from kvatlas.scorer.library.indexer import Indexer
 
@@ -33,8 +33,7 @@ class IndexerCollector(Collector):
         engines = list(self._indexer.engines.values())
         waiting = GaugeMetricFamily("kvatlas_indexer_queue_bytes", "Messages that wait to be applied", labels=["pod"])
         for engine in engines:
-            waiting.add_metric([engine.stream.pod], engine.inbox.pending_bytes)
+            waiting.add_metric([engine.pod], self._indexer.pending_bytes(engine.pod))
         yield waiting
         if engines:
-            streams = {engine.spec.key: engine.stream for engine in engines}
-            yield from BridgeCollector(streams, engines[0].shared).per_pod()
+            yield from per_pod(engines)

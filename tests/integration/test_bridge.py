@@ -196,9 +196,9 @@ async def test_kafka_away_loses_nothing_and_keeps_the_buffer_bounded(own_kafka: 
     for number in range(1, 400):
         engine.publish(_CLEAR, timestamp=float(number))
         await asyncio.sleep(0.002)
-    stream = next(iter(bridge.streams.values()))
-    tracker, publisher = stream.tracker, stream._shared.publisher
-    assert tracker is not None
+    session, publisher = next(iter(bridge.endpoints.values())).session, bridge._publisher
+    assert session is not None
+    tracker = session.tracker
     await _true(lambda: tracker.counts.shed)
     pending = publisher.pending_bytes
     # A producer that fails is replaced; what other partitions had given to it must not wait for ever.
@@ -325,9 +325,9 @@ async def test_an_endpoint_file_is_followed_without_restart(brokers: str, topic_
     await _until(kafka, "pod-x", 1)
     path.write_text("engines = [")
     await asyncio.sleep(1.5)
-    assert list(bridge.streams) == [engine.endpoint]
+    assert list(bridge.endpoints) == [engine.endpoint]
     path.write_text("engines = []")
-    while bridge.streams:  # stopped in the moment when it lets go of the pod
+    while bridge.endpoints:  # stopped in the moment when it lets go of the pod
         await asyncio.sleep(0)
     await bridge.stop()
     engine.close()
@@ -345,8 +345,10 @@ async def test_a_stop_sends_what_was_accepted(brokers: str, topic_prefix: str) -
     for number in range(50):
         engine.publish(_CLEAR, timestamp=float(number))
         await asyncio.sleep(0.005)
-    tracker = next(iter(bridge.streams.values())).tracker
-    await _true(lambda: bridge.received_bytes and tracker is not None and tracker.expected == 50)
+    await _true(lambda: bridge.received_bytes)
+    session = next(iter(bridge.endpoints.values())).session
+    assert session is not None
+    await _true(lambda: session.tracker.expected == 50)
     assert bridge.acknowledged < 50
     await bridge.stop()
     engine.close()
@@ -405,7 +407,7 @@ async def test_an_engine_that_connected_and_left_is_gone(brokers: str, topic_pre
         engine.publish(_CLEAR, timestamp=1.0)
     await _until(kafka, "pod-a", 1)
     engines[0].close()
-    await _true(lambda: [stream.pod for stream in bridge.streams.values()] == ["pod-b"])
+    await _true(lambda: [stream.pod for stream in bridge.endpoints.values()] == ["pod-b"])
     engines[1].publish(_CLEAR, timestamp=2.0)
     await _until(kafka, "pod-b", 2)
     await bridge.stop()
@@ -439,7 +441,7 @@ async def test_an_address_that_another_pod_has_now_is_the_other_pods(
     engine.publish(_CLEAR, timestamp=2.0)
     await _until(kafka, "pod-b", 2)
     async with asyncio.timeout(60):
-        while len(bridge.streams) > 1:
+        while len(bridge.endpoints) > 1:
             await asyncio.sleep(0.05)
     await bridge.stop()
     engine.close()

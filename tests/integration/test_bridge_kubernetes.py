@@ -112,7 +112,7 @@ async def test_pods_of_a_cluster_come_and_go(
         async with Log(kafka) as log:
             api.change("ADDED", _pod("vllm-0", first, ready=False))
             await asyncio.sleep(1.0)
-            assert bridge.streams == {}
+            assert bridge.endpoints == {}
             api.change("MODIFIED", _pod("vllm-0", first))
             await log.until(lambda: log.sequences == {"vllm-0": [0]})
 
@@ -132,7 +132,7 @@ async def test_pods_of_a_cluster_come_and_go(
 
             api.change("DELETED", _pod("vllm-1", second))
             await log.until(lambda: log.turns.get("vllm-1") == ["start", "gone"])
-            await log.until(lambda: bridge.streams == {})
+            await log.until(lambda: bridge.endpoints == {})
             assert log.models == {"org/m"}
     finally:
         await bridge.stop()

@@ -200,14 +200,14 @@ async def test_a_bridge_that_the_group_does_not_hear_writes_nothing(brokers: str
         coordinator._do_heartbeat = unheard
         await asyncio.wait_for(other.start(), 90)
         ahead_ns = 10_000 * 10**9  # what the one that is cut off writes from here on is told by this
-        tracker = cut.streams[live].tracker
+        session = cut.endpoints[live].session
         old.close()
         old = engine()
         for number in range(3):
             old.publish(clear, timestamp=100.0 + number)
-        assert tracker is not None
+        assert session is not None
         async with asyncio.timeout(90):
-            while not tracker.counts.restarts:
+            while not session.tracker.counts.restarts:
                 await asyncio.sleep(0.05)
         await until(lambda found: len(found) >= 4)
         ahead_ns = 0

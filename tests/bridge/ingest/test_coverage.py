@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from kvatlas.bridge.engines.publisher import EnginePublisher
 from kvatlas.bridge.engines.spec import parse_engine
+from kvatlas.bridge.ingest.endpoint import EngineEndpoint
 from kvatlas.bridge.ingest.recovered import Recovered, apply_control, fold
-from kvatlas.bridge.ingest.stream import PodStream
 from kvatlas.bridge.model import records
 from kvatlas.bridge.model.directory import merge_pod
 from kvatlas.bridge.model.records import Control, PodRecord
@@ -35,11 +35,9 @@ def engine() -> Iterator[EnginePublisher]:
     made.close()
 
 
-def _open(bridge: Any, engine: EnginePublisher, *, replay: bool = True) -> PodStream:
+def _open(bridge: Any, engine: EnginePublisher, *, replay: bool = True) -> EngineEndpoint:
     text = f"{engine.endpoint},{engine.replay_endpoint}" if replay else engine.endpoint
-    stream = PodStream(parse_engine(text)[0], bridge.shared)
-    bridge.streams[stream.spec.key] = stream
-    return stream
+    return bridge.open(parse_engine(text)[0])
 
 
 def _say(engine: EnginePublisher, count: int) -> None:
@@ -47,10 +45,11 @@ def _say(engine: EnginePublisher, count: int) -> None:
         engine.publish(_CLEAR, timestamp=1.0)
 
 
-def _covered(stream: PodStream) -> tuple[str, int]:
-    stream.write_record()
-    record = stream.record
-    return (record.coverage, record.heard_from) if record is not None else ("", -1)
+def _covered(endpoint: EngineEndpoint) -> tuple[str, int]:
+    session = endpoint.session
+    assert session is not None
+    session.write_record()
+    return session.record.coverage, session.record.heard_from
 
 
 async def test_an_idle_engine_heard_from_its_start_is_whole(bridge: Any, engine: EnginePublisher) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from kvatlas.bridge.engines.publisher import EnginePublisher
+from kvatlas.bridge.engines.wires import Wires
 from kvatlas.bridge.ingest.inbound import Inbound
 
 _CLEAR = [{"type": "AllBlocksCleared"}]
@@ -27,9 +28,11 @@ def engines() -> Iterator[list[EnginePublisher]]:
 async def inbound(bridge: Any) -> AsyncIterator[Inbound]:
     """A bound socket."""
     bridge.change(bind_pods=2)
-    inbound = Inbound("tcp://127.0.0.1:*,model=m", bridge.shared, bridge.streams)
+    wires = Wires(bridge.shared.settings)
+    inbound = Inbound("tcp://127.0.0.1:*,model=m", bridge.shared, wires, bridge.open)
     yield inbound
     inbound.close()
+    wires.close()
 
 
 def _connect(engines: list[EnginePublisher], inbound: Inbound, topic: str = "") -> EnginePublisher:
@@ -66,7 +69,7 @@ async def test_two_engines_behind_one_address_do_not_become_one_pod(
     await bridge.until(lambda: len(bridge.log.messages("127.0.0.1")) == 6)
     assert bridge.log.messages("127.0.0.1")[5][1] == 5
     assert [control.type for control in bridge.log.controls("127.0.0.1")] == ["start", "restart", "gap"]
-    assert len(bridge.streams) == 1
+    assert len(bridge.endpoints) == 1
 
 
 async def test_two_engines_of_one_name_do_not_become_one_pod(
@@ -93,11 +96,11 @@ async def test_a_pod_whose_connection_is_closed_leaves(
     await asyncio.sleep(0.3)
     await _say(left, 1)
     await _say(silent, 1)
-    await bridge.until(lambda: len(bridge.streams) == 2)
+    await bridge.until(lambda: len(bridge.endpoints) == 2)
     assert inbound.left(0.0, 30.0) == inbound.left(1e9, 30.0) == []
     engines.remove(left)
     left.close()
-    await bridge.until(lambda: any(stream.leaving for stream in bridge.streams.values()))
+    await bridge.until(lambda: any(stream.leaving for stream in bridge.endpoints.values()))
     assert inbound.left(1000.0, 30.0) == inbound.left(1029.0, 30.0) == []
     gone = inbound.left(1030.0, 30.0)
     assert [stream.pod for stream in gone] == ["a"]
@@ -117,7 +120,7 @@ async def test_a_pod_that_connects_again_in_time_stays(
     await bridge.until(lambda: len(bridge.log.messages("a")) == 2)
     engines.remove(engine)
     engine.close()
-    await bridge.until(lambda: next(iter(bridge.streams.values())).leaving)
+    await bridge.until(lambda: next(iter(bridge.endpoints.values())).leaving)
     assert inbound.left(1000.0, 30.0) == []
     again = _connect(engines, inbound, "kv@a@m")
     await asyncio.sleep(0.3)

@@ -15,8 +15,10 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaConnectionError, MessageSizeTooLargeError
 
 from kvatlas.bridge.errors import LogError
-from kvatlas.bridge.kafka.producer import Buckets, QueuedRecord, RecordProducer, SendWindow
+from kvatlas.bridge.kafka.producer import RecordProducer, SendWindow
 from kvatlas.bridge.model.adapters.fields import count_events
+from kvatlas.bridge.model.sink import QueuedRecord
+from kvatlas.bridge.runtime.histogram import Buckets
 from kvatlas.bridge.runtime.settings import KafkaSettings
 
 
@@ -87,7 +89,7 @@ async def test_records_go_out_in_order_and_in_batches() -> None:
     offsets: list[tuple[int, int]] = []
     for number in range(7):
         for partition in (0, 1):
-            ack = functools.partial(lambda p, offset: offsets.append((p, offset)), partition)
+            ack = functools.partial(lambda p, _, offset: offsets.append((p, offset)), partition)
             publisher.send("t", partition, QueuedRecord(b"k", b"%d" % number, [], ack))
     assert await publisher.flush(5.0)
     for partition in (0, 1):
@@ -171,11 +173,11 @@ async def test_what_is_in_flight_is_not_discarded() -> None:
     publisher, producer = _publisher()
     producer.hold = asyncio.Event()
     offsets: list[int] = []
-    publisher.send("t", 0, QueuedRecord(b"k", b"flying", [], offsets.append))
+    publisher.send("t", 0, QueuedRecord(b"k", b"flying", [], lambda _, offset: offsets.append(offset)))
     async with asyncio.timeout(60):
         while not producer.batches:
             await asyncio.sleep(0.01)
-    publisher.send("t", 0, QueuedRecord(b"k", b"waiting", [], offsets.append))
+    publisher.send("t", 0, QueuedRecord(b"k", b"waiting", [], lambda _, offset: offsets.append(offset)))
     publisher.discard("t", 0)
     producer.hold.set()
     assert await publisher.flush(60.0)
@@ -196,9 +198,10 @@ async def test_what_is_too_large_for_its_topic_holds_nothing_up(monkeypatch: pyt
     refused: list[bytes] = []
     places: list[int] = []
     for value in (b"a" * 600, b"b" * 600, b"c" * 1001, b"d"):
-        publisher.send(
-            "t", 0, QueuedRecord(b"k", value, [], places.append, lambda item, _: refused.append(item.value[:1]))
+        item = QueuedRecord(
+            *(b"k", value, []), lambda _, place: places.append(place), lambda item, *_: refused.append(item.value[:1])
         )
+        publisher.send("t", 0, item)
     assert await publisher.flush(60.0)
     assert [value[:1] for _, _, batch in producer.batches for value in batch] == [b"a", b"b", b"d"]
     assert (refused, publisher.refused, places) == ([b"c"], 1, [0, 1, 2])

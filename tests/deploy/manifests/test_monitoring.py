@@ -14,11 +14,12 @@ import yaml
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.core import Metric
 
-from kvatlas.bridge.ingest.metrics import BridgeCollector
-from kvatlas.bridge.ingest.stream import Shared
+from kvatlas.bridge.ingest.streams import EngineStreams
 from kvatlas.bridge.kafka.producer import RecordProducer
 from kvatlas.bridge.options import BridgeSettings
+from kvatlas.bridge.relay.metrics import BridgeCollector
 from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.bridge.runtime.tasks import Background
 from kvatlas.connector.metrics import Metrics, PrometheusCollector
 from kvatlas.scorer.api import metrics as scorer_metrics
 from kvatlas.scorer.gateway import metrics as picker_metrics
@@ -65,10 +66,11 @@ def of_families(families: Iterator[Metric]) -> dict[str, frozenset[str]]:
 
 def exported() -> dict[str, frozenset[str]]:
     """Name of every series the services export, with its labels."""
-    shared = Shared(BridgeSettings(), RecordProducer(KafkaSettings()), str, lambda: 0)
-    bridge = of_families(iter(BridgeCollector({}, shared).collect()))
+    producer = RecordProducer(KafkaSettings())
+    streams = EngineStreams(BridgeSettings(), producer, lambda: 0, Background())
+    bridge = of_families(iter(BridgeCollector(streams, producer).collect()))
     connector = of_families(PrometheusCollector(Metrics()).collect())
-    shared.context.destroy()
+    streams.wires.close()
     ours = of_module(worker_metrics) | of_module(scorer_metrics) | of_module(picker_metrics)
     return {**OWN, **bridge, **connector, **ours}
 

@@ -179,7 +179,7 @@ async def test_a_missed_message_is_asked_for(publisher: EnginePublisher):
         publisher.publish([stored(1)], timestamp=1.0)
         await until(lambda: last(indexer) == 0)
         feed = indexer._feed  # the only way to lose a message between two sockets that lose none
-        stream = feed.engines[publisher.endpoint].stream
+        stream = feed.streams.endpoints[publisher.endpoint]
         receive, stream._socket._receive = stream._socket._receive, lambda frames: None
         publisher.publish([stored(2, parent=1)], timestamp=2.0)
         await asyncio.sleep(0.1)
@@ -252,7 +252,7 @@ async def test_the_second_engine_of_a_pod_takes_over(publisher: EnginePublisher)
             await indexer.add_engine(spec(other))
             other.publish([stored(2)], timestamp=2.0)
             second = indexer.engines[other.endpoint]
-            await until(lambda: second.stream.waiting)
+            await until(lambda: second.waiting)
             await indexer.remove_engine(
                 other.endpoint
             )  # leaving one that waits takes nothing from the one that is read
@@ -260,12 +260,12 @@ async def test_the_second_engine_of_a_pod_takes_over(publisher: EnginePublisher)
             await indexer.add_engine(spec(other))
             other.publish([stored(3)], timestamp=3.0)
             second = indexer.engines[other.endpoint]
-            await until(lambda: second.stream.waiting)
+            await until(lambda: second.waiting)
             await indexer.remove_engine(publisher.endpoint)
             async with asyncio.timeout(90):
                 while not (await indexer.score_tokens(tokens_of(2), "m")).scores:
                     await asyncio.sleep(0.01)
-            assert not second.stream.waiting
+            assert not second.waiting
             assert not (await indexer.score_tokens(tokens_of(1), "m")).scores
     finally:
         other.close()
@@ -307,9 +307,9 @@ async def test_a_queue_that_is_full_loses_nothing():
         async with Indexer(options=options, engines=fleet.engines) as indexer:
             await truth_holds(indexer, fleet, 20)  # all are heard now, so what follows comes in one burst
             await truth_holds(indexer, fleet, 100)
-            streams = [engine.stream for engine in indexer._feed.engines.values()]
-            assert sum(stream.tracker.counts.shed for stream in streams) > 0
-            assert sum(stream.tracker.counts.lost for stream in streams) == 0
+            counts = [engine.session.tracker.counts for engine in indexer.engines.values()]
+            assert sum(count.shed for count in counts) > 0
+            assert sum(count.lost for count in counts) == 0
     finally:
         fleet.close()
 

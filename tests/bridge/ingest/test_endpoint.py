@@ -14,8 +14,8 @@ import zmq
 
 from kvatlas.bridge.engines.publisher import EnginePublisher
 from kvatlas.bridge.engines.spec import parse_engine
+from kvatlas.bridge.ingest.endpoint import EngineEndpoint, ReplayRequest
 from kvatlas.bridge.ingest.recovered import Recovered
-from kvatlas.bridge.ingest.stream import PodStream, _Asked
 from kvatlas.bridge.model import epochs, records
 from kvatlas.bridge.model.adapters.fields import encode_batch
 
@@ -50,11 +50,9 @@ def engines() -> Iterator[list[Engine]]:
         engine.close()
 
 
-def _open(bridge: Any, engine: EnginePublisher, host: str = "127.0.0.1") -> PodStream:
+def _open(bridge: Any, engine: EnginePublisher, host: str = "127.0.0.1") -> EngineEndpoint:
     text = f"{engine.endpoint},{engine.replay_endpoint}".replace("127.0.0.1", host)
-    stream = PodStream(parse_engine(text)[0], bridge.shared)
-    bridge.streams[stream.spec.key] = stream
-    return stream
+    return bridge.open(parse_engine(text)[0])
 
 
 async def test_a_pod_of_another_bridge_is_not_asked_again(bridge: Any, engines: list[Engine]) -> None:
@@ -63,15 +61,15 @@ async def test_a_pod_of_another_bridge_is_not_asked_again(bridge: Any, engines: 
     engines.append(engine)
     engine.say(0, 5)
     bridge.shared.owns = lambda _: False
-    stream = _open(bridge, engine)
-    await bridge.until(lambda: stream.waiting)
+    endpoint = _open(bridge, engine)
+    await bridge.until(lambda: endpoint.waiting)
     for number in range(5, 15):
-        stream.beat()
+        endpoint.beat()
         engine.say(number, number + 1)
         await asyncio.sleep(0.03)
     assert engine.asked == [0]
     assert bridge.log.records == []
-    assert stream.pod == "pod-x"
+    assert endpoint.pod == "pod-x"
 
 
 async def test_a_pod_taken_over_goes_on_where_the_log_ends(bridge: Any, engines: list[Engine]) -> None:
@@ -80,8 +78,8 @@ async def test_a_pod_taken_over_goes_on_where_the_log_ends(bridge: Any, engines:
     engines.append(engine)
     engine.say(0, 8)
     bridge.shared.owns = lambda _: False
-    stream = _open(bridge, engine)
-    await bridge.until(lambda: stream.waiting)
+    endpoint = _open(bridge, engine)
+    await bridge.until(lambda: endpoint.waiting)
     epoch = epochs.epoch_of(77)
     record = records.PodRecord(pod="pod-x", writer="bridge", epoch=epoch, last_sequence=4, last_event_ns=4 * 10**9)
     bridge.shared.recovered["pod-x"] = Recovered(record)
@@ -113,7 +111,8 @@ async def test_one_engine_under_two_addresses_is_on_the_log_once(bridge: Any, en
     assert [sequence for _, sequence in found] == list(range(9))
     assert len({incarnation for incarnation, _ in found}) == 1
     assert [control.type for control in bridge.log.controls("pod-x")] == ["start"]
-    second.write_record()
+    assert second.session is not None
+    second.session.write_record()
     assert bridge.log.pod("pod-x").endpoint == second.spec.live
 
 
@@ -140,17 +139,18 @@ async def test_a_pod_that_comes_back_is_above_its_end(bridge: Any, engines: list
     """Gone is recorded with a raised epoch, and what comes later goes on above it, from the first message."""
     engine = Engine()
     engines.append(engine)
-    stream = _open(bridge, engine)
+    endpoint = _open(bridge, engine)
     engine.say(0, 3)
     await bridge.until(lambda: len(bridge.log.messages("pod-x")) == 3)
-    await stream.close()
-    stream.end()
-    stream.end()
+    await endpoint.close()
+    endpoint.end()
+    endpoint.end()
     gone = bridge.log.pod("pod-x")
     assert (gone.state, gone.valid_from, gone.last_sequence) == (records.GONE, gone.epoch, -1)
     again = _open(bridge, engine)
     await bridge.until(lambda: len(bridge.log.messages("pod-x")) == 6)
-    again.write_record()
+    assert again.session is not None
+    again.session.write_record()
     found = bridge.log.messages("pod-x")
     assert [sequence for _, sequence in found[3:]] == [0, 1, 2]
     assert {incarnation for incarnation, _ in found[3:]} == {epochs.incarnation_of(gone.epoch)}
@@ -164,14 +164,15 @@ async def test_late_acknowledgements_say_nothing_of_the_next_pod(bridge: Any, en
     bridge.log.holding = True
     engine = Engine("pod-a")
     engines.append(engine)
-    stream = _open(bridge, engine)
+    endpoint = _open(bridge, engine)
     engine.say(0, 3)
     await bridge.until(lambda: len(bridge.log.messages("pod-a")) == 3)
     engine._topic = b"kv@pod-b@m"
     engine.say(3, 6)
     await bridge.until(lambda: len(bridge.log.messages("pod-b")) >= 1)
     bridge.log.acknowledge()
-    stream.write_record()
+    assert endpoint.session is not None
+    endpoint.session.write_record()
     assert bridge.log.pod("pod-a").state == records.GONE
     assert bridge.log.pod("pod-b").state == records.LIVE
     assert bridge.log.pod("pod-b").last_sequence == bridge.log.messages("pod-b")[-1][1]
@@ -182,11 +183,12 @@ async def test_an_engine_whose_clock_says_nonsense_harms_nothing(bridge: Any, en
     """Its messages are on the log like any other, and the record has no time of the last event."""
     engine = Engine()
     engines.append(engine)
-    stream = _open(bridge, engine)
+    endpoint = _open(bridge, engine)
     for number in (math.nan, math.inf, -1e300):
         engine.publish(_CLEAR, timestamp=number)
     await bridge.until(lambda: len(bridge.log.messages("pod-x")) == 3)
-    stream.write_record()
+    assert endpoint.session is not None
+    endpoint.session.write_record()
     record = bridge.log.pod("pod-x")
     assert (record.last_sequence, record.last_event_ns) == (2, 0)
 
@@ -207,10 +209,10 @@ async def test_replies_without_topics_wait_for_the_name(bridge: Any, engines: li
     engine = Engine(replay_layout="bare")
     engines.append(engine)
     engine.say(0, 5)
-    stream = _open(bridge, engine)
+    endpoint = _open(bridge, engine)
     await bridge.until(lambda: bool(engine.asked))
     for _ in range(5):
-        stream.beat()
+        endpoint.beat()
         await asyncio.sleep(0.05)
     assert bridge.log.records == []
     engine.say(5, 6)
@@ -227,8 +229,8 @@ async def test_engines_that_do_not_answer_hold_up_no_repair(bridge: Any, engines
     _open(bridge, engine)
     engine.say(0, 1)
     await bridge.until(lambda: bool(engine.asked) and len(bridge.log.messages("pod-x")) == 1)
-    bridge.streams["silent"] = PodStream(parse_engine(f"{silent.endpoint},tcp://127.0.0.1:1")[0], bridge.shared)
-    await bridge.until(bridge.shared.silent_replays.locked)
+    bridge.open(parse_engine(f"{silent.endpoint},tcp://127.0.0.1:1")[0])
+    await bridge.until(bridge.streams.wires.silent_replays.locked)
     engine.withhold(b"\x93\x01\x90\xc0")
     engine.say(2, 3)
     await bridge.until(lambda: len(bridge.log.messages("pod-x")) == 3)
@@ -240,23 +242,23 @@ async def test_the_first_message_of_a_new_connection_is_not_the_old_ones_next(
     """An engine that restarted and says exactly the next sequence is told from the one before it."""
     engine = Engine()
     engines.append(engine)
-    stream = _open(bridge, engine)
+    endpoint = _open(bridge, engine)
     engine.say(0, 3)
     await bridge.until(lambda: len(bridge.log.messages("pod-x")) == 3)
-    await bridge.until(lambda: stream.tracker is not None and stream.tracker.request is None)
+    await bridge.until(lambda: endpoint.session is not None and endpoint.session.tracker.request is None)
     live, replay = engine.endpoint, engine.replay_endpoint
     engine.close()
     engines[0] = again = Engine(endpoint=live, replay_endpoint=replay)
     again.say(100, 103)  # nobody is connected yet
-    assert stream._socket is not None
+    assert endpoint._socket is not None
     deadline = time.monotonic() + 60
-    while not stream._socket._socket.get(zmq.EVENTS) & zmq.POLLIN:  # the event loop stands still meanwhile
+    while not endpoint._socket._socket.get(zmq.EVENTS) & zmq.POLLIN:  # the event loop stands still meanwhile
         assert time.monotonic() < deadline
-        if again.next_sequence == 3 and stream._socket._monitor.get(zmq.EVENTS) & zmq.POLLIN:
+        if again.next_sequence == 3 and endpoint._socket._monitor.get(zmq.EVENTS) & zmq.POLLIN:
             time.sleep(0.5)
             again.say(103, 104)
         time.sleep(0.01)
-    stream._socket._drain()
+    endpoint._socket._drain()
     await bridge.until(lambda: len(bridge.log.messages("pod-x")) >= 7)
     found = bridge.log.messages("pod-x")
     assert [sequence for _, sequence in found] == [0, 1, 2, 0, 1, 2, 3]
@@ -283,7 +285,7 @@ async def test_one_message_under_a_foreign_name_ends_no_pod(bridge: Any, engines
     """It is dead-lettered, its sequence is a hole like any other, and the pod goes on."""
     engine = Engine("pod-a")
     engines.append(engine)
-    stream = _open(bridge, engine)
+    endpoint = _open(bridge, engine)
     engine.say(0, 3)
     await bridge.until(lambda: len(bridge.log.messages("pod-a")) == 3)
     own, engine._topic = engine._topic, b"kv@pod-b@m"
@@ -295,7 +297,7 @@ async def test_one_message_under_a_foreign_name_ends_no_pod(bridge: Any, engines
     assert [control.type for control in bridge.log.controls("pod-a")] == ["start"]
     assert bridge.log.messages("pod-b") == []
     assert bridge.shared.dead == {"foreign topic": 1}
-    assert (stream.pod, bridge.shared.claims) == ("pod-a", {"pod-a": stream})
+    assert (endpoint.pod, bridge.shared.claims) == ("pod-a", {"pod-a": endpoint})
 
 
 async def test_another_pods_replay_is_not_taken_for_the_pods_own(bridge: Any, engines: list[Engine]) -> None:
@@ -304,10 +306,10 @@ async def test_another_pods_replay_is_not_taken_for_the_pods_own(bridge: Any, en
     engine, other = Engine("pod-a"), Engine("pod-b")
     engines += [engine, other]
     other.say(0, 9)
-    stream = _open(bridge, engine)
+    endpoint = _open(bridge, engine)
     engine.say(0, 3)
     await bridge.until(lambda: len(bridge.log.messages("pod-a")) == 3)
-    stream.spec = msgspec.structs.replace(stream.spec, replay=other.replay_endpoint)
+    endpoint.spec = msgspec.structs.replace(endpoint.spec, replay=other.replay_endpoint)
     engine.skip()
     engine.say(4, 6)
     await bridge.until(lambda: len(bridge.log.messages("pod-a")) == 5)
@@ -320,7 +322,7 @@ async def test_an_address_that_another_pod_took_is_the_other_pods(bridge: Any, e
     """A new engine under another name, seen in its replays alone: the old pod is gone, the other one begins."""
     engine = Engine("pod-a")
     engines.append(engine)
-    stream = _open(bridge, engine)
+    endpoint = _open(bridge, engine)
     engine.say(0, 5)
     await bridge.until(lambda: len(bridge.log.messages("pod-a")) == 5)
     engine.close()
@@ -331,22 +333,22 @@ async def test_an_address_that_another_pod_took_is_the_other_pods(bridge: Any, e
     await bridge.until(lambda: len(bridge.log.messages("pod-b")) == 7)
     assert [control.type for control in bridge.log.controls("pod-a")] == ["start", "gone"]
     assert len(bridge.log.messages("pod-a")) == 5
-    assert bridge.shared.claims == {"pod-b": stream}
+    assert bridge.shared.claims == {"pod-b": endpoint}
 
 
 async def test_a_replay_of_a_former_engine_ends_with_its_restart(bridge: Any, engines: list[Engine]) -> None:
-    """What is still on its way from the old process is not put into the stream of the new one."""
+    """What is still on its way from the old process is not put into the endpoint of the new one."""
     engine = Engine()
     engines.append(engine)
-    stream = _open(bridge, engine)
+    endpoint = _open(bridge, engine)
     engine.say(0, 5)
     await bridge.until(lambda: len(bridge.log.messages("pod-x")) == 5)
-    assert stream.tracker is not None
-    asked = _Asked(stream.tracker)
-    take = stream._taker(asked, None)
-    stream.tracker.ask()
+    assert endpoint.session is not None
+    tracker = endpoint.session.tracker
+    take = endpoint.taker(ReplayRequest(endpoint.session), None)
+    tracker.ask()
     payload = encode_batch(99.0, _CLEAR, 0)
     assert take(b"kv@pod-x@m", 5, payload)
-    stream.received([b"kv@pod-x@m", bytes(8), payload])
+    endpoint.received([b"kv@pod-x@m", bytes(8), payload])
     assert not take(b"kv@pod-x@m", 6, payload)
-    assert stream.tracker.held == 0
+    assert tracker.held == 0

@@ -8,9 +8,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from kvatlas.bridge.engines.publisher import EnginePublisher
 from kvatlas.bridge.engines.spec import parse_engine
-from kvatlas.bridge.ingest.metrics import BridgeCollector
-from kvatlas.bridge.ingest.stream import PodStream
 from kvatlas.bridge.kafka.producer import RecordProducer
+from kvatlas.bridge.relay.metrics import BridgeCollector
 from kvatlas.bridge.runtime.settings import KafkaSettings
 
 _CLEAR = [{"type": "AllBlocksCleared"}]
@@ -19,16 +18,14 @@ _CLEAR = [{"type": "AllBlocksCleared"}]
 async def test_the_counts_of_a_stream_are_on_the_page(bridge: Any) -> None:
     """Traffic, a repaired hole, a lost one, a dead letter and an endpoint that waits show in the numbers."""
     kafka = RecordProducer(KafkaSettings(brokers="127.0.0.1:1"))
-    kafka.send = bridge.log.send  # type: ignore[method-assign]
     kafka.sent, kafka.sent_bytes, kafka.failures, kafka.pending_bytes = 5, 700, 1, 90
     kafka.latency.add(0.004, 5)
-    bridge.shared.publisher = kafka
     with EnginePublisher("tcp://127.0.0.1:*", "tcp://127.0.0.1:*", topic="kv@p@m") as engine:
         for number, host in enumerate(("127.0.0.1", "localhost")):
             text = f"{engine.endpoint},{engine.replay_endpoint}".replace("127.0.0.1", host)
-            stream = bridge.streams[host] = PodStream(parse_engine(text)[0], bridge.shared)
+            endpoint = bridge.open(parse_engine(text)[0])
             engine.publish(_CLEAR * 2, timestamp=float(number))
-            await bridge.until(lambda stream=stream: stream.pod == "p")
+            await bridge.until(lambda endpoint=endpoint: endpoint.pod == "p")
         await bridge.until(lambda: len(bridge.log.messages("p")) == 2)
         engine.withhold(b"\x93\x01\x90\xc0")
         engine.publish(_CLEAR, timestamp=3.0)
@@ -36,9 +33,9 @@ async def test_the_counts_of_a_stream_are_on_the_page(bridge: Any) -> None:
         engine.skip()
         engine.publish(_CLEAR, timestamp=5.0)
         await bridge.until(lambda: len(bridge.log.messages("p")) == 5)
-        bridge.streams["127.0.0.1"].received([b"alone"])
+        endpoint.received([b"alone"])
         registry = CollectorRegistry()
-        registry.register(BridgeCollector(bridge.streams, bridge.shared))
+        registry.register(BridgeCollector(bridge.streams, kafka))
 
         def value(name: str, **labels: str) -> float | None:
             return registry.get_sample_value(f"kvatlas_bridge_{name}", labels)

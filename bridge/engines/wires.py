@@ -1,0 +1,69 @@
+"""ZMQ side of all endpoints of a process: one context, its sockets, and how many replays run at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import zmq
+
+from kvatlas.bridge.engines.replay_client import Take, replay
+from kvatlas.bridge.engines.subscriber import Connection, Receive, Subscriber
+from kvatlas.bridge.options import BridgeSettings
+
+
+class Wires:
+    """Opens sockets and runs replays."""
+
+    def __init__(self, settings: BridgeSettings) -> None:
+        """Open nothing yet."""
+        self._settings = settings
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._replays = asyncio.Semaphore(settings.replay_parallel)
+        #: Engines that do not answer wait for each other, and hold up nobody else's repair.
+        self.silent_replays = asyncio.Semaphore(settings.replay_parallel)
+
+    def subscribe(
+        self,
+        address: str,
+        receive: Receive,
+        *,
+        reconnected: Callable[[], None] = lambda: None,
+        connection: Connection | None = None,
+    ) -> Subscriber:
+        """Open a SUB socket; with ``connection`` it binds.
+
+        Raises:
+            EngineError: the address cannot be used.
+        """
+        return Subscriber(
+            self._context,
+            address,
+            receive,
+            reconnected=reconnected,
+            connection=connection,
+            topic_filter=self._settings.topic_filter,
+            hwm=self._settings.receive_hwm,
+            max_bytes=self._settings.socket_message_bytes,
+        )
+
+    async def replay(
+        self, address: str, start: int, take: Take, room: Callable[[], bool], *, silent: bool
+    ) -> tuple[bool, int | None]:
+        """Run one replay when it is its turn; ``silent`` says that the last one there was not answered."""
+        settings = self._settings
+        async with self.silent_replays if silent else self._replays:
+            return await replay(
+                self._context,
+                address,
+                start,
+                take,
+                timeout_seconds=settings.replay_timeout_seconds,
+                piece=settings.replay_piece,
+                max_bytes=settings.socket_message_bytes,
+                room=room,
+            )
+
+    def close(self) -> None:
+        """Close what is left."""
+        self._context.destroy(linger=0)
