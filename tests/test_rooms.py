@@ -100,15 +100,10 @@ R6_EXCEPTIONS: Final[frozenset[str]] = frozenset(
     }
 )
 R7_EXCEPTIONS: Final[frozenset[str]] = frozenset()
-R8_LONG: Final[frozenset[str]] = frozenset(
-    {
-        "bridge.ingest.tracker",
-    }
-)
+R8_LONG: Final[frozenset[str]] = frozenset()
 R8_INIT: Final[frozenset[str]] = frozenset(
     {
         "bridge.engines.publisher.EnginePublisher",
-        "bridge.ingest.tracker.Tracker",
         "connector.files.segments.SegmentFiles",
         "streams.resolve.updates.BlockUpdates",
     }

@@ -15,10 +15,10 @@ from kvatlas.bridge.engines.identity import Identity, identify
 from kvatlas.bridge.engines.spec import EngineSpec
 from kvatlas.bridge.engines.wires import Wires
 from kvatlas.bridge.ingest.claims import Heard, Ruling, Strangers, rule
+from kvatlas.bridge.ingest.messages import EngineMessage
 from kvatlas.bridge.ingest.recovered import Handover
 from kvatlas.bridge.ingest.session import StreamSession
 from kvatlas.bridge.ingest.shared import Shared
-from kvatlas.bridge.ingest.tracker import EngineMessage
 from kvatlas.bridge.model import records
 from kvatlas.bridge.model.adapters.fields import peek_rank
 from kvatlas.bridge.model.sink import QueuedRecord

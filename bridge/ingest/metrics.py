@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from kvatlas.bridge.ingest.endpoint import EngineEndpoint
-from kvatlas.bridge.ingest.tracker import Counts
+from kvatlas.bridge.ingest.messages import Counts
 
 
 def per_pod(endpoints: Iterable[EngineEndpoint]) -> Iterable[Metric]:
@@ -27,7 +27,7 @@ def per_pod(endpoints: Iterable[EngineEndpoint]) -> Iterable[Metric]:
             continue
         tracker = endpoint.session.tracker
         last.add_metric([endpoint.pod], tracker.expected - 1)
-        held.add_metric([endpoint.pod], tracker.held)
+        held.add_metric([endpoint.pod], len(tracker.held))
         for name, family in counters.items():
             family.add_metric([endpoint.pod], getattr(tracker.counts, name))
     yield from (*counters.values(), last, age, held)

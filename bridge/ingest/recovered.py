@@ -9,8 +9,9 @@ import msgspec
 from xxhash import xxh3_64_intdigest
 
 from kvatlas.bridge.errors import WireError
+from kvatlas.bridge.ingest.memory import DIGESTS
+from kvatlas.bridge.ingest.messages import StreamPosition
 from kvatlas.bridge.ingest.strip import KnownBlocks
-from kvatlas.bridge.ingest.tracker import DIGESTS, StreamPosition
 from kvatlas.bridge.model import epochs, pod_ids, records, topics
 from kvatlas.bridge.model.numbers import COUNT_MAX
 from kvatlas.bridge.model.records import Control, KeyedBatch, PodRecord

@@ -14,10 +14,12 @@ import msgspec
 
 from kvatlas.bridge.engines.identity import Identity
 from kvatlas.bridge.engines.spec import EngineSpec
+from kvatlas.bridge.ingest.memory import HeldMessages
+from kvatlas.bridge.ingest.messages import EngineMessage, Forward, Output
 from kvatlas.bridge.ingest.recovered import Handover, Recovered, apply_control, event_ns, read_ts
 from kvatlas.bridge.ingest.shared import Shared
 from kvatlas.bridge.ingest.strip import KnownBlocks, Stripper
-from kvatlas.bridge.ingest.tracker import EngineMessage, Forward, Output, Tracker, Turn
+from kvatlas.bridge.ingest.tracker import Tracker
 from kvatlas.bridge.model import records, topics
 from kvatlas.bridge.model.adapters.fields import count_events
 from kvatlas.bridge.model.records import Control, PodRecord
@@ -75,9 +77,7 @@ class StreamSession:
             next_incarnation=shared.next_incarnation,
             read_ts=read_ts,
             tries=settings.replay_tries,
-            hold_messages=settings.hold_messages,
-            hold_bytes=settings.hold_bytes,
-            holding=shared.holding,
+            held=HeldMessages(shared.holding, most=settings.hold_messages, most_bytes=settings.hold_bytes),
             can_replay=bool(spec.replay),
         )
         self.take(self.tracker.begin())
@@ -135,7 +135,7 @@ class StreamSession:
 
     def _end(self) -> None:
         self._turns.clear()
-        self.tracker.release()
+        self.tracker.held.clear()
         self._ended = True
 
     # --- to the log -----------------------------------------------------------------------------------------------
@@ -209,21 +209,13 @@ class StreamSession:
             self._shared.dead_letter(self.identity.pod_id, [b""], f"event not usable: {reason}", origin)
         return records.encode(batch)
 
-    def _turn(self, turn: Turn) -> None:
-        if turn.kind == "restart" and self._stripper is not None:
+    def _turn(self, turn: Control) -> None:
+        if turn.type == "restart" and self._stripper is not None:
             self._stripper.known.clear()
-        level = logging.INFO if turn.kind == "start" else logging.WARNING
+        level = logging.INFO if turn.type == "start" else logging.WARNING
         pod = self.identity.pod_id
-        log.log(level, "%s: %s %d..%d: %s", pod, turn.kind, turn.first_lost, turn.last_lost, turn.reason)
-        self._control(
-            Control(
-                type=turn.kind,
-                incarnation=turn.incarnation,
-                first_lost=turn.first_lost,
-                last_lost=turn.last_lost,
-                reason=turn.reason,
-            )
-        )
+        log.log(level, "%s: %s %d..%d: %s", pod, turn.type, turn.first_lost, turn.last_lost, turn.reason)
+        self._control(turn)
 
     def _control(self, control: Control) -> None:
         self._turns.append(control)

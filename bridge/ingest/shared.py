@@ -9,8 +9,9 @@ from typing import Final, Protocol
 import msgspec
 
 from kvatlas.bridge.engines.spec import EngineSpec
+from kvatlas.bridge.ingest.memory import HeldBytes
+from kvatlas.bridge.ingest.messages import EngineMessage, StreamPosition
 from kvatlas.bridge.ingest.recovered import Handover, Recovered, apply_control
-from kvatlas.bridge.ingest.tracker import EngineMessage, HeldBytes, StreamPosition
 from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.records import Control, PodRecord
 from kvatlas.bridge.model.sink import Acknowledge, QueuedRecord, RecordSink

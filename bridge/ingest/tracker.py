@@ -1,7 +1,7 @@
 """Sequence tracking of one pod's stream: pure, no sockets, no clock.
 
 A :class:`Tracker` takes live and replayed messages in whatever order they come and gives back, in order and once
-each, what goes on the log: messages (:class:`Forward`) and turns of the stream (:class:`Turn`: start, gap, restart).
+each, what goes on the log: messages (:class:`Forward`) and turns of the stream (:class:`Control`: start, gap, restart).
 
 What it can see, and what it makes of it (``n`` the next sequence expected):
 
@@ -21,123 +21,26 @@ a replay that ends below ``n - 1``    the same: an engine always still holds its
 Every replay is asked from ``n - 1`` on: a new engine may answer it before the live connection tells of the change. One
 that was asked before a reconnect says nothing of the engine that is there since.
 
-Bytes are compared by a 64-bit digest of the newest :data:`DIGESTS` messages; after a restart of the bridge, when only
-the engine's clock of the last message is known, by that.
+Bytes are compared by a 64-bit digest of the newest messages; after a restart of the bridge, when only the engine's
+clock of the last message is known, by that.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable
-from typing import Final, Literal, NamedTuple
+from typing import Final
 
-from xxhash import xxh3_64_intdigest
+from kvatlas.bridge.ingest.memory import Digests, HeldMessages
+from kvatlas.bridge.ingest.messages import Counts, EngineMessage, Forward, Output, Request, StreamPosition
+from kvatlas.bridge.model.records import Control
+from kvatlas.bridge.model.topics import SOURCE_LIVE
 
-from kvatlas.bridge.model.topics import SOURCE_LIVE, SOURCE_REPLAY
-
-#: Messages whose digest is remembered, a power of two; 32 KiB per pod.
-DIGESTS: Final = 4096
 #: A sequence this far beyond the last is not a gap but nonsense.
 JUMP_MAX: Final = 50_000_000
 
 START: Final = "start"
 GAP: Final = "gap"
 RESTART: Final = "restart"
-TurnKind = Literal["start", "gap", "restart"]
-
-
-class EngineMessage(NamedTuple):
-    """One message of an engine as received.
-
-    Attributes:
-        sequence: the publisher's counter.
-        topic: first frame.
-        payload: last frame; None for one that is too large to forward (its sequence counts all the same).
-        receive_ns: the bridge's wall clock, ns.
-        source: ``live`` or ``replay``.
-    """
-
-    sequence: int
-    topic: bytes
-    payload: bytes | None
-    receive_ns: int
-    source: str = SOURCE_LIVE
-
-
-class Forward(NamedTuple):
-    """Put this message on the log under this incarnation."""
-
-    message: EngineMessage
-    incarnation: int
-
-
-class Turn(NamedTuple):
-    """Start, gap or restart of a stream; written to kv-events before the messages that follow it.
-
-    Attributes:
-        kind: ``start``, ``gap`` or ``restart``.
-        incarnation: holds from here on.
-        first_lost, last_lost: messages lost for good, inclusive; -1 for none.
-        reason: shown in logs.
-    """
-
-    kind: TurnKind
-    incarnation: int
-    first_lost: int = -1
-    last_lost: int = -1
-    reason: str = ""
-
-
-Output = Forward | Turn
-
-
-class StreamPosition(NamedTuple):
-    """Where a stream stands on the log.
-
-    Attributes:
-        incarnation: highest one used; 0 for a pod that is not known.
-        sequence: last sequence on the log under it, -1 for none.
-        ts: the engine's clock in that message, seconds, 0.0 when not known.
-        digests: (sequence, digest) of messages on the log, in order.
-    """
-
-    incarnation: int = 0
-    sequence: int = -1
-    ts: float = 0.0
-    digests: tuple[tuple[int, int], ...] = ()
-
-
-class Request(NamedTuple):
-    """What to ask the replay socket for.
-
-    Attributes:
-        start: first sequence to ask for.
-        until: first sequence that is already here (stop reading there), None to read to the end.
-    """
-
-    start: int
-    until: int | None
-
-
-class Counts:
-    """Plain counters that metrics read."""
-
-    __slots__ = ("duplicates", "gaps", "implausible", "lost", "repaired", "restarts", "shed")
-
-    def __init__(self) -> None:
-        self.duplicates = self.gaps = self.implausible = self.lost = self.repaired = self.restarts = self.shed = 0
-
-
-class HeldBytes:
-    """Bytes held by all trackers that share it, and the bound on them."""
-
-    __slots__ = ("held_bytes", "limit_bytes")
-
-    def __init__(self, limit_bytes: int) -> None:
-        self.held_bytes, self.limit_bytes = 0, limit_bytes
-
-
-Digest = Callable[[bytes], int]
 
 
 class Tracker:
@@ -147,6 +50,7 @@ class Tracker:
         expected: next sequence to forward.
         incarnation: current incarnation.
         counts: what happened so far.
+        held: messages held back.
     """
 
     def __init__(
@@ -156,11 +60,8 @@ class Tracker:
         next_incarnation: Callable[[int], int],
         read_ts: Callable[[bytes], float | None] = lambda _: None,
         tries: int = 3,
-        hold_messages: int = 20_000,
-        hold_bytes: int = 64 * 1024 * 1024,
-        holding: HeldBytes | None = None,
+        held: HeldMessages | None = None,
         can_replay: bool = True,
-        counts: Counts | None = None,
     ) -> None:
         """Go on where the log ends.
 
@@ -169,28 +70,19 @@ class Tracker:
             next_incarnation: previous incarnation -> the next one, above it.
             read_ts: payload -> the engine's clock in it, seconds; None when it has none.
             tries: replays without progress before a hole is lost.
-            hold_messages: live messages held while a hole is repaired.
-            hold_bytes: bytes of them.
-            holding: the bound over all pods.
+            held: takes the live messages that wait while a hole is repaired.
             can_replay: whether there is a replay socket at all.
-            counts: counters to go on with.
         """
         self.expected = position.sequence + 1
         self.incarnation = position.incarnation
-        self.counts = counts or Counts()
+        self.counts = Counts()
+        self.held = HeldMessages() if held is None else held
         self._next = next_incarnation
         self._read_ts = read_ts
         self._tries = tries
-        self._hold_messages = hold_messages
-        self._hold_bytes = hold_bytes
-        self._holding = holding or HeldBytes(hold_bytes)
         self._can_replay = can_replay
         self._last_ts = position.ts
-        self._digests = array("Q", bytes(8 * DIGESTS))
-        self._digest_floor = self.expected  # sequences below it were never remembered
-        self._remember_all(position.digests)
-        self._held: dict[int, EngineMessage] = {}
-        self._held_bytes = 0
+        self._digests = Digests(self.expected, position.digests)
         self._seen = self.expected - 1  # highest sequence that is known to exist
         self._newest_live: int | None = None
         self._failed = 0
@@ -206,16 +98,6 @@ class Tracker:
     # --- what the driver asks -----------------------------------------------------------------------------------
 
     @property
-    def held(self) -> int:
-        """Messages held back."""
-        return len(self._held)
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes held back."""
-        return self._held_bytes
-
-    @property
     def hole(self) -> bool:
         """Whether a message that exists is missing."""
         return self._seen >= self.expected
@@ -229,7 +111,7 @@ class Tracker:
         start = max(self.expected - 1, 0)
         if self._unverified is not None:
             start = min(start, self._unverified)
-        return Request(start, min(self._held) if self._held and not self._catch_up else None)
+        return Request(start, self.held.first if self.held and not self._catch_up else None)
 
     def ask(self, *, first: bool = False) -> Request | None:
         """Return :attr:`request`, and note that a replay for it begins; its end is :meth:`replay_ended`.
@@ -245,17 +127,14 @@ class Tracker:
 
     def position(self) -> StreamPosition:
         """Return where the stream stands, for another tracker to go on from."""
-        last = self.expected - 1
-        first = max(self._digest_floor, last - DIGESTS + 1, 0)
-        known = ((sequence, self._digests[sequence & (DIGESTS - 1)]) for sequence in range(first, last + 1))
-        return StreamPosition(self.incarnation, last, self._last_ts, tuple(item for item in known if item[1]))
+        return StreamPosition(self.incarnation, self.expected - 1, self._last_ts, self._digests.known(self.expected))
 
     def begin(self) -> list[Output]:
         """Return what a stream without history starts with."""
         if self.incarnation:
             return []
         self.incarnation = self._next(0)
-        return [Turn(START, self.incarnation, reason="first contact")]
+        return [Control(type=START, incarnation=self.incarnation, reason="first contact")]
 
     def reconnected(self) -> None:
         """Note that the connection was down: the engine may be another, and messages may be missing."""
@@ -267,7 +146,7 @@ class Tracker:
             self._unverified = max(self.expected - 1, 0)
         if not self.expected:
             # Nothing of this engine is on the log to know it by, so what is held may be another's than what comes.
-            self.release()
+            self.held.clear()
             self._seen, self._newest_live = -1, None
 
     def replaced(self, reason: str) -> list[Output]:
@@ -288,10 +167,10 @@ class Tracker:
 
         True means: forward it now, under the current incarnation.
         """
-        if sequence != self.expected or self._held or self._verify or self._seen >= sequence:
+        if sequence != self.expected or self.held or self._verify or self._seen >= sequence:
             return False
         self._newest_live = self._seen = sequence
-        self._digests[sequence & (DIGESTS - 1)] = xxh3_64_intdigest(payload)
+        self._digests.put(sequence, payload)
         self.expected = sequence + 1
         return True
 
@@ -341,7 +220,7 @@ class Tracker:
             self._verify = False
         if sequence == self.expected:
             self._failed = 0
-            if sequence not in self._held:
+            if sequence not in self.held:
                 self.counts.repaired += 1
             return self._forward_from(message)
         return self._hold(message)
@@ -362,7 +241,7 @@ class Tracker:
         if complete:
             self._catch_up = False
             self._unverified = None
-        if not self.hole and not self._held:
+        if not self.hole and not self.held:
             if complete:
                 self._verify = False
             self._failed = 0
@@ -381,7 +260,7 @@ class Tracker:
         """Record the hole before the next held message as lost, and go on behind it."""
         self._failed = 0
         self._verify = False
-        last = min(self._held) - 1 if self._held else self._seen
+        last = self.held.first - 1 if self.held else self._seen
         if last < self.expected:
             return self._drain()
         outputs: list[Output] = [self._lose(self.expected, last, reason)]
@@ -393,72 +272,53 @@ class Tracker:
         self._catch_up = False
         self._verify = False
         outputs = self._drain()
-        while self._held or self.hole:
+        while self.held or self.hole:
             outputs += self.give_up("the engine has no replay socket")
         return outputs
 
-    def refused(self, sequence: int, reason: str) -> Turn:
+    def refused(self, sequence: int, reason: str) -> Control:
         """Record a message that was forwarded, and that the log never takes, as lost."""
         self.counts.gaps += 1
         self.counts.lost += 1
-        return Turn(GAP, self.raised(), sequence, sequence, reason)
+        return _gap(self.raised(), sequence, sequence, reason)
 
     def raised(self) -> int:
         """Raise the incarnation, for a turn that goes on the log anew; returns it."""
         self.incarnation = self._next(self.incarnation)
         return self.incarnation
 
-    def release(self) -> None:
-        """Hold nothing any more; what was held is for replay."""
-        self._held.clear()
-        self._count_held(-self._held_bytes)
-
     # --- inside --------------------------------------------------------------------------------------------------
 
     def _forward_from(self, message: EngineMessage) -> list[Output]:
         outputs: list[Output] = []
         self._forward(message, outputs)
-        if self._held:
+        if self.held:
             outputs += self._drain()
         return outputs
 
     def _forward(self, message: EngineMessage, outputs: list[Output]) -> None:
         sequence = message.sequence
-        if (copy := self._held.pop(sequence, None)) is not None:
-            self._count_held(-len(copy.payload or b""))
+        self.held.drop(sequence)
         self.expected = sequence + 1
         self._seen = max(self._seen, sequence)
         if message.payload is None:
-            self._digests[sequence & (DIGESTS - 1)] = 0
             outputs.append(self._lose(sequence, sequence, "message over the size limit"))
             return
-        self._digests[sequence & (DIGESTS - 1)] = xxh3_64_intdigest(message.payload)
+        self._digests.put(sequence, message.payload)
         self._last_ts = 0.0
         outputs.append(Forward(message, self.incarnation))
 
     def _drain(self) -> list[Output]:
         outputs: list[Output] = []
-        while (message := self._held.get(self.expected)) is not None:
+        while (message := self.held.get(self.expected)) is not None:
             self._forward(message, outputs)
         return outputs
 
-    def _count_held(self, size: int) -> None:
-        self._held_bytes += size
-        self._holding.held_bytes += size
-
     def _hold(self, message: EngineMessage) -> list[Output]:
-        size = len(message.payload or b"")
-        if message.sequence in self._held:
+        if message.sequence in self.held:
             self.counts.duplicates += 1
-        elif (
-            len(self._held) >= self._hold_messages
-            or self._held_bytes + size > self._hold_bytes
-            or self._holding.held_bytes + size > self._holding.limit_bytes
-        ):
+        elif not self.held.add(message):
             self.counts.shed += 1
-        else:
-            self._held[message.sequence] = message
-            self._count_held(size)
         return [] if self._can_replay else self.without_replay()
 
     def _known(self, message: EngineMessage) -> list[Output]:
@@ -480,24 +340,20 @@ class Tracker:
         sequence = message.sequence
         if message.payload is None:
             return None
-        if sequence >= self._digest_floor and sequence > self.expected - 1 - DIGESTS:
-            known = self._digests[sequence & (DIGESTS - 1)]
-            if known:
-                return known == xxh3_64_intdigest(message.payload)
-        if sequence == self.expected - 1 and self._last_ts:
+        same = self._digests.same(sequence, message.payload, self.expected)
+        if same is None and sequence == self.expected - 1 and self._last_ts:
             ts = self._read_ts(message.payload)
             return None if ts is None else abs(ts - self._last_ts) < 1e-6  # kept in ns, so rounded
-        return None
+        return same
 
     def _restart(self, message: EngineMessage | None, reason: str) -> list[Output]:
         self.counts.restarts += 1
         self.incarnation = self._next(self.incarnation)
-        outputs: list[Output] = [Turn(RESTART, self.incarnation, reason=reason)]
+        outputs: list[Output] = [Control(type=RESTART, incarnation=self.incarnation, reason=reason)]
         self.expected = 0
-        self._digest_floor = 0
-        self._digests = array("Q", bytes(8 * DIGESTS))
+        self._digests = Digests(0)
         self._last_ts = 0.0
-        self.release()
+        self.held.clear()
         self._seen = -1
         self._newest_live = None
         self._failed = 0
@@ -509,36 +365,14 @@ class Tracker:
             return outputs
         return outputs + (self.live(message) if message.source == SOURCE_LIVE else self.replayed(message))
 
-    def _lose(self, first: int, last: int, reason: str) -> Turn:
+    def _lose(self, first: int, last: int, reason: str) -> Control:
         self.counts.gaps += 1
         self.counts.lost += last - first + 1
         self.incarnation = self._next(self.incarnation)
         self._last_ts = 0.0
-        for sequence in range(max(first, last - DIGESTS + 1), last + 1):
-            self._digests[sequence & (DIGESTS - 1)] = 0
-        return Turn(GAP, self.incarnation, first, last, reason)
-
-    def _remember_all(self, digests: tuple[tuple[int, int], ...]) -> None:
-        for sequence, digest in digests:
-            if self.expected - DIGESTS <= sequence < self.expected:
-                self._digests[sequence & (DIGESTS - 1)] = digest
-                self._digest_floor = min(self._digest_floor, sequence)
+        self._digests.forget(first, last)
+        return _gap(self.incarnation, first, last, reason)
 
 
-__all__ = [
-    "DIGESTS",
-    "GAP",
-    "RESTART",
-    "SOURCE_LIVE",
-    "SOURCE_REPLAY",
-    "START",
-    "Counts",
-    "EngineMessage",
-    "Forward",
-    "HeldBytes",
-    "Output",
-    "Request",
-    "StreamPosition",
-    "Tracker",
-    "Turn",
-]
+def _gap(incarnation: int, first: int, last: int, reason: str) -> Control:
+    return Control(type=GAP, incarnation=incarnation, first_lost=first, last_lost=last, reason=reason)

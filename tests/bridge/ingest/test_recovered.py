@@ -7,8 +7,8 @@ import math
 import msgspec
 import pytest
 
+from kvatlas.bridge.ingest.messages import StreamPosition
 from kvatlas.bridge.ingest.recovered import Recovered, event_ns, fold, read_ts
-from kvatlas.bridge.ingest.tracker import StreamPosition
 from kvatlas.bridge.model import records
 
 

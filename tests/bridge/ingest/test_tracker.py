@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
-from kvatlas.bridge.ingest.tracker import (
-    EngineMessage,
-    Forward,
-    HeldBytes,
-    Output,
-    Request,
-    StreamPosition,
-    Tracker,
-    Turn,
-)
+from kvatlas.bridge.ingest.memory import HeldBytes, HeldMessages
+from kvatlas.bridge.ingest.messages import EngineMessage, Forward, Output, Request, StreamPosition
+from kvatlas.bridge.ingest.tracker import Tracker
+from kvatlas.bridge.model.records import Control
 
 
 def _message(sequence: int, source: str = "live", life: int = 0) -> EngineMessage:
@@ -28,8 +23,8 @@ def _message(sequence: int, source: str = "live", life: int = 0) -> EngineMessag
 _NEW = StreamPosition()
 
 
-def _tracker(position: StreamPosition = _NEW, **options: int | bool) -> Tracker:
-    return Tracker(position, next_incarnation=lambda previous: max(previous + 1, 100), **options)  # type: ignore[arg-type]
+def _tracker(position: StreamPosition = _NEW, **options: Any) -> Tracker:
+    return Tracker(position, next_incarnation=lambda previous: max(previous + 1, 100), **options)
 
 
 def _forwarded(outputs: list[Output]) -> list[tuple[int, int]]:
@@ -63,7 +58,7 @@ def test_going_back_on_one_connection_is_a_restart() -> None:
         outputs += tracker.live(_message(sequence))
     outputs += tracker.live(_message(0, life=1))
     assert _forwarded(outputs) == [(100, 0), (100, 1), (100, 2), (101, 0)]
-    assert [o.kind for o in outputs if isinstance(o, Turn)] == ["start", "restart"]
+    assert [o.type for o in outputs if isinstance(o, Control)] == ["start", "restart"]
 
 
 def test_a_replay_that_ends_below_our_position_is_a_restart() -> None:
@@ -71,8 +66,8 @@ def test_a_replay_that_ends_below_our_position_is_a_restart() -> None:
     tracker = _tracker(StreamPosition(100, 9))
     assert tracker.ask() == Request(9, None)
     (turn,) = tracker.replay_ended(complete=True, newest=None)
-    assert isinstance(turn, Turn)
-    assert (turn.kind, tracker.expected) == ("restart", 0)
+    assert isinstance(turn, Control)
+    assert (turn.type, tracker.expected) == ("restart", 0)
 
 
 def test_an_engine_that_does_not_answer_is_no_restart() -> None:
@@ -99,7 +94,7 @@ def test_two_engines_in_one_burst_are_told_apart() -> None:
         outputs += tracker.replayed(_message(sequence, "replay", life=1))
     tracker.replay_ended(complete=True, newest=3)
     assert _forwarded(outputs) == [(100, 0), (100, 1), (100, 2), (100, 3)] + [(101, n) for n in range(4)]
-    assert [o.kind for o in outputs if isinstance(o, Turn)] == ["restart"]
+    assert [o.type for o in outputs if isinstance(o, Control)] == ["restart"]
 
 
 def test_a_heartbeat_holds_no_live_message() -> None:
@@ -110,10 +105,10 @@ def test_a_heartbeat_holds_no_live_message() -> None:
     assert tracker.ask() == Request(0, None)
     assert tracker.accept(1, b"0/1")
     outputs += tracker.replayed(_message(0, "replay")) + tracker.replay_ended(complete=True, newest=0)
-    assert [o.kind for o in outputs if isinstance(o, Turn)] == ["start"]
+    assert [o.type for o in outputs if isinstance(o, Control)] == ["start"]
     assert tracker.request is None
     tracker.probe()
-    assert [o.kind for o in _nothing(tracker) if isinstance(o, Turn)] == ["restart"]
+    assert [o.type for o in _nothing(tracker) if isinstance(o, Control)] == ["restart"]
 
 
 def test_a_new_engine_that_answers_before_the_connection_tells_is_a_restart() -> None:
@@ -124,7 +119,7 @@ def test_a_new_engine_that_answers_before_the_connection_tells_is_a_restart() ->
     assert tracker.ask() == Request(0, 2)
     outputs += tracker.replayed(_message(0, "replay", life=1))
     assert _forwarded(outputs) == [(100, 0), (101, 0)]
-    assert [o.kind for o in outputs if isinstance(o, Turn)] == ["start", "restart"]
+    assert [o.type for o in outputs if isinstance(o, Control)] == ["start", "restart"]
 
 
 def test_a_replay_asked_before_a_reconnect_proves_nothing_of_the_engine_behind_it() -> None:
@@ -140,8 +135,8 @@ def test_a_replay_asked_before_a_reconnect_proves_nothing_of_the_engine_behind_i
     assert tracker.live(_message(3, life=1)) == []
     assert tracker.ask() == Request(0, None)
     (turn,) = tracker.replayed(_message(2, "replay", life=1))[:1]
-    assert isinstance(turn, Turn)
-    assert turn.kind == "restart"
+    assert isinstance(turn, Control)
+    assert turn.type == "restart"
 
 
 def test_messages_that_came_after_a_replay_was_asked_for_need_not_be_in_it() -> None:
@@ -153,7 +148,7 @@ def test_messages_that_came_after_a_replay_was_asked_for_need_not_be_in_it() -> 
     outputs += tracker.live(_message(1))
     tracker.reconnected()
     outputs += tracker.replayed(_message(0, "replay")) + tracker.replay_ended(complete=True, newest=0)
-    assert [o.kind for o in outputs if isinstance(o, Turn)] == ["start"]
+    assert [o.type for o in outputs if isinstance(o, Control)] == ["start"]
 
 
 def test_a_late_message_after_a_takeover_is_no_restart() -> None:
@@ -185,7 +180,7 @@ def test_behind_a_gap_the_clock_of_before_says_nothing() -> None:
     outputs = tracker.replay_ended(complete=False, newest=None)
     tracker.reconnected()
     outputs += tracker.replayed(_message(12, "replay")) + tracker.replay_ended(complete=True, newest=12)
-    assert [o.kind for o in outputs if isinstance(o, Turn)] == ["gap"]
+    assert [o.type for o in outputs if isinstance(o, Control)] == ["gap"]
 
 
 def test_a_sequence_that_is_nonsense_leaves_no_trace() -> None:
@@ -201,14 +196,16 @@ def test_a_sequence_that_is_nonsense_leaves_no_trace() -> None:
 def test_what_is_held_is_bounded_over_all_pods() -> None:
     """Pods that wait for replays at one time share a bound: what goes beyond it is left to replay."""
     holding = HeldBytes(6)
-    one, two = (Tracker(StreamPosition(1, 0), next_incarnation=lambda n: n + 1, holding=holding) for _ in range(2))
+    one, two = (
+        Tracker(StreamPosition(1, 0), next_incarnation=lambda n: n + 1, held=HeldMessages(holding)) for _ in range(2)
+    )
     for tracker in (one, two):
         tracker.live(_message(5))
         tracker.live(_message(6))
-    assert (one.held, two.held, holding.held_bytes, two.counts.shed) == (2, 0, 6, 2)
+    assert (len(one.held), len(two.held), holding.held_bytes, two.counts.shed) == (2, 0, 6, 2)
     one.release()
     two.live(_message(7))
-    assert (one.held, two.held, holding.held_bytes) == (0, 1, 3)
+    assert (len(one.held), len(two.held), holding.held_bytes) == (0, 1, 3)
 
 
 @pytest.mark.parametrize("replay", [True, False])
@@ -220,8 +217,8 @@ def test_what_cannot_be_repaired_is_lost_once(replay: bool) -> None:
         tracker.ask()
         outputs += tracker.replay_ended(complete=True, newest=0)
     gap = outputs[-2]
-    assert isinstance(gap, Turn)
-    assert (gap.kind, gap.first_lost, gap.last_lost) == ("gap", 1, 2)
+    assert isinstance(gap, Control)
+    assert (gap.type, gap.first_lost, gap.last_lost) == ("gap", 1, 2)
     assert _forwarded(outputs)[-1] == (101, 3)
 
 
@@ -230,7 +227,7 @@ def test_what_cannot_be_repaired_is_lost_once(replay: bool) -> None:
 def test_every_message_is_forwarded_once_or_recorded_as_lost(seed: int, buffer: int, hold: int) -> None:
     """Under loss, overlap, restarts and small buffers each (incarnation, sequence) comes once, in order, or is lost."""
     chance = random.Random(seed)
-    tracker = _tracker(tries=2, hold_messages=hold)
+    tracker = _tracker(tries=2, held=HeldMessages(most=hold))
     outputs = tracker.begin()
     kept: list[EngineMessage] = []
     published, life = 0, 0
@@ -275,16 +272,16 @@ def test_every_message_is_forwarded_once_or_recorded_as_lost(seed: int, buffer: 
             break
         ask(0.0)
     assert tracker.request is None
-    assert tracker.held == 0
+    assert not tracker.held
     # An engine that has said nothing since its restart looks like one whose buffer is empty; its first message tells.
     assert published == 0 or tracker.expected == published
     seen: set[tuple[int, int]] = set()
     expected, incarnation, lives = 0, 0, set[bytes]()
     for output in outputs:
-        if isinstance(output, Turn):
+        if isinstance(output, Control):
             assert output.incarnation > incarnation
             incarnation = output.incarnation
-            if output.kind == "gap":
+            if output.type == "gap":
                 assert output.first_lost == expected
                 expected = output.last_lost + 1
             else:
