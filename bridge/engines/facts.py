@@ -21,6 +21,8 @@ _WILDCARDS: Final = frozenset({"*", "0.0.0.0", "::", "[::]", ""})  # noqa: S104 
 _LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1", "[::1]"})
 _RANKS_MAX: Final = 1024
 _CONFIG: Final = re.compile(r"^vllm:cache_config_info\{(.*)\}", re.MULTILINE)
+#: vLLM counts drafts only where speculative decoding is on.
+_DRAFTS: Final = re.compile(r"^vllm:spec_decode_num_draft", re.MULTILINE)
 _LABEL: Final = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
@@ -47,25 +49,31 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
         url: where it was asked, without a path.
         engine: which engine it is.
         version: its version, empty where it does not say.
-        models: every served name, the first is the engine's own.
+        models: every served name of the model, the first is the engine's own.
+        adapters: adapters (LoRA) that are served under names of their own.
         max_model_len: longest prompt in tokens, None where it does not say.
         sources: event sockets by rank; empty where events are off.
         knows_sources: whether it has an endpoint that tells them at all.
         block_size_tokens: of its events, None where it does not say.
         prefix_caching: whether it reuses prefixes, None where it does not say.
         load: address of the load socket of rank 0, empty for none (SGLang).
+        speculation: method of speculative decoding, ``on`` where only that is told; empty for none.
+        page: its page of metrics, empty where it was not asked for or has none.
     """
 
     url: str
     engine: Literal["vllm", "sglang"]
     version: str = ""
     models: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
     max_model_len: int | None = None
     sources: tuple[EventSource, ...] = ()
     knows_sources: bool = True
     block_size_tokens: int | None = None
     prefix_caching: bool | None = None
     load: str = ""
+    speculation: str = ""
+    page: str = ""
 
 
 def vllm_facts(url: str, *, sources: Any, models: Any, version: Any, metrics: str) -> EngineFacts:
@@ -94,21 +102,25 @@ def vllm_facts(url: str, *, sources: Any, models: Any, version: Any, metrics: st
         engine="vllm",
         version=_text(version, "version"),
         models=_models(models),
+        adapters=_models(models, adapters=True),
         max_model_len=_longest(models),
         sources=tuple(sorted(found, key=lambda source: source.rank)),
         knows_sources=isinstance(sources, dict),
         block_size_tokens=int(size) if size is not None else None,
         prefix_caching={"True": True, "False": False}.get(cache.get("enable_prefix_caching", "")),
+        speculation="on" if _DRAFTS.search(metrics) else "",
+        page=metrics,
     )
 
 
-def sglang_facts(url: str, *, info: Mapping[str, Any], models: Any) -> EngineFacts:
+def sglang_facts(url: str, *, info: Mapping[str, Any], models: Any, metrics: str = "") -> EngineFacts:
     """Read the answers of an SGLang server.
 
     Args:
         url: where it was asked.
         info: of ``/server_info``.
         models: of ``/v1/models``.
+        metrics: of ``/metrics``, as text.
     """
     events = info.get("kv_events")
     sources: list[EventSource] = []
@@ -132,6 +144,9 @@ def sglang_facts(url: str, *, info: Mapping[str, Any], models: Any) -> EngineFac
         block_size_tokens=size if isinstance(size, int) and size > 0 else None,
         prefix_caching=not cached if isinstance(cached, bool) else None,
         load=load,
+        adapters=_models(models, adapters=True),
+        speculation=_text(info, "speculative_algorithm"),
+        page=metrics,
     )
 
 
@@ -180,9 +195,11 @@ def _host(host: str, url: str) -> str:
     return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
-def _models(answer: Any) -> tuple[str, ...]:
-    entries = answer.get("data") if isinstance(answer, dict) else None
-    names = [entry.get("id") for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+def _models(answer: Any, *, adapters: bool = False) -> tuple[str, ...]:
+    """Return served names: of the model, or of its adapters, which name it as their parent."""
+    data = answer.get("data") if isinstance(answer, dict) else None
+    entries = [entry for entry in data if isinstance(entry, dict)] if isinstance(data, list) else []
+    names = [entry.get("id") for entry in entries if bool(entry.get("parent")) is adapters]
     return tuple(name for name in names if isinstance(name, str) and name)
 
 

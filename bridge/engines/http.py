@@ -103,7 +103,7 @@ async def ask_engine(url: str, timeout_seconds: float = TIMEOUT_SECONDS, *, figu
     Args:
         url: its API, without a path.
         timeout_seconds: of each request.
-        figures: read vLLM's page of metrics too, which alone tells its block size and whether it reuses prefixes;
+        figures: read the page of metrics too, which alone tells vLLM's block size and whether it reuses prefixes;
             it is long, and who asks again and again for sockets needs none of it.
 
     Raises:
@@ -113,34 +113,35 @@ async def ask_engine(url: str, timeout_seconds: float = TIMEOUT_SECONDS, *, figu
     if figures:
         paths.append("/metrics")
     async with asyncio.TaskGroup() as group:
-        tasks = {path: group.create_task(_in_thread(url + path, timeout_seconds)) for path in paths}
+        tasks = {path: group.create_task(get_page(url + path, timeout_seconds)) for path in paths}
     answers = {path: task.result() for path, task in tasks.items()}
+    metrics = answers.pop("/metrics", None)
+    page = metrics.decode(errors="replace") if isinstance(metrics, bytes) else ""
     errors = [answer for answer in answers.values() if isinstance(answer, Exception)]
     models = _json(answers["/v1/models"])
     for path in ("/server_info", "/get_server_info"):
         info = _json(answers[path])
         # vLLM has a /server_info of its own in its development mode, of another shape.
         if isinstance(info, dict) and ("page_size" in info or "kv_events" in info):
-            return sglang_facts(url, info=info, models=models)
-    if len(errors) == len(paths) or models is None:
+            return sglang_facts(url, info=info, models=models, metrics=page)
+    if len(errors) == len(answers) or models is None:
         reason = errors[0] if errors else "/v1/models is no model list"
         raise UnresolvedError(f"engine {url}: {reason}; give the address of its OpenAI API, http://HOST:PORT")
-    metrics = answers.get("/metrics")
     return vllm_facts(
         url,
         sources=_json(answers["/kv_event_sources"]),
         models=models,
         version=_json(answers["/version"]),
-        metrics=metrics.decode(errors="replace") if isinstance(metrics, bytes) else "",
+        metrics=page,
     )
 
 
-async def _in_thread(url: str, timeout_seconds: float) -> bytes | Exception | None:
+async def get_page(url: str, timeout_seconds: float = TIMEOUT_SECONDS) -> bytes | Exception | None:
+    """Return the body of an answer; None for one that says the path is not there, the error for no answer at all."""
     return await asyncio.get_running_loop().run_in_executor(_THREADS, _get, url, timeout_seconds)
 
 
 def _get(url: str, timeout_seconds: float) -> bytes | Exception | None:
-    """Return the body of an answer; None for one that says the path is not there, the error for no answer at all."""
     try:
         with OPENER.open(url, timeout=timeout_seconds) as answer:
             body: bytes = answer.read(_ANSWER_BYTES)

@@ -9,6 +9,7 @@ The tree::
         ├── BrokerStateError      asked for something the node's state does not allow (started twice, not running)
         ├── BrokerUnavailableError  a broker that should be there does not answer (retriable)
         └── TopicMismatchError    a topic exists with other partitions than the table asks for
+            └── TopicPolicyError  ... with another cleanup policy
 """
 
 from __future__ import annotations
@@ -40,3 +41,7 @@ class BrokerUnavailableError(BrokerError):
 
 class TopicMismatchError(BrokerError):
     """An existing topic differs from the topic table in what cannot be changed in place."""
+
+
+class TopicPolicyError(TopicMismatchError):
+    """An existing topic is cleaned otherwise than the topic table asks for."""

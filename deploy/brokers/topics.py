@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -21,7 +21,7 @@ from kvatlas.bridge.kafka.config import client_config
 from kvatlas.bridge.model.topics import Topic
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers import embedded
-from kvatlas.deploy.brokers.errors import BrokerUnavailableError, TopicMismatchError
+from kvatlas.deploy.brokers.errors import BrokerUnavailableError, TopicMismatchError, TopicPolicyError
 
 _HOUR_MS: Final = 3_600_000
 _POLL_SECONDS: Final = 0.05
@@ -62,7 +62,7 @@ async def ensure_topics(
 
     Raises:
         BrokerUnavailableError: no broker answers.
-        TopicMismatchError: a topic exists with other partitions or another cleanup policy.
+        TopicMismatchError: a topic exists with other partitions, or (TopicPolicyError) another cleanup policy.
         LogError: the broker refused; the text has its reason.
     """
     wanted = {settings.topic(topic.name): topic for topic in topics}
@@ -157,22 +157,52 @@ def _compared(settings: KafkaSettings, counts: Mapping[str, int], wanted: Mappin
 
 
 async def _compare_policies(admin: AIOKafkaAdminClient, topics: Mapping[str, Topic]) -> None:
-    if not topics:
-        return
-    resources = [ConfigResource(ConfigResourceType.TOPIC, name, {"cleanup.policy": None}) for name in topics]
-    for reply in await admin.describe_configs(resources):
-        for code, message, _, name, entries in (_resource(item) for item in reply.resources):
+    for name, config in (await _configs(admin, topics, ("cleanup.policy",))).items():
+        found, asked = config.get("cleanup.policy"), topics[name].cleanup
+        if found is not None and set(found.split(",")) != set(asked.split(",")):
+            raise TopicPolicyError(
+                f"topic {name} has cleanup.policy={found} and the table asks for {asked}: with another policy "
+                "records that a restart needs are lost; set it with Kafka's own tools, or use another prefix"
+            )
+
+
+async def read_configs(
+    settings: KafkaSettings, topics: Iterable[str], names: Sequence[str]
+) -> dict[str, dict[str, str]]:
+    """Return the configuration of topics, of those that this account may read it of and that a real Kafka keeps.
+
+    Args:
+        settings: the brokers.
+        topics: full names of topics that exist.
+        names: the entries wanted.
+
+    Raises:
+        BrokerUnavailableError: no broker answers.
+        LogError: the broker refused.
+    """
+    try:
+        async with _admin(settings) as admin:
+            cluster = await admin.describe_cluster()
+            if str(cluster.get("cluster_id") or "").startswith(embedded.CLUSTER_ID_PREFIX):
+                return {}
+            return await _configs(admin, topics, names)
+    except KafkaError as error:
+        raise LogError(f"the brokers at {settings.brokers} refused a request about topics: {error!r}") from error
+
+
+async def _configs(
+    admin: AIOKafkaAdminClient, topics: Iterable[str], names: Sequence[str]
+) -> dict[str, dict[str, str]]:
+    resources = [ConfigResource(ConfigResourceType.TOPIC, topic, dict.fromkeys(names)) for topic in topics]
+    found: dict[str, dict[str, str]] = {}
+    for reply in await admin.describe_configs(resources) if resources else ():
+        for code, message, _, topic, entries in (_resource(item) for item in reply.resources):
             if code:
                 # Reading a configuration needs a right of its own, which services are not given: `kvatlas topics` is.
-                logger.info("cannot compare the cleanup policy of topic %s: %s", name, message)
+                logger.info("cannot read the configuration of topic %s: %s", topic, message)
                 continue
-            found = {entry[0]: entry[1] for entry in entries}.get("cleanup.policy")
-            asked = topics[name].cleanup
-            if found is not None and set(found.split(",")) != set(asked.split(",")):
-                raise TopicMismatchError(
-                    f"topic {name} has cleanup.policy={found} and the table asks for {asked}: with another policy "
-                    "records that a restart needs are lost; set it with Kafka's own tools, or use another prefix"
-                )
+            found[topic] = {entry[0]: entry[1] for entry in entries if entry[1] is not None}
+    return found
 
 
 def _resource(item: Any) -> tuple[int, str, int, str, Sequence[Any]]:

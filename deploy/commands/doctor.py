@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import sys
-from contextlib import AsyncExitStack
 from typing import Final
 
 import msgspec
@@ -15,11 +13,9 @@ import msgspec
 from kvatlas.bridge.engines.http import parse_http
 from kvatlas.deploy.cli import common
 from kvatlas.deploy.commands import score
-from kvatlas.deploy.doctor.engine import EngineSeen, judge, look
-from kvatlas.deploy.doctor.findings import Finding, by_subject, exit_code, markdown, page
-from kvatlas.deploy.doctor.probe import check_probe
-from kvatlas.deploy.doctor.system import block_size, check_log, check_scorer
-from kvatlas.scorer.client import ScorerClient
+from kvatlas.deploy.doctor.examine import Examined, examine
+from kvatlas.deploy.doctor.findings import Finding, exit_code, markdown, page
+from kvatlas.deploy.doctor.log import look_at_log
 
 HELP: Final = "check engines, Kafka, workers and scorer, and say what to fix"
 
@@ -34,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engines-only", action="store_true", help="look at the engines alone, not at Kafka and scorer"
     )
     parser.add_argument("--skip-kafka", action="store_true", help="do not look at Kafka and the workers on it")
+    parser.add_argument(
+        "--picker", default="", metavar="HOST:PORT", help="telemetry_listen of a picker, to see what it knows of load"
+    )
     parser.add_argument("--no-probe", action="store_true", help="send no request through the engines")
     parser.add_argument(
         "--wait", type=float, default=10.0, metavar="SECONDS", help="how long an event may be under way"
@@ -64,39 +63,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _examine(args: argparse.Namespace, urls: list[str]) -> list[Finding]:
-    findings: list[Finding] = []
-    async with AsyncExitStack() as stack:
-        engines = await asyncio.gather(*(stack.enter_async_context(look(url)) for url in urls))
-        if args.engines_only:
-            await _settle(args, engines)
-            return [finding for seen in engines for finding in judge(seen)]
-        client = stack.enter_context(score.connect(args))
-        if not args.skip_kafka:
-            findings += await check_log(common.load_sections(args)["kafka"], args.app)
-        size = await block_size(client, engines)
-        probes = [] if args.no_probe else [await _probe(args, seen, size, client) for seen in engines]
-        await _settle(args, engines)
-        # Last: an engine that had nothing to say before the probe is known to the scorer only now.
-        findings += await check_scorer(client, args.scorer, engines)
-        for seen in engines:
-            findings += judge(seen, size)
-        findings += [finding for probe in probes for finding in probe]
-    return by_subject(findings)
-
-
-async def _probe(args: argparse.Namespace, seen: EngineSeen, size: int | None, client: ScorerClient) -> list[Finding]:
-    if seen.facts is None or not seen.facts.models or size is None:
-        return [Finding("probe", seen.url, "skip", "no model, or no scorer to predict with")]
-    if not args.json:
-        print(f"probing {seen.url} ...", file=sys.stderr)
-    longest = max(size, seen.facts.block_size_tokens or 0)
-    return await check_probe(seen.url, seen.facts.models[0], longest, client, wait_seconds=args.wait)
-
-
-async def _settle(args: argparse.Namespace, engines: list[EngineSeen] | tuple[EngineSeen, ...]) -> None:
-    """Give sockets that have just connected a moment to hear something, unless there is nothing to hear."""
-    heard = [source for seen in engines for source in seen.sources if source.connected]
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(min(1.0, args.wait)):
-            while heard and any(not source.sequences for source in heard):  # noqa: ASYNC110 - sockets fill it
-                await asyncio.sleep(0.05)
+    if args.engines_only:
+        return await examine(Examined(urls=urls, wait_seconds=args.wait))
+    kafka = common.load_sections(args)["kafka"]
+    with score.connect(args) as client:
+        return await examine(
+            Examined(
+                urls=urls,
+                client=client,
+                scorer=args.scorer,
+                log=None if args.skip_kafka else lambda: look_at_log(kafka, args.app, wait_seconds=args.wait),
+                picker=args.picker,
+                probe=not args.no_probe,
+                wait_seconds=args.wait,
+                told=(lambda _text: None) if args.json else lambda text: print(text, file=sys.stderr),
+            )
+        )

@@ -5,7 +5,7 @@ One entry per check: what is wrong when it fails, and the fix. The page docs/tro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, Literal, NamedTuple
 
 import msgspec
@@ -21,12 +21,14 @@ class Check(NamedTuple):
         what: what holds when it is in order.
         harm: what happens to hits when it does not.
         fix: what to do.
+        after: checks whose failure makes this one fail too, so that it says nothing new then.
     """
 
     about: str
     what: str
     harm: str
     fix: str
+    after: tuple[str, ...] = ()
 
 
 _EVENTS: Final = (
@@ -35,6 +37,10 @@ _EVENTS: Final = (
     '`--kv-events-config \'{"publisher": "zmq", "endpoint": "tcp://*:5557", "replay_endpoint": '
     '"tcp://*:5558", "topic": "kv@POD@MODEL"}\'`'
 )
+
+#: What has to be in order before anything is on the log and applied, and before an engine's blocks are found.
+_LOG: Final = ("kafka", "topics", "retention", "rights", "workers", "lag")
+_HEARD: Final = ("events", "live", "sequence", "readable", "block-size", "prefix-caching")
 
 CHECKS: Final[Mapping[str, Check]] = {
     "api": Check(
@@ -104,11 +110,36 @@ CHECKS: Final[Mapping[str, Check]] = {
         "what is on those tiers is known only for blocks seen on the GPU",
         "set `self_describing_kv_events: true` in the connector's extra configuration",
     ),
-    "names": Check(
+    "salts": Check(
         "engine",
-        "events carry the salts and adapters that are in use",
-        "tenants or adapters cannot be told apart",
-        "use SGLang 0.5.18 or newer for salts, 0.5.23 or newer for adapters",
+        "events carry cache salts",
+        "tenants cannot be told apart: a prompt matches what another tenant has stored",
+        "use vLLM 0.17, SGLang 0.5.18 or newer, or no salts",
+    ),
+    "adapters": Check(
+        "engine",
+        "events name adapters (LoRA)",
+        "a prompt matches blocks of another adapter, or none",
+        "use vLLM 0.14, SGLang 0.5.23 or newer, or no adapters",
+    ),
+    "speculation": Check(
+        "engine",
+        "speculative decoding leaves matches as they are, or events say what it changes",
+        "up to one block less is cached than is predicted",
+        "allow for a block where predictions are compared with cached tokens; n-gram methods of vLLM cost none. In "
+        "SGLang look for `token_ids` of pairs in the events: a build that sends none keys its cache otherwise",
+    ),
+    "hybrid": Check(
+        "engine",
+        "every group of a hybrid model's cache says its kind of attention",
+        "a group that does not counts as full attention: matches may be shorter than what the engine reuses",
+        "use vLLM 0.22 or newer",
+    ),
+    "load": Check(
+        "engine",
+        "the engine tells its load",
+        "pickers share out requests by prefixes and by what they gave out themselves",
+        "start vLLM without `--disable-log-stats`, SGLang with `--enable-metrics`",
     ),
     "kafka": Check(
         "system",
@@ -122,6 +153,12 @@ CHECKS: Final[Mapping[str, Check]] = {
         "services do not start, or look for records in other partitions",
         "`kvatlas topics` makes them; give `--partitions` as they are",
     ),
+    "retention": Check(
+        "system",
+        "topics keep records as long as restarts and rebuilds need them",
+        "a worker that comes back late, or a new index, lacks blocks; without compaction tables are not restored",
+        "set `retention.ms`, `retention.bytes=-1`, `cleanup.policy` with Kafka's own tools, as docs/topics.md has them",
+    ),
     "rights": Check(
         "system",
         "this account may read what the services read",
@@ -134,17 +171,25 @@ CHECKS: Final[Mapping[str, Check]] = {
         "blocks of partitions without an owner are missing from every score",
         "start `kvatlas worker`, or look at the log of the one that is restoring",
     ),
+    "lag": Check(
+        "system",
+        "workers have applied what is on the log",
+        "new blocks are missing from scores, and removed ones still count",
+        "start more workers or give them more CPU; where nothing moves, look at the worker's log",
+    ),
     "scorer": Check(
         "system",
-        "the scorer answers",
+        "the scorer answers, from the whole index",
         "no request is routed by its prefix",
         "start `kvatlas scorer`, and look at its `/readyz`",
+        _LOG,
     ),
     "pods": Check(
         "system",
         "the scorer knows the engine's pod, and it is live",
         "the pod is never chosen for what it holds",
         "give the engine to the bridge (`--engines`), and look at the bridge's log",
+        ("live", *_LOG, "scorer"),
     ),
     "model-name": Check(
         "system",
@@ -158,17 +203,30 @@ CHECKS: Final[Mapping[str, Check]] = {
         "blocks from before a gap count half, or not at all",
         "give the engine a replay socket, and more `buffer_steps`",
     ),
+    "picker-load": Check(
+        "system",
+        "the picker has ready endpoints and fresh load of each (`--picker HOST:PORT`)",
+        "it shares out requests by prefixes and by what it gave out itself, or has nowhere to send them",
+        "see that pickers reach each engine's `/metrics`; for none ready, look at the pool or the endpoints file",
+    ),
     "tokens": Check(
         "probe",
         "engine and scorer make the same tokens of a text",
         "no block key of a prompt is one that the engine stored",
-        "give the scorer the engine's own tokenizer folder and chat template (`--tokenizer MODEL=DIR`)",
+        "give the scorer the engine's own tokenizer folder (`--tokenizer MODEL=DIR`)",
+    ),
+    "template": Check(
+        "probe",
+        "engine and scorer make the same tokens of a chat",
+        "no block key of a chat is one that the engine stored",
+        "give the scorer the engine's own chat template (`--chat-template` of the engine, in the tokenizer's folder)",
     ),
     "probe": Check(
         "probe",
         "a prompt sent twice is found where it was sent",
         "predictions do not come true",
         "read `kvatlas explain` for the prompt: it says where each pod's walk ended and why",
+        (*_HEARD, *_LOG, "scorer", "pods", "model-name", "tokens"),
     ),
     "usage": Check(
         "probe",
@@ -202,6 +260,24 @@ class Finding(msgspec.Struct, frozen=True):
 def exit_code(findings: Iterable[Finding]) -> int:
     """Return 0 where nothing failed, 1 otherwise; warnings do not count."""
     return 1 if any(finding.state == "fail" for finding in findings) else 0
+
+
+def without_echoes(findings: Sequence[Finding]) -> list[Finding]:
+    """Return the findings; a failure that follows from another one, of its engine or of the system, is not counted."""
+    failed = [finding for finding in findings if finding.state == "fail"]
+
+    def told(finding: Finding) -> Finding:
+        causes = [
+            cause.check
+            for cause in failed
+            if cause.check in CHECKS[finding.check].after
+            and (CHECKS[cause.check].about == "system" or cause.subject == finding.subject)
+        ]
+        if finding.state != "fail" or not causes:
+            return finding
+        return Finding(finding.check, finding.subject, "skip", f"{finding.said} (follows from {causes[0]})")
+
+    return [told(finding) for finding in findings]
 
 
 def by_subject(findings: Iterable[Finding]) -> list[Finding]:

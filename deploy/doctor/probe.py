@@ -15,8 +15,9 @@ import uuid
 from typing import Any, Final
 
 from kvatlas.bridge.engines.http import OPENER
+from kvatlas.deploy.doctor.engine import EngineSeen
 from kvatlas.deploy.doctor.findings import Finding
-from kvatlas.scorer.client import ScorerClient
+from kvatlas.scorer.client import ScorerClient, score_request
 from kvatlas.scorer.errors import ClientError
 
 _TIMEOUT_SECONDS: Final = 60.0
@@ -25,37 +26,56 @@ _STEP_SECONDS: Final = 0.1
 
 
 async def check_probe(
-    url: str, model: str, block_size_tokens: int, client: ScorerClient, *, wait_seconds: float
+    seen: EngineSeen, block_size_tokens: int, client: ScorerClient, *, wait_seconds: float
 ) -> list[Finding]:
     """Probe one engine.
 
     Args:
-        url: its API.
-        model: name to ask for.
-        block_size_tokens: of engine or index, the larger; the prompt is several blocks long.
+        seen: the engine, which serves a model; noted as probed once it has computed a prompt.
+        block_size_tokens: of the index.
         client: the scorer.
         wait_seconds: how long the index may take to hear of the first request.
     """
-    text = prompt_text(max(64, 4 * block_size_tokens))
-    found = [await _tokens(url, model, text, client)]
+    facts, url = seen.facts, seen.url
+    assert facts is not None
+    model, *others = facts.models
+    size = max(block_size_tokens, facts.block_size_tokens or 0)
+    text = prompt_text(max(64, 4 * size))
+    chat = [{"role": "system", "content": "Answer in one word."}, {"role": "user", "content": text}]
+    found = [await _same(url, "tokens", model, {"prompt": text}, client)]
+    found.append(await _same(url, "template", model, {"messages": chat}, client))
     try:
         await asyncio.to_thread(_complete, url, model, text)
+        seen.probed = True
         predicted = await _predicted(client, model, text, wait_seconds)
         cached, count = await asyncio.to_thread(_complete, url, model, text)
     except (ClientError, _EngineRefusedError) as error:
         return [*found, Finding("probe", url, "fail", str(error))]
-    return [*found, *judge(url, predicted, cached, count)]
+    if predicted:
+        found += [await _spelt(url, other, text, client) for other in others]
+    spare = size if facts.speculation else 0
+    return [*found, *judge(url, predicted, cached, count, spare)]
 
 
-def judge(url: str, predicted: int, cached: int | None, prompt_tokens: int | None) -> list[Finding]:
-    """Return the findings of a prediction and what the engine said afterwards. Pure."""
+def judge(
+    url: str, predicted: int, cached: int | None, prompt_tokens: int | None, spare_tokens: int = 0
+) -> list[Finding]:
+    """Return the findings of a prediction and what the engine said afterwards. Pure.
+
+    Args:
+        url: the engine.
+        predicted: tokens that the scorer said are cached.
+        cached: tokens that the engine had cached, None where it does not tell.
+        prompt_tokens: of the prompt.
+        spare_tokens: so many may be computed again by an engine that decodes speculatively.
+    """
     if cached is None:
         said = "its answers have no usage.prompt_tokens_details.cached_tokens"
         held = f"{predicted} tokens predicted; what came of it is not told"
         return [Finding("usage", url, "warn", said), Finding("probe", url, "skip" if predicted else "fail", held)]
     told = Finding("usage", url, "ok", "told in every answer")
     said = f"{predicted} tokens predicted, {cached} of {prompt_tokens} were cached"
-    if predicted != cached:
+    if not predicted - spare_tokens <= cached <= predicted:
         return [told, Finding("probe", url, "fail", said)]
     return [told, Finding("probe", url, "ok" if cached else "warn", said)]
 
@@ -104,23 +124,34 @@ async def _predicted(client: ScorerClient, model: str, text: str, wait_seconds: 
         await asyncio.sleep(_STEP_SECONDS)
 
 
-async def _tokens(url: str, model: str, text: str, client: ScorerClient) -> Finding:
-    """Compare block keys of the text with those of the engine's own token ids: equal keys are equal tokens."""
+async def _spelt(url: str, name: str, text: str, client: ScorerClient) -> Finding:
+    """Ask for what is cached by another name that clients may spell."""
     try:
-        answer = await asyncio.to_thread(_post, f"{url}/tokenize", {"model": model, "prompt": text})
-        ids = answer.get("tokens") if isinstance(answer, dict) else None
-        if not isinstance(ids, list) or not ids:
-            return Finding("tokens", url, "skip", "the engine does not tell its tokens")
-        mine = await asyncio.to_thread(client.explain, model, prompt=text)
-        theirs = await asyncio.to_thread(client.explain, model, tokens=ids)
-    except _EngineRefusedError as error:
-        return Finding("tokens", url, "skip", f"the engine does not tell its tokens: {error}")
+        answer = await asyncio.to_thread(client.score, name, prompt=text, usable_only=True)
     except ClientError as error:
-        return Finding("tokens", url, "fail", str(error))
-    ours, its = ([block.key for block in side.blocks] for side in (mine, theirs))
-    if ours == its:
-        return Finding("tokens", url, "ok", f"{len(ids)} tokens, {len(its)} equal blocks")
-    first = next((at for at, pair in enumerate(zip(ours, its, strict=False)) if pair[0] != pair[1]), len(its))
+        return Finding("model-name", url, "warn", f"{name!r}: {error}")
+    if any(score.matched_tokens for score in answer.scores.values()):
+        return Finding("model-name", url, "ok", f"{name!r} is known")
+    return Finding("model-name", url, "warn", f"the engine is also called {name!r}, and nothing is found by that name")
+
+
+async def _same(url: str, check: str, model: str, asked: dict[str, Any], client: ScorerClient) -> Finding:
+    """Compare the scorer's tokens of a text or a chat with those of the engine itself."""
+    try:
+        answer = await asyncio.to_thread(_post, f"{url}/tokenize", {"model": model, **asked})
+        theirs = answer.get("tokens") if isinstance(answer, dict) else None
+        if not isinstance(theirs, list) or not theirs:
+            return Finding(check, url, "skip", "the engine does not tell its tokens")
+        told = await asyncio.to_thread(client.call, "Tokenize", score_request(model, **asked))
+    except _EngineRefusedError as error:
+        return Finding(check, url, "skip", f"the engine does not tell its tokens: {error}")
+    except ClientError as error:
+        return Finding(check, url, "fail", str(error))
+    mine = list(told.prompts[0].tokens)
+    if mine == theirs:
+        return Finding(check, url, "ok", f"{len(mine)} equal tokens")
+    pairs = enumerate(zip(mine, theirs, strict=False))
+    first = next((at for at, (one, other) in pairs if one != other), min(len(mine), len(theirs)))
     return Finding(
-        "tokens", url, "fail", f"block {first} differs: {len(its)} blocks of the engine's, {len(ours)} of ours"
+        check, url, "fail", f"token {first} differs: {len(theirs)} tokens of the engine's, {len(mine)} of ours"
     )

@@ -1,75 +1,22 @@
-"""Checks of what stands between engine and answer: Kafka, topics, rights, workers, scorer."""
+"""Checks of those who answer: the scorer, what it knows of the engines, and a picker's view of load."""
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
 from typing import Final
 
-import msgspec
+from prometheus_client.parser import text_string_to_metric_families
 
-from kvatlas.bridge.errors import KvatlasError, RightsError
-from kvatlas.bridge.kafka.follower import TopicFollower
-from kvatlas.bridge.model import topics
-from kvatlas.bridge.model.workers import WorkerDirectory
-from kvatlas.bridge.runtime.settings import KafkaSettings
-from kvatlas.deploy.brokers.rights import check_rights, contact, rights_of
-from kvatlas.deploy.brokers.topics import ensure_topics
+from kvatlas.bridge.engines.http import get_page
 from kvatlas.deploy.doctor.engine import EngineSeen
 from kvatlas.deploy.doctor.findings import Finding
 from kvatlas.scorer.client import ScorerClient
 from kvatlas.scorer.errors import ClientError
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 
-_READ_SECONDS: Final = 10.0
-
-
-async def check_log(kafka: KafkaSettings, app: str) -> list[Finding]:
-    """Check Kafka, topics, rights and the workers that have announced themselves."""
-    where = f"Kafka {kafka.brokers}"
-    try:
-        (await contact(kafka)).close()
-    except KvatlasError as error:
-        return [Finding("kafka", where, "fail", str(error))]
-    found = [Finding("kafka", where, "ok", "answers")]
-    wanted = (*topics.TOPICS, *topics.changelog_topics(app))
-    try:
-        counts = await ensure_topics(msgspec.structs.replace(kafka, create_topics=False), wanted)
-    except KvatlasError as error:
-        return [*found, Finding("topics", where, "fail", str(error))]
-    found.append(Finding("topics", where, "ok", f"{len(counts)} topics of {kafka.partitions} partitions"))
-    try:
-        await check_rights(kafka, rights_of("top", kafka))
-    except RightsError as error:
-        return [*found, Finding("rights", where, "fail", str(error))]
-    found.append(Finding("rights", where, "ok", "topics can be read"))
-    return [*found, await _check_workers(kafka)]
-
-
-async def _check_workers(kafka: KafkaSettings) -> Finding:
-    table = WorkerDirectory(time.time_ns)
-    follower = TopicFollower(kafka, topics.WORKERS, table.apply, client_id="kvatlas-doctor")
-    follower.start()
-    try:
-        await follower.wait(_READ_SECONDS)
-    except KvatlasError as error:
-        return Finding("workers", "workers", "fail", str(error))
-    finally:
-        await follower.stop()
-    return judge_workers(table, kafka.partitions)
-
-
-def judge_workers(table: WorkerDirectory, partitions: int) -> Finding:
-    """Return whether every partition of the index has a live owner. Pure."""
-    if not table.records:
-        return Finding("workers", "workers", "fail", "no worker has announced itself")
-    lonely = [number for number in range(partitions) if not table.route(number).owners]
-    if not lonely:
-        return Finding("workers", "workers", "ok", f"{len(table.records)} own all {partitions} partitions")
-    refused = "".join(f"; {name}: {why}" for name, why in table.refused.items())
-    shown = ", ".join(map(str, lonely[:8])) + (" and more" if len(lonely) > 8 else "")
-    return Finding("workers", "workers", "fail", f"{len(lonely)} of {partitions} have none: {shown}{refused}")
+#: Tokens that no prompt has: enough blocks to ask every partition for.
+_ODD_TOKENS: Final = range(2**31, 2**31 + 4096)
 
 
 async def check_scorer(client: ScorerClient, address: str, engines: Sequence[EngineSeen]) -> list[Finding]:
@@ -77,19 +24,29 @@ async def check_scorer(client: ScorerClient, address: str, engines: Sequence[Eng
     where = f"scorer {address}"
     try:
         pods = await asyncio.to_thread(client.list_pods)
+        answer = await _ask(client, engines)
     except ClientError as error:
         return [Finding("scorer", where, "fail", str(error))]
+    if answer.freshness.partial:
+        silent = sorted(each.partition for each in answer.freshness.partitions if each.role == "unanswered")
+        said = (
+            f"no worker answers it for partitions {', '.join(map(str, silent))}" if silent else "its index is partial"
+        )
+        return [Finding("scorer", where, "fail", said), *judge_pods(pods, engines)]
     return [Finding("scorer", where, "ok", f"knows {len(pods)} pods"), *judge_pods(pods, engines)]
 
 
 async def block_size(client: ScorerClient, engines: Sequence[EngineSeen]) -> int | None:
     """Return the index's block size (tokens) as the scorer says it; None where it does not."""
-    models = [seen.facts.models[0] for seen in engines if seen.facts is not None and seen.facts.models]
     try:
-        answer = await asyncio.to_thread(client.score, models[0] if models else "any", tokens=[1])
+        return (await _ask(client, engines)).block_size_tokens or None
     except ClientError:
         return None
-    return answer.block_size_tokens or None
+
+
+async def _ask(client: ScorerClient, engines: Sequence[EngineSeen]) -> pb.ScoreResponse:
+    models = [seen.facts.models[0] for seen in engines if seen.facts is not None and seen.facts.models]
+    return await asyncio.to_thread(client.score, models[0] if models else "any", tokens=_ODD_TOKENS)
 
 
 def judge_pods(pods: Sequence[pb.PodInfo], engines: Sequence[EngineSeen]) -> list[Finding]:
@@ -114,3 +71,35 @@ def judge_pods(pods: Sequence[pb.PodInfo], engines: Sequence[EngineSeen]) -> lis
         lost = [f"{pod.pod} lost {pod.lost} messages" for pod in mine if pod.lost]
         found.append(Finding("gaps", seen.url, "warn" if lost else "ok", "; ".join(lost) or "nothing was lost"))
     return found
+
+
+async def check_picker(address: str) -> list[Finding]:
+    """Check what a picker knows of endpoints and their load, from its own page of metrics."""
+    where = f"picker {address}"
+    page = await get_page(f"http://{address}/metrics")
+    if page is None or isinstance(page, Exception):
+        return [Finding("picker-load", where, "fail", f"no metrics at http://{address}/metrics: {page or 'not there'}")]
+    try:
+        return [judge_picker(where, page.decode(errors="replace"))]
+    except ValueError as error:
+        return [Finding("picker-load", where, "fail", f"http://{address}/metrics is no page of metrics: {error}")]
+
+
+def judge_picker(where: str, page: str) -> Finding:
+    """Return whether a picker has endpoints, and fresh load of each. Pure.
+
+    Raises:
+        ValueError: it is no page of metrics.
+    """
+    found = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
+    endpoints = {one.labels["state"]: one.value for one in found if one.name == "kvatlas_picker_endpoints"}
+    if not endpoints:
+        return Finding("picker-load", where, "fail", "its metrics are no picker's")
+    count, stale = sum(endpoints.values()), sum(s.value for s in found if s.name == "kvatlas_picker_stale_endpoints")
+    if not endpoints.get("ready"):
+        return Finding("picker-load", where, "fail", f"{count:g} endpoints, none of them ready")
+    if not stale:
+        return Finding("picker-load", where, "ok", f"fresh load of all {count:g} endpoints")
+    reads = {one.labels["result"]: one.value for one in found if one.name == "kvatlas_picker_scrapes_total"}
+    why = f"{reads.get('failed', 0):g} reads had no answer, {reads.get('empty', 0):g} pages no load"
+    return Finding("picker-load", where, "warn", f"no fresh load of {stale:g} of {count:g} endpoints; {why}")

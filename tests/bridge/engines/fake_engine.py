@@ -12,12 +12,23 @@ from typing import Any
 
 @contextmanager
 def fake_engine(answers: Mapping[str, Any]) -> Iterator[str]:
-    """Serve ``answers`` (path -> JSON value, or text) until left; gives the address. Other paths are 404."""
+    """Serve ``answers`` until left; gives the address. Other paths are 404.
+
+    Args:
+        answers: path -> JSON value, or text, or what makes it of the body of a POST.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            answer = answers.get(self.path)
-            if answer is None:
+            self._answer(answers.get(self.path))
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            make = answers.get(self.path)
+            self._answer(make(body) if callable(make) else None)
+
+        def _answer(self, answer: Any) -> None:
+            if answer is None or callable(answer):
                 self.send_error(404)
                 return
             body = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
@@ -52,6 +63,6 @@ def vllm(live: str = "tcp://*:5557", replay: str | None = "tcp://*:5558", **chan
         "/version": {"version": "0.33.0"},
         "/metrics": (
             'vllm:cache_config_info{block_size="16",cache_dtype="auto",enable_prefix_caching="True",engine="0",'
-            'hash_block_size="None"} 1.0\n'
+            'hash_block_size="None"} 1.0\nvllm:num_requests_running{engine="0"} 1.0\n'
         ),
     } | changes

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 
 from kvatlas.bridge.engines.facts import EngineFacts, EventSource
-from kvatlas.bridge.model import records
 from kvatlas.bridge.model.workers import WorkerDirectory
 from kvatlas.deploy.cli.entry import main
 from kvatlas.deploy.doctor import probe
 from kvatlas.deploy.doctor.engine import EngineSeen, SourceSeen
-from kvatlas.deploy.doctor.findings import CHECKS, Finding, exit_code, markdown, page
-from kvatlas.deploy.doctor.system import judge_pods, judge_workers
+from kvatlas.deploy.doctor.findings import CHECKS, Finding, exit_code, markdown, page, without_echoes
+from kvatlas.deploy.doctor.log import judge_workers
+from kvatlas.deploy.doctor.system import judge_pods
 from kvatlas.scorer.v1 import scorer_pb2 as pb
+from tests.deploy.doctor.world import worker
 
 PAGE = Path(__file__).parents[3] / "docs" / "troubleshooting.md"
 
@@ -29,7 +30,20 @@ def test_the_page_is_what_the_doctor_says(capsys: pytest.CaptureFixture[str]) ->
 
 def test_every_check_says_what_harm_and_fix() -> None:
     """No empty sentence."""
-    assert all(all(check) for check in CHECKS.values())
+    assert all(check.about and check.what and check.harm and check.fix for check in CHECKS.values())
+    assert {cause for check in CHECKS.values() for cause in check.after} <= set(CHECKS)
+
+
+def test_a_failure_that_follows_from_another_is_not_counted() -> None:
+    """Only from one of its own engine, or of the system."""
+    probes = [Finding("probe", "http://h:1", "fail", "0 tokens"), Finding("probe", "http://h:2", "fail", "0 tokens")]
+    live = Finding("live", "http://h:1", "fail", "tcp://h:5557")
+    assert [found.state for found in without_echoes([live, *probes])] == ["fail", "skip", "fail"]
+    assert "(follows from live)" in without_echoes([live, *probes])[1].said
+    kafka = Finding("kafka", "Kafka k:1", "fail", "away")
+    assert [found.state for found in without_echoes([*probes, kafka])] == ["skip", "skip", "fail"]
+    warned = Finding("live", "http://h:1", "warn", "slow")
+    assert without_echoes([warned, *probes]) == [warned, *probes]
 
 
 def test_only_failures_make_the_exit_code() -> None:
@@ -39,15 +53,6 @@ def test_only_failures_make_the_exit_code() -> None:
     assert CHECKS["replay"].fix in page(warned)
     assert CHECKS["api"].fix not in page(warned)
     assert exit_code([*warned, Finding("kafka", "k", "fail", "away")]) == 1
-
-
-def worker(name: str, partitions: list[int], *, restoring: list[int] | None = None) -> bytes:
-    """Return the announcement of a worker."""
-    record = records.WorkerRecord(
-        worker=name, endpoint=f"{name}:1", partitions=partitions, restoring=restoring or [], partition_count=4,
-        block_size_tokens=16, key_version=1, updated_ns=time.time_ns(), expires_ns=time.time_ns() + 86_400 * 10**9,
-    )  # fmt: skip
-    return records.encode(record)
 
 
 @pytest.mark.parametrize(
