@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from kvatlas.bridge.errors import WireError
-from kvatlas.bridge.model.adapters import sglang, vllm
+from kvatlas.bridge.model.adapters import sglang, tensorrt, vllm
 from kvatlas.bridge.model.events import Batch, Limits
 
 #: Engines whose clear also empties their host memory; elsewhere it is the GPU's reset alone.
@@ -22,7 +22,11 @@ HASHES_HIDE_NAMES: Final = frozenset({sglang.NAME})
 
 Decode = Callable[[bytes, Limits], Batch]
 
-ADAPTERS: Final[Mapping[str, Decode]] = {vllm.NAME: vllm.decode, sglang.NAME: sglang.decode}
+ADAPTERS: Final[Mapping[str, Decode]] = {
+    vllm.NAME: vllm.decode,
+    sglang.NAME: sglang.decode,
+    tensorrt.NAME: tensorrt.decode,
+}
 
 
 def adapter(engine: str) -> Decode:

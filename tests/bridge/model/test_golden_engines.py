@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from kvatlas.bridge.model.adapters import adapter
@@ -132,3 +133,35 @@ def test_a_window_of_a_group_is_told() -> None:
     events = decoded(OFFLOAD["selfdesc_hybrid.1"]).events
     window = [event for event in events if isinstance(event, Stored) and event.group == 1]
     assert {(event.kind, event.window_tokens, event.tokens) for event in window} == {(Kind.SLIDING_WINDOW, 8, b"")}
+
+
+TENSORRT: dict[str, dict[str, Any]] = json.loads((DATA / "golden_tensorrt.json").read_text())
+
+
+@pytest.mark.parametrize("name", TENSORRT)
+def test_tensorrt(name: str) -> None:
+    """Stores, removals, adapters by number, ids as text, and pictures, which no plain prompt matches."""
+    case = TENSORRT[name]
+    assert msgspec.msgpack.encode(case["json"]).hex() == case["hex"]
+    (found,), (told,) = decoded(case).events, case["json"][1]
+    if told["type"] == "BlockRemoved":
+        check_removed(found, told, Tier.GPU)
+        return
+    assert isinstance(found, Stored)
+    stored = check_stored(found, told | {"lora_name": "lora:3" if told["lora_id"] else None}, Tier.GPU)
+    assert stored.cache_salt is None
+    text = [token for token in told["token_ids"] if isinstance(token, str) and not token.isdecimal()]
+    if text:
+        assert [len(extra) for extra in stored.extra] == [3, 0]  # the picture, and two tokens that are text
+        assert stored.tokens[-16:] == pack_tokens([14, 15, 16, 17])
+    else:
+        assert (stored.tokens, stored.extra) == (pack_tokens([int(token) for token in told["token_ids"]]), [])
+
+
+@pytest.mark.parametrize("keys", [[[]], "text", [[{"hash": "a"}], ["b"]], 7])
+def test_odd_pictures_of_tensorrt_are_refused_alone(keys: Any) -> None:
+    """A list that fits no blocks names none of them; the rest of the message stands."""
+    good = TENSORRT["stored"]["json"][1][0]
+    batch = adapter("tensorrt-llm")(msgspec.msgpack.encode([0.0, [good | {"mm_keys": keys}, good], 0]), Limits())
+    assert len(batch.rejected) == (keys != [[]])
+    assert batch.events[-1] == decoded(TENSORRT["stored"]).events[0]
