@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
 from typing import Final
 
 from kvatlas.bridge.engines.identity import Identity, identify
@@ -27,31 +26,6 @@ from kvatlas.bridge.runtime.tasks import Background, end_tasks
 _SEQUENCE_MAX: Final = 1 << 48
 
 log = logging.getLogger(__name__)
-
-
-class ReplayRequest:
-    """A replay request in flight, and the session and engine life it was made for.
-
-    Attributes:
-        session: None until a reply tells the pod.
-        foreign: whether another pod answered.
-    """
-
-    __slots__ = ("_restarts", "foreign", "session")
-
-    def __init__(self, session: StreamSession | None) -> None:
-        self.session = session
-        self._restarts = session.tracker.counts.restarts if session is not None else 0
-        self.foreign = False
-
-    def bind(self, session: StreamSession) -> None:
-        """Go on with the pod that a reply named."""
-        self.session, self._restarts = session, session.tracker.counts.restarts
-        session.tracker.ask(first=True)
-
-    def answers(self, session: StreamSession | None) -> bool:
-        """Whether its answer still says something of an endpoint's session: after a restart it is another engine's."""
-        return session is not None and session is self.session and session.tracker.counts.restarts == self._restarts
 
 
 class EngineEndpoint:
@@ -87,6 +61,11 @@ class EngineEndpoint:
         self._fresh = True  # nothing of the pod was heard on this connection
         self._nameless = False  # what a replay gives does not say whose it is; a live message will
         self._answered = False
+        # The request in flight: for what it was made (None until a reply tells the pod), up to what is here already,
+        # and whether another pod answered.
+        self._asked: tuple[StreamSession, int] | None = None
+        self._until: int | None = None
+        self._foreign = False
         self._closed = False
         self._asked_ns = 0  # when it was asked for a sign of life
         self._socket = None if spec.bound else wires.subscribe(spec.live, self.received, reconnected=self.reconnected)
@@ -284,28 +263,28 @@ class EngineEndpoint:
 
     async def _repair(self) -> None:
         while True:
-            session, wanted = self.session, None
+            wanted = None
             if self._wanted is not None:
                 self._probe = False
-            elif session is not None:
+            elif self.session is not None:
                 if self._probe:  # the connection came while the pod was not known yet
-                    session.tracker.probe()
-                wanted = session.tracker.ask()
+                    self.session.tracker.probe()
+                wanted = self.session.tracker.ask()
             if wanted is None and not self._probe:
                 self._wake.clear()
                 await self._wake.wait()
                 continue
             self._probe = False
-            start, until = wanted or (0, None)
-            request = ReplayRequest(session)
+            start, self._until = wanted or (0, None)
+            self._asked, self._foreign = self._life, False
             complete, newest = await self._wires.replay(
-                self.spec.replay, start, self.taker(request, until), self._room, silent=not self._answered
+                self.spec.replay, start, self.reply, self._room, silent=not self._answered
             )
             self._answered = complete or newest is not None
-            complete = complete and not request.foreign
+            complete = complete and not self._foreign
             if complete:
                 self.heard_ns = self._shared.now_ns()
-            if self.session is not None and request.answers(self.session):
+            if self.session is not None and self._asked == self._life:
                 # A replay that showed a restart was left early and answers nothing about the new process.
                 self.session.take(self.session.tracker.replay_ended(complete=complete, newest=newest))
             if not complete or (self.session is not None and self.session.tracker.hole):
@@ -314,30 +293,32 @@ class EngineEndpoint:
     def _room(self) -> bool:
         return self._shared.sink.room(self.pod.encode())
 
-    def taker(self, request: ReplayRequest, until: int | None) -> Callable[[bytes | None, int, bytes], bool]:
-        """Return what takes the replies to a request, up to a sequence that is here already."""
+    @property
+    def _life(self) -> tuple[StreamSession, int] | None:
+        """The session and the life of its engine: what was asked of another one says nothing of this one."""
+        return None if self.session is None else (self.session, self.session.tracker.counts.restarts)
 
-        def take(topic: bytes | None, sequence: int, payload: bytes) -> bool:
-            if until is not None and sequence >= until:
+    def reply(self, topic: bytes | None, sequence: int, payload: bytes) -> bool:
+        """Take one reply to the request in flight; False when no more of them are wanted."""
+        if self._until is not None and sequence >= self._until:
+            return False
+        if self._asked is None:
+            if self.session is None and topic is None:
+                self._nameless = True
                 return False
-            if request.session is None:
-                if self.session is None and topic is None:
-                    self._nameless = True
-                    return False
-                session = self.session or self._named(topic or b"", payload)
-                if session is None:
-                    return False
-                request.bind(session)
-            session = self.session
-            if session is None or not request.answers(session):
-                return False  # the pod was given away, or its engine restarted meanwhile: the rest is not its own
-            if topic is not None and topic != self._topic and not self._answered_by(topic, payload):
-                request.foreign = True
+            session = self.session or self._named(topic or b"", payload)
+            if session is None:
                 return False
-            session.replayed(topic or self._topic, sequence, payload, self._shared.now_ns())
-            return request.answers(self.session)  # a restart asks again from the start
-
-        return take
+            session.tracker.ask(first=True)
+            self._asked = self._life
+        session = self.session
+        if session is None or self._asked != self._life:
+            return False  # the pod was given away, or its engine restarted meanwhile: the rest is not its own
+        if topic is not None and topic != self._topic and not self._answered_by(topic, payload):
+            self._foreign = True
+            return False
+        session.replayed(topic or self._topic, sequence, payload, self._shared.now_ns())
+        return self._asked == self._life  # a restart asks again from the start
 
     def _answered_by(self, topic: bytes, payload: bytes) -> bool:
         """Whether a reply under another topic is the pod's own."""

@@ -22,7 +22,7 @@ class HeldBytes:
         self.held_bytes, self.limit_bytes = 0, limit_bytes
 
 
-class HeldMessages:
+class HeldMessages(dict[int, EngineMessage]):
     """Live messages of one stream by sequence, within bounds.
 
     Attributes:
@@ -32,54 +32,33 @@ class HeldMessages:
     def __init__(
         self, shared: HeldBytes | None = None, *, most: int = 20_000, most_bytes: int = 64 * 1024 * 1024
     ) -> None:
-        """Hold nothing yet.
-
-        Args:
-            shared: the bound over all pods.
-            most: messages at most.
-            most_bytes: bytes of them.
-        """
+        """Hold nothing yet, and at most that many messages and bytes; ``shared`` is the bound over all pods."""
+        super().__init__()
         self.held_bytes = 0
         self._shared = shared or HeldBytes(most_bytes)
         self._most, self._most_bytes = most, most_bytes
-        self._messages: dict[int, EngineMessage] = {}
-
-    def __len__(self) -> int:
-        return len(self._messages)
-
-    def __contains__(self, sequence: int) -> bool:
-        return sequence in self._messages
-
-    @property
-    def first(self) -> int:
-        """Lowest sequence that is held; there is one."""
-        return min(self._messages)
-
-    def get(self, sequence: int) -> EngineMessage | None:
-        """Return a message, None when it is not held."""
-        return self._messages.get(sequence)
 
     def add(self, message: EngineMessage) -> bool:
         """Hold a message; False when there is no room."""
         size = len(message.payload or b"")
         if (
-            len(self._messages) >= self._most
+            len(self) >= self._most
             or self.held_bytes + size > self._most_bytes
             or self._shared.held_bytes + size > self._shared.limit_bytes
         ):
             return False
-        self._messages[message.sequence] = message
+        self[message.sequence] = message
         self._count(size)
         return True
 
     def drop(self, sequence: int) -> None:
         """Hold a message no longer; no effect when it is not held."""
-        if (message := self._messages.pop(sequence, None)) is not None:
+        if (message := self.pop(sequence, None)) is not None:
             self._count(-len(message.payload or b""))
 
     def clear(self) -> None:
         """Hold nothing any more."""
-        self._messages.clear()
+        super().clear()
         self._count(-self.held_bytes)
 
     def _count(self, size: int) -> None:

@@ -12,20 +12,24 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Final
 
+import msgspec
+
 from kvatlas.bridge.engines.spec import EngineSpec
 from kvatlas.bridge.engines.wires import Wires
 from kvatlas.bridge.errors import EngineError
-from kvatlas.bridge.ingest.absent import Absent
 from kvatlas.bridge.ingest.endpoint import EngineEndpoint
 from kvatlas.bridge.ingest.inbound import Inbound
 from kvatlas.bridge.ingest.recovered import Recovered
 from kvatlas.bridge.ingest.shared import Shared
+from kvatlas.bridge.model import epochs, records, topics
+from kvatlas.bridge.model.records import Control
 from kvatlas.bridge.model.sink import RecordSink
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.runtime.tasks import Background
 
 #: How often :meth:`EngineStreams.tick` is to be called.
 TICK_SECONDS: Final = 0.25
+_UNLISTED: Final = "not listed by discovery since this bridge has the pod"
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +52,7 @@ class EngineStreams:
         self._settings = settings
         self.wires = Wires(settings)
         self._background = background
-        self._absent = Absent(self.shared)
+        self._absent: dict[str, float] = {}  # recovered pods that no endpoint has taken, since when
         self._inbound: list[Inbound] = []
         self._missing: dict[str, float] = {}  # endpoints listed no longer, since when
         self._replaced = 0
@@ -160,6 +164,30 @@ class EngineStreams:
             if endpoint.session is not None:
                 endpoint.session.write_record()
 
+    def expire(self, now_seconds: float) -> None:
+        """Mark recovered pods stale, then gone, by how long no endpoint has taken them; by a monotonic clock.
+
+        A bridge that shares pods through a group is the only one that has them, so a pod that is not listed is gone.
+        One that takes every pod cannot know whether another bridge lists it, so it only says that it is stale.
+        """
+        shared, settings = self.shared, self._settings
+        self._absent = {pod: since for pod, since in self._absent.items() if pod in shared.recovered}
+        for pod, known in list(shared.recovered.items()):
+            record = known.record
+            if record.state == records.GONE or not shared.owned(pod):
+                continue
+            silent = now_seconds - self._absent.setdefault(pod, now_seconds)
+            unlisted = record.endpoint not in self.endpoints and silent >= settings.gone_seconds
+            if unlisted and settings.ownership == "group":
+                log.info("pod %s at %s: %s", pod, record.endpoint, _UNLISTED)
+                incarnation = shared.next_incarnation(epochs.incarnation_of(record.epoch))
+                control = Control(type="gone", incarnation=incarnation, reason=_UNLISTED)
+                fixed = [(topics.H_ENGINE, record.engine.encode()), (topics.H_MODEL, record.model.encode())]
+                shared.recovered[pod] = Recovered(shared.put_gone(record, control, fixed))
+            elif (unlisted or silent >= settings.stale_seconds) and record.state != records.STALE:
+                known.record = msgspec.structs.replace(record, state=records.STALE)
+                shared.put_record(known.record)
+
     async def tick(self, *, complete: bool) -> None:
         """Do what is due: waiting pods, states, signs of life, records; every :data:`TICK_SECONDS`.
 
@@ -171,7 +199,7 @@ class EngineStreams:
         if due:
             self._written = seconds
             if complete:
-                self._absent.look(seconds, self.endpoints)
+                self.expire(seconds)
         for inbound in self._inbound:
             for endpoint in inbound.left(seconds, settings.gone_seconds):
                 await self.end(endpoint.spec.key)

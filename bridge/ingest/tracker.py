@@ -111,7 +111,7 @@ class Tracker:
         start = max(self.expected - 1, 0)
         if self._unverified is not None:
             start = min(start, self._unverified)
-        return Request(start, self.held.first if self.held and not self._catch_up else None)
+        return Request(start, min(self.held) if self.held and not self._catch_up else None)
 
     def ask(self, *, first: bool = False) -> Request | None:
         """Return :attr:`request`, and note that a replay for it begins; its end is :meth:`replay_ended`.
@@ -260,7 +260,7 @@ class Tracker:
         """Record the hole before the next held message as lost, and go on behind it."""
         self._failed = 0
         self._verify = False
-        last = self.held.first - 1 if self.held else self._seen
+        last = min(self.held) - 1 if self.held else self._seen
         if last < self.expected:
             return self._drain()
         outputs: list[Output] = [self._lose(self.expected, last, reason)]

@@ -24,12 +24,12 @@ class MemoryLog:
 
     def __init__(self) -> None:
         self.records: list[tuple[str, QueuedRecord]] = []
-        self.holding = False
+        self.holding = self.full = False
         self._acknowledged = 0
 
     def room(self, _key: bytes) -> bool:
-        """Take any number."""
-        return True
+        """Whether it takes more."""
+        return not self.full
 
     def send(self, topic: str, _partition: int, item: QueuedRecord) -> None:
         """Take a record."""

@@ -14,7 +14,7 @@ import zmq
 
 from kvatlas.bridge.engines.publisher import EnginePublisher
 from kvatlas.bridge.engines.spec import parse_engine
-from kvatlas.bridge.ingest.endpoint import EngineEndpoint, ReplayRequest
+from kvatlas.bridge.ingest.endpoint import EngineEndpoint
 from kvatlas.bridge.ingest.recovered import Recovered
 from kvatlas.bridge.model import epochs, records
 from kvatlas.bridge.model.adapters.fields import encode_batch
@@ -345,7 +345,7 @@ async def test_a_replay_of_a_former_engine_ends_with_its_restart(bridge: Any, en
     await bridge.until(lambda: len(bridge.log.messages("pod-x")) == 5)
     assert endpoint.session is not None
     tracker = endpoint.session.tracker
-    take = endpoint.taker(ReplayRequest(endpoint.session), None)
+    endpoint._asked, take = (endpoint.session, tracker.counts.restarts), endpoint.reply
     tracker.ask()
     payload = encode_batch(99.0, _CLEAR, 0)
     assert take(b"kv@pod-x@m", 5, payload)

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from kvatlas.bridge.ingest.absent import Absent
+from kvatlas.bridge.engines.spec import parse_engine
 from kvatlas.bridge.ingest.recovered import Recovered
 from kvatlas.bridge.model import epochs, records
 
-_HERE = "tcp://here:1"
+_HERE = "tcp://127.0.0.1:1"
 
 
 def _know(bridge: Any, pod: str, endpoint: str, **changes: Any) -> None:
@@ -22,12 +22,11 @@ async def test_what_left_while_no_bridge_ran_is_gone(bridge: Any) -> None:
     """A pod nobody lists is gone after the limit, once, under a raised epoch that a later stream goes on from."""
     shared = bridge.change(gone_seconds=30.0, stale_seconds=60.0)
     _know(bridge, "left", "tcp://there:1", engine="vllm", model="m")
-    absent = Absent(shared)
-    absent.look(100.0, [_HERE])
-    absent.look(129.0, [_HERE])
+    bridge.streams.expire(100.0)
+    bridge.streams.expire(129.0)
     assert bridge.log.records == []
     for now in (130.0, 200.0):
-        absent.look(now, [_HERE])
+        bridge.streams.expire(now)
     assert [control.type for control in bridge.log.controls("left")] == ["gone"]
     record = bridge.log.pod("left")
     assert (record.state, record.valid_from) == (records.GONE, record.epoch)
@@ -37,25 +36,23 @@ async def test_what_left_while_no_bridge_ran_is_gone(bridge: Any) -> None:
 
 async def test_what_is_listed_and_silent_is_stale(bridge: Any) -> None:
     """A pod whose endpoint is listed is only stale, however long it is silent."""
-    shared = bridge.change(gone_seconds=30.0, stale_seconds=60.0)
-    _know(bridge, "silent", _HERE)
-    absent = Absent(shared)
+    bridge.change(gone_seconds=30.0, stale_seconds=60.0)
+    _know(bridge, "silent", bridge.open(parse_engine(_HERE)[0]).spec.key)
     for now in (0.0, 59.0):
-        absent.look(now, [_HERE])
+        bridge.streams.expire(now)
     assert bridge.log.records == []
     for now in (60.0, 9000.0):
-        absent.look(now, [_HERE])
+        bridge.streams.expire(now)
     assert len(bridge.log.records) == 1
     assert bridge.log.pod("silent").state == records.STALE
 
 
 async def test_a_bridge_that_takes_every_pod_ends_none_that_it_never_heard(bridge: Any) -> None:
     """With ownership=all another bridge may list the pod, so it is stale and its epoch stays."""
-    shared = bridge.change(ownership="all", gone_seconds=30.0)
+    bridge.change(ownership="all", gone_seconds=30.0)
     _know(bridge, "left", "tcp://there:1")
-    absent = Absent(shared)
-    absent.look(0.0, [])
-    absent.look(31.0, [])
+    bridge.streams.expire(0.0)
+    bridge.streams.expire(31.0)
     record = bridge.log.pod("left")
     assert (record.state, record.epoch) == (records.STALE, epochs.epoch_of(5))
     assert bridge.log.controls("left") == []
@@ -67,12 +64,11 @@ async def test_pods_that_are_settled_are_left_alone(bridge: Any, kind: str) -> N
     shared = bridge.shared
     _know(bridge, "pod", "", state=records.GONE if kind == "gone" else records.LIVE)
     shared.owns = lambda _: kind != "not ours"
-    absent = Absent(shared)
-    absent.look(0.0, [])
+    bridge.streams.expire(0.0)
     if kind == "heard":
         del shared.recovered["pod"]
-        absent.look(1.0, [])
+        bridge.streams.expire(1.0)
         _know(bridge, "pod", "")
-        absent.look(20.0, [])
-    absent.look(45.0, [])
+        bridge.streams.expire(20.0)
+    bridge.streams.expire(45.0)
     assert bridge.log.records == []
