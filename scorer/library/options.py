@@ -25,7 +25,7 @@ class IndexerOptions(msgspec.Struct, frozen=True, kw_only=True):
         strategy: how a match becomes a score, by name; see :mod:`kvatlas.scorer.scoring.strategies`.
         usable_only: leave out the block of the prompt's last token, which engines compute again.
         resolve: what events mean; its block size is set from here.
-        bridge: subscription, replay and queue settings; ``buffer_bytes`` bounds the queue of each engine.
+        bridge: subscription, replay and queue settings; ``buffer_bytes`` bounds the queue of each pod.
         state_dir: folder for what is learnt of engines, so that an index in RocksDB or Redis scores again after a
             restart; empty keeps it in memory, and engines are replayed.
         start_timeout_seconds: for a replica to read what is there.

@@ -271,6 +271,18 @@ async def test_the_second_engine_of_a_pod_takes_over(publisher: EnginePublisher)
         other.close()
 
 
+async def test_caught_up_waits_for_the_first_answer(publisher: EnginePublisher):
+    """What an engine had published before it was added is in the index then, and one that does not answer is named."""
+    publisher.publish([stored(1)], timestamp=1.0)
+    async with Indexer(options=OPTIONS) as indexer:
+        await indexer.add_engine(spec(publisher))
+        await indexer.caught_up(90)
+        assert (await indexer.score_tokens(tokens_of(1), "m")).best == "one"
+        await indexer.add_engine("tcp://127.0.0.1:1,tcp://127.0.0.1:2")
+        with pytest.raises(NotReadyError, match="tcp://127.0.0.1:1"):
+            await indexer.caught_up(0.05)
+
+
 async def test_only_the_pods_asked_for(fleet: Fleet):
     """A pod filter leaves the others out of the answer."""
     async with Indexer(options=OPTIONS, engines=fleet.engines) as indexer:
