@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
@@ -12,6 +12,13 @@ from kvatlas.bridge.runtime.settings import Section
 
 class BridgeSettings(Section, frozen=True, kw_only=True):
     """The bridge."""
+
+    CONSTANTS: ClassVar[frozenset[str]] = frozenset((
+        "batch_bytes", "bind_pods", "discovery_seconds", "flush_seconds", "hold_bytes", "hold_messages",
+        "hold_total_bytes", "kubernetes_annotations", "linger_ms", "lmcache_chunks", "receive_hwm",
+        "record_seconds", "replay_backoff_seconds", "replay_parallel", "replay_piece", "replay_tries",
+        "socket_message_bytes", "strip_blocks", "strip_recover_records", "topic_filter",
+    ))  # fmt: skip
 
     engines: Annotated[
         list[str],
@@ -33,13 +40,6 @@ class BridgeSettings(Section, frozen=True, kw_only=True):
     ] = ""
     kubernetes_namespace: Annotated[str, Meta(description="their namespace; empty: all")] = ""
     kubernetes_config: Annotated[str, Meta(description="kubeconfig file; empty: the pod's own service account")] = ""
-    kubernetes_annotations: Annotated[
-        str,
-        Meta(
-            description="prefix of the annotations port, replay-port, http-port, model, engine, dp, store, "
-            "announcements, blocks-per-chunk"
-        ),
-    ] = "kvatlas.io/"
     kubernetes_port: Annotated[int, Meta(description="live port without annotation", ge=1, le=65535)] = 5557
     kubernetes_replay_port: Annotated[
         int, Meta(description="replay port without annotation; 0 for none", ge=0, le=65535)
@@ -60,10 +60,6 @@ class BridgeSettings(Section, frozen=True, kw_only=True):
             "[,engine=NAME][,store=NAME]; needs ownership=all"
         ),
     ] = []  # noqa: RUF012 - msgspec copies it
-    bind_pods: Annotated[int, Meta(description="pods at most that may connect to us", ge=1)] = 10_000
-    discovery_seconds: Annotated[
-        float, Meta(description="how often names are looked up and engines asked over HTTP", gt=0)
-    ] = 5.0
     ownership: Annotated[
         Literal["group", "all"],
         Meta(description="group: bridges share pods out through a consumer group; all: this bridge takes every pod"),
@@ -72,33 +68,13 @@ class BridgeSettings(Section, frozen=True, kw_only=True):
     session_timeout_seconds: Annotated[
         float, Meta(description="a bridge silent this long loses its pods to another", ge=1)
     ] = 10.0
-    topic_filter: Annotated[str, Meta(description="subscribe to engine topics with this prefix")] = ""
-    receive_hwm: Annotated[int, Meta(description="messages ZMQ queues per engine socket", ge=1)] = 100_000
     replay_timeout_seconds: Annotated[float, Meta(description="silence that ends one try of a replay", gt=0)] = 3.0
-    replay_tries: Annotated[
-        int, Meta(description="tries without progress before what is missing is recorded as lost", ge=1)
-    ] = 3
-    replay_backoff_seconds: Annotated[float, Meta(description="wait before the next try", ge=0)] = 0.5
-    replay_parallel: Annotated[int, Meta(description="replays at a time, over all pods", ge=1)] = 8
-    replay_piece: Annotated[int, Meta(description="messages read of one replay before asking again", ge=1)] = 20_000
-    hold_messages: Annotated[int, Meta(description="live messages held per pod while a hole is repaired", ge=1)] = (
-        20_000
-    )
-    hold_bytes: Annotated[int, Meta(description="bytes of them per pod", ge=1)] = 64 * 1024 * 1024
-    hold_total_bytes: Annotated[
-        int, Meta(description="bytes of them over all pods; beyond it live messages are left to replay", ge=1)
-    ] = 512 * 1024 * 1024
     buffer_bytes: Annotated[
         int, Meta(description="bytes waiting for Kafka; beyond it live messages are left to replay", ge=1024)
     ] = 256 * 1024 * 1024
-    linger_ms: Annotated[
-        float, Meta(description="least time between two requests to a broker, in which messages gather", ge=0)
-    ] = 2.0
-    batch_bytes: Annotated[int, Meta(description="largest record batch", ge=1024)] = 1024 * 1024
     compression: Annotated[Literal["none", "lz4", "zstd", "gzip", "snappy"], Meta(description="of record batches")] = (
         "zstd"
     )
-    flush_seconds: Annotated[float, Meta(description="longest wait for Kafka at shutdown", ge=0)] = 10.0
     heartbeat_seconds: Annotated[
         float, Meta(description="silence after which a pod's replay socket is asked for its tail", gt=0)
     ] = 10.0
@@ -106,20 +82,10 @@ class BridgeSettings(Section, frozen=True, kw_only=True):
     gone_seconds: Annotated[
         float, Meta(description="time after which a pod that discovery no longer lists is marked gone", ge=0)
     ] = 30.0
-    record_seconds: Annotated[float, Meta(description="how often changed pod records are written", gt=0)] = 1.0
     message_bytes: Annotated[int, Meta(description="largest message that is forwarded", ge=1024)] = 16 * 1024 * 1024
-    socket_message_bytes: Annotated[
-        int, Meta(description="ZMQ drops a peer that sends a larger message; -1 for no limit")
-    ] = 512 * 1024 * 1024
     strip_tokens: Annotated[
         bool, Meta(description="store no token ids: the bridge computes the block keys and forwards those")
     ] = False
-    strip_blocks: Annotated[
-        int, Meta(description="engine blocks per pod whose keys are remembered, for children that follow", ge=1)
-    ] = 65_536
-    strip_recover_records: Annotated[
-        int, Meta(description="records per partition read back at start to learn known blocks", ge=0)
-    ] = 50_000
     block_size_tokens: Annotated[
         int, Meta(description="tokens in a canonical block, as the workers have it; for stripped tokens", ge=1, le=4096)
     ] = 16
@@ -130,9 +96,6 @@ class BridgeSettings(Section, frozen=True, kw_only=True):
         list[str],
         Meta(description="LMCache server and the pods that load from it: INSTANCE,pod=POD[,pod=POD][,model=NAME]"),
     ] = []  # noqa: RUF012 - msgspec copies it
-    lmcache_chunks: Annotated[
-        int, Meta(description="chunks remembered per LMCache server, and tokens of as many in all", ge=1)
-    ] = 65_536
     listen: Annotated[str, Meta(description="host:port of /metrics, /healthz, /readyz; empty switches it off")] = ""
 
     def limits(self) -> Limits:

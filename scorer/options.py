@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar
 
 from msgspec import Meta
 
@@ -14,6 +14,15 @@ MIB = 1024 * 1024
 class ScorerSettings(Section, frozen=True, kw_only=True):
     """What one ``kvatlas scorer`` serves, how it weighs, and what it allows."""
 
+    CONSTANTS: ClassVar[frozenset[str]] = frozenset((
+        "compat", "http_body_seconds", "http_header_seconds", "lookup_chunk_blocks",
+        "lookup_chunk_max_blocks", "max_batch", "max_inflight_bytes", "max_messages", "max_multimodal",
+        "max_watchers", "pick_tie_break", "pick_weight_cache", "pick_weight_cache_usage",
+        "pick_weight_running", "pick_weight_waiting", "remembered_requests", "require_workers",
+        "speculative_max_blocks", "speculative_max_decisions", "stop_grace_seconds", "weight_gpu",
+        "weight_speculative", "weight_unknown",
+    ))  # fmt: skip
+
     listen: Annotated[str, Meta(description="gRPC address, host:port; port 0 takes a free one")] = "127.0.0.1:50051"
     socket: Annotated[str, Meta(description="also serve gRPC on this Unix socket (path); empty: none")] = ""
     http_listen: Annotated[str, Meta(description="HTTP/JSON address, host:port; empty: none")] = ""
@@ -21,7 +30,6 @@ class ScorerSettings(Section, frozen=True, kw_only=True):
         str, Meta(description="address of /metrics, /healthz and /readyz, host:port; empty: none")
     ] = ""
     reflection: Annotated[bool, Meta(description="serve gRPC reflection")] = False
-    compat: Annotated[bool, Meta(description="serve llm-d's indexer.v1 and tokenization services as well")] = True
     name: Annotated[str, Meta(description="this scorer's name in decisions; empty: host and process")] = ""
 
     index_version: Annotated[
@@ -34,18 +42,10 @@ class ScorerSettings(Section, frozen=True, kw_only=True):
     start_timeout_seconds: Annotated[
         float, Meta(description="wait so long for Kafka at start before giving up", gt=0)
     ] = 30.0
-    require_workers: Annotated[
-        bool, Meta(description="refuse scores (UNAVAILABLE) until a worker is known, instead of partial answers")
-    ] = True
 
-    weight_gpu: Annotated[float, Meta(description="worth of a block on the GPU", ge=0)] = 1.0
     weight_cpu: Annotated[float, Meta(description="worth of a block in host memory", ge=0)] = 0.8
     weight_disk: Annotated[float, Meta(description="worth of a block on the pod's disk", ge=0)] = 0.5
     weight_shared: Annotated[float, Meta(description="worth of a block in a shared store", ge=0)] = 0.4
-    weight_unknown: Annotated[float, Meta(description="worth of a block on a tier nobody knows", ge=0)] = 0.1
-    weight_speculative: Annotated[
-        float, Meta(description="worth of a block that only a recent decision vouches for", ge=0)
-    ] = 0.9
     suspect_factor: Annotated[
         float, Meta(description="multiplies blocks seen before an unrepaired gap; 0 ends the match there", ge=0, le=1)
     ] = 0.5
@@ -69,12 +69,6 @@ class ScorerSettings(Section, frozen=True, kw_only=True):
         ),
     ] = []  # noqa: RUF012 - a msgspec default, copied per value
 
-    lookup_chunk_blocks: Annotated[
-        int, Meta(description="blocks asked for first; every further round asks for four times as many", ge=1)
-    ] = 1_024
-    lookup_chunk_max_blocks: Annotated[
-        int, Meta(description="most blocks in one round; workers have a limit of their own", ge=1, le=1_000_000)
-    ] = 16_384
     deadline_ms: Annotated[
         float,
         Meta(description="a request may take so long when the caller sets no deadline, and its lookups always", gt=0),
@@ -86,22 +80,9 @@ class ScorerSettings(Section, frozen=True, kw_only=True):
     speculative_ttl_ms: Annotated[
         float, Meta(description="how long a decision vouches for blocks that no event has shown", ge=0)
     ] = 5_000.0
-    speculative_max_decisions: Annotated[int, Meta(description="open decisions kept at most", ge=1)] = 20_000
-    speculative_max_blocks: Annotated[int, Meta(description="blocks of open decisions kept at most", ge=1)] = 2_000_000
     outcome_delay_ms: Annotated[
         float, Meta(description="compare a decision with the index after this time; 0: never", ge=0)
     ] = 10_000.0
-    remembered_requests: Annotated[
-        int, Meta(description="scored prompts remembered by request id, for ReportDecision", ge=0)
-    ] = 4_096
-
-    pick_weight_cache: Annotated[float, Meta(description="Pick: weight of the cached share of the prompt")] = 1.0
-    pick_weight_waiting: Annotated[float, Meta(description="Pick: weight of few waiting requests")] = 0.5
-    pick_weight_running: Annotated[float, Meta(description="Pick: weight of few running requests")] = 0.25
-    pick_weight_cache_usage: Annotated[float, Meta(description="Pick: weight of free KV cache")] = 0.25
-    pick_tie_break: Annotated[
-        Literal["least_loaded", "random", "hash"], Meta(description="Pick: between pods of equal total")
-    ] = "least_loaded"
 
     tls_certfile: Annotated[str, Meta(description="server certificate chain (PEM); turns TLS on")] = ""
     tls_keyfile: Annotated[str, Meta(description="key of the server certificate (PEM)")] = ""
@@ -128,24 +109,7 @@ class ScorerSettings(Section, frozen=True, kw_only=True):
     max_message_bytes: Annotated[int, Meta(description="largest request", ge=1024, le=1024 * MIB)] = 16 * MIB
     max_prompt_bytes: Annotated[int, Meta(description="longest prompt or chat, in bytes of text", ge=1)] = 4 * MIB
     max_tokens: Annotated[int, Meta(description="longest prompt, in tokens", ge=1)] = 1_048_576
-    max_messages: Annotated[int, Meta(description="messages in a chat at most", ge=1)] = 4_096
-    max_multimodal: Annotated[int, Meta(description="multimodal items of a prompt at most", ge=1)] = 4_096
-    max_batch: Annotated[int, Meta(description="requests in a ScoreBatch at most", ge=1)] = 256
-    max_inflight_bytes: Annotated[
-        int,
-        Meta(description="bodies being read or worked on, all requests together; more are refused", ge=MIB),
-    ] = 256 * MIB
-    http_header_seconds: Annotated[
-        float,
-        Meta(description="an HTTP connection without a whole request header for so long is closed", gt=0),
-    ] = 10.0
-    http_body_seconds: Annotated[
-        float,
-        Meta(description="an HTTP body must come within so long, and one second more for every MiB of it", gt=0),
-    ] = 10.0
     max_concurrent: Annotated[int, Meta(description="requests worked on at once; more are refused", ge=1)] = 512
-    max_watchers: Annotated[int, Meta(description="open WatchPods streams at most", ge=0)] = 64
-    stop_grace_seconds: Annotated[float, Meta(description="let running requests end for so long", ge=0)] = 2.0
 
     def __post_init__(self) -> None:
         """Check settings against each other.
@@ -157,5 +121,3 @@ class ScorerSettings(Section, frozen=True, kw_only=True):
             raise ValueError("tls_certfile and tls_keyfile go together")
         if self.tls_client_cafile and not self.tls_certfile:
             raise ValueError("tls_client_cafile needs tls_certfile: mutual TLS is TLS first")
-        if self.lookup_chunk_max_blocks < self.lookup_chunk_blocks:
-            raise ValueError("lookup_chunk_max_blocks must be at least lookup_chunk_blocks")

@@ -35,6 +35,7 @@ from kvatlas.scorer.api.calls import Calls
 from kvatlas.scorer.api.core import Core
 from kvatlas.scorer.api.disagreements import Disagreements
 from kvatlas.scorer.api.grpc_server import SERVICE, ScorerFront, socket_target
+from kvatlas.scorer.api.http_server import STOP_GRACE_SECONDS
 from kvatlas.scorer.api.names import also_named, pairs
 from kvatlas.scorer.api.security import Guard, server_credentials, worker_credentials
 from kvatlas.scorer.lookups.index import ServiceLookups
@@ -229,7 +230,7 @@ class ScorerService:
     async def _serve(self) -> None:
         settings = self._settings
         # An interceptor costs every call, so there is one only where tokens are asked for.
-        interceptors = [llmd.GuardTokenization(self._guard)] if settings.compat and settings.tokens_file else []
+        interceptors = [llmd.GuardTokenization(self._guard)] if settings.tokens_file else []
         server = grpc.aio.server(
             interceptors=interceptors,
             options=[
@@ -240,12 +241,11 @@ class ScorerService:
         )
         named = self._tracing.named if self._tracing is not None else lambda _model: None
         calls = Calls(self.core, settings, self._guard, named)
-        inflight = Inflight(settings.max_inflight_bytes)
+        inflight = Inflight()
         front = ScorerFront(calls, inflight, self._tracing)
         names = [SERVICE, health.SERVICE_NAME]
         server.add_generic_rpc_handlers((front.handler(),))
-        if settings.compat:
-            names += llmd.add_to(server, calls, self._pool, tracing=self._tracing)
+        names += llmd.add_to(server, calls, self._pool, tracing=self._tracing)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if settings.reflection:
             reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
@@ -387,7 +387,7 @@ class ScorerService:
         if self._http is not None:
             await self._http.stop()
         if self._server is not None:
-            await self._server.stop(self._settings.stop_grace_seconds)
+            await self._server.stop(STOP_GRACE_SECONDS)
         await self._background.stop()
         await asyncio.gather(self._decided.stop(), self._versions.stop())
         if self._producer is not None:

@@ -30,7 +30,7 @@ from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.bridge.runtime.tasks import Background
 from kvatlas.bridge.runtime.telemetry import Telemetry
 from kvatlas.streams.errors import StoreError, WorkerCrashError
-from kvatlas.streams.faust_app.app import BLOCK_INDEX, ENGINE_BLOCKS, WorkerApp, build_app
+from kvatlas.streams.faust_app.app import BLOCK_INDEX, ENGINE_BLOCKS, SLICE_UPDATES, WorkerApp, build_app
 from kvatlas.streams.faust_app.consumer import Watchdog
 from kvatlas.streams.faust_app.table import BulkTable
 from kvatlas.streams.index.apply import sweep_index
@@ -51,6 +51,8 @@ logger = logging.getLogger(__name__)
 
 _STOP_SECONDS: Final = 4.0
 _POLL_SECONDS: Final = 0.05
+#: Largest lookup, in keys: a prompt of 262,144 tokens, about a millisecond of this process's time per thousand.
+_MAX_LOOKUP_KEYS: Final = 16_384
 
 
 class WorkerService:
@@ -60,6 +62,7 @@ class WorkerService:
         settings: the worker's.
         kafka: how to reach the brokers.
         clock: wall clock, ns since the epoch.
+        slice_updates: updates applied before the event loop is given to others.
 
     Attributes:
         ready: set once every assigned partition is restored and lookups are answered.
@@ -68,7 +71,12 @@ class WorkerService:
     """
 
     def __init__(
-        self, settings: WorkerSettings, kafka: KafkaSettings, *, clock: Callable[[], int] = time.time_ns
+        self,
+        settings: WorkerSettings,
+        kafka: KafkaSettings,
+        *,
+        clock: Callable[[], int] = time.time_ns,
+        slice_updates: int = SLICE_UPDATES,
     ) -> None:
         self.ready = asyncio.Event()
         self.address = ""
@@ -77,6 +85,7 @@ class WorkerService:
         self._settings = settings
         self._kafka = kafka
         self._clock = clock
+        self._slice_updates = slice_updates
         self._workers = WorkerDirectory(clock, settings.index_version)
         self._partitions: dict[str, int] = {}
         self._app: WorkerApp | None = None
@@ -85,7 +94,7 @@ class WorkerService:
         self._announcer: Announcer | None = None
         self._announcing: asyncio.Task[None] | None = None
         self._telemetry = Telemetry(settings.telemetry_listen)
-        self._census = Census(self._index_states, self.pods.records, interval_seconds=settings.census_seconds)
+        self._census = Census(self._index_states, self.pods.records)
         self._followers: list[TopicFollower] = []
         self._saying_ready: set[asyncio.Task[None]] = set()
 
@@ -168,7 +177,7 @@ class WorkerService:
         service = LookupService(
             self.worker_id,
             partition_count=self._partitions[self._settings.blocks_topic],
-            max_keys=self._settings.max_lookup_keys,
+            max_keys=_MAX_LOOKUP_KEYS,
             state_of=self._state_of,
             lag_of=self._lag_of,
             others=self._workers,
@@ -177,8 +186,7 @@ class WorkerService:
         self._server = LookupServer(
             service,
             self._settings.listen,
-            reflect=self._settings.reflection,
-            max_keys=self._settings.max_lookup_keys,
+            max_keys=_MAX_LOOKUP_KEYS,
         )
         try:
             port = await self._server.start()
@@ -200,14 +208,13 @@ class WorkerService:
             worker_id=self.worker_id,
             clock=self._clock,
             on_crash=fail,
+            slice_updates=self._slice_updates,
         )
         app.roles_listener = self._roles_changed
         self._announcer = Announcer(
             app.aiokafka_producer,
             (self._kafka.topic(topics.WORKERS), self._partitions[topics.WORKERS]),
             self._describe,
-            interval_seconds=self._settings.announce_seconds,
-            expiry_seconds=self._settings.announce_expiry_seconds,
             clock=self._clock,
         )
         app.finalize()
@@ -217,20 +224,18 @@ class WorkerService:
         self._watch(_crash_of(app))
         self._watch(Gauges(app).run())
         self._watch(Keeper(app.sources.values(), may_commit=lambda: app.lease.valid).run())
-        if self._settings.census_seconds:
-            self._watch(self._census.run())
+        self._watch(self._census.run())
         self._watch(Watchdog(app.waiting, app.source_end, app.source_consumer().rewind).run())
         if app.publisher is not None:
             self._watch(app.publisher.run())
         self._start_mirror(app)
         for name, sweep in ((BLOCK_INDEX, sweep_index), (ENGINE_BLOCKS, sweep_engine_blocks)):
             table = app.bulk_table(name)
-            if table is not None and self._settings.sweep_entries_per_second:
+            if table is not None:
                 sweeper = Sweeper(
                     table,
                     self.pods.ended,
                     interval_seconds=self._settings.sweep_interval_seconds,
-                    entries_per_second=self._settings.sweep_entries_per_second,
                     sweep=sweep,
                     forget=self._forgettable,
                     on_deleted=self._withdraw if name == ENGINE_BLOCKS else None,

@@ -18,6 +18,8 @@ from kvatlas.bridge.engines.spec import EngineSpec, engine_specs
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.options import BridgeSettings
 
+#: What annotations of pods begin with.
+_ANNOTATIONS: Final = "kvatlas.io/"
 _OPTIONS: Final = ("model", "engine", "dp", "store", "announcements", "blocks-per-chunk")
 
 log = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ def pod_specs(pod: Mapping[str, Any], settings: BridgeSettings) -> list[EngineSp
     if not address:
         return []
     notes = meta.get("annotations") or {}
-    prefix = settings.kubernetes_annotations
+    prefix = _ANNOTATIONS
     host = f"[{address}]" if ":" in address else address
     port = notes.get(f"{prefix}port", str(settings.kubernetes_port))
     http_port = notes.get(f"{prefix}http-port", "0" if f"{prefix}port" in notes else str(settings.kubernetes_http_port))

@@ -13,11 +13,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Final
 
 import zmq
 import zmq.asyncio
 
 from kvatlas.bridge.engines.publisher import END_OF_REPLAY, SEQUENCE_BYTES, allow_ipv6
+
+#: ZMQ drops a peer that sends a larger message, so this is far above what is forwarded: it bounds memory alone.
+SOCKET_MESSAGE_BYTES: Final = 512 * 1024 * 1024
 
 #: Gets topic (None where the engine's replies have none), sequence and payload.
 Take = Callable[[bytes | None, int, bytes], bool]
@@ -30,8 +34,7 @@ async def replay(
     take: Take,
     *,
     timeout_seconds: float,
-    piece: int,
-    max_bytes: int = -1,
+    piece: int = 20_000,
     room: Callable[[], bool] = lambda: True,
 ) -> tuple[bool, int | None]:
     """Run one try.
@@ -42,8 +45,7 @@ async def replay(
         start: first sequence wanted.
         take: gets topic, sequence and payload of each reply; False ends the reading.
         timeout_seconds: silence that ends the try.
-        piece: messages read at most.
-        max_bytes: largest message ZMQ takes.
+        piece: messages read before asking again, so that none waits for a whole buffer.
         room: whether more may be read now; reading pauses while it says no.
 
     Returns:
@@ -54,7 +56,7 @@ async def replay(
     try:
         allow_ipv6(socket, address)
         socket.setsockopt(zmq.RCVHWM, 0)
-        socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
+        socket.setsockopt(zmq.MAXMSGSIZE, SOCKET_MESSAGE_BYTES)
         socket.connect(address)
         await socket.send_multipart([b"", start.to_bytes(SEQUENCE_BYTES, "big")])
         for _ in range(piece):

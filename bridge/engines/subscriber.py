@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import struct
 from collections.abc import Callable
+from typing import Final
 
 import zmq
 
 from kvatlas.bridge.engines.publisher import allow_ipv6
+from kvatlas.bridge.engines.replay_client import SOCKET_MESSAGE_BYTES
 from kvatlas.bridge.errors import EngineError
 
 _BURST = 200
@@ -20,6 +22,8 @@ _BURST = 200
 #: As plain numbers: pyzmq makes an enumeration of them at each call otherwise.
 _EVENTS, _RCVMORE, _POLLIN = int(zmq.EVENTS), int(zmq.RCVMORE), int(zmq.POLLIN)
 _EVENT = struct.Struct("=HI")
+#: Messages that ZMQ queues per engine, minutes of a busy one; what is beyond is replayed.
+_QUEUED_MESSAGES: Final = 100_000
 
 Receive = Callable[[list[bytes]], None]
 #: Gets a connection's number and whether it is there from now on, or no longer.
@@ -37,9 +41,6 @@ class Subscriber:
         *,
         reconnected: Callable[[], None] = lambda: None,
         connection: Connection | None = None,
-        topic_filter: str = "",
-        hwm: int = 100_000,
-        max_bytes: int = -1,
     ) -> None:
         """Open the socket and read from it.
 
@@ -50,9 +51,6 @@ class Subscriber:
             reconnected: called with each (re)connect.
             connection: told of peers that come and go; given, the socket binds. A peer is told before its first message
                 and after its last one, but for what ZMQ had received and not handed out when the peer left.
-            topic_filter: prefix of the topics wanted.
-            hwm: messages queued per peer.
-            max_bytes: largest message; a peer that sends a larger one is dropped.
 
         Raises:
             EngineError: the address cannot be used.
@@ -66,12 +64,12 @@ class Subscriber:
         self._connection = connection
         bind = connection is not None
         self._socket = context.socket(zmq.SUB)
-        self._socket.setsockopt(zmq.RCVHWM, hwm)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
+        self._socket.setsockopt(zmq.RCVHWM, _QUEUED_MESSAGES)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, SOCKET_MESSAGE_BYTES)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
-        self._socket.setsockopt_string(zmq.SUBSCRIBE, topic_filter)
+        self._socket.setsockopt_string(zmq.SUBSCRIBE, "")
         allow_ipv6(self._socket, address)
         self._monitor = self._socket.get_monitor_socket(
             zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED if bind else zmq.EVENT_HANDSHAKE_SUCCEEDED

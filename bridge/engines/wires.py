@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Final
 
 import zmq
 
 from kvatlas.bridge.engines.replay_client import Take, replay
 from kvatlas.bridge.engines.subscriber import Connection, Receive, Subscriber
 from kvatlas.bridge.options import BridgeSettings
+
+#: Replays at a time, of engines that answer and as many of such as do not: each reads as fast as the engine sends.
+PARALLEL_REPLAYS: Final = 8
 
 
 class Wires:
@@ -19,9 +23,9 @@ class Wires:
         """Open nothing yet."""
         self._settings = settings
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._replays = asyncio.Semaphore(settings.replay_parallel)
+        self._replays = asyncio.Semaphore(PARALLEL_REPLAYS)
         #: Engines that do not answer wait for each other, and hold up nobody else's repair.
-        self.silent_replays = asyncio.Semaphore(settings.replay_parallel)
+        self.silent_replays = asyncio.Semaphore(PARALLEL_REPLAYS)
 
     def subscribe(
         self,
@@ -42,25 +46,19 @@ class Wires:
             receive,
             reconnected=reconnected,
             connection=connection,
-            topic_filter=self._settings.topic_filter,
-            hwm=self._settings.receive_hwm,
-            max_bytes=self._settings.socket_message_bytes,
         )
 
     async def replay(
         self, address: str, start: int, take: Take, room: Callable[[], bool], *, silent: bool
     ) -> tuple[bool, int | None]:
         """Run one replay when it is its turn; ``silent`` says that the last one there was not answered."""
-        settings = self._settings
         async with self.silent_replays if silent else self._replays:
             return await replay(
                 self._context,
                 address,
                 start,
                 take,
-                timeout_seconds=settings.replay_timeout_seconds,
-                piece=settings.replay_piece,
-                max_bytes=settings.socket_message_bytes,
+                timeout_seconds=self._settings.replay_timeout_seconds,
                 room=room,
             )
 

@@ -24,6 +24,8 @@ from kvatlas.bridge.model.sink import QueuedRecord
 from kvatlas.bridge.runtime.tasks import Background, end_tasks
 
 _SEQUENCE_MAX: Final = 1 << 48
+#: Wait before the next try of a replay that brought nothing.
+REPLAY_BACKOFF_SECONDS: Final = 0.5
 
 log = logging.getLogger(__name__)
 
@@ -288,7 +290,7 @@ class EngineEndpoint:
                 # A replay that showed a restart was left early and answers nothing about the new process.
                 self.session.take(self.session.tracker.replay_ended(complete=complete, newest=newest))
             if not complete or (self.session is not None and self.session.tracker.hole):
-                await asyncio.sleep(self._shared.settings.replay_backoff_seconds)
+                await asyncio.sleep(REPLAY_BACKOFF_SECONDS)
 
     def _room(self) -> bool:
         return self._shared.sink.room(self.pod.encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Final
 
 import msgspec
 
@@ -30,6 +31,10 @@ class _Peer:
         self.endpoint = endpoint
         self.connection: int | None = None
         self.left_seconds: float | None = None
+
+
+#: Pods that may connect at most: their ids are their own word, so their number must be bounded.
+BIND_PODS: Final = 10_000
 
 
 class Inbound:
@@ -76,8 +81,8 @@ class Inbound:
         place = (topic, rank, "" if named else self._socket.peer)
         peer = self._ours.get(place)
         if peer is None:
-            if len(frames) != 3 or len(frames[1]) != 8 or len(self._ours) >= self._shared.settings.bind_pods:
-                reason = "too many pods" if len(self._ours) >= self._shared.settings.bind_pods else "not a message"
+            if len(frames) != 3 or len(frames[1]) != 8 or len(self._ours) >= BIND_PODS:
+                reason = "too many pods" if len(self._ours) >= BIND_PODS else "not a message"
                 address = self._socket.peer
                 self._shared.dead_letter(address or self.address, frames, f"{reason}: from {address}", self.address)
                 return

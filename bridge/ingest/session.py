@@ -68,7 +68,7 @@ class StreamSession:
         self._ended = False
         self._stripper: Stripper | None = None
         if settings.strip_tokens:
-            blocks = known.blocks if known.blocks is not None else KnownBlocks(settings.strip_blocks)
+            blocks = known.blocks if known.blocks is not None else KnownBlocks()
             self._stripper = Stripper(
                 spec.engine, identity.model, settings.block_size_tokens, settings.limits(), blocks
             )
@@ -76,8 +76,7 @@ class StreamSession:
             known.position,
             next_incarnation=shared.next_incarnation,
             read_ts=read_ts,
-            tries=settings.replay_tries,
-            held=HeldMessages(shared.holding, most=settings.hold_messages, most_bytes=settings.hold_bytes),
+            held=HeldMessages(shared.holding),
             can_replay=bool(spec.replay),
         )
         self.take(self.tracker.begin())

@@ -18,6 +18,8 @@ from kvatlas.bridge.model.sink import Acknowledge, QueuedRecord, RecordSink
 from kvatlas.bridge.options import BridgeSettings
 
 _DLQ_BYTES: Final = 1024 * 1024
+#: Live messages held while holes are repaired, over all pods; beyond it they are left to replay.
+_HOLD_TOTAL_BYTES: Final = 512 * 1024 * 1024
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +59,7 @@ class Shared:
         self.now_ns = now_ns
         self.recovered: dict[str, Recovered] = {}
         self.partitions = 1
-        self.holding = HeldBytes(settings.hold_total_bytes)
+        self.holding = HeldBytes(_HOLD_TOTAL_BYTES)
         self.owns: Callable[[int], bool] = lambda _: True
         self.dead: dict[str, int] = {}
         self.claims: dict[str, PodHolder] = {}

@@ -30,6 +30,8 @@ from kvatlas.bridge.runtime.tasks import Background
 #: How often :meth:`EngineStreams.tick` is to be called.
 TICK_SECONDS: Final = 0.25
 _UNLISTED: Final = "not listed by discovery since this bridge has the pod"
+#: How often changed pod records are written; what is urgent goes at once.
+RECORD_SECONDS: Final = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +197,7 @@ class EngineStreams:
             complete: whether all that is listed is known, so that a pod without an endpoint has left.
         """
         settings, now, seconds = self._settings, self.shared.now_ns(), time.monotonic()
-        due = seconds - self._written >= settings.record_seconds
+        due = seconds - self._written >= RECORD_SECONDS
         if due:
             self._written = seconds
             if complete:

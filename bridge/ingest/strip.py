@@ -24,6 +24,8 @@ from kvatlas.bridge.model.events import Batch, Cleared, Limits, Removed, Stored
 from kvatlas.bridge.model.records import KeyedBatch, KeyedCleared, KeyedRemoved, KeyedStored
 
 _ROOTS_MAX: Final = 10_000
+#: Engine blocks of a pod whose keys are remembered for children that follow: about 10 MB.
+KNOWN_BLOCKS: Final = 65_536
 
 #: Events of one message by the parent (its size, its engine key) that it has not named yet, with their place in it.
 _Waiting = dict[tuple[int, bytes], list[tuple[int, Stored]]]
@@ -36,7 +38,7 @@ class KnownBlocks:
     a block here.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int = KNOWN_BLOCKS) -> None:
         """Hold at most ``limit`` engine blocks.
 
         ``extra_named`` says that salts, pictures or embeddings have named blocks, ``adapted`` that adapters have.

@@ -35,6 +35,11 @@ def client_config(settings: KafkaSettings, client_id: str) -> dict[str, Any]:
     return config
 
 
+def is_loopback(settings: KafkaSettings) -> bool:
+    """Whether the brokers are on this machine, where waiting for more records to a fetch saves nothing."""
+    return settings.brokers.startswith(("127.", "localhost"))
+
+
 def pace_metadata(client: Any, seconds: float = 0.2) -> None:
     """Make an aiokafka client wait after a metadata request that no broker answered.
 

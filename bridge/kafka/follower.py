@@ -12,7 +12,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.errors import LogError
-from kvatlas.bridge.kafka.config import client_config
+from kvatlas.bridge.kafka.config import client_config, is_loopback
 from kvatlas.bridge.kafka.fetching import fetch
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.bridge.runtime.tasks import end_tasks
@@ -136,7 +136,7 @@ class TopicFollower:
             enable_auto_commit=False,
             # Who must know of lost records is not moved past them in silence: the error leads back here, to be placed.
             auto_offset_reset="earliest" if self._lost is None else "none",
-            fetch_max_wait_ms=_FETCH_WAIT_MS if self._is_loopback() else 100,
+            fetch_max_wait_ms=_FETCH_WAIT_MS if is_loopback(self._kafka) else 100,
             metadata_max_age_ms=30_000,
         )
         await consumer.start()
@@ -159,9 +159,6 @@ class TopicFollower:
         finally:
             with contextlib.suppress(KafkaError, OSError):
                 await consumer.stop()
-
-    def _is_loopback(self) -> bool:
-        return self._kafka.brokers.startswith(("127.", "localhost"))
 
     async def _place(self, consumer: Any) -> list[TopicPartition]:
         partitions = sorted(consumer.assignment())

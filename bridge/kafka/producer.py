@@ -104,7 +104,7 @@ class RecordProducer:
         *,
         client_id: str = "kvatlas-bridge",
         compression: str = "zstd",
-        linger_seconds: float = 0.004,
+        linger_seconds: float = 0.002,
         batch_bytes: int = 1024 * 1024,
         message_bytes: int = 32 * 1024 * 1024,
         buffer_bytes: int = 256 * 1024 * 1024,

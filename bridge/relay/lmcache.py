@@ -29,6 +29,8 @@ from kvatlas.bridge.runtime.tasks import Background
 
 _MESSAGE_BYTES: Final = 256 * 1024
 _TURN_SECONDS: Final = 0.2
+#: Chunks remembered per LMCache server, and tokens of as many in all: 16 million tokens of 256 a chunk.
+_CHUNKS: Final = 65_536
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +107,7 @@ class CacheSource:
         settings = shared.settings
         self.rejected = 0
         self._servers = parse_cache_servers(settings.lmcache_servers)
-        self.state = self._empty(settings.block_size_tokens, settings.lmcache_chunks)
+        self.state = self._empty(settings.block_size_tokens, _CHUNKS)
         self._shared = shared
         self._background = background
         self._told: dict[str, _Told] = {}
@@ -150,7 +152,7 @@ class CacheSource:
     async def _lost(self) -> None:
         """Begin anew: records that were to come next are gone, so what is known of the servers is not true any more."""
         settings = self._shared.settings
-        self.state = self._empty(settings.block_size_tokens, settings.lmcache_chunks)
+        self.state = self._empty(settings.block_size_tokens, _CHUNKS)
         for pod, told in self._told.items():
             self._leave(pod, told)
         self._told.clear()

@@ -19,18 +19,17 @@ from kvatlas.bridge.runtime.settings import KafkaSettings
 
 #: Events this much older than the newest pod record are in the records, see :func:`_starts`.
 _SETTLED_SECONDS: Final = 60.0
+#: Records per partition that are read back for the blocks known where tokens are stripped: a few seconds' reading.
+_KNOWN_RECORDS: Final = 50_000
 
 
-async def recover(
-    settings: KafkaSettings, partitions: list[int], *, known_blocks: int = 0, known_records: int = 0
-) -> dict[str, Recovered]:
+async def recover(settings: KafkaSettings, partitions: list[int], *, known_blocks: int = 0) -> dict[str, Recovered]:
     """Read where the pods of some partitions stand.
 
     Args:
         settings: the cluster.
         partitions: of ``kv-events``.
         known_blocks: engine blocks to remember per pod where tokens are stripped, 0 for none.
-        known_records: records per partition that are read back for them.
 
     Raises:
         LogError: Kafka does not answer.
@@ -54,7 +53,7 @@ async def recover(
         starts = await _starts(consumer, settings.topic(topics.EVENTS), partitions, pods, newest)
         if known_blocks and starts:
             for place, end in (await consumer.end_offsets(list(starts))).items():
-                starts[place] = max(min(starts[place], end - known_records), 0)
+                starts[place] = max(min(starts[place], end - _KNOWN_RECORDS), 0)
         async for message in _to_end(consumer, list(starts), starts):
             if message.key is not None:
                 place = (message.partition, message.offset)

@@ -19,6 +19,7 @@ from kvatlas.bridge.engines.spec import EngineSpec
 from kvatlas.bridge.errors import KvatlasError, TaskEndedError
 from kvatlas.bridge.ingest.endpoint import EngineEndpoint
 from kvatlas.bridge.ingest.streams import TICK_SECONDS, EngineStreams
+from kvatlas.bridge.ingest.strip import KNOWN_BLOCKS
 from kvatlas.bridge.kafka.producer import RecordProducer
 from kvatlas.bridge.model import topics
 from kvatlas.bridge.options import BridgeSettings
@@ -33,6 +34,10 @@ from kvatlas.bridge.runtime.telemetry import Telemetry
 
 _FILE_SECONDS: Final = 0.5
 _FIRST_LIST_SECONDS: Final = 10.0
+#: How often DNS, and the APIs of engines known by their HTTP address, are asked again; a file is looked at more often.
+DISCOVERY_SECONDS: Final = 5.0
+#: Longest wait for Kafka at shutdown; what is not acknowledged then is replayed by the next bridge.
+_FLUSH_SECONDS: Final = 10.0
 
 log = logging.getLogger(__name__)
 
@@ -72,8 +77,6 @@ class BridgeService:
         self._publisher = RecordProducer(
             kafka,
             compression=settings.compression,
-            linger_seconds=settings.linger_ms / 1000,
-            batch_bytes=settings.batch_bytes,
             message_bytes=settings.message_bytes,
             buffer_bytes=settings.buffer_bytes,
         )
@@ -183,9 +186,9 @@ class BridgeService:
         if self._caches is not None:
             await self._caches.stop()
         await self._streams.close()
-        await self._publisher.flush(self._settings.flush_seconds)
+        await self._publisher.flush(_FLUSH_SECONDS)
         self._streams.write_records()
-        if not await self._publisher.flush(min(1.0, self._settings.flush_seconds)):
+        if not await self._publisher.flush(1.0):
             log.warning("%d bytes not acknowledged; replay repairs them", self._publisher.pending_bytes)
         await self._publisher.stop()
         if self._ownership is not None:
@@ -198,8 +201,7 @@ class BridgeService:
         found = await recover(
             self._kafka,
             partitions,
-            known_blocks=settings.strip_blocks if settings.strip_tokens else 0,
-            known_records=settings.strip_recover_records,
+            known_blocks=KNOWN_BLOCKS if settings.strip_tokens else 0,
         )
         self._streams.adopt(found)
 
@@ -234,7 +236,7 @@ class BridgeService:
 
     def _until_next_look(self) -> float:
         """Seconds to the next look: not past the time when a missing endpoint is gone."""
-        return max(0.05, min(self._settings.discovery_seconds, self._streams.seconds_to_next_end()))
+        return max(0.05, min(DISCOVERY_SECONDS, self._streams.seconds_to_next_end()))
 
     async def _watch_file(self) -> None:
         """Look at the file's own data often: cheap, and it works on every file system and with swapped links."""

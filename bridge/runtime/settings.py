@@ -17,7 +17,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, NamedTuple, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Final, NamedTuple, TypeVar, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
@@ -31,7 +31,13 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of every settings section."""
+    """Base of every settings section.
+
+    Attributes:
+        CONSTANTS: names that were settings and are constants of the code: whoever still sets one is told so.
+    """
+
+    CONSTANTS: ClassVar[frozenset[str]] = frozenset()
 
 
 class KafkaSettings(Section, frozen=True, kw_only=True):
@@ -130,6 +136,9 @@ def add_flags(parser: argparse.ArgumentParser, name: str, section: type[msgspec.
             choices = _choices(field.type)
             metavar = None if choices else field.name.rsplit("_", 1)[-1].upper()
             group.add_argument(flag, dest=dest, default=argparse.SUPPRESS, choices=choices, metavar=metavar, help=text)
+    for constant in sorted(getattr(section, "CONSTANTS", ())):
+        flag, dest = flag_name(constant, prefix), f"{name}:{constant}"
+        group.add_argument(flag, dest=dest, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def flags_of(namespace: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -192,6 +201,8 @@ def load(
     for place, values in sources:
         for key, value in values.items():
             where = place.format(key=key, KEY=key.upper(), flag=key.replace("_", "-"))
+            if key in getattr(section, "CONSTANTS", ()):
+                raise SettingsError(f"{where} is a constant now and cannot be set: take it out")
             if key not in known:
                 raise SettingsError(f"unknown setting: {where}; known: {', '.join(sorted(known))}")
             merged[key] = _checked(where, section, known[key], value)

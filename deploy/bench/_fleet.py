@@ -18,7 +18,7 @@ from kvatlas.bridge.model.records import Control
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.sim import traffic
 from kvatlas.deploy.sim.cache import Request
-from kvatlas.deploy.sim.options import SimSettings
+from kvatlas.deploy.sim.options import SimPlan
 from kvatlas.deploy.sim.pod import SimPod
 
 _RECORD = tuple[bytes, bytes, list[tuple[str, bytes]]]
@@ -71,7 +71,7 @@ class LogFleet:
         settings: pods and traffic.
     """
 
-    def __init__(self, kafka: KafkaSettings, partitions: int, settings: SimSettings) -> None:
+    def __init__(self, kafka: KafkaSettings, partitions: int, settings: SimPlan) -> None:
         self._topic = kafka.topic(topics.EVENTS)
         self._partitions = partitions
         self._sink: queue.SimpleQueue[_RECORD] = queue.SimpleQueue()
@@ -83,7 +83,7 @@ class LogFleet:
         for pod in self.pods.values():
             pod.start()
 
-    def _pod(self, name: str, settings: SimSettings) -> SimPod:
+    def _pod(self, name: str, settings: SimPlan) -> SimPod:
         incarnations = iter(range(FIRST_INCARNATION, FIRST_INCARNATION + 100_000))
         return SimPod(
             name,

@@ -34,7 +34,7 @@ from kvatlas.deploy.processes.launcher import Launcher
 from kvatlas.deploy.processes.supervisor import Child
 from kvatlas.deploy.sim.cache import Request
 from kvatlas.deploy.sim.fleet import Fleet
-from kvatlas.deploy.sim.options import SimSettings
+from kvatlas.deploy.sim.options import SimPlan
 from kvatlas.scorer.gateway.options import PickerSettings
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.tokenization.options import TokenizerSettings
@@ -80,9 +80,7 @@ class _Stand:
         self._folder = folder
         self._args = args
         self._loop = asyncio.new_event_loop()
-        self._fleet = Fleet(
-            SimSettings(pods=4, blocks=200_000, model=_MODEL), clock=time.time, monotonic=time.monotonic
-        )
+        self._fleet = Fleet(SimPlan(pods=4, blocks=200_000, model=_MODEL), clock=time.time, monotonic=time.monotonic)
         self._pods = [FastPod() for _ in self._fleet.pods]
         self._launcher: Launcher | None = None
         self._picker: Child | None = None

@@ -81,7 +81,7 @@ async def _parallel(args: argparse.Namespace) -> tuple[list[float], list[float]]
     tokenizer = Tokenizer.from_file(str(args.tokenizer / TOKENIZER_FILE))
     rng = random.Random(2)  # noqa: S311  # the same text every time
     together, apart = [], []
-    settings = TokenizerSettings(models=(f"{_MODEL}={args.tokenizer}",), threads=2, prefix_cache_bytes=0)
+    settings = TokenizerSettings(models=(f"{_MODEL}={args.tokenizer}",), prefix_cache_bytes=0)
     async with TokenizerPool(settings) as pool:
         await pool.load(_MODEL)
         for _ in range(max(5, args.rounds // 4)):

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from kvatlas.deploy.cli import common
 from kvatlas.deploy.processes.demo import Check, Demo, DemoError, PodView
-from kvatlas.deploy.sim.options import SimSettings
+from kvatlas.deploy.sim.options import SimPlan
 
 HELP: Final = "run the whole pipeline on simulated pods and check its answers"
 _LINE_SECONDS: Final = 2.0
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the demonstration; 0 when every score equals the truth."""
     sections = common.load_sections(args, defaults={"scorer": {"listen": "127.0.0.1:0"}})
-    sim: SimSettings = sections.pop("sim")
+    sim = SimPlan.of(sections.pop("sim"))
     state_dir = args.state_dir or Path(tempfile.mkdtemp(prefix="kvatlas-demo-"))
     stop = common.stop_event()
     demo = Demo(

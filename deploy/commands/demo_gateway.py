@@ -16,7 +16,7 @@ import msgspec
 from kvatlas.bridge.errors import KvatlasError
 from kvatlas.deploy.cli import common
 from kvatlas.deploy.processes.demo_gateway import DemoGateway, Turn
-from kvatlas.deploy.sim.options import SimSettings
+from kvatlas.deploy.sim.options import SimPlan
 
 HELP: Final = "send chats through a real Envoy and check that they arrive where their prefix is"
 
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     sections = common.load_sections(
         args, defaults={"scorer": {"listen": "127.0.0.1:0"}, "sim": {"pods": 4, "max_running": 16}}
     )
-    sim: SimSettings = sections.pop("sim")
+    sim = SimPlan.of(sections.pop("sim"))
     state_dir = args.state_dir or Path(tempfile.mkdtemp(prefix="kvatlas-gateway-"))
     stop = common.stop_event()
     demo = DemoGateway(sections, msgspec.structs.replace(sim, salted_share=0.0), state_dir)

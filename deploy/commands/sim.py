@@ -12,7 +12,7 @@ import msgspec
 
 from kvatlas.deploy.cli import common
 from kvatlas.deploy.sim.fleet import Fleet
-from kvatlas.deploy.sim.options import SimSettings
+from kvatlas.deploy.sim.options import SimPlan, SimSettings
 from kvatlas.deploy.sim.truth import TruthServer
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the fleet; prints ``ready engines=... truth=HOST:PORT`` on standard output once every socket is bound."""
     sections = common.load_sections(args)
     settings: SimSettings = sections["sim"]
-    fleet = Fleet(settings, clock=time.time, monotonic=time.monotonic)
+    fleet = Fleet(SimPlan.of(settings), clock=time.time, monotonic=time.monotonic)
     truth = TruthServer(fleet, settings.truth_listen)
     stop = common.stop_event()
     if args.start_paused:

@@ -138,7 +138,7 @@ async def _listening(
         if len(frames) == 3 and len(frames[1]) == 8:
             seen.heard(int.from_bytes(frames[1], "big"), frames[2], engine, time.time())
 
-    subscriber = Subscriber(context, seen.source.live, receive, reconnected=there.set, hwm=0)
+    subscriber = Subscriber(context, seen.source.live, receive, reconnected=there.set)
     try:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_seconds):

@@ -19,7 +19,7 @@ from typing import Final
 from kvatlas.bridge.engines.publisher import EnginePublisher
 from kvatlas.deploy.sim import traffic
 from kvatlas.deploy.sim.cache import Request
-from kvatlas.deploy.sim.options import SimSettings
+from kvatlas.deploy.sim.options import SimPlan
 from kvatlas.deploy.sim.pod import Publisher, SimPod
 from kvatlas.scorer import Indexer
 
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--blocks", type=int, default=400, help="blocks of each pod's cache (default %(default)s)")
     parser.add_argument("--requests", type=int, default=400, help="requests of the traffic (default %(default)s)")
     args = parser.parse_args(argv)
-    settings = SimSettings(sessions=24, system_prompts=8, system_tokens=512, output_tokens=200)
+    settings = SimPlan(sessions=24, system_prompts=8, system_tokens=512, output_tokens=200)
     requests = list(islice(traffic.requests(settings), args.requests))
     for policy in POLICIES:
         share = asyncio.run(cached_share(policy, args.pods, args.blocks, requests))

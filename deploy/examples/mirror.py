@@ -27,7 +27,7 @@ from kvatlas.bridge.errors import KvatlasError, SettingsError
 from kvatlas.deploy.examples.engine import StandInEngine
 from kvatlas.deploy.examples.pipeline import pipeline
 from kvatlas.deploy.sim import traffic
-from kvatlas.deploy.sim.options import SimSettings
+from kvatlas.deploy.sim.options import SimPlan
 from kvatlas.scorer import Indexer
 from kvatlas.scorer.library.backends.errors import BackendError
 from kvatlas.scorer.library.backends.mirror import MirrorBackend
@@ -85,7 +85,7 @@ async def cached_share(pods: int, requests: int, redis: str = "") -> float:
         Share of prompt tokens that the engines had cached.
     """
     engines = [StandInEngine(f"pod-{number}", _MODEL) for number in range(pods)]
-    settings = SimSettings(sessions=16, system_prompts=8, system_tokens=512, vocabulary=1000)
+    settings = SimPlan(sessions=16, system_prompts=8, system_tokens=512, vocabulary=1000)
     total: Counter[str] = Counter()
     async with contextlib.AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -23,7 +23,7 @@ import aiohttp
 from kvatlas.bridge.errors import KvatlasError
 from kvatlas.deploy.examples.engine import StandInEngine
 from kvatlas.deploy.sim import traffic
-from kvatlas.deploy.sim.options import SimSettings
+from kvatlas.deploy.sim.options import SimPlan
 from kvatlas.scorer.client import AsyncScorerClient, score_request
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 
@@ -76,7 +76,7 @@ async def cached_share(pods: int, requests: int, brokers: str = "") -> tuple[flo
         Share of prompt tokens that the engines had cached, and the scorer's reason for its last pick.
     """
     engines = [StandInEngine(f"pod-{number}", _MODEL) for number in range(pods)]
-    settings = SimSettings(sessions=16, system_prompts=8, system_tokens=512, vocabulary=1000)
+    settings = SimPlan(sessions=16, system_prompts=8, system_tokens=512, vocabulary=1000)
     total: Counter[str] = Counter()
     reason = ""
     async with contextlib.AsyncExitStack() as stack:

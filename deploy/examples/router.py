@@ -22,7 +22,7 @@ from aiohttp import web
 from kvatlas.bridge.errors import KvatlasError
 from kvatlas.deploy.examples.engine import StandInEngine
 from kvatlas.deploy.sim import traffic
-from kvatlas.deploy.sim.options import SimSettings
+from kvatlas.deploy.sim.options import SimPlan
 from kvatlas.scorer import Indexer
 from kvatlas.scorer.scoring.answers import Scored
 from kvatlas.scorer.tokenization.options import TokenizerSettings
@@ -142,7 +142,7 @@ async def running(
 
 async def cached_share(pods: int, requests: int, *, precise: bool) -> float:
     """Send conversations through a router and return the share of prompt tokens that the engines had cached."""
-    settings = SimSettings(sessions=16, system_prompts=8, system_tokens=512, vocabulary=1000)
+    settings = SimPlan(sessions=16, system_prompts=8, system_tokens=512, vocabulary=1000)
     total: Counter[str] = Counter()
     async with running(pods, precise=precise) as (url, _), aiohttp.ClientSession() as session:
         for request in itertools.islice(traffic.requests(settings), requests):

@@ -11,8 +11,6 @@ import asyncio
 import contextlib
 from typing import Final
 
-import msgspec
-
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.runtime.interpreter import tune_interpreter
 from kvatlas.bridge.runtime.restarts import Restarts
@@ -47,8 +45,7 @@ class ScoringWorker:
         if settings.role == "resolve":
             raise SettingsError("[worker] role resolve keeps no index to score from: take index or all, or no scorer")
         self.ready = asyncio.Event()
-        short = min(settings.slice_updates, _SLICE_UPDATES)
-        self.worker = WorkerService(msgspec.structs.replace(settings, slice_updates=short), kafka)
+        self.worker = WorkerService(settings, kafka, slice_updates=_SLICE_UPDATES)
         self._scorer = ScorerService(
             scorer,
             kafka,

@@ -16,7 +16,7 @@ from kvatlas.bridge.errors import KvatlasError
 from kvatlas.deploy.processes.launcher import Launcher
 from kvatlas.deploy.sim.cache import Request
 from kvatlas.deploy.sim.fleet import Fleet
-from kvatlas.deploy.sim.options import SimSettings
+from kvatlas.deploy.sim.options import SimPlan
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 from kvatlas.scorer.v1 import scorer_pb2_grpc
 
@@ -76,7 +76,7 @@ class Demo:
         state_dir: logs and tables.
     """
 
-    def __init__(self, sections: dict[str, Any], sim: SimSettings, state_dir: Path) -> None:
+    def __init__(self, sections: dict[str, Any], sim: SimPlan, state_dir: Path) -> None:
         self._sim = sim
         self.fleet = Fleet(sim, clock=time.time, monotonic=time.monotonic)
         self._sections = sections

@@ -27,7 +27,7 @@ from kvatlas.deploy.processes import child
 from kvatlas.deploy.processes.launcher import Launcher
 from kvatlas.deploy.processes.supervisor import Child, Kept, stop_all
 from kvatlas.deploy.sim.fleet import Fleet
-from kvatlas.deploy.sim.options import SimSettings
+from kvatlas.deploy.sim.options import SimPlan
 from kvatlas.deploy.sim.serving import POD_HEADER, ServedFleet
 from kvatlas.scorer.gateway.options import PickerSettings
 from kvatlas.scorer.picker.names import REQUEST_ID
@@ -88,7 +88,7 @@ class DemoGateway:
         state_dir: logs and tables.
     """
 
-    def __init__(self, sections: dict[str, Any], sim: SimSettings, state_dir: Path) -> None:
+    def __init__(self, sections: dict[str, Any], sim: SimPlan, state_dir: Path) -> None:
         self._sections = dict(sections)
         self._sim = sim
         self._state_dir = state_dir

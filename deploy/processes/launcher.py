@@ -75,9 +75,6 @@ class Launcher:
                 self.kafka, brokers=self._broker.bootstrap, partitions=embedded.PARTITIONS, replication=1
             )
         worker = msgspec.structs.replace(self._sections["worker"], state_dir=str(tables), processes=1)
-        if self._broker is not None:  # it answers a fetch only when the wait is over, so the wait is the delay
-            wait = min(worker.fetch_wait_ms, embedded.FETCH_MAX_WAIT_MS)
-            worker = msgspec.structs.replace(worker, fetch_wait_ms=wait)
         self._sections["worker"] = worker
         # One bridge has nobody to share pods with, and joining a group takes seconds.
         self._sections["bridge"] = msgspec.structs.replace(self._sections["bridge"], ownership="all")

@@ -131,7 +131,7 @@ class Versions:
 
 def _scorer(reader: VersionReader, settings: ScorerSettings) -> Scorer:
     def view() -> IndexView:
-        if (why := reader.index.unready(require_workers=settings.require_workers)) is not None:
+        if (why := reader.index.unready()) is not None:
             raise NotReadyError(f"index version {reader.name} is not ready: {why}")
         return reader.index.view()
 

@@ -16,7 +16,7 @@ from kvatlas.bridge.errors import SettingsError
 from kvatlas.deploy.sim import traffic
 from kvatlas.deploy.sim.cache import Request
 from kvatlas.deploy.sim.errors import UnknownPodError
-from kvatlas.deploy.sim.options import SimSettings
+from kvatlas.deploy.sim.options import SimPlan
 from kvatlas.deploy.sim.pod import WEIGHTS, Expected, PodStatus, Publisher, PublisherFactory, SimPod
 
 #: Longest time without a look at the pods while they have work, in seconds.
@@ -37,7 +37,7 @@ class Fleet:
 
     def __init__(
         self,
-        settings: SimSettings,
+        settings: SimPlan,
         *,
         clock: Callable[[], float],
         monotonic: Callable[[], float],

@@ -24,7 +24,7 @@ from kvatlas.bridge.errors import KvatlasError
 from kvatlas.deploy.sim.cache import Request, Running
 from kvatlas.deploy.sim.errors import PoolFullError, SimError
 from kvatlas.deploy.sim.fleet import Fleet
-from kvatlas.deploy.sim.options import SimSettings
+from kvatlas.deploy.sim.options import SimPlan
 from kvatlas.deploy.sim.pod import SimPod
 from kvatlas.scorer.tokenization import requests
 from kvatlas.scorer.tokenization.options import TokenizerSettings
@@ -51,7 +51,7 @@ class ServedPod:
         address: ``host:port`` that it serves on, once started.
     """
 
-    def __init__(self, pod: SimPod, settings: SimSettings, pool: TokenizerPool) -> None:
+    def __init__(self, pod: SimPod, settings: SimPlan, pool: TokenizerPool) -> None:
         self.address = ""
         self._pod = pod
         self._settings = settings

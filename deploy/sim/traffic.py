@@ -13,7 +13,7 @@ import msgspec
 
 from kvatlas.deploy.sim.cache import Request
 from kvatlas.deploy.sim.errors import TraceError
-from kvatlas.deploy.sim.options import SimSettings
+from kvatlas.deploy.sim.options import SimPlan
 
 TRACE_BLOCK_TOKENS: Final = 512
 
@@ -26,7 +26,7 @@ class _Session(msgspec.Struct, eq=False):
     lora: str | None
 
 
-def conversations(settings: SimSettings) -> Iterator[Request]:
+def conversations(settings: SimPlan) -> Iterator[Request]:
     """Yield requests of conversations without end; equal settings yield equal requests.
 
     A turn's prompt is the system prompt, every earlier turn with its answer, and the new turn of the user.
@@ -83,7 +83,7 @@ class _TraceLine(msgspec.Struct, frozen=True):
 _trace_line: Final = msgspec.json.Decoder(_TraceLine)
 
 
-def trace(settings: SimSettings) -> Iterator[Request]:
+def trace(settings: SimPlan) -> Iterator[Request]:
     """Yield the requests of a trace file: one JSON object a line with ``timestamp`` (ms), ``input_length``,
     ``output_length`` (tokens) and ``hash_ids``, one id per started 512 tokens of input.
 
@@ -118,7 +118,7 @@ class _Content:
 def _traced(
     line: bytes,
     where: str,
-    settings: SimSettings,
+    settings: SimPlan,
     rng: random.Random,
     content: _Content,
 ) -> Request:
@@ -140,6 +140,6 @@ def _traced(
     )
 
 
-def requests(settings: SimSettings) -> Iterator[Request]:
+def requests(settings: SimPlan) -> Iterator[Request]:
     """Yield the traffic that the settings ask for."""
     return trace(settings) if settings.trace else conversations(settings)

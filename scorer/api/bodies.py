@@ -17,6 +17,10 @@ from kvatlas.scorer.options import MIB, ScorerSettings
 
 #: So much of each body is let in without a look at the others, so that small requests pass beside large ones.
 _FREE_BYTES: Final = 64 * 1024
+#: Of all bodies together; more are refused. Sixteen of the largest: beyond that waiting would only hold memory.
+_INFLIGHT_BYTES: Final = 256 * MIB
+#: A body must come within so long, and one second more for every MiB of it: slower senders only hold memory.
+BODY_SECONDS: Final = 10.0
 
 
 class Inflight:
@@ -26,7 +30,7 @@ class Inflight:
         used: bytes counted now.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int = _INFLIGHT_BYTES) -> None:
         self.used = 0
         self._most = most
 
@@ -89,7 +93,7 @@ class HttpBody:
         found = bytearray()
         try:
             while True:
-                left = began + self._settings.http_body_seconds + len(found) / MIB - time.monotonic()
+                left = began + BODY_SECONDS + len(found) / MIB - time.monotonic()
                 async with asyncio.timeout(left):
                     chunk = await self._request.content.readany()
                 if not chunk:

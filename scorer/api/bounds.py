@@ -15,6 +15,13 @@ MAX_NAME_BYTES: Final = 1024
 #: Pods named in one request, loads or weights given with it.
 MAX_NAMES: Final = 65_536
 
+#: Requests of a batch, or prompts of one body: more only make the others' turns longer.
+MAX_BATCH: Final = 256
+#: Multimodal items of a prompt, above what any engine takes.
+MAX_MULTIMODAL: Final = 4_096
+#: Messages of a chat; a template is rendered over all of them.
+MAX_MESSAGES: Final = 4_096
+
 _SCORE: Final = ("model", "lora", "cache_salt", "request_id", "strategy", "truncation_side", "request_path")
 _REPORT: Final = ("request_id", "pod", "policy")
 
@@ -43,32 +50,42 @@ def check_names(names: Iterable[str], count: int, field: str) -> None:
         check_name(name, field)
 
 
-def check_request(request: Any, max_multimodal: int) -> None:
+def check_request(request: Any) -> None:
     """Check every name in a request of any operation, but for the requests in a batch.
 
     Raises:
         InputError: a name is too long, or there are too many.
     """
     if isinstance(request, pb.ScoreRequest):
-        _check_score(request, max_multimodal)
+        _check_score(request)
     elif isinstance(request, pb.PickRequest):
-        _check_score(request.request, max_multimodal)
+        _check_score(request.request)
         check_name(request.tie_break, "tie_break")
         check_names(request.load, len(request.load), "load")
         check_names(request.weights, len(request.weights), "weights")
     elif isinstance(request, pb.ReportDecisionRequest):
         _check_fields(request, _REPORT)
-        _check_score(request.request, max_multimodal)
+        _check_score(request.request)
     elif isinstance(request, pb.ListPodsRequest):
         check_name(request.model, "model")
 
 
-def _check_score(request: pb.ScoreRequest, max_multimodal: int) -> None:
+def check_batch(request: pb.ScoreBatchRequest) -> None:
+    """Refuse a batch of too many requests.
+
+    Raises:
+        TooLargeError: it is one.
+    """
+    if len(request.requests) > MAX_BATCH:
+        raise TooLargeError(f"{len(request.requests)} requests; at most {MAX_BATCH}")
+
+
+def _check_score(request: pb.ScoreRequest) -> None:
     _check_fields(request, _SCORE)
     check_names(request.pods, len(request.pods), "pods")
     count = len(request.multimodal)
-    if count > max_multimodal:
-        raise TooLargeError(f"multimodal: {count} items; at most {max_multimodal} (max_multimodal)")
+    if count > MAX_MULTIMODAL:
+        raise TooLargeError(f"multimodal: {count} items; at most {MAX_MULTIMODAL}")
     for item in request.multimodal:
         check_name(item.identifier, "multimodal.identifier")
 

@@ -17,12 +17,12 @@ import grpc
 
 from kvatlas.bridge.errors import KvatlasError
 from kvatlas.scorer.api import metrics
-from kvatlas.scorer.api.bounds import check_request
+from kvatlas.scorer.api.bounds import check_batch, check_request
 from kvatlas.scorer.api.core import Core
 from kvatlas.scorer.api.intake import Opened, Ready
 from kvatlas.scorer.api.security import Caller, Guard
 from kvatlas.scorer.api.status import ROLE_OF, code_of
-from kvatlas.scorer.errors import InputError, NotReadyError, ScorerError, TooLargeError
+from kvatlas.scorer.errors import InputError, NotReadyError, ScorerError
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.tokenization import requests
 from kvatlas.scorer.tokenization.records import Encoded
@@ -171,9 +171,7 @@ class Calls:
     async def _score_batch(
         self, request: pb.ScoreBatchRequest, caller: Caller, deadline: float
     ) -> pb.ScoreBatchResponse:
-        limit = self.settings.max_batch
-        if len(request.requests) > limit:
-            raise TooLargeError(f"{len(request.requests)} requests; at most {limit} (max_batch)")
+        check_batch(request)
         opened: list[Opened | KvatlasError] = []
         for one in request.requests:
             try:
@@ -201,7 +199,7 @@ class Calls:
             return pb.ScoreResponse(error=f"{code_of(error).name}: {error}")
 
     async def _pick(self, request: pb.PickRequest, caller: Caller, deadline: float) -> pb.PickResponse:
-        check_request(request, self.settings.max_multimodal)
+        check_request(request)
         ready = await self.core.intake.ready(await self._one(request.request, caller), deadline)
         wanted = pb.PickRequest()
         wanted.CopyFrom(request)
@@ -219,7 +217,7 @@ class Calls:
     async def _report(
         self, request: pb.ReportDecisionRequest, caller: Caller, deadline: float
     ) -> pb.ReportDecisionResponse:
-        check_request(request, self.settings.max_multimodal)
+        check_request(request)
         if request.HasField("request"):
             ready = await self.core.intake.ready(await self._one(request.request, caller), deadline)
             request.request.CopyFrom(ready.request)
@@ -247,7 +245,7 @@ class Calls:
         Raises:
             InputError: the name is too long.
         """
-        check_request(request, self.settings.max_multimodal)
+        check_request(request)
         if request.model:
             request.model = self.core.intake.named_model(request.model)
         return request

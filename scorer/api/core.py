@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import AsyncGenerator, Callable
+from typing import Final
 
 from kvatlas.bridge.errors import KvatlasError
 from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.model.records import GONE, DecisionRecord, PodRecord
 from kvatlas.scorer.api import inputs
+from kvatlas.scorer.api.bounds import check_batch
 from kvatlas.scorer.api.gate import Gate
 from kvatlas.scorer.api.intake import Intake
 from kvatlas.scorer.api.replies import explained_reply, pick_query, pick_reply, pod_info, reply_of
 from kvatlas.scorer.api.status import code_of
-from kvatlas.scorer.errors import InputError, NotReadyError, TooLargeError, UnknownRequestError
+from kvatlas.scorer.errors import InputError, NotReadyError, UnknownRequestError
 from kvatlas.scorer.lookups.index import Index
 from kvatlas.scorer.lookups.pods import PodTable
 from kvatlas.scorer.options import ScorerSettings
@@ -30,6 +32,11 @@ from kvatlas.scorer.scoring.strategies import Weighing, full_score
 from kvatlas.scorer.tokenization.pool import TokenizerPool
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 
+#: Open streams of pods at most: each has a queue, and there are as many as scorers and dashboards watch.
+MAX_WATCHERS: Final = 64
+#: A first round is one packed lookup that most prompts fit in; later ones stay below what a worker takes at once.
+_CHUNKS: Final = Chunks(1_024, 16_384)
+
 
 class Core:
     """Scores prompts against the pods and the index.
@@ -38,7 +45,7 @@ class Core:
         decisions: open decisions, which hold blocks speculatively.
         intake: reads what callers send.
         gate: holds what is worked on, over all fronts, to ``max_concurrent``.
-        watchers: holds the open streams of pods, over all fronts, to ``max_watchers``.
+        watchers: holds the open streams of pods, over all fronts, to :data:`MAX_WATCHERS`.
     """
 
     def __init__(
@@ -48,6 +55,7 @@ class Core:
         *,
         pool: TokenizerPool | None = None,
         decisions: Decisions | None = None,
+        chunks: Chunks = _CHUNKS,
         clock_ns: Callable[[], int] = time.time_ns,
         observe: Callable[[str, float], None] = lambda _stage, _seconds: None,
         answered: Callable[[str, Scored], None] = lambda _model, _scored: None,
@@ -59,6 +67,7 @@ class Core:
             index: the index version to begin with.
             pool: tokenizers; None takes token ids only.
             decisions: open decisions; None for none.
+            chunks: how many blocks are asked for at a time.
             clock_ns: wall clock in ns, for ages.
             observe: told of each stage's duration in seconds.
             answered: told of the model and the answer of every score, for metrics.
@@ -70,10 +79,10 @@ class Core:
         self._clock_ns = clock_ns
         self._answered = answered
         self.gate = Gate(settings.max_concurrent, "requests are worked on (max_concurrent)")
-        self.watchers = Gate(settings.max_watchers, "streams are open (max_watchers)")
+        self.watchers = Gate(MAX_WATCHERS, "streams are open")
         self.intake = Intake(settings, pool, lambda: self._index.pods)
         self._weighing = Weighing.from_settings(settings)
-        self._chunks = Chunks(settings.lookup_chunk_blocks, settings.lookup_chunk_max_blocks)
+        self._chunks = chunks
         self._scorer = Scorer(
             self._view,
             self._weighing,
@@ -83,11 +92,11 @@ class Core:
             timer=time.perf_counter,
             observe=observe,
         )
-        self._prompts = Prompts(settings)
+        self._prompts = Prompts()
 
     def unready(self) -> str | None:
         """Return why no score can be given now, None when it can."""
-        return self._index.unready(require_workers=self._settings.require_workers)
+        return self._index.unready()
 
     @property
     def pods(self) -> PodTable:
@@ -171,8 +180,7 @@ class Core:
         Raises:
             TooLargeError: more requests than a batch may have.
         """
-        if len(request.requests) > self._settings.max_batch:
-            raise TooLargeError(f"{len(request.requests)} requests; at most {self._settings.max_batch} (max_batch)")
+        check_batch(request)
         answer = pb.ScoreBatchResponse()
         for one in request.requests:
             try:
@@ -195,7 +203,7 @@ class Core:
         allowed = set(wanted.pods)
         pods = [r for r in self.pods.serving(wanted.model) if not allowed or r.pod in allowed]
         full = full_score(run.strategy, run.weights, run.matches, len(run.keys), run.scored.block_size_tokens)
-        choice = choose(pick_query(request), run.scored, pods, self._settings, full=full)
+        choice = choose(pick_query(request), run.scored, pods, full=full)
         if request.report and choice.pod:
             prompt = remember(run.query, run.keys, run.scored)
             self._decide(wanted.request_id, choice.pod, prompt, policy="pick", ttl_ms=0)

@@ -320,7 +320,7 @@ class _Stream:
         most = self._options.max_body_bytes
         if size <= most:
             return None
-        return Refusal(413, f"the request has more than {most} bytes (picker max_body_bytes)", "rejected-too-large")
+        return Refusal(413, f"the request has more than {most} bytes", "rejected-too-large")
 
     # --- the response ---------------------------------------------------------------------------------------------
 

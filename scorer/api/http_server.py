@@ -43,6 +43,11 @@ from kvatlas.scorer.v1 import scorer_pb2 as pb
 if TYPE_CHECKING:
     from kvatlas.scorer.api.tracing import Tracing
 
+#: Requests that run when the server stops get so long to end, on every front.
+STOP_GRACE_SECONDS: Final = 2.0
+#: A connection without a whole request header for so long is closed: it holds a socket for nothing.
+HEADER_SECONDS: Final = 10.0
+
 _STATUS: Final = {
     "INVALID_ARGUMENT": 400,
     "UNAUTHENTICATED": 401,
@@ -96,9 +101,9 @@ class HttpFront:
             access_log=None,
             logger=_SERVER_LOG,
             handler_cancellation=True,
-            shutdown_timeout=self._settings.stop_grace_seconds,
+            shutdown_timeout=STOP_GRACE_SECONDS,
             # From the start of a connection, or the end of an answer, to the next whole header.
-            keepalive_timeout=self._settings.http_header_seconds,
+            keepalive_timeout=HEADER_SECONDS,
             lingering_time=1.0,
             auto_decompress=False,  # aiohttp answers a false encoding with a traceback
         )

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from kvatlas.bridge.model.block_key import TOKEN_BYTES, pack_wide_tokens
+from kvatlas.scorer.api.bounds import MAX_MESSAGES
 from kvatlas.scorer.errors import DeadlineError, InputError, TooLargeError, UnknownModelError
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.scoring.query import PromptTokens, ScoreQuery
@@ -138,8 +139,8 @@ def chat_input(chat: pb.Chat, settings: ScorerSettings) -> ChatInput:
         InputError: a JSON field is not what it says.
         TooLargeError: more messages or text than the limits allow.
     """
-    if len(chat.messages) > settings.max_messages:
-        raise TooLargeError(f"chat: {len(chat.messages)} messages; at most {settings.max_messages} (max_messages)")
+    if len(chat.messages) > MAX_MESSAGES:
+        raise TooLargeError(f"chat: {len(chat.messages)} messages; at most {MAX_MESSAGES}")
     if chat.ByteSize() > settings.max_prompt_bytes:
         raise TooLargeError(f"chat: {chat.ByteSize()} bytes; at most {settings.max_prompt_bytes} (max_prompt_bytes)")
     return ChatInput(

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, NamedTuple
 
 from kvatlas.bridge.errors import KvatlasError
-from kvatlas.scorer.api.bounds import check_name, check_request
+from kvatlas.scorer.api.bounds import MAX_BATCH, check_name, check_request
 from kvatlas.scorer.api.names import ServedModels, ServedNames
 from kvatlas.scorer.api.varints import is_quick, score_request
 from kvatlas.scorer.errors import DeadlineError, InputError, TooLargeError, UnknownModelError
@@ -138,7 +138,7 @@ class Intake:
         Raises:
             InputError: a name is too long, the body is none, or the names contradict each other.
         """
-        check_request(request, self._settings.max_multimodal)
+        check_request(request)
         if not request.request_json:
             return [Opened(self._named(request), None)]
         if request.HasField("chat") or any(getattr(request, form) for form in _OWN_FORMS):
@@ -153,8 +153,8 @@ class Intake:
         Raises:
             InputError: a name is too long, or given twice in different ways.
         """
-        if len(prompts) > self._settings.max_batch:
-            raise TooLargeError(f"prompt: {len(prompts)} prompts; at most {self._settings.max_batch} (max_batch)")
+        if len(prompts) > MAX_BATCH:
+            raise TooLargeError(f"prompt: {len(prompts)} prompts; at most {MAX_BATCH}")
         return [Opened(self._named(self._joined(prompt, beside)), prompt) for prompt in prompts]
 
     def named_model(self, model: str) -> str:
@@ -193,7 +193,7 @@ class Intake:
             found.pods.extend(beside.pods)
             if beside.multimodal:
                 raise InputError("multimodal: give the items inside request_json")
-        check_request(found, self._settings.max_multimodal)
+        check_request(found)
         return found
 
     async def ready(self, opened: Opened, deadline: float) -> Ready:

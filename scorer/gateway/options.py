@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, ClassVar, Final, Literal
 
 from msgspec import Meta
 
@@ -17,6 +17,12 @@ _MIB: Final = 1024 * 1024
 
 class PickerSettings(Section, frozen=True, kw_only=True):
     """How ``kvatlas picker`` decides where the gateway's next request goes."""
+
+    CONSTANTS: ClassVar[frozenset[str]] = frozenset((
+        "body_piece_bytes", "decode_tokens", "discovery_seconds", "fallbacks", "full_tokens",
+        "max_body_bytes", "near_tokens", "queue_weight", "request_seconds", "session_seconds", "sessions",
+        "soft_usage", "stale_seconds", "temperature",
+    ))  # fmt: skip
 
     listen: Annotated[str, Meta(description="ext_proc address, host:port; port 0 takes a free one")] = "127.0.0.1:9002"
     telemetry_listen: Annotated[
@@ -54,16 +60,10 @@ class PickerSettings(Section, frozen=True, kw_only=True):
     ] = 0
     pool: Annotated[str, Meta(description="InferencePool whose pods are picked, NAMESPACE/NAME; empty: none")] = ""
     kubernetes_config: Annotated[str, Meta(description="kubeconfig file; empty: the pod's own service account")] = ""
-    discovery_seconds: Annotated[float, Meta(description="how often file and DNS are looked at", gt=0)] = 2.0
 
     deadline_ms: Annotated[
         float, Meta(description="parse, tokenize and score in this time, else load alone decides", gt=0)
     ] = 150.0
-    max_body_bytes: Annotated[int, Meta(description="larger requests are refused (413)", ge=1024)] = 16 * _MIB
-    body_piece_bytes: Annotated[
-        int,
-        Meta(description="largest piece of a body sent back in full duplex; some data planes refuse 64 KB", ge=1024),
-    ] = 62_000
     unreadable: Annotated[
         Literal["load", "refuse"],
         Meta(description="a body that cannot be read goes to a pod by load alone, or is refused (400)"),
@@ -78,29 +78,18 @@ class PickerSettings(Section, frozen=True, kw_only=True):
     one_address: Annotated[
         bool, Meta(description="name one address only: for data planes that dial what the header says")
     ] = False
-    fallbacks: Annotated[int, Meta(description="further endpoints named after the first", ge=0, le=16)] = 2
 
     scrape_seconds: Annotated[float, Meta(description="how often each engine's /metrics is read; 0: never", ge=0)] = (
         0.25
     )
-    stale_seconds: Annotated[float, Meta(description="older metrics of an engine are not used", gt=0)] = 2.0
     tokens_per_second: Annotated[
         float, Meta(description="prompt tokens that a pod computes in a second, until observation tells", gt=0)
     ] = 8_000.0
-    request_seconds: Annotated[
-        float, Meta(description="a request whose end nobody saw counts as running for so long", gt=0)
-    ] = 60.0
 
-    queue_weight: Annotated[float, Meta(description="cost of a waiting token beside one to compute", ge=0)] = 0.15
-    decode_tokens: Annotated[float, Meta(description="cost of a running request, in tokens", ge=0)] = 32.0
-    full_tokens: Annotated[float, Meta(description="cost of a full KV cache, in tokens", ge=0)] = 4_096.0
-    soft_usage: Annotated[float, Meta(description="KV cache in use from which that begins", ge=0, lt=1)] = 0.9
     cost_cpu: Annotated[float, Meta(description="cost of a token held in host memory", ge=0, le=1)] = 0.1
     cost_disk: Annotated[float, Meta(description="cost of a token held on the pod's disk", ge=0, le=1)] = 0.4
     cost_shared: Annotated[float, Meta(description="cost of a token in a shared store", ge=0, le=1)] = 0.5
 
-    near_tokens: Annotated[float, Meta(description="costs so close are equal", ge=0)] = 64.0
-    temperature: Annotated[float, Meta(description="0: least cost; above: draw among equals", ge=0)] = 0.0
     cold_tokens: Annotated[
         int,
         Meta(description="a prompt of which nobody holds more goes to the pod that got such a one longest ago", ge=0),
@@ -122,8 +111,6 @@ class PickerSettings(Section, frozen=True, kw_only=True):
             description="a pod whose KV cache is in use to this share, with a queue, takes no more; 0: no limit", ge=0
         ),
     ] = 0.0
-    session_seconds: Annotated[float, Meta(description="a session is forgotten after so long", ge=0)] = 600.0
-    sessions: Annotated[int, Meta(description="sessions remembered", ge=0)] = 100_000
 
     split_prompt_tokens: Annotated[
         int, Meta(description="prompts from this length may be computed on a prefill pod", ge=0)
@@ -153,29 +140,23 @@ class PickerSettings(Section, frozen=True, kw_only=True):
     def weights(self) -> CostWeights:
         """Return the weights of the cost."""
         return CostWeights(
-            queue=self.queue_weight,
-            decode_tokens=self.decode_tokens,
-            full_tokens=self.full_tokens,
-            soft_usage=self.soft_usage,
             tiers={"gpu": 0.0, "cpu": self.cost_cpu, "disk": self.cost_disk, "shared": self.cost_shared},
         )
 
     def rules(self) -> Rules:
         """Return the rules of the choice."""
         return Rules(
-            near_tokens=self.near_tokens,
-            temperature=self.temperature,
             cold_tokens=self.cold_tokens,
             hot_tokens=self.hot_tokens,
             burst=self.burst,
             most_requests=self.max_requests,
             most_usage=self.max_usage,
-            fallbacks=0 if self.one_address else self.fallbacks,
+            fallbacks=0 if self.one_address else Rules().fallbacks,
         )
 
     def load_options(self) -> LoadOptions:
         """Return how load is kept."""
-        return LoadOptions(self.stale_seconds, self.tokens_per_second, self.request_seconds)
+        return LoadOptions(tokens_per_second=self.tokens_per_second)
 
     def role_rules(self) -> RoleRules:
         """Return when prompts are computed elsewhere."""

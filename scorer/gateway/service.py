@@ -42,6 +42,10 @@ from kvatlas.scorer.service import ScorerService
 log = logging.getLogger(__name__)
 
 _MEASURE_SECONDS: Final = 1.0
+#: Larger requests are refused (413): above what a context of a million tokens takes.
+_MAX_BODY_BYTES: Final = 16 * 1024 * 1024
+#: How often file and DNS are looked at; a look costs a stat or a cached query.
+_DISCOVERY_SECONDS: Final = 2.0
 #: Names that gateways ask the health service for; liveness says that the process answers.
 _READY_NAMES: Final = ("", "readiness", SERVICE, "inference-extension")
 _LIVE_NAME: Final = "liveness"
@@ -90,8 +94,7 @@ class PickerService:
         self.processor = ExternalProcessor(
             self.decider,
             ProcessorOptions(
-                max_body_bytes=settings.max_body_bytes,
-                piece_bytes=settings.body_piece_bytes,
+                max_body_bytes=_MAX_BODY_BYTES,
                 response=settings.response,
             ),
         )
@@ -136,7 +139,7 @@ class PickerService:
         server = grpc.aio.server(
             options=[
                 # A message from the gateway may be as large as its own buffer: the limit is ours, with an answer.
-                ("grpc.max_receive_message_length", settings.max_body_bytes + 1024 * 1024),
+                ("grpc.max_receive_message_length", _MAX_BODY_BYTES + 1024 * 1024),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),
             ]
@@ -240,7 +243,7 @@ class PickerService:
     async def _keep_discovering(self) -> None:
         while True:
             await self._set_health()
-            await asyncio.sleep(self._settings.discovery_seconds if self.ready.is_set() else 0.05)
+            await asyncio.sleep(_DISCOVERY_SECONDS if self.ready.is_set() else 0.05)
             await self._discover()
 
     async def _measure(self) -> None:

@@ -49,7 +49,7 @@ class PickerState:
     def __init__(self, settings: PickerSettings, clock: Callable[[], float]) -> None:
         self.endpoints: Sequence[Endpoint] = ()
         self.loads = LoadBook(settings.load_options())
-        self.sessions = Sessions(settings.sessions, settings.session_seconds)
+        self.sessions = Sessions()
         self._clock = clock
         self._own = settings.name
         self._open: OrderedDict[str, OpenDecision] = OrderedDict()

@@ -37,11 +37,11 @@ class Index(NamedTuple):
     block_size: Callable[[], int | None]
     partition_count: Callable[[], int] = lambda: 0
 
-    def unready(self, *, require_workers: bool) -> str | None:
+    def unready(self) -> str | None:
         """Return why no score can be given from it now, None when it can."""
         if self.block_size() is None:
             return "the canonical block size is not known yet: no worker has announced itself"
-        return self.lookups.unready() if require_workers else None
+        return self.lookups.unready()
 
     def view(self) -> IndexView:
         """Return it as one request sees it; of an index that is not unready."""

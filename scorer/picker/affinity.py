@@ -15,10 +15,10 @@ class Sessions:
 
     Args:
         most: sessions kept.
-        ttl_seconds: a session that is quiet for so long is forgotten.
+        ttl_seconds: a session that is quiet for so long is forgotten: its blocks are evicted by then.
     """
 
-    def __init__(self, most: int, ttl_seconds: float) -> None:
+    def __init__(self, most: int = 100_000, ttl_seconds: float = 600.0) -> None:
         self._most = most
         self._ttl = ttl_seconds
         self._known: OrderedDict[str, tuple[str, float]] = OrderedDict()

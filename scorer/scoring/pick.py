@@ -17,12 +17,13 @@ import xxhash
 
 from kvatlas.bridge.model.records import LIVE, PodRecord
 from kvatlas.scorer.errors import InputError, NotReadyError
-from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.scoring.answers import Scored
 
 CACHE: Final = "cache"
 LOAD_TERMS: Final = ("waiting", "running", "cache_usage")
 _TIE: Final = 1e-9
+#: Of terms whose weight the caller does not give: the cache counts as much as all load together.
+_WEIGHTS: Final = {CACHE: 1.0, "waiting": 0.5, "running": 0.25, "cache_usage": 0.25}
 
 
 class PickQuery(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,7 +65,6 @@ def choose(
     query: PickQuery,
     scored: Scored,
     pods: Sequence[PodRecord],
-    settings: ScorerSettings,
     *,
     full: float,
     draw: Callable[[int], int] = random.randrange,
@@ -75,7 +75,6 @@ def choose(
         query: loads, weights and tie-break of the caller.
         scored: scores of the prompt.
         pods: pods that may be chosen.
-        settings: weights and tie-break where the caller names none.
         full: score of a pod that holds the whole prompt, by the strategy that made the scores.
         draw: random number below its argument, for ties.
 
@@ -83,8 +82,8 @@ def choose(
         InputError: a weight or tie-break that does not exist, or a weight or load that is no finite number.
         NotReadyError: there is no pod to choose.
     """
-    weights = _weights(query.weights, settings)
-    tie_break = query.tie_break or settings.pick_tie_break
+    weights = _weights(query.weights)
+    tie_break = query.tie_break or "least_loaded"
     if tie_break not in ("random", "least_loaded", "hash"):
         raise InputError(f"tie_break: {tie_break!r} is not one of random, least_loaded, hash")
     live = [record for record in pods if record.state == LIVE] or list(pods)
@@ -113,13 +112,8 @@ def choose(
     )
 
 
-def _weights(given: Mapping[str, float], settings: ScorerSettings) -> dict[str, float]:
-    weights = {
-        CACHE: settings.pick_weight_cache,
-        "waiting": settings.pick_weight_waiting,
-        "running": settings.pick_weight_running,
-        "cache_usage": settings.pick_weight_cache_usage,
-    }
+def _weights(given: Mapping[str, float]) -> dict[str, float]:
+    weights = dict(_WEIGHTS)
     for term, weight in given.items():
         if term not in weights:
             raise InputError(f"weights: {term!r} is not one of {', '.join(weights)}")

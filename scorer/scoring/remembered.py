@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from kvatlas.bridge.model.block_key import KEY_BYTES
-from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.scoring.answers import Scored
 from kvatlas.scorer.scoring.query import ScoreQuery
 
 #: So many pods of an answer go into a decision, best first.
 _MOST_SCORES = 16
+
+#: Prompts kept for ReportDecision: seconds of traffic, since a router reports at once; the bytes bound long prompts.
+_MOST_PROMPTS: Final = 4_096
+_MOST_BYTES: Final = 2_000_000 * KEY_BYTES
 
 
 class Remembered(NamedTuple):
@@ -49,11 +52,9 @@ def remember(query: ScoreQuery, keys: Sequence[bytes], scored: Scored) -> Rememb
 
 
 class Prompts:
-    """The prompts remembered, within the settings' bounds: the oldest go first."""
+    """The prompts remembered, within bounds: the oldest go first."""
 
-    def __init__(self, settings: ScorerSettings) -> None:
-        self._most = settings.remembered_requests
-        self._most_bytes = settings.speculative_max_blocks * KEY_BYTES
+    def __init__(self) -> None:
         self._known: OrderedDict[str, Remembered] = OrderedDict()
         self._bytes = 0
 
@@ -63,12 +64,10 @@ class Prompts:
 
     def put(self, request_id: str, query: ScoreQuery, keys: Sequence[bytes], scored: Scored) -> None:
         """Remember a prompt under its request id."""
-        if not self._most:
-            return
         kept = remember(query, keys, scored)
         before = self._known.pop(request_id, None)
         self._known[request_id] = kept
         self._bytes += len(kept.keys) - (len(before.keys) if before is not None else 0)
-        while len(self._known) > self._most or self._bytes > self._most_bytes:
+        while len(self._known) > _MOST_PROMPTS or self._bytes > _MOST_BYTES:
             _, gone = self._known.popitem(last=False)
             self._bytes -= len(gone.keys)

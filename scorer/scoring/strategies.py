@@ -134,12 +134,9 @@ class Weighing:
         if settings.strategy not in STRATEGIES:
             raise SettingsError(f"[scorer] strategy {settings.strategy!r}: known are {', '.join(sorted(STRATEGIES))}")
         weights = Weights(
-            gpu=settings.weight_gpu,
             cpu=settings.weight_cpu,
             disk=settings.weight_disk,
             shared=settings.weight_shared,
-            unknown=settings.weight_unknown,
-            speculative=settings.weight_speculative,
             suspect_factor=settings.suspect_factor,
         )
         made = cls(weights, settings.strategy)

@@ -13,7 +13,6 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any, Final, TypeVar
 
-import msgspec
 from google.protobuf.json_format import ParseDict, ParseError
 from google.protobuf.message import DecodeError
 
@@ -22,6 +21,7 @@ from kvatlas.scorer.tokenization import requests
 from kvatlas.scorer.tokenization.arguments import EngineArguments
 from kvatlas.scorer.tokenization.body_fields import packed
 from kvatlas.scorer.tokenization.chat import ChatRenderer
+from kvatlas.scorer.tokenization.limits import TokenizerLimits
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.tokenization.records import ChatInput
 from kvatlas.scorer.v1 import scorer_pb2 as pb
@@ -43,9 +43,10 @@ def render(payload: bytes) -> bytes:
     """
     given = json.loads(payload)
     chat = ChatInput(**given["chat"])
-    settings = msgspec.convert(given["settings"], TokenizerSettings)
     arguments = EngineArguments(**given["arguments"])
-    renderer = ChatRenderer(settings, datetime.now)
+    renderer = ChatRenderer(
+        TokenizerSettings(request_templates=True), datetime.now, limits=TokenizerLimits(**given["limits"])
+    )
     templates = {"default": chat.chat_template or ""}
     text = renderer.render(replace(chat, chat_template=None), templates, given["special_tokens"], arguments)
     return text.encode("utf-8", "surrogatepass")

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from typing import Any, Final
 
-import msgspec
 from jinja2 import Template
 from jinja2.exceptions import TemplateError as JinjaTemplateError
 
@@ -24,6 +23,7 @@ from kvatlas.scorer.tokenization.errors import (
     TemplateLimitError,
     TokenizeInputError,
 )
+from kvatlas.scorer.tokenization.limits import TOKENIZER_LIMITS, TokenizerLimits
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.tokenization.records import ChatInput
 from kvatlas.scorer.tokenization.sandbox import LimitReached, TemplateEnvironment, parse_plain
@@ -55,16 +55,19 @@ class ChatRenderer:
         settings: TokenizerSettings,
         now: Callable[[], datetime] = datetime.now,
         beside: Callable[[bytes], bytes] | None = None,
+        *,
+        limits: TokenizerLimits = TOKENIZER_LIMITS,
     ) -> None:
-        """Take the limits.
+        """Take settings and limits.
 
         Args:
             settings: of tokenization.
             now: the wall clock, for templates that print a date.
             beside: renders what :func:`render_job` gives in a process of its own, for templates of requests; None
                 renders them here.
+            limits: bounds on chats, templates and texts.
         """
-        self._settings = settings
+        self._settings, self._limits = settings, limits
         self._beside = beside
         self._environment = TemplateEnvironment(now)
         self._lock = threading.Lock()
@@ -92,10 +95,8 @@ class ChatRenderer:
             PromptLimitError: there are too many messages, or the request's template is too long.
             TokenizeInputError: the messages make no sense, or the engine refuses such requests.
         """
-        if len(chat.messages) > self._settings.max_messages:
-            raise PromptLimitError(
-                f"{len(chat.messages)} messages; the limit is {self._settings.max_messages} (setting max_messages)"
-            )
+        if len(chat.messages) > self._limits.messages:
+            raise PromptLimitError(f"{len(chat.messages)} messages; the limit is {self._limits.messages}")
         if not chat.messages:
             raise TokenizeInputError("messages: must not be empty")
         if reserved := _RESERVED & chat.kwargs.keys():
@@ -106,7 +107,7 @@ class ChatRenderer:
         tools = None if arguments.hides_tools(chat) else chat.tools
         source, foreign = self._choose(chat, templates, with_tools=tools is not None)
         if foreign and self._beside is not None:
-            return self._beside(render_job(chat, special_tokens, arguments, self._settings)).decode(
+            return self._beside(render_job(chat, special_tokens, arguments, self._limits)).decode(
                 errors="surrogatepass"
             )
         compiled = self._compile(source)
@@ -117,7 +118,7 @@ class ChatRenderer:
         return text if final is None else _cut_at_mark(text, final)
 
     def _conversation(self, chat: ChatInput, compiled: _Compiled, arguments: EngineArguments) -> list[dict[str, Any]]:
-        given = arguments.content_format or self._settings.content_format
+        given = arguments.content_format or "auto"
         conversation = messages.prepare(chat.messages, compiled.form if given == "auto" else given)
         if not compiled.knows_developer:
             conversation = messages.developer_as_system(conversation)
@@ -152,10 +153,9 @@ class ChatRenderer:
             return wanted, False
         if not self._settings.request_templates:
             raise TokenizeInputError("chat templates of requests are turned off (setting request_templates)")
-        if len(wanted) > self._settings.max_template_bytes:
+        if len(wanted) > self._limits.template_bytes:
             raise PromptLimitError(
-                f"chat template of {len(wanted)} characters; the limit is {self._settings.max_template_bytes} "
-                f"(setting max_template_bytes)"
+                f"chat template of {len(wanted)} characters; the limit is {self._limits.template_bytes}"
             )
         return wanted, True
 
@@ -183,9 +183,9 @@ class ChatRenderer:
 
     def _run(self, template: Template, variables: Mapping[str, Any]) -> str:
         budget = self._environment.budget
-        limit = self._settings.max_prompt_bytes
+        limit = self._limits.prompt_bytes
         budget.max_chars = limit
-        budget.ends_at = budget.clock() + self._settings.template_seconds
+        budget.ends_at = budget.clock() + self._limits.template_seconds
         chunks, size = [], 0
         try:
             for chunk in template.generate(variables):
@@ -195,8 +195,7 @@ class ChatRenderer:
                 chunks.append(chunk)
         except LimitReached as error:
             raise TemplateLimitError(
-                f"rendering the chat template {error} (settings template_seconds = {self._settings.template_seconds}, "
-                f"max_prompt_bytes = {limit})"
+                f"rendering the chat template {error} (at most {self._limits.template_seconds} s and {limit} bytes)"
             ) from error
         except JinjaTemplateError as error:
             raise TemplateError(f"the chat template refuses the request: {error}") from error
@@ -209,14 +208,14 @@ class ChatRenderer:
 
 
 def render_job(
-    chat: ChatInput, special_tokens: Mapping[str, str], arguments: EngineArguments, settings: TokenizerSettings
+    chat: ChatInput, special_tokens: Mapping[str, str], arguments: EngineArguments, limits: TokenizerLimits
 ) -> bytes:
     """Return a chat with a template of its own as a process beside this one takes it."""
     given = {
         "chat": {field.name: getattr(chat, field.name) for field in fields(chat) if field.name != "places"},
         "special_tokens": dict(special_tokens),
         "arguments": asdict(arguments),
-        "settings": msgspec.to_builtins(settings),
+        "limits": limits._asdict(),
     }
     return json.dumps(given).encode()
 

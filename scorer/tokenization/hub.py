@@ -27,9 +27,8 @@ class HubBackend:
     name = "hub"
     waits = False
 
-    def __init__(self, *, models: Sequence[str], folder: str, revision: str, making: Making) -> None:
+    def __init__(self, *, models: Sequence[str], revision: str, making: Making) -> None:
         self._models = models
-        self._folder = folder or None
         self._revision = revision
         self._making = making
 
@@ -45,7 +44,7 @@ class HubBackend:
             raise NoTokenizerError(f"{model!r} is not among the models that may be fetched (setting hub_models)")
         try:
             folder = huggingface_hub.snapshot_download(
-                model, revision=self._revision, cache_dir=self._folder, allow_patterns=list(files.PATTERNS)
+                model, revision=self._revision, allow_patterns=list(files.PATTERNS)
             )
         except (HFValidationError, ValueError) as error:
             raise NoTokenizerError(f"{model!r} is not the name of a hub model") from error

@@ -30,6 +30,7 @@ from kvatlas.scorer.tokenization.errors import (
 )
 from kvatlas.scorer.tokenization.harmony import HarmonyRenderer
 from kvatlas.scorer.tokenization.hub import HubBackend
+from kvatlas.scorer.tokenization.limits import TOKENIZER_LIMITS, TokenizerLimits
 from kvatlas.scorer.tokenization.loaded import Loaded
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.tokenization.records import ChatInput, Encoded, Rendered, Truncation, cut
@@ -61,46 +62,44 @@ class TokenizerPool:
         backends: Sequence[TokenizerBackend] | None = None,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], datetime] = datetime.now,
+        limits: TokenizerLimits = TOKENIZER_LIMITS,
         also_named: Callable[[str], Sequence[str]] = lambda _model: (),
     ) -> None:
         """Start the threads; tokenizers are loaded when they are asked for.
 
         Args:
-            settings: where tokenizers come from, and limits.
+            settings: where tokenizers come from.
             backends: instead of those of the settings.
             clock: monotonic seconds.
             now: the wall clock, for templates that print a date.
+            limits: bounds on prompts, templates and what stays loaded.
             also_named: other names of a model, under which its tokenizer may be known.
         """
         self._also_named = also_named
-        self._settings = settings
+        self._settings, self._limits = settings, limits
         self.cache = TextCache(settings.prefix_cache_bytes)
         self._aside = Aside(
-            processes=settings.request_template_processes,
-            cpu_seconds=settings.template_seconds,
-            memory_bytes=settings.request_template_bytes,
-            answer_bytes=settings.max_prompt_bytes,
-            what="rendering the request's chat template (template_seconds, request_template_bytes)",
+            processes=limits.template_processes,
+            cpu_seconds=limits.template_seconds,
+            memory_bytes=limits.template_memory_bytes,
+            answer_bytes=limits.prompt_bytes,
+            what="rendering the request's chat template ",
         )
         making = Making(
             self.cache,
-            ChatRenderer(settings, now, self._render_beside),
+            ChatRenderer(settings, now, self._render_beside, limits=limits),
             HarmonyRenderer(settings.harmony_date, now),
             settings.transformers,
             _by_all_names(engine_arguments(settings.engine_args), also_named),
         )
-        self._backends = tuple(backends if backends is not None else backends_of(settings, making))
+        self._backends = tuple(backends if backends is not None else backends_of(settings, making, limits))
         self._loading = ThreadPoolExecutor(_LOADING_THREADS, "tokenizer-load")
         self._waiting = ThreadPoolExecutor(_WAITING_THREADS, "tokenizer-wait")
-        self._working = ThreadPoolExecutor(settings.threads or os.cpu_count() or 1, "tokenizer")
+        self._working = ThreadPoolExecutor(os.cpu_count() or 1, "tokenizer")
         # Whoever renders a template of a request waits for another process, and must not keep others from tokenizing.
-        self._foreign = ThreadPoolExecutor(
-            settings.request_template_processes + _WAITING_TEMPLATES, "tokenizer-foreign"
-        )
+        self._foreign = ThreadPoolExecutor(limits.template_processes + _WAITING_TEMPLATES, "tokenizer-foreign")
         self._waiting_templates = 0
-        self._loaded = Loaded(
-            self._loading, max_models=settings.max_models, max_bytes=settings.max_model_bytes, clock=clock
-        )
+        self._loaded = Loaded(self._loading, max_models=limits.models, max_bytes=limits.model_bytes, clock=clock)
 
     async def encode(
         self,
@@ -230,7 +229,7 @@ class TokenizerPool:
 
     def _render_beside(self, job: bytes) -> bytes:
         try:
-            return self._aside.run(RENDER, job, timeout_seconds=self._settings.request_template_wait_seconds)
+            return self._aside.run(RENDER, job, timeout_seconds=self._limits.template_wait_seconds)
         except TooLargeError as error:
             raise TemplateLimitError(str(error)) from error
 
@@ -272,34 +271,26 @@ class TokenizerPool:
         raise _summary(model, failures)
 
     def _check_prompt(self, prompt: str) -> None:
-        limit = self._settings.max_prompt_bytes
+        limit = self._limits.prompt_bytes
         # Four bytes a character at most, so most prompts need no encoding to know.
         if len(prompt) * 4 > limit and (size := len(prompt.encode(errors="replace"))) > limit:
-            raise PromptLimitError(f"prompt of {size} bytes; the limit is {limit} (setting max_prompt_bytes)")
+            raise PromptLimitError(f"prompt of {size} bytes; the limit is {limit}")
 
 
-def backends_of(settings: TokenizerSettings, making: Making) -> list[TokenizerBackend]:
-    """Build the backends that the settings turn on, in their order.
+def backends_of(
+    settings: TokenizerSettings, making: Making, limits: TokenizerLimits = TOKENIZER_LIMITS
+) -> list[TokenizerBackend]:
+    """Build the backends that the settings turn on, the nearest first.
 
     Raises:
         SettingsError: an entry of ``models`` is not MODEL=DIR.
     """
-    found: list[TokenizerBackend] = []
-    for name in settings.order:
-        if name == "local":
-            root = Path(settings.root) if settings.root else None
-            found.append(LocalBackend(_folders(settings.models), root, making))
-        elif name == "hub" and settings.hub:
-            found.append(
-                HubBackend(
-                    models=settings.hub_models,
-                    folder=settings.hub_cache,
-                    revision=settings.hub_revision,
-                    making=making,
-                )
-            )
-        elif name == "remote" and settings.remote:
-            found.append(RemoteBackend(settings.remote, settings.remote_timeout_ms / 1000))
+    root = Path(settings.root) if settings.root else None
+    found: list[TokenizerBackend] = [LocalBackend(_folders(settings.models), root, making)]
+    if settings.hub:
+        found.append(HubBackend(models=settings.hub_models, revision=settings.hub_revision, making=making))
+    if settings.remote:
+        found.append(RemoteBackend(settings.remote, limits.remote_seconds))
     return found
 
 
@@ -330,7 +321,7 @@ def _summary(
 ) -> UnknownModelError | BadModelError | TokenizerBackendError:
     """Return one error for what all backends answered: the most telling kind, with every backend's words."""
     if not failures:
-        return NoTokenizerError(f"no tokenizer for model {model!r}: no backend is turned on (setting order)")
+        return NoTokenizerError(f"no tokenizer for model {model!r}: no backend is turned on")
     text = f"no tokenizer for model {model!r}: " + "; ".join(f"{name}: {error}" for name, error in failures)
     for kind in (TokenizerBackendError, BadModelError):
         found = [error for _, error in failures if isinstance(error, kind)]

@@ -12,7 +12,7 @@ from aiokafka import TopicPartition
 from faust.types import TP
 from yarl import URL
 
-from kvatlas.bridge.kafka.config import password, ssl_context
+from kvatlas.bridge.kafka.config import is_loopback, password, ssl_context
 from kvatlas.bridge.kafka.lease import Lease
 from kvatlas.bridge.model import pod_ids, topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
@@ -27,7 +27,7 @@ from kvatlas.streams.resolve.resolver import Resolver
 from kvatlas.streams.state.changelog import Meta, encode_meta, send_claim
 from kvatlas.streams.state.database import RocksBudget
 from kvatlas.streams.state.partition import PartitionState, Role, Valid
-from kvatlas.streams.state.restore import BulkReader
+from kvatlas.streams.state.restore import MAX_LOCAL_AGE_SECONDS, BulkReader
 from kvatlas.streams.tasks.index_task import IndexTask
 from kvatlas.streams.tasks.output import Output
 from kvatlas.streams.tasks.pods import PodPublisher
@@ -42,6 +42,22 @@ BLOCK_INDEX: Final = "block_index"
 
 _MAX_POLL_SECONDS: Final = 7 * 24 * 3600.0  # a restore may take long without a poll; heartbeats go on meanwhile
 _DRAIN_SECONDS: Final = 3.0
+#: Updates applied before the event loop is given to lookups: about 5 ms.
+SLICE_UPDATES: Final = 2_048
+#: A flush is full with so many records or updates: large enough to cost little per update, and repeated at a crash.
+_FLUSH_RECORDS: Final = 256
+_FLUSH_UPDATES: Final = 8_192
+#: Largest changelog batch; the topics are made to take it.
+_BATCH_BYTES: Final = 24 * 1024 * 1024
+#: RocksDB's block cache, all partitions together: what is read often is in the tables' own cache before it.
+_BLOCK_CACHE_BYTES: Final = 64 * 1024 * 1024
+#: RocksDB's memtables, all partitions together: a flush of the busiest table every some ten seconds.
+_WRITE_BUFFER_BYTES: Final = 128 * 1024 * 1024
+#: Brokers' longest wait for an answer; a member's session must not end first.
+_REQUEST_SECONDS: Final = 30.0
+#: How long a fetch waits at a broker: beside this process the embedded one answers only when it is over.
+_FETCH_WAIT_MS: Final = 50
+_FETCH_WAIT_LOOPBACK_MS: Final = 20
 
 
 class WorkerApp(faust.App):
@@ -145,6 +161,7 @@ def build_app(
     worker_id: str,
     clock: Callable[[], int],
     on_crash: Callable[[BaseException], None],
+    slice_updates: int = SLICE_UPDATES,
 ) -> WorkerApp:
     """Build the app of one worker.
 
@@ -156,24 +173,26 @@ def build_app(
         clock: wall clock, ns since the epoch.
         on_crash: called with the error, from any thread, when a task or an agent ends by one, or a database cannot be
             used any more.
+        slice_updates: updates applied before the event loop is given to others.
     """
+    request_seconds = max(_REQUEST_SECONDS, settings.session_timeout_seconds)
     app = WorkerApp(
         kafka.topic(group_of(settings)),
         broker=[URL(f"kafka://{address.strip()}") for address in kafka.brokers.split(",")],
         broker_client_id=f"kvatlas-worker-{worker_id}",
         broker_credentials=_credentials(kafka),
         broker_session_timeout=settings.session_timeout_seconds,
-        broker_heartbeat_interval=settings.heartbeat_seconds,
-        broker_request_timeout=settings.request_timeout_seconds,
+        broker_heartbeat_interval=settings.session_timeout_seconds / 3,
+        broker_request_timeout=request_seconds,
         broker_rebalance_timeout=max(settings.session_timeout_seconds * 2, 10.0),
         broker_max_poll_interval=_MAX_POLL_SECONDS,
         broker_commit_interval=1.0,
         consumer_auto_offset_reset="earliest",
         consumer_max_fetch_size=4 * 1024 * 1024,
         producer_acks=-1,
-        producer_max_batch_size=settings.batch_bytes,
-        producer_max_request_size=settings.batch_bytes + 1024 * 1024,
-        producer_request_timeout=settings.request_timeout_seconds,
+        producer_max_batch_size=_BATCH_BYTES,
+        producer_max_request_size=_BATCH_BYTES + 1024 * 1024,
+        producer_request_timeout=request_seconds,
         datadir=settings.state_dir,
         store="memory://",
         key_serializer="raw",
@@ -190,10 +209,10 @@ def build_app(
     )
     app.roles_listener = None
     app.on_failed = on_crash
-    app.fetch_wait_ms = settings.fetch_wait_ms
+    app.fetch_wait_ms = _FETCH_WAIT_LOOPBACK_MS if is_loopback(kafka) else _FETCH_WAIT_MS
     app.publisher = None
     app.tasks, app.sources = {}, {}
-    budget = RocksBudget(settings.rocksdb_cache_bytes, settings.write_buffer_bytes, on_failed=on_crash)
+    budget = RocksBudget(_BLOCK_CACHE_BYTES, _WRITE_BUFFER_BYTES, on_failed=on_crash)
     engine_changelog, index_changelog = (
         kafka.topic(topic.name) for topic in topics.changelog_topics(settings.versioned_app)
     )
@@ -203,7 +222,7 @@ def build_app(
         (kafka.topic(topics.DLQ), partitions[topics.DLQ]),
         kafka.topic(topics.EVENTS),
     )
-    parts = _Parts(app, settings, kafka, partitions, output, budget, clock, on_crash)
+    parts = _Parts(app, settings, kafka, partitions, output, budget, clock, on_crash, slice_updates)
     tables: dict[str, str] = {}
     if settings.role in ("all", "resolve"):
         tables[engine_changelog] = ENGINE_BLOCKS
@@ -215,9 +234,7 @@ def build_app(
     async def claim(at: TopicPartition, meta: Meta) -> int:
         return await send_claim(app.aiokafka_producer(), at.topic, at.partition, encode_meta(meta))
 
-    app.reader = BulkReader(
-        kafka, f"kvatlas-restore-{worker_id}", tables, settings.max_local_age_hours * 3600, claim=claim
-    )
+    app.reader = BulkReader(kafka, f"kvatlas-restore-{worker_id}", tables, MAX_LOCAL_AGE_SECONDS, claim=claim)
     app.lease = Lease(settings.session_timeout_seconds)
 
     async def revoked(*_: Any, **__: Any) -> None:
@@ -238,6 +255,7 @@ class _Parts(NamedTuple):
     budget: RocksBudget
     clock: Callable[[], int]
     on_crash: Callable[[BaseException], None]
+    slice_updates: int
 
 
 def _table(parts: _Parts, name: str, changelog: str, valid: Valid) -> BulkTable:
@@ -255,7 +273,6 @@ def _add_resolve(parts: _Parts, table: BulkTable) -> None:
     publisher = PodPublisher(
         app.aiokafka_producer,
         (kafka.topic(topics.PODS), partitions[topics.PODS]),
-        settings.pod_record_interval_seconds,
         writer=pod_ids.streams_writer(settings.index_version),
     )
 
@@ -280,14 +297,8 @@ def _add_tasks(
         name,
         TableSource(parts.app, source, table),
         table,
-        TaskLimits(
-            settings.flush_records,
-            settings.flush_updates,
-            settings.slice_updates,
-            settings.commit_interval_ms / 1000,
-        ),
+        TaskLimits(_FLUSH_RECORDS, _FLUSH_UPDATES, parts.slice_updates, settings.commit_interval_ms / 1000),
         make_task=make_task,
-        buffer_records=settings.buffer_records,
         on_failed=parts.on_crash,
     )
     parts.app.sources[source] = table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 from kvatlas.bridge.model import topics
 from kvatlas.bridge.model.directory import PodDirectory
@@ -15,6 +16,10 @@ from kvatlas.streams.mirror.part import MirrorSource
 from kvatlas.streams.mirror.redis_link import connect, where
 from kvatlas.streams.mirror.server import MirrorServer
 from kvatlas.streams.options import WorkerSettings
+from kvatlas.streams.state.restore import MAX_LOCAL_AGE_SECONDS
+
+#: Changed keys that may wait for a server that is away, about 100 MB; with more the partition is copied again.
+_PENDING_KEYS: Final = 1_000_000
 
 
 def worker_mirror(
@@ -52,8 +57,8 @@ def worker_mirror(
             partition,
             after=after,
             through=through,
-            most=settings.mirror_pending_keys,
-            max_age_seconds=settings.max_local_age_hours * 3600,
+            most=_PENDING_KEYS,
+            max_age_seconds=MAX_LOCAL_AGE_SECONDS,
             client_id=f"kvatlas-mirror-{worker}",
         )
 
@@ -77,5 +82,5 @@ def worker_mirror(
             changed=changed,
         ),
         address=where(settings.mirror),
-        pending_keys=settings.mirror_pending_keys,
+        pending_keys=_PENDING_KEYS,
     )

@@ -13,6 +13,4 @@ def resolve_options(settings: WorkerSettings) -> ResolveOptions:
         announcements=settings.announcements,
         clears=settings.clears,
         strict_gaps=settings.strict_gaps,
-        orphan_blocks=settings.orphan_blocks,
-        store=settings.default_store,
     )

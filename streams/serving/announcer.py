@@ -26,7 +26,7 @@ class Announcer:
         topic: ``kv-workers`` and its number of partitions.
         describe: returns the record as it is now, without times.
         interval_seconds: how often it is renewed.
-        expiry_seconds: how long it holds.
+        expiry_seconds: how long it holds: several renewals may be late before scorers look elsewhere.
         clock: wall clock, ns since the epoch.
     """
 
@@ -36,8 +36,8 @@ class Announcer:
         topic: tuple[str, int],
         describe: Callable[[], WorkerRecord],
         *,
-        interval_seconds: float,
-        expiry_seconds: float,
+        interval_seconds: float = 2.0,
+        expiry_seconds: float = 10.0,
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
         self._producer = producer

@@ -14,7 +14,6 @@ from typing import Any, Final
 import grpc
 import numpy as np
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.model.workers import WorkerDirectory
@@ -153,16 +152,15 @@ class LookupService(pb_grpc.BlockIndexServicer):
 
 
 class LookupServer:
-    """The gRPC server: lookups, health, and reflection when asked for.
+    """The gRPC server: lookups and health.
 
     Args:
         service: answers.
         listen: host:port; port 0 takes a free one.
-        reflect: serve reflection.
         max_keys: largest request, which bounds message sizes.
     """
 
-    def __init__(self, service: LookupService, listen: str, *, reflect: bool, max_keys: int) -> None:
+    def __init__(self, service: LookupService, listen: str, *, max_keys: int) -> None:
         self._listen = listen
         self._server = aio.server(
             options=[
@@ -174,9 +172,6 @@ class LookupServer:
         self._health = health.aio.HealthServicer()
         pb_grpc.add_BlockIndexServicer_to_server(service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        if reflect:
-            names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, self._server)
 
     async def start(self) -> int:
         """Start to serve; returns the port.

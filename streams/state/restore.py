@@ -27,6 +27,8 @@ from kvatlas.streams.state.partition import PartitionState, Role
 
 logger = logging.getLogger(__name__)
 
+#: Local state older than this is rebuilt: a changelog drops tombstones a day after they were compacted.
+MAX_LOCAL_AGE_SECONDS: Final = 12 * 3600.0
 _FETCH_BYTES: Final = 8 * 1024 * 1024
 _POLL_MS: Final = 500
 _POLL_RECORDS: Final = 20_000

@@ -30,7 +30,7 @@ class PodPublisher:
         self,
         producer: Callable[[], Any],
         topic: tuple[str, int],
-        interval_seconds: float,
+        interval_seconds: float = 0.2,
         *,
         writer: str = pod_ids.WRITER_STREAMS,
     ) -> None:

@@ -43,7 +43,7 @@ class TaskSet:
         limits: TaskLimits,
         *,
         make_task: Callable[[TaskParts], PartitionTask],
-        buffer_records: int,
+        buffer_records: int = 4_096,
         on_failed: Callable[[BaseException], None],
     ) -> None:
         self.name = name

@@ -64,7 +64,7 @@ class Census:
         states: Callable[[], Mapping[int, PartitionState]],
         pods: Callable[[], list[records.PodRecord]],
         *,
-        interval_seconds: float,
+        interval_seconds: float = 10.0,
         sample_entries: int = _SAMPLE_ENTRIES,
     ) -> None:
         self.holdings: Holdings = {}

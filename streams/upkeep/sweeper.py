@@ -54,7 +54,7 @@ class Sweeper:
         validity: Callable[[], Validities],
         *,
         interval_seconds: float,
-        entries_per_second: int,
+        entries_per_second: int = 20_000,
         sweep: SweepItems = sweep_index,
         forget: Callable[[], Forget] = dict,
         on_deleted: Callable[[Sequence[bytes]], Awaitable[None]] | None = None,

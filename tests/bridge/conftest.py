@@ -72,7 +72,7 @@ class Bridge:
     def __init__(self) -> None:
         self.log = MemoryLog()
         self._made: list[EngineStreams] = []
-        self.share(BridgeSettings(replay_timeout_seconds=0.5, replay_backoff_seconds=0.05))
+        self.share(BridgeSettings(replay_timeout_seconds=0.5))
 
     def share(self, settings: BridgeSettings) -> Shared:
         """Begin anew with other settings, on the same log."""

@@ -11,7 +11,7 @@ from aiokafka import AIOKafkaProducer
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.bench._fleet import LogFleet
 from kvatlas.deploy.sim.cache import Request
-from kvatlas.deploy.sim.options import SimSettings
+from kvatlas.deploy.sim.options import SimPlan
 from kvatlas.scorer.client import AsyncScorerClient
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 
@@ -27,7 +27,7 @@ class ScoringFleet:
 
     def __init__(self, kafka: KafkaSettings, pods: int, blocks: int = 256, keep: int = 60, **settings: Any) -> None:
         settings = {"cpu_blocks": 64, "lora_share": 0.1, "system_tokens": 128, "sessions": 16, **settings}
-        options = SimSettings(pods=pods, blocks=blocks, **settings)
+        options = SimPlan(pods=pods, blocks=blocks, **settings)
         self.model = options.model
         self.prompts: list[Request] = []
         self._keep = keep

@@ -21,7 +21,7 @@ from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.audit.audit import PodAudit, audit
 from kvatlas.deploy.bench._fleet import LogFleet
 from kvatlas.deploy.brokers.topics import ensure_topics
-from kvatlas.deploy.sim.options import SimSettings
+from kvatlas.deploy.sim.options import SimPlan
 from kvatlas.streams.v1 import block_index_pb2 as pb
 from kvatlas.streams.v1 import block_index_pb2_grpc as pb_grpc
 
@@ -106,7 +106,7 @@ async def producing(kafka: KafkaSettings) -> AsyncIterator[AIOKafkaProducer]:
 def fleet_of(kafka: KafkaSettings, pods: int = 4, blocks: int = 256, **settings: Any) -> LogFleet:
     """A small fleet with much eviction."""
     return LogFleet(
-        kafka, kafka.partitions, SimSettings(pods=pods, blocks=blocks, system_tokens=128, sessions=16, **settings)
+        kafka, kafka.partitions, SimPlan(pods=pods, blocks=blocks, system_tokens=128, sessions=16, **settings)
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import random
 import socket
@@ -11,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from kvatlas.bridge.engines.publisher import EnginePublisher
+from kvatlas.bridge.kafka.producer import RecordProducer
 from kvatlas.bridge.model import epochs, pod_ids, records, topics
 from kvatlas.bridge.model.adapters.fields import encode_batch
 from kvatlas.bridge.model.block_key import block_keys, pack_tokens, root_key
@@ -71,7 +74,7 @@ def _engine(**options: Any) -> EnginePublisher:
 
 
 def _bridge(engine: EnginePublisher, kafka: KafkaSettings, **options: Any) -> BridgeService:
-    options = {"ownership": "all", "replay_timeout_seconds": 0.5, "replay_backoff_seconds": 0.05, **options}
+    options = {"ownership": "all", "replay_timeout_seconds": 0.5, **options}
     return BridgeService(BridgeSettings(engines=[f"{engine.endpoint},{engine.replay_endpoint}"], **options), kafka)
 
 
@@ -239,7 +242,6 @@ async def test_engines_may_connect_to_the_bridge(brokers: str, topic_prefix: str
         bind=["tcp://127.0.0.1:*", f"tcp://127.0.0.1:*,replay_port={port},model=n"],
         ownership="all",
         replay_timeout_seconds=0.5,
-        replay_backoff_seconds=0.05,
     )
     bridge = BridgeService(settings, kafka)
     await bridge.start()
@@ -311,13 +313,16 @@ async def test_stripped_messages_hold_keys_and_no_tokens(brokers: str, topic_pre
     assert stored_keys == block_keys(root_key("model-y"), packed, 16)
 
 
-async def test_an_endpoint_file_is_followed_without_restart(brokers: str, topic_prefix: str, tmp_path: Path) -> None:
+async def test_an_endpoint_file_is_followed_without_restart(
+    brokers: str, topic_prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A pod put into the file is subscribed soon, one taken out is recorded as gone, a broken file changes nothing."""
     kafka = await _setup(brokers, topic_prefix)
     engine = _engine()
     path = tmp_path / "engines.toml"
     path.write_text("engines = []")
-    settings = BridgeSettings(engines_file=str(path), ownership="all", discovery_seconds=300.0, gone_seconds=0.5)
+    monkeypatch.setattr("kvatlas.bridge.relay.service.DISCOVERY_SECONDS", 300.0)
+    settings = BridgeSettings(engines_file=str(path), ownership="all", gone_seconds=0.5)
     bridge = BridgeService(settings, kafka)
     await bridge.start()
     path.write_text(f'engines = ["{engine.endpoint},{engine.replay_endpoint}"]')
@@ -335,11 +340,13 @@ async def test_an_endpoint_file_is_followed_without_restart(brokers: str, topic_
     assert records.decode(records.Control, last.value).type == "gone"
 
 
-async def test_a_stop_sends_what_was_accepted(brokers: str, topic_prefix: str) -> None:
+async def test_a_stop_sends_what_was_accepted(brokers: str, topic_prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Messages that wait for Kafka when the bridge is told to stop are on the log afterwards, and so is the record."""
     kafka = await _setup(brokers, topic_prefix)
     engine = _engine()
-    bridge = _bridge(engine, kafka, linger_ms=30_000.0)
+    slow = functools.partial(RecordProducer, linger_seconds=30.0)
+    monkeypatch.setattr("kvatlas.bridge.relay.service.RecordProducer", slow)
+    bridge = _bridge(engine, kafka)
     await bridge.start()
     await asyncio.sleep(0.5)
     for number in range(50):
@@ -367,7 +374,6 @@ async def test_a_silent_pod_is_stale_until_it_is_heard(brokers: str, topic_prefi
         ownership="all",
         heartbeat_seconds=0.3,
         stale_seconds=3.0,
-        record_seconds=0.1,
     )
     bridge = BridgeService(settings, kafka)
     await bridge.start()

@@ -91,17 +91,21 @@ class Log:
 
 
 async def test_pods_of_a_cluster_come_and_go(
-    brokers: str, topic_prefix: str, api: Api, engines: dict[str, EnginePublisher], tmp_path: Path
+    brokers: str,
+    topic_prefix: str,
+    api: Api,
+    engines: dict[str, EnginePublisher],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A pod is heard once it is ready, through a cut watch and an expired one; one that left is recorded as gone."""
+    monkeypatch.setattr("kvatlas.bridge.relay.service.DISCOVERY_SECONDS", 300.0)
     kafka = KafkaSettings(brokers=brokers, topic_prefix=topic_prefix, partitions=_PARTITIONS)
     await ensure_topics(kafka, [topic for topic in topics.TOPICS if topic.by == "pod"])
     settings = BridgeSettings(
         kubernetes_selector="app=vllm",
         kubernetes_config=api.kubeconfig(tmp_path),
-        discovery_seconds=300.0,
         gone_seconds=0.5,
-        record_seconds=0.1,
     )
     bridge = BridgeService(settings, kafka)
     say = [{"type": "AllBlocksCleared"}]
@@ -152,9 +156,7 @@ async def test_a_pod_that_is_asked_tells_its_sockets_and_their_change(
             kubernetes_selector="app=vllm",
             kubernetes_config=api.kubeconfig(tmp_path),
             kubernetes_http_port=int(url.rpartition(":")[2]),
-            discovery_seconds=0.2,
             gone_seconds=0.5,
-            record_seconds=0.1,
         )
         bridge = BridgeService(settings, kafka)
         before.publish(say, timestamp=0.0)

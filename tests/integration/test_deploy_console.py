@@ -18,7 +18,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from kvatlas.deploy.sim.fleet import Fleet
-from kvatlas.deploy.sim.options import SimSettings
+from kvatlas.deploy.sim.options import SimPlan
 from kvatlas.deploy.sim.serving import ServedFleet
 from kvatlas.scorer.client import ScorerClient, score_request
 from kvatlas.scorer.tokenization.options import TokenizerSettings
@@ -35,7 +35,7 @@ class Running:
     """A pipeline with a console, after some requests were routed."""
 
     def __init__(self, folder: Path) -> None:
-        self.fleet = Fleet(SimSettings(pods=2), clock=time.time, monotonic=time.monotonic)
+        self.fleet = Fleet(SimPlan(pods=2), clock=time.time, monotonic=time.monotonic)
         self.fleet.start()
         self.engines = ServedFleet(self.fleet, TokenizerSettings(models=[MODELS]))
         self.engines.start()

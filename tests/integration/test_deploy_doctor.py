@@ -17,7 +17,7 @@ from kvatlas.deploy.cli.entry import main
 from kvatlas.deploy.doctor.findings import CHECKS, Finding
 from kvatlas.deploy.doctor.log import judge_log, look_at_log
 from kvatlas.deploy.sim.fleet import Fleet
-from kvatlas.deploy.sim.options import SimSettings
+from kvatlas.deploy.sim.options import SimPlan
 from kvatlas.deploy.sim.serving import ServedFleet
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from tests.integration.pipeline_support import Service
@@ -28,7 +28,7 @@ MODELS = f"sim-model={Path(__file__).parents[1] / 'data' / 'tokenizer'}"
 @pytest.fixture
 def served() -> Iterator[ServedFleet]:
     """Two simulated engines that serve."""
-    fleet = Fleet(SimSettings(pods=2), clock=time.time, monotonic=time.monotonic)
+    fleet = Fleet(SimPlan(pods=2), clock=time.time, monotonic=time.monotonic)
     fleet.start()
     engines = ServedFleet(fleet, TokenizerSettings(models=[MODELS]))
     engines.start()

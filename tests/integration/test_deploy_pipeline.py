@@ -20,7 +20,7 @@ from kvatlas.bridge.model.adapters.fields import encode_batch
 from kvatlas.deploy.brokers.kafka import KafkaNode
 from kvatlas.deploy.sim.cache import Request
 from kvatlas.deploy.sim.fleet import Fleet
-from kvatlas.deploy.sim.options import SimSettings
+from kvatlas.deploy.sim.options import SimPlan
 from kvatlas.scorer.client import ScorerClient
 from tests.integration import pipeline_support as support
 from tests.integration.log_support import read_topic
@@ -47,7 +47,7 @@ class Pipeline:
     def worker(self) -> Service:
         """Start the worker on the folder of the one before."""
         state = self.folder / "state"
-        return self.start("worker", f"--state-dir={state}", "--session-timeout-seconds=3", "--heartbeat-seconds=1")
+        return self.start("worker", f"--state-dir={state}", "--session-timeout-seconds=3")
 
     def bridge(self, engines: Sequence[str], *flags: str) -> Service:
         """Start the bridge over engines."""
@@ -87,7 +87,7 @@ def fleets() -> Iterator[list[Fleet]]:
 
 def _fleet(fleets: list[Fleet], **settings: Any) -> Fleet:
     settings = {"blocks": 256, "system_tokens": 128, "sessions": 24, "model": _MODEL, **settings}
-    fleet = Fleet(SimSettings(**settings), clock=time.time, monotonic=time.monotonic)
+    fleet = Fleet(SimPlan(**settings), clock=time.time, monotonic=time.monotonic)
     fleets.append(fleet)
     fleet.start()
     return fleet

@@ -216,7 +216,7 @@ async def test_a_state_at_an_offset_is_what_the_worker_had_there(
     """
     kafka = await make_topics(brokers, topic_prefix)
     fleet = fleet_of(kafka)
-    worker = WorkerProcess(kafka, tmp_path / "w", "--sweep-entries-per-second=0")
+    worker = WorkerProcess(kafka, tmp_path / "w", "--sweep-interval-seconds=86400")
     try:
         await worker.ready()
         async with producing(kafka) as producer:

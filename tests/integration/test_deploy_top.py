@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from kvatlas.deploy.sim.fleet import Fleet
-from kvatlas.deploy.sim.options import SimSettings
+from kvatlas.deploy.sim.options import SimPlan
 from kvatlas.deploy.sim.traffic import Request
 from kvatlas.scorer.client import ScorerClient
 from kvatlas.scorer.v1 import scorer_pb2 as pb
@@ -72,7 +72,7 @@ CONTRACT: dict[str, dict[str, type | tuple[type, ...]]] = {
 @pytest.fixture
 def fleet() -> Iterator[Fleet]:
     """Three pods with two tiers."""
-    settings = SimSettings(pods=3, blocks=128, cpu_blocks=64, system_tokens=64, sessions=12, model=MODEL, seed=5)
+    settings = SimPlan(pods=3, blocks=128, cpu_blocks=64, system_tokens=64, sessions=12, model=MODEL, seed=5)
     made = Fleet(settings, clock=time.time, monotonic=time.monotonic)
     made.start()
     yield made
@@ -114,7 +114,7 @@ def test_top_shows_what_pods_workers_and_scorers_do(brokers, topic_prefix, fleet
     """Blocks per pod and tier are the pods' own; rates, latency and hits the scorer's; the JSON keeps its fields."""
     flags = [f"--brokers={brokers}", f"--topic-prefix={topic_prefix}", "--partitions=4"]
     for name, words in (
-        ("worker", [f"--state-dir={tmp_path / 'state'}", "--listen=127.0.0.1:0", "--census-seconds=0.5"]),
+        ("worker", [f"--state-dir={tmp_path / 'state'}", "--listen=127.0.0.1:0"]),
         ("bridge", [f"--engines={engine}" for engine in fleet.engines]),
         ("scorer", ["--listen=127.0.0.1:0", f"--telemetry-listen=127.0.0.1:{free_port()}", "--outcome-delay-ms=100"]),
     ):

@@ -79,7 +79,7 @@ async def test_the_mirror_is_the_index_through_crashes(
     """Equal to what the pods hold at first, after the server lost everything, and after the worker was killed."""
     kafka = await make_topics(brokers, topic_prefix)
     fleet = fleet_of(kafka, pods=4, blocks=256)
-    flags = (f"--mirror={server.url}", "--session-timeout-seconds=4", "--heartbeat-seconds=1")
+    flags = (f"--mirror={server.url}", "--session-timeout-seconds=4")
     first = WorkerProcess(kafka, tmp_path / "a", *flags)
     second = None
     try:

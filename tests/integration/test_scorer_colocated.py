@@ -16,7 +16,7 @@ from tests.integration.scorer_support import ScoringFleet, addresses_of, until_r
 from tests.integration.streams_support import WorkerProcess, make_topics, producing
 
 _SCORER = ("--with-scorer", "--scorer-listen=127.0.0.1:0")
-_SESSION = ("--session-timeout-seconds=4", "--heartbeat-seconds=1")
+_SESSION = ("--session-timeout-seconds=4",)
 
 
 @pytest.fixture

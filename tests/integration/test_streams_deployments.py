@@ -39,7 +39,7 @@ async def test_resolve_and_index_run_apart(
     """One worker resolves, two keep the index; the resolver and one indexer are killed and replaced; all is true."""
     kafka = await make_topics(brokers, topic_prefix)
     fleet = fleet_of(kafka)
-    flags = ("--session-timeout-seconds=4", "--heartbeat-seconds=1")
+    flags = ("--session-timeout-seconds=4",)
     for name, role in (("r", "resolve"), ("i", "index"), ("j", "index")):
         workers.append(WorkerProcess(kafka, tmp_path / name, f"--role={role}", *flags))
     for worker in workers:

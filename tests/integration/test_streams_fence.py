@@ -34,7 +34,7 @@ from tests.integration.streams_support import (
     wait_roles,
 )
 
-FLAGS = ("--session-timeout-seconds=4", "--heartbeat-seconds=1")
+FLAGS = ("--session-timeout-seconds=4",)
 
 
 @pytest.fixture

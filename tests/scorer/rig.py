@@ -66,7 +66,7 @@ class Index(index_grpc.BlockIndexServicer):
 class Rig:
     """A scorer over dict-backed workers, without Kafka: records are applied by hand."""
 
-    def __init__(self, *, pool: TokenizerPool | None = None, **settings: Any) -> None:
+    def __init__(self, *, pool: TokenizerPool | None = None, inflight: Inflight | None = None, **settings: Any) -> None:
         self.settings = ScorerSettings(**{"hedge_ms": 0.0, "deadline_ms": 60_000.0, **settings})
         self.table: dict[bytes, bytes] = {}
         self.workers = WorkerDirectory(time.time_ns)
@@ -92,7 +92,7 @@ class Rig:
             self.guard,
             lambda model: self.tracing.named(model) if self.tracing else None,
         )
-        self.inflight = Inflight(self.settings.max_inflight_bytes)
+        self.inflight = inflight or Inflight()
         self.tracing: Tracing | None = None
         self.server: grpc.aio.Server | None = None
         self.stack = contextlib.AsyncExitStack()

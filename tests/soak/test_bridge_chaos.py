@@ -70,7 +70,7 @@ class Bridge:
     def __init__(self, kafka: KafkaSettings, pods: list[Pod]) -> None:
         command = [sys.executable, "-m", "kvatlas.deploy", "bridge", "--brokers", kafka.brokers, "--ownership", "all"]
         command += ["--topic-prefix", kafka.topic_prefix, "--partitions", str(_PARTITIONS)]
-        command += ["--replay-timeout-seconds", "5", "--replay-backoff-seconds", "0.2", "--heartbeat-seconds", "2"]
+        command += ["--replay-timeout-seconds", "5", "--heartbeat-seconds", "2"]
         for pod in pods:
             command += ["--engines", f"{pod.engine.endpoint},{pod.engine.replay_endpoint}"]
         self._command = command

@@ -21,7 +21,7 @@ _WAIT_SECONDS = 240.0
 _DEADLINE_SECONDS = 60.0
 _ASKERS = 4
 #: A session that a busy machine does not end by itself: the worker must own its partitions when it is killed.
-_WORKER = ("--session-timeout-seconds=12", "--heartbeat-seconds=1")
+_WORKER = ("--session-timeout-seconds=12",)
 
 
 @pytest.fixture

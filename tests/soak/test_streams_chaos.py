@@ -38,7 +38,7 @@ async def test_the_index_is_true_after_chaos_and_never_credits_an_ended_epoch(
     kafka = await make_topics(own_kafka.bootstrap, "chaos-", partitions=16)
     fleet = fleet_of(kafka, pods=PODS, blocks=128)
     dice = random.Random(11)
-    flags = ("--session-timeout-seconds=4", "--heartbeat-seconds=1")
+    flags = ("--session-timeout-seconds=4",)
     names = ["a", "b", "c"]
     workers = [WorkerProcess(kafka, tmp_path / name, *flags) for name in names]
     pods = PodDirectory()

@@ -44,7 +44,6 @@ class Worker:
             listen="127.0.0.1:0",
             telemetry_listen="",
             session_timeout_seconds=SESSION_SECONDS,
-            heartbeat_seconds=1.0,
         )
         sections = {"kafka": kafka, "log": LogSettings(), "worker": settings}
 

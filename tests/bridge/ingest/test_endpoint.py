@@ -221,9 +221,12 @@ async def test_replies_without_topics_wait_for_the_name(bridge: Any, engines: li
     assert {item.key for _, item in bridge.log.records} == {b"pod-x", b"bridge|pod-x"}
 
 
-async def test_engines_that_do_not_answer_hold_up_no_repair(bridge: Any, engines: list[Engine]) -> None:
+async def test_engines_that_do_not_answer_hold_up_no_repair(
+    bridge: Any, engines: list[Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With one replay at a time, a hole is filled while another engine's socket keeps silent."""
-    bridge.change(replay_parallel=1, replay_timeout_seconds=600.0)
+    monkeypatch.setattr("kvatlas.bridge.engines.wires.PARALLEL_REPLAYS", 1)
+    bridge.change(replay_timeout_seconds=600.0)
     engine, silent = Engine(), Engine("silent")
     engines += [engine, silent]
     _open(bridge, engine)
@@ -302,7 +305,6 @@ async def test_one_message_under_a_foreign_name_ends_no_pod(bridge: Any, engines
 
 async def test_another_pods_replay_is_not_taken_for_the_pods_own(bridge: Any, engines: list[Engine]) -> None:
     """A replay address that leads to another pod's engine repairs nothing: what is missing is lost, and no restart."""
-    bridge.change(replay_tries=1)
     engine, other = Engine("pod-a"), Engine("pod-b")
     engines += [engine, other]
     other.say(0, 9)

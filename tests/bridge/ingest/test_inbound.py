@@ -25,9 +25,9 @@ def engines() -> Iterator[list[EnginePublisher]]:
 
 
 @pytest.fixture
-async def inbound(bridge: Any) -> AsyncIterator[Inbound]:
+async def inbound(bridge: Any, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Inbound]:
     """A bound socket."""
-    bridge.change(bind_pods=2)
+    monkeypatch.setattr("kvatlas.bridge.ingest.inbound.BIND_PODS", 2)
     wires = Wires(bridge.shared.settings)
     inbound = Inbound("tcp://127.0.0.1:*,model=m", bridge.shared, wires, bridge.open)
     yield inbound

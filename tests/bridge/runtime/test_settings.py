@@ -22,6 +22,8 @@ from kvatlas.streams.options import WorkerSettings
 class Example(Section, frozen=True, kw_only=True):
     """One setting of each kind."""
 
+    CONSTANTS = frozenset({"depth"})
+
     name: Annotated[str, Meta(description="who")]
     count: Annotated[int, Meta(description="how many", ge=0, le=100)] = 1
     share: Annotated[float, Meta(description="100% is 1", ge=0, le=1)] = 0.5
@@ -160,6 +162,16 @@ def test_help_shows_default_variable_and_percent_signs(capsys: pytest.CaptureFix
     text = " ".join(capsys.readouterr().out.split())
     assert "100% is 1 (default 0.5) [KVATLAS_EXAMPLE_SHARE]" in text
     assert "--parts VALUE several [KVATLAS_EXAMPLE_PARTS], repeatable" in text
+
+
+def test_what_is_a_constant_now_is_told_wherever_it_is_set() -> None:
+    """A name that was a setting is an error of its own kind in a flag, the environment and the file."""
+    for sources in ({"environ": {"KVATLAS_EXAMPLE_DEPTH": "3"}}, {"document": {"example": {"depth": 3}}}):
+        with pytest.raises(SettingsError, match=r"depth.* is a constant now|DEPTH is a constant now"):
+            load("--name=x", **sources)
+    for words in (("--depth", "3"), ("--depth=3",), ("--depth",)):
+        with pytest.raises(SettingsError, match="flag --depth is a constant now"):
+            load("--name=x", *words)
 
 
 def test_a_settings_file_must_be_readable_toml_of_known_sections(tmp_path: Path) -> None:

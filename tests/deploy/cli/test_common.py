@@ -24,7 +24,7 @@ def test_flags_win_over_environment_which_wins_over_the_file(tmp_path: Path) -> 
     file.write_text("[sim]\npods = 2\nblocks = 20\nseed = 200\n")
     environ = {"KVATLAS_CONFIG": str(file), "KVATLAS_SIM_BLOCKS": "30", "KVATLAS_SIM_PODS": "3"}
     sim = load("--pods", "4", environ=environ)["sim"]
-    assert (sim.pods, sim.blocks, sim.seed, sim.turns) == (4, 30, 200, 6)
+    assert (sim.pods, sim.blocks, sim.seed, sim.sessions) == (4, 30, 200, 32)
 
 
 @pytest.mark.parametrize(

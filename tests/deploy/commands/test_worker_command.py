@@ -27,12 +27,6 @@ def test_each_process_has_its_own_folder() -> None:
     assert (child.state_dir, child.listen, child.telemetry_listen, child.processes) == ("/s/w1", "h:7001", "h:9001", 1)
 
 
-def test_contradicting_settings_are_refused() -> None:
-    """A heartbeat that cannot keep the session alive is an error."""
-    with pytest.raises(ValueError, match="heartbeat"):
-        WorkerSettings(session_timeout_seconds=4, heartbeat_seconds=3)
-
-
 def test_without_a_supervisor_there_is_one_process() -> None:
     """Several processes without anybody to watch them are refused."""
     parser = argparse.ArgumentParser()

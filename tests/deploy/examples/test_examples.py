@@ -14,7 +14,7 @@ import pytest
 
 from kvatlas.deploy.examples import comparison, mirror, offline, pipeline, router
 from kvatlas.deploy.sim import traffic
-from kvatlas.deploy.sim.options import SimSettings
+from kvatlas.deploy.sim.options import SimPlan
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.tokenization.pool import TokenizerPool
 
@@ -122,7 +122,7 @@ async def test_router_proxies_text_and_chats_and_goes_on_without_an_engine() -> 
 
 async def test_precise_beside_approximate() -> None:
     """Knowing decisions beats knowing nothing, and knowing events is at least as good."""
-    settings = SimSettings(sessions=16, system_prompts=8, system_tokens=512, output_tokens=200)
+    settings = SimPlan(sessions=16, system_prompts=8, system_tokens=512, output_tokens=200)
     requests = list(islice(traffic.requests(settings), 120))
     shares = {policy: await comparison.cached_share(policy, 3, 300, requests) for policy in comparison.POLICIES}
     assert shares["random"] + 0.1 < shares["approximate"]

@@ -26,7 +26,7 @@ from kvatlas.deploy.gateway.config import GatewayOptions, document
 from kvatlas.deploy.gateway.envoy import Envoy
 from kvatlas.deploy.gateway.tiny_tokenizer import text, write_tokenizer
 from kvatlas.deploy.sim.fleet import Fleet
-from kvatlas.deploy.sim.options import SimSettings
+from kvatlas.deploy.sim.options import SimPlan
 from kvatlas.deploy.sim.serving import POD_HEADER, ServedFleet
 from kvatlas.scorer.api.extproc import SERVICE
 from kvatlas.scorer.tokenization.options import TokenizerSettings
@@ -83,7 +83,7 @@ class Site:
         self.folder = folder
         write_tokenizer(folder / "model")
         self.tokenizer = TokenizerSettings(models=(f"sim-model={folder / 'model'}",))
-        self.fleet = Fleet(SimSettings(pods=3, step_ms=20.0, max_running=64), clock=time.time, monotonic=time.monotonic)
+        self.fleet = Fleet(SimPlan(pods=3, step_ms=20.0, max_running=64), clock=time.time, monotonic=time.monotonic)
         self.fleet.start()
         self.served = ServedFleet(self.fleet, self.tokenizer)
         self.served.start()

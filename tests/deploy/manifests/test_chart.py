@@ -33,7 +33,7 @@ EVERYTHING: Final[dict[str, Any]] = {
     "settings": {
         "kafka": {"security_protocol": "SASL_SSL", "topic_prefix": "Prod_", "replication": 3},
         "bridge": {"message_bytes": 33554432, "dns": ["tcp://other:5557"]},
-        "worker": {"app": "atlas", "cache_bytes": 2147483648, "strict_gaps": True, "heartbeat_seconds": 1.5},
+        "worker": {"app": "atlas", "cache_bytes": 2147483648, "strict_gaps": True, "session_timeout_seconds": 4.5},
         "scorer": {"weight_cpu": 0.7, "models": ["m:strategy=longest-prefix"]},
     },
     "engines": {
@@ -417,7 +417,7 @@ def test_values_arrive(everything: Objects, tmp_path: Path) -> None:
     """What the values say reaches the settings: large and broken numbers, lists, passwords and certificates."""
     worker = sections_of(everything, "worker", tmp_path)
     assert worker["worker"].cache_bytes == 2147483648
-    assert worker["worker"].heartbeat_seconds == 1.5
+    assert worker["worker"].session_timeout_seconds == 4.5
     assert worker["worker"].strict_gaps is True
     assert worker["worker"].advertise == "$(POD_NAME).kva-kvatlas-worker.serving.svc:50052"
     assert worker["kafka"].ssl_cafile.endswith("/ca.crt")

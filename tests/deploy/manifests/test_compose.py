@@ -19,7 +19,7 @@ from kvatlas.bridge.engines.discovery import static_specs
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.deploy.brokers.jars import kafka_version
 from kvatlas.deploy.cli import common, entry
-from kvatlas.deploy.sim.options import SimSettings
+from kvatlas.deploy.sim.options import SimPlan
 
 ROOT: Final = Path(__file__).parents[3]
 FOLDER: Final = ROOT / "deploy/container"
@@ -177,7 +177,7 @@ def test_workers_do_not_share_tables(services: dict[str, dict[str, Any]]) -> Non
 def test_bridge_finds_the_simulated_pods(services: dict[str, dict[str, Any]]) -> None:
     """The bridge's endpoints are the ports that the simulated fleet binds."""
     bridge: BridgeSettings = sections_of(services["bridge"])["bridge"]
-    sim: SimSettings = sections_of(services["engines"])["sim"]
+    sim = SimPlan.of(sections_of(services["engines"])["sim"])
     ports = [
         (f"tcp://engines:{p}", f"tcp://engines:{p + 1}") for p in range(sim.base_port, sim.base_port + 2 * sim.pods, 2)
     ]

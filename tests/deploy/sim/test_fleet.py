@@ -23,7 +23,7 @@ from kvatlas.bridge.model.adapters.fields import encode_batch
 from kvatlas.bridge.model.events import Cleared, Limits, Removed, Stored, Tier
 from kvatlas.deploy.sim.errors import UnknownPodError
 from kvatlas.deploy.sim.fleet import Fleet
-from kvatlas.deploy.sim.options import SimSettings
+from kvatlas.deploy.sim.options import SimPlan
 from kvatlas.deploy.sim.truth import TruthServer
 
 MODEL = "sim-model"
@@ -58,7 +58,7 @@ class Recorders:
 
 
 def fleet_of(recorders: Recorders | None = None, **options: Any) -> Fleet:
-    settings = SimSettings(**{"pods": 3, "blocks": 200, "sessions": 12, **options})
+    settings = SimPlan(**{"pods": 3, "blocks": 200, "sessions": 12, **options})
     fleet = Fleet(settings, clock=time.time, monotonic=time.monotonic, publisher=recorders or Recorders())
     fleet.start()
     return fleet
@@ -164,7 +164,7 @@ def test_equal_seeds_make_equal_fleets() -> None:
 
     def payloads(seed: int) -> list[list[bytes]]:
         recorders = Recorders()
-        fleet = Fleet(SimSettings(pods=2, seed=seed), clock=lambda: 1.0, monotonic=time.monotonic, publisher=recorders)
+        fleet = Fleet(SimPlan(pods=2, seed=seed), clock=lambda: 1.0, monotonic=time.monotonic, publisher=recorders)
         fleet.start()
         fleet.serve(30)
         return [recorder.payloads for recorder in recorders.made]
@@ -243,7 +243,7 @@ def _until(condition: Any, seconds: float = 10.0) -> None:
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[tuple[Fleet, str]]:
-    settings = SimSettings(pods=2, blocks=100, engines_file=str(tmp_path / "engines.yaml"))
+    settings = SimPlan(pods=2, blocks=100, engines_file=str(tmp_path / "engines.yaml"))
     fleet = Fleet(settings, clock=time.time, monotonic=time.monotonic)
     fleet.start()
     truth = TruthServer(fleet, "127.0.0.1:0")

@@ -14,7 +14,7 @@ import pytest
 
 from kvatlas.deploy.gateway.tiny_tokenizer import write_tokenizer
 from kvatlas.deploy.sim.fleet import Fleet
-from kvatlas.deploy.sim.options import SimSettings
+from kvatlas.deploy.sim.options import SimPlan
 from kvatlas.deploy.sim.serving import POD_HEADER, ServedFleet
 from kvatlas.scorer.gateway.discovery import parse_endpoint
 from kvatlas.scorer.picker.engine_metrics import EngineLoad, read_load
@@ -26,7 +26,7 @@ from kvatlas.scorer.tokenization.options import TokenizerSettings
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedFleet]:
     folder: Path = tmp_path_factory.mktemp("model")
     write_tokenizer(folder)
-    fleet = Fleet(SimSettings(pods=2, step_ms=0.0, blocks=64), clock=time.time, monotonic=time.monotonic)
+    fleet = Fleet(SimPlan(pods=2, step_ms=0.0, blocks=64), clock=time.time, monotonic=time.monotonic)
     fleet.start()
     made = ServedFleet(fleet, TokenizerSettings(models=(f"sim-model={folder}",)))
     made.start()

@@ -17,6 +17,7 @@ from kvatlas.scorer.api.core import Core
 from kvatlas.scorer.lookups.index import Index
 from kvatlas.scorer.lookups.pods import PodTable
 from kvatlas.scorer.options import ScorerSettings
+from kvatlas.scorer.scoring.scorer import Chunks
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 from tests.scorer.fleets import MODEL, NOW_NS, PARTITIONS, SIZE, RandomFleet, TableLookup
 
@@ -36,10 +37,9 @@ async def replies(seed: int) -> dict[str, Any]:
             name="golden",
             strategy=dice.choice(("longest-prefix", "normalised", "tokens", "gpu-only")),
             suspect_factor=dice.choice((0.5, 0.0)),
-            pick_tie_break="least_loaded",
-            lookup_chunk_blocks=dice.choice((2, 1024)),
         ),
         Index(pods, TableLookup(fleet), lambda: SIZE, lambda: PARTITIONS),
+        chunks=Chunks(dice.choice((2, 1024)), 16_384),
         clock_ns=lambda: NOW_NS,
     )
     for made in fleet.decisions:

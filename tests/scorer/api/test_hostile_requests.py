@@ -20,6 +20,7 @@ import grpc.aio
 import pytest
 from google.protobuf.json_format import ParseDict
 
+from kvatlas.scorer.api.bodies import Inflight
 from kvatlas.scorer.api.calls import MESSAGE_OF
 from kvatlas.scorer.api.http_server import HttpFront
 from kvatlas.scorer.client import AsyncScorerClient
@@ -190,9 +191,10 @@ async def test_large_messages_do_not_hold_up_others(name: str, served: Served) -
     assert set(answers) <= {"RESOURCE_EXHAUSTED"}
 
 
-async def test_half_headers_are_closed() -> None:
-    """Connections that never finish a header, or send nothing, end after ``http_header_seconds``."""
-    async with _served(http_header_seconds=0.5) as served:
+async def test_half_headers_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections that never finish a header, or send nothing, end after a while."""
+    monkeypatch.setattr("kvatlas.scorer.api.http_server.HEADER_SECONDS", 0.5)
+    async with _served() as served:
         links = []
         for number in range(50):
             reader, writer = await asyncio.open_connection(served.host, served.port)
@@ -205,9 +207,10 @@ async def test_half_headers_are_closed() -> None:
         assert (await _waits(served, 3))[0] < 5
 
 
-async def test_half_bodies_are_refused_in_time_and_give_their_bytes_back() -> None:
+async def test_half_bodies_are_refused_in_time_and_give_their_bytes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """A body whose end never comes is answered with 504; what it counted is free again."""
-    async with _served(http_body_seconds=0.5, max_inflight_bytes=4 * MIB, max_message_bytes=2 * MIB) as served:
+    monkeypatch.setattr("kvatlas.scorer.api.bodies.BODY_SECONDS", 0.5)
+    async with _served(inflight=Inflight(4 * MIB), max_message_bytes=2 * MIB) as served:
         head = _post("score", b"x" * MIB)[: -MIB // 2]
         links = []
         for _ in range(6):
@@ -224,7 +227,7 @@ async def test_half_bodies_are_refused_in_time_and_give_their_bytes_back() -> No
 
 async def test_bytes_in_flight_are_bounded() -> None:
     """Half bodies of a hundred clients take no more than the limit; small requests pass beside them."""
-    async with _served(max_inflight_bytes=8 * MIB, max_message_bytes=4 * MIB) as served:
+    async with _served(inflight=Inflight(8 * MIB), max_message_bytes=4 * MIB) as served:
         head = _post("score", b"x" * 4 * MIB)[:-1]
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         links = []

@@ -38,9 +38,10 @@ class Curl:
 
 
 @pytest.fixture
-async def curl() -> AsyncIterator[Curl]:
+async def curl(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Curl]:
     """A front with one worker and pods a (10 blocks) and b (4 blocks)."""
-    rig = Rig(http_listen="127.0.0.1:0", max_message_bytes=4096, max_tokens=500, max_concurrent=2, max_watchers=1)
+    monkeypatch.setattr("kvatlas.scorer.api.core.MAX_WATCHERS", 1)
+    rig = Rig(http_listen="127.0.0.1:0", max_message_bytes=4096, max_tokens=500, max_concurrent=2)
     async with rig.stack:
         rig.pod("a", 10)
         rig.pod("b", 4)

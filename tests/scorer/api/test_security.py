@@ -304,35 +304,49 @@ async def test_tokens_guard_the_other_front_too(tmp_path: Path) -> None:
 
 
 async def test_limits_answer_with_their_own_status() -> None:
-    """Each limit refuses what is past it as RESOURCE_EXHAUSTED, names its setting, and lets through what is not."""
-    limits = {"max_prompt_bytes": 100, "max_tokens": 150, "max_messages": 2, "max_batch": 2}
+    """Each limit refuses what is past it as RESOURCE_EXHAUSTED, names it, and lets through what is not."""
+    limits = {"max_prompt_bytes": 200_000, "max_tokens": 250_000}
     user = {"role": "user", "content": "x"}
     async for served in _served(**limits):
         async with AsyncScorerClient(served.grpc) as client:
             for name, good, bad, setting in (
                 (
                     "Score",
-                    score_request("m", prompt="x" * 100),
-                    score_request("m", prompt="x" * 101),
+                    score_request("m", prompt="x" * 200_000),
+                    score_request("m", prompt="x" * 200_001),
                     "max_prompt_bytes",
                 ),
-                ("Score", score_request("m", prompt="€" * 33), score_request("m", prompt="€" * 34), "max_prompt_bytes"),
-                ("Score", score_request("m", tokens=[1] * 150), score_request("m", tokens=[1] * 151), "max_tokens"),
-                (
-                    "Pick",
-                    *(pb.PickRequest(request=score_request("m", tokens=[1] * n)) for n in (150, 151)),
-                    "max_tokens",
-                ),
-                ("Explain", *(score_request("m", messages=[user] * n) for n in (2, 3)), "max_messages"),
                 (
                     "Score",
-                    *(score_request("m", messages=[{"role": "user", "content": "x" * n}]) for n in (80, 120)),
+                    score_request("m", prompt="€" * 66_666),
+                    score_request("m", prompt="€" * 66_667),
+                    "max_prompt_bytes",
+                ),
+                (
+                    "Score",
+                    score_request("m", tokens=[1] * 250_000),
+                    score_request("m", tokens=[1] * 250_001),
+                    "max_tokens",
+                ),
+                (
+                    "Pick",
+                    *(pb.PickRequest(request=score_request("m", tokens=[1] * n)) for n in (250_000, 250_001)),
+                    "max_tokens",
+                ),
+                (
+                    "Explain",
+                    *(score_request("m", messages=[user] * n) for n in (4_096, 4_097)),
+                    "messages; at most 4096",
+                ),
+                (
+                    "Score",
+                    *(score_request("m", messages=[{"role": "user", "content": "x" * n}]) for n in (199_900, 200_000)),
                     "max_prompt_bytes",
                 ),
                 (
                     "ScoreBatch",
-                    *(pb.ScoreBatchRequest(requests=[score_request("m", tokens=[1])] * n) for n in (2, 3)),
-                    "max_batch",
+                    *(pb.ScoreBatchRequest(requests=[score_request("m", tokens=[1])] * n) for n in (256, 257)),
+                    "requests; at most 256",
                 ),
             ):
                 await client.call(name, good)
@@ -341,9 +355,10 @@ async def test_limits_answer_with_their_own_status() -> None:
                 assert caught.value.code == "RESOURCE_EXHAUSTED"
 
 
-async def test_requests_and_streams_past_the_concurrency_are_refused() -> None:
+async def test_requests_and_streams_past_the_concurrency_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """While as many requests or streams are open as allowed, one more is refused at once; later it is not."""
-    rig = Rig(max_concurrent=2, max_watchers=1, deadline_ms=60_000)
+    monkeypatch.setattr("kvatlas.scorer.api.core.MAX_WATCHERS", 1)
+    rig = Rig(max_concurrent=2, deadline_ms=60_000)
     go = asyncio.Event()
 
     class Waiting(Index):
@@ -372,7 +387,7 @@ async def test_requests_and_streams_past_the_concurrency_are_refused() -> None:
 
         stream = client.watch_pods()
         assert (await anext(stream)).pod == "a"
-        with pytest.raises(ClientError, match="max_watchers") as caught:
+        with pytest.raises(ClientError, match="streams are open") as caught:
             await anext(client.watch_pods())
         assert caught.value.code == "RESOURCE_EXHAUSTED"
         await rig.router.close()

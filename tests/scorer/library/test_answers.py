@@ -36,9 +36,9 @@ def test_weights_are_the_service_s():
     weights = msgspec.structs.asdict(Weights())
     settings = msgspec.structs.asdict(ScorerSettings())
     for name, value in weights.items():
-        if name not in ("suspect_factor", "end_at_zero"):
-            assert settings[f"weight_{name}"] == value
-    assert settings["suspect_factor"] == weights["suspect_factor"]
+        if (setting := name if name == "suspect_factor" else f"weight_{name}") in settings:
+            assert settings[setting] == value
+    assert {"weight_cpu", "weight_disk", "weight_shared", "suspect_factor"} <= settings.keys()
 
 
 @pytest.mark.parametrize(

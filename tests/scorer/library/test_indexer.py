@@ -19,7 +19,7 @@ from kvatlas.bridge.engines.publisher import EnginePublisher
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.deploy.sim.fleet import Fleet
-from kvatlas.deploy.sim.options import SimSettings
+from kvatlas.deploy.sim.options import SimPlan
 from kvatlas.scorer import Indexer, IndexerOptions, SyncIndexer
 from kvatlas.scorer.errors import InputError, NotReadyError, UnknownModelError, UnknownPodError
 from kvatlas.scorer.library.backends.errors import BackendError
@@ -32,13 +32,13 @@ from kvatlas.streams.index.blocks_record import BlocksRecord
 
 DATA = Path(__file__).parents[2] / "data"
 MODEL = "sim-model"
-FAST = BridgeSettings(replay_timeout_seconds=0.5, replay_backoff_seconds=0.02, replay_tries=2, record_seconds=0.1)
+FAST = BridgeSettings(replay_timeout_seconds=0.5)
 OPTIONS = IndexerOptions(bridge=FAST)
 
 
 def fleet_of(**options: Any) -> Fleet:
     fleet = Fleet(
-        SimSettings(**{"pods": 3, "blocks": 300, "sessions": 12, **options}),
+        SimPlan(**{"pods": 3, "blocks": 300, "sessions": 12, **options}),
         clock=time.time,
         monotonic=time.monotonic,
     )
@@ -314,7 +314,7 @@ async def test_explain_names_holders_and_ends(publisher: EnginePublisher):
 async def test_a_queue_that_is_full_loses_nothing():
     """With room for a few messages only, the rest is left to replay, and the scores are right in the end."""
     fleet = fleet_of(blocks=2000)
-    options = IndexerOptions(bridge=BridgeSettings(buffer_bytes=4096, replay_backoff_seconds=0.02))
+    options = IndexerOptions(bridge=BridgeSettings(buffer_bytes=4096))
     try:
         async with Indexer(options=options, engines=fleet.engines) as indexer:
             await truth_holds(indexer, fleet, 20)  # all are heard now, so what follows comes in one burst

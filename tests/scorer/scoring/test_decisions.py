@@ -77,7 +77,7 @@ def test_two_decisions_for_one_pod_are_one_holder() -> None:
 
 def test_a_burst_of_one_prefix_is_counted_and_not_kept_one_by_one() -> None:
     """A thousand decisions for one pod and prefix leave one holder a block; the last one to end takes it along."""
-    decisions = Decisions(ScorerSettings(speculative_max_blocks=10_000))
+    decisions = Decisions(ScorerSettings())
     for number in range(1_000):
         decisions.put(_record(f"r{number}"), NOW)
     assert [len(held) for held in decisions._holders.values()] == [1] * 4
@@ -117,14 +117,15 @@ def test_records_of_the_log() -> None:
     assert list(decisions.open) == ["r"]
 
 
-@pytest.mark.parametrize("bound", [{"speculative_max_decisions": 3}, {"speculative_max_blocks": 4}])
-def test_the_oldest_go_when_there_are_too_many(bound: dict[str, int]) -> None:
-    """Decisions and their blocks stay within the settings; what is gone holds nothing."""
-    decisions = Decisions(ScorerSettings(**bound))
+@pytest.mark.parametrize(("bound", "most"), [("MOST_DECISIONS", 3), ("MOST_BLOCKS", 4)])
+def test_the_oldest_go_when_there_are_too_many(bound: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decisions and their blocks stay within bounds; what is gone holds nothing."""
+    monkeypatch.setattr(f"kvatlas.scorer.scoring.decisions.{bound}", most)
+    decisions = Decisions(ScorerSettings())
     for number in range(10):
         keys = b"".join(bytes([number]) * 15 + bytes([block]) for block in range(2))
         decisions.put(DecisionRecord(request_id=str(number), pod="a", keys=keys, expires_ns=NOW + SECOND), NOW)
-    assert list(decisions.open) == (["7", "8", "9"] if "speculative_max_decisions" in bound else ["8", "9"])
+    assert list(decisions.open) == (["7", "8", "9"] if bound == "MOST_DECISIONS" else ["8", "9"])
     assert len(decisions._holders) == 2 * len(decisions.open)
 
 

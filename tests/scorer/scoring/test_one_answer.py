@@ -23,7 +23,7 @@ from kvatlas.scorer.lookups.index import Index
 from kvatlas.scorer.lookups.pods import PodTable
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.scoring.answers import Explained
-from kvatlas.scorer.scoring.scorer import ScoringRun
+from kvatlas.scorer.scoring.scorer import Chunks, ScoringRun
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 from kvatlas.streams.index.holders import ASSUMED, Holder, holders
 from kvatlas.streams.resolve.resolver import ResolveOptions
@@ -36,8 +36,9 @@ def scorer_over(fleet: RandomFleet) -> Core:
     for record in fleet.pods:
         pods.apply(f"streams|{record.pod}".encode(), encode(record))
     core = Core(
-        ScorerSettings(name="one", lookup_chunk_blocks=3),
+        ScorerSettings(name="one"),
         Index(pods, TableLookup(fleet), lambda: SIZE, lambda: PARTITIONS),
+        chunks=Chunks(3, 16_384),
         clock_ns=lambda: NOW_NS,
     )
     for made in fleet.decisions:

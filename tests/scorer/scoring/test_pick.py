@@ -10,7 +10,6 @@ import pytest
 from kvatlas.bridge.model.records import PodRecord
 from kvatlas.scorer.client import score_request
 from kvatlas.scorer.errors import InputError, NotReadyError
-from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.scoring.answers import PodScore, Scored
 from kvatlas.scorer.scoring.pick import PickQuery, choose
 from kvatlas.scorer.scoring.strategies import STRATEGIES
@@ -27,7 +26,7 @@ def _choose(
     found = {name: PodScore(score=score, matched_blocks=0, matched_tokens=0) for name, score in scores.items()}
     scored = Scored(prompt_tokens=160, block_size_tokens=16, blocks=10, scores=found)
     query = PickQuery(model="m", request_id="r", **fields)
-    answer = choose(query, scored, pods, ScorerSettings(), full=10.0, draw=lambda _most: draw)
+    answer = choose(query, scored, pods, full=10.0, draw=lambda _most: draw)
     assert answer.candidates[0].pod == answer.pod
     assert answer.pod in answer.reason
     return answer.pod, [(c.pod, round(c.total, 6)) for c in answer.candidates]

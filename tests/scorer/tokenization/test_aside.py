@@ -16,6 +16,7 @@ import pytest
 from kvatlas.scorer.errors import BusyError, InputError, TooLargeError
 from kvatlas.scorer.tokenization import aside
 from kvatlas.scorer.tokenization.errors import TemplateError, TemplateLimitError, TokenizerBackendError
+from kvatlas.scorer.tokenization.limits import TokenizerLimits
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.tokenization.pool import TokenizerPool
 from kvatlas.scorer.tokenization.records import ChatInput
@@ -44,15 +45,15 @@ ATTACKS = {
 }
 
 
-def _pool(**settings: Any) -> TokenizerPool:
-    given = {"models": (f"m={FOLDER}",), "request_templates": True, "template_seconds": 0.5, **settings}
-    return TokenizerPool(TokenizerSettings(**given))
+def _pool(**limits: Any) -> TokenizerPool:
+    settings = TokenizerSettings(models=(f"m={FOLDER}",), request_templates=True)
+    return TokenizerPool(settings, limits=TokenizerLimits(**{"template_seconds": 0.5, **limits}))
 
 
 @pytest.fixture
 async def pool() -> AsyncIterator[TokenizerPool]:
     """A pool that takes templates of requests, whose renderings may take half a second and 128 MiB."""
-    async with _pool(request_template_bytes=128 * MIB, request_template_wait_seconds=120.0) as made:
+    async with _pool(template_memory_bytes=128 * MIB, template_wait_seconds=120.0) as made:
         yield made
 
 
@@ -95,7 +96,7 @@ async def test_no_template_takes_more_than_its_limits(name: str, pool: Tokenizer
 async def test_others_are_tokenized_beside_templates_that_never_end() -> None:
     """While templates burn their limits, prompts of others and the event loop go on."""
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    async with _pool(template_seconds=3.0, threads=1) as pool:
+    async with _pool(template_seconds=3.0) as pool:
         await pool.encode("m", "warm")
         burning = [
             asyncio.create_task(pool.encode_chat("m", ChatInput([USER], chat_template=endless))) for _ in range(4)
@@ -116,7 +117,7 @@ async def test_others_are_tokenized_beside_templates_that_never_end() -> None:
 async def test_few_wait_and_more_are_refused() -> None:
     """Requests with templates of their own do not pile up."""
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    async with _pool(template_seconds=2.0, request_template_wait_seconds=2.0) as pool:
+    async with _pool(template_seconds=2.0, template_wait_seconds=2.0) as pool:
         found = await asyncio.gather(
             *(pool.render_chat("m", ChatInput([USER], chat_template=endless)) for _ in range(20)),
             return_exceptions=True,

@@ -23,6 +23,7 @@ from kvatlas.scorer.tokenization.errors import (
     TokenizeInputError,
 )
 from kvatlas.scorer.tokenization.harmony import HarmonyRenderer
+from kvatlas.scorer.tokenization.limits import TokenizerLimits
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.tokenization.records import ChatInput
 from kvatlas.scorer.tokenization.text_cache import TextCache
@@ -81,8 +82,8 @@ def reference() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
 
 
-def _renderer(**settings: Any) -> ChatRenderer:
-    return ChatRenderer(TokenizerSettings(**{"request_templates": True, **settings}), datetime.now)
+def _renderer(**limits: Any) -> ChatRenderer:
+    return ChatRenderer(TokenizerSettings(request_templates=True), datetime.now, limits=TokenizerLimits(**limits))
 
 
 def _reference(tokenizer: PreTrainedTokenizerFast, template: str, chat: Mapping[str, Any], form: Any) -> str:
@@ -216,7 +217,9 @@ def test_template_choice() -> None:
     with pytest.raises(NoTemplateError, match="no chat template"):
         renderer.render(ChatInput([USER]), {}, {})
     with pytest.raises(TokenizeInputError, match="request_templates"):
-        _renderer(request_templates=False).render(ChatInput([USER], chat_template="x{{ 1 }}"), templates, {})
+        ChatRenderer(TokenizerSettings(), datetime.now).render(
+            ChatInput([USER], chat_template="x{{ 1 }}"), templates, {}
+        )
 
 
 HOSTILE = [
@@ -237,9 +240,9 @@ HOSTILE = [
 
 @pytest.mark.parametrize("template", HOSTILE)
 def test_cost_is_bounded(template: str) -> None:
-    """A template that would run for ever or fill the memory ends with an error that names the settings."""
-    renderer = _renderer(template_seconds=0.2, max_prompt_bytes=2**20)
-    with pytest.raises(TemplateLimitError, match="template_seconds"):
+    """A template that would run for ever or fill the memory ends with an error that names the limits."""
+    renderer = _renderer(template_seconds=0.2, prompt_bytes=2**20)
+    with pytest.raises(TemplateLimitError, match=r"at most 0\.2 s"):
         renderer.render(ChatInput([USER], chat_template=template), {}, {})
 
 
@@ -263,10 +266,10 @@ def test_bad_templates_are_told(template: str) -> None:
 
 def test_limits_and_senseless_input() -> None:
     """Too many messages, too long a template, reserved arguments and contradictions are refused by name."""
-    with pytest.raises(PromptLimitError, match="max_messages"):
-        _renderer(max_messages=1).render(ChatInput([USER, USER]), {"default": "d"}, {})
-    with pytest.raises(PromptLimitError, match="max_template_bytes"):
-        _renderer(max_template_bytes=3).render(ChatInput([USER], chat_template="{{ 1 }}"), {}, {})
+    with pytest.raises(PromptLimitError, match="2 messages; the limit is 1"):
+        _renderer(messages=1).render(ChatInput([USER, USER]), {"default": "d"}, {})
+    with pytest.raises(PromptLimitError, match="chat template of 7 characters; the limit is 3"):
+        _renderer(template_bytes=3).render(ChatInput([USER], chat_template="{{ 1 }}"), {}, {})
     with pytest.raises(TokenizeInputError, match="chat_template"):
         _renderer().render(ChatInput([USER], kwargs={"chat_template": "x"}), {"default": "d"}, {})
     with pytest.raises(TokenizeInputError, match="exclude"):

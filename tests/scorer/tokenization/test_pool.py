@@ -29,6 +29,7 @@ from kvatlas.scorer.tokenization.errors import (
 )
 from kvatlas.scorer.tokenization.harmony import HarmonyRenderer
 from kvatlas.scorer.tokenization.hub import HubBackend
+from kvatlas.scorer.tokenization.limits import TOKENIZER_LIMITS, TokenizerLimits
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.tokenization.pool import TokenizerPool
 from kvatlas.scorer.tokenization.records import ChatInput, Truncation
@@ -46,8 +47,8 @@ USER = {"role": "user", "content": "Hi <|im_end|> there, Köln?"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
 
-def _pool(**settings: Any) -> TokenizerPool:
-    return TokenizerPool(TokenizerSettings(**{"models": (f"m={FOLDER}",), **settings}))
+def _pool(limits: TokenizerLimits = TOKENIZER_LIMITS, **settings: Any) -> TokenizerPool:
+    return TokenizerPool(TokenizerSettings(**{"models": (f"m={FOLDER}",), **settings}), limits=limits)
 
 
 def _making(settings: TokenizerSettings) -> Making:
@@ -131,7 +132,7 @@ async def test_a_cancelled_request_does_not_spoil_the_load() -> None:
 async def test_loaded_models_are_bounded() -> None:
     """The least recently used tokenizer goes when there are too many, with its known text, and comes back on use."""
     backend = _Slow()
-    async with TokenizerPool(TokenizerSettings(max_models=2), backends=[backend]) as pool:
+    async with TokenizerPool(TokenizerSettings(), backends=[backend], limits=TokenizerLimits(models=2)) as pool:
         for model in ("m0", "m1", "m0", "m2"):
             await pool.encode(model, TEXT)
         assert pool.models() == ["m0", "m2"]
@@ -159,7 +160,7 @@ async def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "config").mkdir()
     shutil.copy(FOLDER / "tokenizer.json", tmp_path / "config")
     (tmp_path / "config" / "tokenizer_config.json").write_text("[1]")
-    async with _pool(root=str(tmp_path), max_prompt_bytes=100) as pool:
+    async with _pool(TokenizerLimits(prompt_bytes=100), root=str(tmp_path)) as pool:
         for model, kind, text in (
             ("other", NoTokenizerError, "other"),
             ("../tokenizer", NoTokenizerError, "no folder"),
@@ -171,7 +172,7 @@ async def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
         ):
             with pytest.raises(kind, match=text):
                 await pool.encode(model, "text")
-        with pytest.raises(PromptLimitError, match="max_prompt_bytes"):
+        with pytest.raises(PromptLimitError, match="the limit is 100"):
             await pool.encode("m", "é" * 51)
         assert len(await pool.encode("m", "é" * 50)) > 0
         with pytest.raises(TokenizeInputError, match="surrogates"):
@@ -212,8 +213,9 @@ def test_many_threads_share_one_cache() -> None:
 def test_hub_without_a_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hub that cannot be reached is a retriable error; names the settings do not allow are never asked for."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     settings = TokenizerSettings()
-    backend = HubBackend(models=["good/*"], folder=str(tmp_path), revision="main", making=_making(settings))
+    backend = HubBackend(models=["good/*"], revision="main", making=_making(settings))
     with pytest.raises(TokenizerBackendError, match="cannot be reached") as caught:
         backend.load("good/model")
     assert caught.value.retriable
@@ -271,13 +273,13 @@ async def test_remote_failures_keep_their_kind(address: str) -> None:
 
 
 async def test_fallback_says_who_answered(address: str) -> None:
-    """A model the first backend lacks comes from the next one; an unreachable one does not stop the others."""
+    """A model the first backend lacks comes from the next one; an unreachable one is told and stops no other."""
     async with _pool(models=(), root=str(FOLDER.parent), remote=address) as pool:
         assert (await pool.encode("tokenizer", "text")).backend == "local"
         assert (await pool.encode("m", "text")).backend == "remote"
-    async with _pool(remote="127.0.0.1:1", remote_timeout_ms=500, order=("remote", "local")) as pool:
+    async with _pool(TokenizerLimits(remote_seconds=0.5), remote="127.0.0.1:1") as pool:
         assert (await pool.encode("m", "text")).backend == "local"
-        with pytest.raises(TokenizerBackendError, match=r"remote: .*; local: ") as caught:
+        with pytest.raises(TokenizerBackendError, match=r"local: .*; remote: ") as caught:
             await pool.encode("other", "text")
         assert caught.value.retriable
 

@@ -87,7 +87,6 @@ class Rig:
             make_task=lambda parts: ResolveTask(
                 parts, Resolver(ResolveOptions(), PARTITIONS, lambda: 7), output=output, pods=pods
             ),
-            buffer_records=4_096,
             on_failed=self.failed.append,
         )
 

@@ -62,7 +62,7 @@ async def test_a_small_index_is_counted_exactly(state):
     writes |= {random.randbytes(16): holder(store_ref("nfs"), Tier.SHARED, epoch=0) for _ in range(5)}
     writes |= {b"\x80" * 20: b"a meta entry"}
     state.write(writes, 1, Meta(1, 0, 0))
-    census = Census(lambda: {0: state}, lambda: PODS, interval_seconds=1)
+    census = Census(lambda: {0: state}, lambda: PODS)
     for _ in range(3):
         await census.take()
         assert census.holdings == {"a": {"gpu": 700}, "b": {"disk": 600}, "store:nfs": {"shared": 5}}
@@ -73,7 +73,7 @@ async def test_a_large_index_is_estimated_from_a_sample(state):
     writes = {random.randbytes(16): holder(pod_ref("a"), Tier.GPU) for _ in range(24_000)}
     writes |= {random.randbytes(16): holder(pod_ref("b"), Tier.GPU) for _ in range(6_000)}
     state.write(writes, 1, Meta(1, 0, 0))
-    census = Census(lambda: {0: state}, lambda: PODS, interval_seconds=1, sample_entries=2_000)
+    census = Census(lambda: {0: state}, lambda: PODS, sample_entries=2_000)
     await census.take()
     assert census.holdings["a"]["gpu"] == pytest.approx(24_000, rel=0.2)
     assert census.holdings["b"]["gpu"] == pytest.approx(6_000, rel=0.35)
@@ -83,6 +83,6 @@ async def test_partitions_that_are_not_ours_are_not_counted(state):
     """A standby's entries are counted by whoever is active for them."""
     state.write({b"k" * 16: holder(pod_ref("a"), Tier.GPU)}, 1, Meta(1, 0, 0))
     state.role = Role.STANDBY
-    census = Census(lambda: {0: state}, lambda: PODS, interval_seconds=1)
+    census = Census(lambda: {0: state}, lambda: PODS)
     await census.take()
     assert census.holdings == {}

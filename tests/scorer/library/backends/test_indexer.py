@@ -15,10 +15,9 @@ from kvatlas.bridge.engines.publisher import EnginePublisher
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.model import epochs, pod_ids
 from kvatlas.bridge.model.events import Tier
-from kvatlas.bridge.options import BridgeSettings
 from kvatlas.deploy.sim.cache import Request
 from kvatlas.deploy.sim.fleet import Fleet
-from kvatlas.deploy.sim.options import SimSettings
+from kvatlas.deploy.sim.options import SimPlan
 from kvatlas.scorer import Indexer, IndexerOptions
 from kvatlas.scorer.library.backends import Backend
 from kvatlas.scorer.library.backends.redis import RedisBackend
@@ -28,13 +27,13 @@ from kvatlas.streams.index.holders import pack_holder
 from tests.integration.redis_support import RedisServer
 
 MODEL = "sim-model"
-OPTIONS = IndexerOptions(bridge=BridgeSettings(replay_backoff_seconds=0.02))
+OPTIONS = IndexerOptions()
 
 
 @pytest.fixture
 def fleet() -> Iterator[Fleet]:
     """Three pods with small caches, clears and restarts."""
-    settings = SimSettings(
+    settings = SimPlan(
         pods=3, blocks=200, cpu_blocks=100, sessions=12, clear_probability=0.02, restart_probability=0.02
     )
     made = Fleet(settings, clock=time.time, monotonic=time.monotonic)
