@@ -21,6 +21,7 @@ from kvatlas.bridge.model.pod_ids import pod_ref
 from kvatlas.bridge.model.records import GONE, DecisionRecord, PodRecord, decode
 from kvatlas.scorer.errors import UnknownPodError
 from kvatlas.scorer.options import ScorerSettings
+from kvatlas.scorer.scoring.prefix_tree import PrefixTree
 from kvatlas.scorer.scoring.remembered import Remembered
 from kvatlas.scorer.scoring.walk import SPECULATIVE
 from kvatlas.streams.index.holders import pack_holder
@@ -53,8 +54,7 @@ class Decisions:
         self.rejected = 0
         self.publish = publish
         self._settings = settings
-        # Block key -> packed holder -> open decisions that say so: a burst of one prefix to one pod is one holder.
-        self._holders: dict[bytes, dict[bytes, int]] = {}
+        self._tree = PrefixTree()  # a burst of one prefix to one pod is one holder there
         self._blocks = 0  # of all open decisions
         self._expiries: list[tuple[int, str]] = []
         self._until: dict[str, int] = {}
@@ -126,10 +126,7 @@ class Decisions:
         until = min(record.expires_ns, now_ns + int(_LONGEST_MS * 1e6))
         self._until[record.request_id] = until
         heapq.heappush(self._expiries, (until, record.request_id))
-        holder = _holder(record)
-        for at in range(0, len(record.keys), KEY_BYTES):
-            held = self._holders.setdefault(record.keys[at : at + KEY_BYTES], {})
-            held[holder] = held.get(holder, 0) + 1
+        self._tree.add(_whole_keys(record), _holder(record))
         self._blocks += len(record.keys) // KEY_BYTES
         while self.open and (len(self.open) > MOST_DECISIONS or self._blocks > MOST_BLOCKS):
             self._drop(next(iter(self.open)))
@@ -145,35 +142,40 @@ class Decisions:
     def _drop(self, request_id: str) -> None:
         record = self.open.pop(request_id)
         del self._until[request_id]
-        holder = _holder(record)
         self._blocks -= len(record.keys) // KEY_BYTES
-        for at in range(0, len(record.keys), KEY_BYTES):
-            key = record.keys[at : at + KEY_BYTES]
-            held = self._holders[key]
-            held[holder] -= 1
-            if not held[holder]:
-                del held[holder]
-                if not held:
-                    del self._holders[key]
+        self._tree.remove(_whole_keys(record), _holder(record))
 
-    def overlay(self, keys: Sequence[bytes], values: Sequence[bytes | None], now_ns: int) -> Sequence[bytes | None]:
-        """Return the values with the speculative holders added; a block without an answer stays without one."""
-        if not self._holders:
-            return values
+    def overlay(self, keys: bytes, start: int, values: Sequence[bytes | None], now_ns: int) -> Sequence[bytes | None]:
+        """Return the values with the speculative holders added; a block without an answer stays without one.
+
+        Args:
+            keys: packed keys of the prompt, from its first block on.
+            start: the block of the first value.
+            values: of the blocks from there on.
+            now_ns: wall clock in ns.
+        """
         self.expire(now_ns)
-        joined: dict[tuple[bytes, tuple[bytes, ...]], bytes] = {}
+        if not self._tree:
+            return values
         changed = list(values)
-        for number, (key, value) in enumerate(zip(keys, values, strict=True)):
-            held = self._holders.get(key)
-            if held is None:
-                break
-            if value is not None:
-                extra = tuple(sorted(held)) if len(held) > 1 else tuple(held)
-                whole = joined.get((value, extra))
-                if whole is None:
-                    whole = joined[value, extra] = value + b"".join(extra)
-                changed[number] = whole
+        begin = -start
+        for blocks, holders in self._tree.along(keys):
+            first, begin = max(begin, 0), begin + blocks
+            if first < begin:
+                changed[first:begin] = _with(changed[first:begin], holders)
         return changed
+
+
+def _with(values: list[bytes | None], holders: bytes) -> list[bytes | None]:
+    """Return values with holders added; equal ones stay one object, which the walk is quick to tell."""
+    if values and values.count(values[0]) == len(values):  # the common case, counted in C
+        return [None if values[0] is None else values[0] + holders] * len(values)
+    whole = {value: None if value is None else value + holders for value in set(values)}
+    return [whole[value] for value in values]
+
+
+def _whole_keys(record: DecisionRecord) -> bytes:
+    return record.keys[: len(record.keys) // KEY_BYTES * KEY_BYTES]
 
 
 def _holder(record: DecisionRecord) -> bytes:

@@ -63,8 +63,15 @@ class Lookups(Protocol):
 class HolderOverlay(Protocol):
     """What is known beside the index: see :class:`kvatlas.scorer.scoring.decisions.Decisions`."""
 
-    def overlay(self, keys: Sequence[bytes], values: Sequence[bytes | None], now_ns: int) -> Sequence[bytes | None]:
-        """Return the values with what is known of them added; a block without an answer stays without one."""
+    def overlay(self, keys: bytes, start: int, values: Sequence[bytes | None], now_ns: int) -> Sequence[bytes | None]:
+        """Return the values with what is known of them added; a block without an answer stays without one.
+
+        Args:
+            keys: packed keys of the prompt, from its first block on.
+            start: the block of the first value.
+            values: of the blocks from there on.
+            now_ns: wall clock in ns.
+        """
 
 
 class IndexView(NamedTuple):

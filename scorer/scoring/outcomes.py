@@ -71,7 +71,7 @@ class AsOf:
     def __init__(self, record: DecisionRecord) -> None:
         self._record = record
 
-    def overlay(self, keys: Sequence[bytes], values: Sequence[bytes | None], now_ns: int) -> list[bytes | None]:  # noqa: ARG002 - part of the protocol
+    def overlay(self, keys: bytes, start: int, values: Sequence[bytes | None], now_ns: int) -> list[bytes | None]:  # noqa: ARG002 - part of the protocol
         """Return the values as of the decision."""
         return [value and as_of(value, self._record) for value in values]
 

@@ -106,13 +106,14 @@ async def look_up(
     spent = 0.0
     chunk = min(chunks.first, lookups.first_blocks or chunks.first)
     walking = True
+    packed = b"".join(keys) if overlay is not None else b""
     while len(values) < len(keys) and (walking or all_blocks):
         part = keys[len(values) : len(values) + chunk]
         began = timer()
         answers = await lookups.lookup(part, deadline)
         spent += timer() - began
         _merge(seen, answers.partitions)
-        found = answers.values if overlay is None else overlay.overlay(part, answers.values, now_ns)
+        found = answers.values if overlay is None else overlay.overlay(packed, len(values), answers.values, now_ns)
         values.extend(found)
         walking = walking and steps.feed(found)
         chunk = min(chunk * _GROWTH, chunks.most)

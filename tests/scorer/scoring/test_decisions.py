@@ -38,7 +38,7 @@ def _record(
 
 
 def _held(decisions: Decisions, now_ns: int = NOW) -> list[bytes | None]:
-    return decisions.overlay(KEYS, [b""] * len(KEYS), now_ns)
+    return decisions.overlay(b"".join(KEYS), 0, [b""] * len(KEYS), now_ns)
 
 
 def _holder(pod: str = "a") -> bytes:
@@ -60,7 +60,8 @@ def test_what_the_index_says_stays_and_no_answer_stays_none() -> None:
     decisions = Decisions(ScorerSettings())
     decisions.put(_record(), NOW)
     real = pack_holder(pod_ref("b"), 0, 1, 0, 0, 1)
-    assert decisions.overlay(KEYS[:3], [real, None, b""], NOW) == [real + _holder(), None, _holder()]
+    assert decisions.overlay(b"".join(KEYS), 2, [b"", real, b"", None], NOW) == [_holder(), real + _holder(), b"", None]
+    assert decisions.overlay(b"".join(KEYS[:3]), 0, [real, None, b""], NOW) == [real + _holder(), None, _holder()]
 
 
 def test_two_decisions_for_one_pod_are_one_holder() -> None:
@@ -80,12 +81,12 @@ def test_a_burst_of_one_prefix_is_counted_and_not_kept_one_by_one() -> None:
     decisions = Decisions(ScorerSettings())
     for number in range(1_000):
         decisions.put(_record(f"r{number}"), NOW)
-    assert [len(held) for held in decisions._holders.values()] == [1] * 4
+    assert len(decisions._tree) == 1
     assert _held(decisions)[0] == _holder()
     decisions.put(_record("last", seconds=6), NOW)
     assert _held(decisions, NOW + 5 * SECOND)[0] == _holder()
     assert _held(decisions, NOW + 6 * SECOND)[0] == b""
-    assert (decisions._holders, decisions._blocks) == ({}, 0)
+    assert (len(decisions._tree), decisions._blocks) == (0, 0)
 
 
 def test_a_clock_that_is_ahead_does_not_make_it_live_longer() -> None:
@@ -126,7 +127,7 @@ def test_the_oldest_go_when_there_are_too_many(bound: str, most: int, monkeypatc
         keys = b"".join(bytes([number]) * 15 + bytes([block]) for block in range(2))
         decisions.put(DecisionRecord(request_id=str(number), pod="a", keys=keys, expires_ns=NOW + SECOND), NOW)
     assert list(decisions.open) == (["7", "8", "9"] if bound == "MOST_DECISIONS" else ["8", "9"])
-    assert len(decisions._holders) == 2 * len(decisions.open)
+    assert len(decisions._tree) == len(decisions.open)
 
 
 @pytest.mark.parametrize("pod", [None, PodRecord(pod="a", writer="streams", state=GONE)])
