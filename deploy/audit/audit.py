@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -30,14 +29,12 @@ from kvatlas.bridge.model.records import PodRecord
 from kvatlas.bridge.model.workers import WorkerDirectory
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.streams.errors import StreamsError
-from kvatlas.streams.index.apply import apply_blocks
-from kvatlas.streams.index.blocks_record import decode_blocks
 from kvatlas.streams.index.columns import NOT_ANSWERED, read_index
 from kvatlas.streams.index.holders import are_holders, holders
 from kvatlas.streams.index.view import DictView
-from kvatlas.streams.resolve.effects import Effects
+from kvatlas.streams.resolve.fold import LogFold
 from kvatlas.streams.resolve.message import parse_message
-from kvatlas.streams.resolve.resolver import ResolveOptions, Resolver
+from kvatlas.streams.resolve.resolver import ResolveOptions
 from kvatlas.streams.v1 import block_index_pb2 as pb
 from kvatlas.streams.v1 import block_index_pb2_grpc as pb_grpc
 
@@ -203,19 +200,13 @@ async def fold_events(kafka: KafkaSettings, options: ResolveOptions) -> Truth:
 
     For real engines, which cannot be asked: it shows whether the tables are what the log says.
     """
-    resolver = Resolver(options, 1, lambda: 0)
-    tables: dict[int, DictView] = {}
     index = DictView()
+    fold = LogFold(options, DictView(), index, lambda: 0)
     pods: dict[str, PodRecord] = {}
-    counts: Counter[str] = Counter()
 
     def apply(message: Any) -> None:
-        effects = Effects(1)
         parsed = parse_message(message.key, message.value, message.headers, message.partition, message.offset)
-        resolver.apply(tables.setdefault(message.partition, DictView()), parsed, effects)
-        pods.update(effects.pods)
-        for value in effects.encode().get(0, ()):
-            apply_blocks(index, decode_blocks(value), counts)
+        pods.update(fold.apply([parsed]).pods)
 
     await read_records(kafka, topics.EVENTS, apply)
     known = {pod_ids.pod_ref(pod): record for pod, record in pods.items()}

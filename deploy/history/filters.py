@@ -157,11 +157,7 @@ class Filter:
         message = parse_message(record.key, record.value, record.headers, record.partition, record.offset)
         effects = Effects(1)
         self._resolver.apply(self._views.setdefault(message.pod, DictView()), message, effects)
-        return any(
-            _any_key(decode_blocks(value).keys, self._wanted.keys)
-            for values in effects.encode().values()
-            for value in values
-        )
+        return any(not self._wanted.keys.isdisjoint(segment.keys) for segment in effects.segments)
 
 
 def _any_key(packed: bytes, keys: Collection[bytes]) -> bool:

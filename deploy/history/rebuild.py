@@ -11,7 +11,6 @@ partition. It can be saved as a snapshot, a folder, and a later rebuild goes on 
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -23,11 +22,10 @@ from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.history.log import LogReader, Range, Record
 from kvatlas.deploy.history.moment import Moment
-from kvatlas.streams.index.apply import apply_blocks
-from kvatlas.streams.index.blocks_record import decode_blocks
 from kvatlas.streams.resolve.engine_blocks import decode_state, state_key
+from kvatlas.streams.resolve.fold import LogFold
 from kvatlas.streams.resolve.message import parse_message
-from kvatlas.streams.resolve.resolver import ResolveOptions, Resolver, pod_record
+from kvatlas.streams.resolve.resolver import ResolveOptions, pod_record
 from kvatlas.streams.state.database import RocksBudget
 from kvatlas.streams.state.local_table import LocalTable
 
@@ -77,12 +75,12 @@ class PastIndex:
         self.options = options
         self.blocks = LocalTable(folder / _BLOCK_INDEX, budget)
         self.engine_blocks = LocalTable(folder / _ENGINE_BLOCKS, budget)
-        self.counts: Counter[str] = Counter()
         self.offsets: dict[int, int] = {}
         self.begins: dict[int, int] = {}
         self._names: set[str] = set()
         self._clock = clock
-        self._resolver = Resolver(options, 1, clock)
+        self._fold = LogFold(options, self.engine_blocks, self.blocks, clock)
+        self.counts = self._fold.counts
 
     def resume(self, offsets: Mapping[int, int], pods: Iterable[str]) -> None:
         """Say what the tables that are in the folder already reflect."""
@@ -91,15 +89,9 @@ class PastIndex:
 
     def apply(self, chunk: Sequence[Record]) -> None:
         """Fold the next records of one ``kv-events`` partition."""
-        effects = self._resolver.effects()
-        for record in chunk:
-            message = parse_message(record.key, record.value, record.headers, record.partition, record.offset)
-            self._resolver.apply(self.engine_blocks, message, effects)
-            self._names.add(message.pod)
-        for values in effects.encode().values():
-            for value in values:
-                apply_blocks(self.blocks, decode_blocks(value), self.counts)
-        self.counts.update(effects.counts)
+        messages = [parse_message(one.key, one.value, one.headers, one.partition, one.offset) for one in chunk]
+        self._names.update(message.pod for message in messages)
+        self._fold.apply(messages)
         self.offsets[chunk[-1].partition] = chunk[-1].offset + 1
         self.blocks.settle()
         self.engine_blocks.settle()

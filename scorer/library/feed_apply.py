@@ -34,7 +34,6 @@ from kvatlas.scorer.library.backends.errors import BackendError, IndexLostError
 from kvatlas.scorer.library.restate import restated
 from kvatlas.scorer.library.saved_state import FeedState, Kept, KeptView, Lasting, recovered_of
 from kvatlas.scorer.lookups.pods import PodTable
-from kvatlas.streams.index.blocks_record import decode_blocks
 from kvatlas.streams.index.view import DictView
 from kvatlas.streams.resolve.effects import Effects
 from kvatlas.streams.resolve.message import Message
@@ -161,14 +160,12 @@ class Applier:
         """Bring effects into the index, and tell of them."""
         if effects.urgent:
             self._announce(effects)
-        for payloads in effects.encode().values():
-            for payload in payloads:
-                record = decode_blocks(payload)
-                try:
-                    await self._patiently(lambda record=record: self._backend.apply(record))  # type: ignore[misc]
-                except IndexLostError as error:
-                    log.warning("%s", error)
-                    await self.rebuild()  # with this record: its messages are resolved
+        for record in effects.records():
+            try:
+                await self._patiently(lambda record=record: self._backend.apply(record))  # type: ignore[misc]
+            except IndexLostError as error:
+                log.warning("%s", error)
+                await self.rebuild()  # with this record: its messages are resolved
         self._tell(effects)
         self._keep()
         self.counts.update(effects.counts)

@@ -1,7 +1,8 @@
 """What applying engine messages asks to be written outside the ``engine_blocks`` table.
 
-Updates are gathered per pod, as columns; :meth:`Effects.encode` cuts them into one ``kv-blocks`` record per
-partition, with numpy when they are many, so that nothing but a list append is paid per block before that.
+Updates are gathered per pod, as columns; :meth:`Effects.encode` cuts them into one ``kv-blocks`` record per partition,
+and :meth:`Effects.records` for an index in this process, where nothing is encoded. With many updates that is numpy's
+work, so that nothing but a list append is paid per block before.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.model.epochs import incarnation_of
 from kvatlas.bridge.model.records import PodRecord
-from kvatlas.streams.index.blocks_record import OP_ADD, OP_REMOVE, Run, encode_blocks
+from kvatlas.streams.index.blocks_record import OP_ADD, OP_REMOVE, BlocksRecord, Run, encode_blocks
 from kvatlas.streams.index.holders import HOLDER_BYTES
 
 #: Updates in one ``kv-blocks`` record at most: 41 bytes each, far under the topic's largest record.
@@ -161,6 +162,10 @@ class Effects:
         """
         return encode(self.segments, self.partitions, self.receive_ns if receive_ns is None else receive_ns)
 
+    def records(self) -> list[BlocksRecord]:
+        """Return the updates for an index in this process, whatever their partitions, in order."""
+        return cut(self.segments, 1, self.receive_ns).get(0, [])
+
 
 def encode(segments: list[PodUpdates], partitions: int, receive_ns: int) -> dict[int, list[bytes]]:
     """Return the ``kv-blocks`` records of updates by partition, to be sent in the order of each list.
@@ -170,15 +175,26 @@ def encode(segments: list[PodUpdates], partitions: int, receive_ns: int) -> dict
         partitions: partitions of ``kv-blocks``.
         receive_ns: receive time to stamp, ns since the epoch.
     """
+    return {
+        partition: [encode_blocks(*record) for record in made]
+        for partition, made in cut(segments, partitions, receive_ns).items()
+    }
+
+
+def cut(segments: list[PodUpdates], partitions: int, receive_ns: int) -> dict[int, list[BlocksRecord]]:
+    """Return the records of updates by partition, as :func:`encode` does before it encodes them."""
     if not segments:
         return {}
-    if sum(len(segment.keys) for segment in segments) <= min(_FEW, RECORD_UPDATES):
-        return _encode_few(segments, partitions, receive_ns)
+    updates = sum(len(segment.keys) for segment in segments)
+    if partitions == 1 and updates <= RECORD_UPDATES:
+        return {0: [_together(segments, receive_ns)]}
+    if updates <= min(_FEW, RECORD_UPDATES):
+        return _cut_few(segments, partitions, receive_ns)
     columns = _Columns(segments)
     where = columns.partitions(partitions)
     order = np.argsort(where, kind="stable")
     bounds = np.searchsorted(where[order], np.arange(partitions + 1))
-    records: dict[int, list[bytes]] = {}
+    records: dict[int, list[BlocksRecord]] = {}
     for partition in range(partitions):
         rows = order[bounds[partition] : bounds[partition + 1]]
         if len(rows):
@@ -186,8 +202,19 @@ def encode(segments: list[PodUpdates], partitions: int, receive_ns: int) -> dict
     return records
 
 
-def _encode_few(segments: list[PodUpdates], partitions: int, stamp: int) -> dict[int, list[bytes]]:
-    """Encode a few updates, one record per partition."""
+def _together(segments: list[PodUpdates], stamp: int) -> BlocksRecord:
+    """Put all updates into one record of the only partition."""
+    return BlocksRecord(
+        tuple([Run(one.pod_ref, one.epoch, one.first, one.last, len(one.keys)) for one in segments]),
+        b"".join([b"".join(one.keys) for one in segments]),
+        b"".join([b"".join(one.ops) for one in segments]),
+        b"".join([b"".join(one.holders) for one in segments]),
+        stamp,
+    )
+
+
+def _cut_few(segments: list[PodUpdates], partitions: int, stamp: int) -> dict[int, list[BlocksRecord]]:
+    """Cut a few updates, one record per partition."""
     runs: dict[int, list[Run]] = {}
     columns: dict[int, tuple[list[bytes], bytearray, list[bytes]]] = {}
     for segment in segments:
@@ -205,7 +232,7 @@ def _encode_few(segments: list[PodUpdates], partitions: int, stamp: int) -> dict
             run = Run(segment.pod_ref, segment.epoch, segment.first, segment.last, count)
             runs.setdefault(partition, []).append(run)
     return {
-        partition: [encode_blocks(runs[partition], b"".join(keys), bytes(ops), b"".join(holders), stamp)]
+        partition: [BlocksRecord(tuple(runs[partition]), b"".join(keys), bytes(ops), b"".join(holders), stamp)]
         for partition, (keys, ops, holders) in sorted(columns.items())
     }
 
@@ -226,23 +253,27 @@ class _Columns:
         heads = np.ascontiguousarray(self._keys[:, :4]).view(">u4")[:, 0]
         return heads.astype(np.uint32) % np.uint32(count)
 
-    def records(self, rows: npt.NDArray[np.intp], receive_ns: int) -> list[bytes]:
+    def records(self, rows: npt.NDArray[np.intp], receive_ns: int) -> list[BlocksRecord]:
         """Return the records of one partition's rows, in order."""
         return [
             self._record(rows[at : at + RECORD_UPDATES], int(self._segment_of[rows[at - 1]]) if at else -1, receive_ns)
             for at in range(0, len(rows), RECORD_UPDATES)
         ]
 
-    def _record(self, rows: npt.NDArray[np.intp], continues: int, receive_ns: int) -> bytes:
-        """Encode rows; a run of segment ``continues`` goes on from the record before (see ``codec``)."""
+    def _record(self, rows: npt.NDArray[np.intp], continues: int, receive_ns: int) -> BlocksRecord:
+        """Put rows together; a run of segment ``continues`` goes on from the record before (see ``codec``)."""
         numbers, sizes = np.unique(self._segment_of[rows], return_counts=True)
         runs = []
         for number, size in zip(numbers.tolist(), sizes.tolist(), strict=True):
             segment = self._segments[number]
             first = segment.last + 1 if number == continues else segment.first
             runs.append(Run(segment.pod_ref, segment.epoch, first, segment.last, size))
-        return encode_blocks(
-            runs, self._keys[rows].tobytes(), self._ops[rows].tobytes(), self._holders[rows].tobytes(), receive_ns
+        return BlocksRecord(
+            tuple(runs),
+            self._keys[rows].tobytes(),
+            self._ops[rows].tobytes(),
+            self._holders[rows].tobytes(),
+            receive_ns,
         )
 
 

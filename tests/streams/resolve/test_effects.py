@@ -48,6 +48,22 @@ def test_few_updates_make_the_same_records_as_many(script, partitions):
         assert effects.encode(5) == few
 
 
+@given(changes)
+def test_records_of_this_process_are_those_of_one_partition(script):
+    """What is not encoded says what a decoded record of the only partition says."""
+    effects = Effects(3)
+    for sequence, (pod, adds, keys) in enumerate(script):
+        updates = effects.of(pod, epoch_of(1), sequence)
+        (updates.add if adds else updates.remove)(keys, HOLDER)
+    made = effects.records()
+    assert made == [decode_blocks(value) for value in module.encode(effects.segments, 1, 0).get(0, [])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "RECORD_UPDATES", 1 if script else 0)
+        pieces = effects.records()
+    for column in ("keys", "ops", "holders"):
+        assert b"".join(getattr(one, column) for one in pieces) == b"".join(getattr(one, column) for one in made)
+
+
 @given(changes, st.integers(1, 7))
 def test_every_update_reaches_its_partition_in_the_pods_order(script, partitions):
     """Keys go where the partition rule says; one pod's updates keep their order; runs name their stretch."""

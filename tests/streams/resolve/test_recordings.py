@@ -13,10 +13,13 @@ import pytest
 
 from kvatlas.bridge.ingest.strip import KnownBlocks, Stripper
 from kvatlas.bridge.model import records
-from kvatlas.bridge.model.block_key import ahead_keys, block_keys, multimodal_extra, pack_tokens, root_key
+from kvatlas.bridge.model.block_key import KEY_BYTES, ahead_keys, block_keys, multimodal_extra, pack_tokens, root_key
 from kvatlas.bridge.model.events import Limits
 from kvatlas.bridge.model.topics import CONTENT_KEYS
 from kvatlas.scorer.scoring.walk import Fleet, Weights, walk
+from kvatlas.streams.index.view import DictView
+from kvatlas.streams.resolve.fold import LogFold
+from kvatlas.streams.resolve.message import parse_message
 
 CAPTURES = Path(__file__).parents[2] / "data" / "captures"
 SIZE = 16
@@ -117,6 +120,27 @@ def test_a_recording_repeated_from_anywhere_changes_nothing(world, name):
         w.apply(w.updates[start % len(w.updates) :])
     assert w.engine.values == engine
     assert [view.values for view in w.index] == index
+
+
+@pytest.mark.parametrize("most", [1, 37, 100_000])
+@pytest.mark.parametrize("name", RECORDINGS)
+def test_a_fold_in_one_process_is_what_the_agents_make(world, name, most):
+    """Slices of any length without a wire between leave both tables, entry by entry, as the two agents do."""
+    recording, w = Recording(name), world()
+    recording.send(w)
+    w.deliver(w.log)
+    messages = [parse_message(key, value, headers, 0, offset) for offset, (key, value, headers) in enumerate(w.log)]
+    engine, index = DictView(), DictView()
+    fold = LogFold(w.options, engine, index, lambda: 7)
+    pods = {}
+    for at in range(0, len(messages), most):
+        pods.update(fold.apply(messages[at : at + most]).pods)
+    assert engine.values == w.engine.values
+    assert pods == w.pods
+    blocks = [{key: value for key, value in view.values.items() if len(key) == KEY_BYTES} for view in (index, *w.index)]
+    assert blocks[0] == {key: value for part in blocks[1:] for key, value in part.items()}
+    assert fold.counts["updates"] == w.index_counts["updates"]
+    assert {name: fold.counts[name] for name in w.counts} == dict(w.counts)
 
 
 def test_full_reports_are_found_out_by_themselves(world):
