@@ -41,9 +41,6 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     blocks = args.messages * _EVENTS * _BLOCKS
     yield _figure("decode", _best(args, lambda: _decode(plain)), blocks, "blocks/s")
     yield _figure("decode+resolve", _best(args, lambda: _resolve(plain)), blocks, "blocks/s")
-    yield _figure(
-        "decode+resolve, owners kept", _best(args, lambda: _resolve(plain, owners="always")), blocks, "blocks/s"
-    )
     small = _payloads(args.messages, 8)
     yield _figure("decode+resolve, E=8 C=16", _best(args, lambda: _resolve(small)), blocks, "blocks/s")
     large = _payloads(args.messages // 2, 32)
@@ -107,9 +104,9 @@ def _decode(payloads: list[bytes]) -> None:
         decode(payload, limits)
 
 
-def _resolve(payloads: list[bytes], **options: Any) -> list[tuple[int, bytes]]:
+def _resolve(payloads: list[bytes]) -> list[tuple[int, bytes]]:
     """Resolve messages of a few pods in flushes; returns the ``kv-blocks`` records."""
-    resolver = Resolver(ResolveOptions(**options), _PARTITIONS, time.time_ns)
+    resolver = Resolver(ResolveOptions(), _PARTITIONS, time.time_ns)
     view = DictView()
     made: list[tuple[int, bytes]] = []
     for start in range(0, len(payloads), _FLUSH):

@@ -53,8 +53,6 @@ class ResolveOptions(msgspec.Struct, frozen=True, kw_only=True):
         clears: what AllBlocksCleared ends: ``all`` tiers, the ``gpu`` alone, or what it ends in each ``engine``.
         strict_gaps: an unrepaired gap ends the pod's epoch instead of making older entries suspect.
         orphan_blocks: blocks that wait for an unknown parent, per pod, at most.
-        owners: when to keep which engine keys stand for one block key of a pod: ``auto``, once a pod's events may
-            name one block twice, or ``always``.
         store: shared store of pods that do not say which they mount.
         limits: bounds of one message.
     """
@@ -64,7 +62,6 @@ class ResolveOptions(msgspec.Struct, frozen=True, kw_only=True):
     clears: Literal["engine", "all", "gpu"] = "engine"
     strict_gaps: bool = False
     orphan_blocks: int = 8192
-    owners: Literal["auto", "always"] = "auto"
     store: str = "default"
     limits: Limits = Limits()
 
@@ -224,7 +221,6 @@ class Resolver:
         # Also of a message that cannot be read: its sequence is taken, so the next one leaves no hole.
         part.changed(session, message)
         effects.counts["messages"] += 1
-        state.aliasing = state.aliasing or self._options.owners == "always"
         updates = effects.of(session.number, state.epoch, message.sequence)
         blocks = self._blocks(part, session, message, updates)
         try:

@@ -110,13 +110,13 @@ def tokens_of(path: tuple[int, ...], size: int) -> tuple[int, ...]:
     return tuple(token for label in path for token in [label + 1] * size)
 
 
-def machine(world_class, make, sizes, owners):
+def machine(world_class, make, sizes):
     """Return a state machine for engine block sizes per group."""
 
     class Machine(RuleBasedStateMachine):
         def __init__(self) -> None:
             super().__init__()
-            self.world = world_class(block_size_tokens=C, owners=owners, clears="all", announcements="copies")
+            self.world = world_class(block_size_tokens=C, clears="all", announcements="copies")
             self.model = {pod: Pod(sizes) for pod in PODS}
             self.late: list[tuple[int, bytes]] = []
             self.universe = {
@@ -236,12 +236,11 @@ def machine(world_class, make, sizes, owners):
     return Machine
 
 
-@pytest.mark.parametrize("owners", ["auto", "always"])
 @pytest.mark.parametrize("sizes", [(16, 32), (8, 16), (32, 8), (4, 16), (24, 12)])
-def test_the_index_is_what_the_pods_hold(world, make, sizes, owners):
+def test_the_index_is_what_the_pods_hold(world, make, sizes):
     """Stores, offloads, removals, clears, restarts, gaps, holes, orphans and repetition leave what the model holds."""
     run_state_machine_as_test(
-        machine(world, make, sizes, owners),
+        machine(world, make, sizes),
         settings=settings(
             max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
         ),
