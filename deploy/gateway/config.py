@@ -58,6 +58,7 @@ class GatewayOptions(msgspec.Struct, frozen=True, kw_only=True):
         picker_timeout_ms: longest wait for an answer of the picker, where Envoy has one.
         cafile: CA of the picker's certificate; empty: plaintext.
         server_name: name in that certificate.
+        served_header: response header that names the address that answered; empty for none.
     """
 
     kind: Kind = "override"
@@ -72,6 +73,7 @@ class GatewayOptions(msgspec.Struct, frozen=True, kw_only=True):
     picker_timeout_ms: int = 2_000
     cafile: str = ""
     server_name: str = ""
+    served_header: str = ""
 
 
 def document(options: GatewayOptions) -> dict[str, Any]:
@@ -119,16 +121,20 @@ def _listener(options: GatewayOptions, filters: list[dict[str, Any]] | None = No
     route: dict[str, Any] = {"cluster": "picked" if direct else "pods", "timeout": "0s"}
     if not direct:
         route["retry_policy"] = {"retry_on": "connect-failure,refused-stream", "num_retries": 2}
+    host: dict[str, Any] = {
+        "name": "inference",
+        "domains": ["*"],
+        "routes": [{"match": {"prefix": "/"}, "route": route}],
+    }
+    if options.served_header:
+        named = {"key": options.served_header, "value": "%UPSTREAM_REMOTE_ADDRESS%"}
+        host["response_headers_to_add"] = [{"header": named}]
     manager = {
         "@type": _TYPE + "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": "inference",
         "preserve_external_request_id": True,  # keep a client's x-request-id; without one Envoy makes it
         "stream_idle_timeout": "300s",  # a model may be silent for minutes before the first token
-        "route_config": {
-            "virtual_hosts": [
-                {"name": "inference", "domains": ["*"], "routes": [{"match": {"prefix": "/"}, "route": route}]}
-            ]
-        },
+        "route_config": {"virtual_hosts": [host]},
         "http_filters": filters if filters is not None else _filters(options),
     }
     chain = {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
@@ -194,8 +200,8 @@ def _processor(options: GatewayOptions) -> dict[str, Any]:
             "receiving_namespaces": {"untyped": [names.LB_NAMESPACE]},
         },
     }
-    if not full_duplex:
-        config["message_timeout"] = f"{options.picker_timeout_ms / 1000:g}s"
+    # In full duplex it is for the response's headers alone; Envoy's own is 200 ms, after which the client gets a 504.
+    config["message_timeout"] = f"{options.picker_timeout_ms / 1000:g}s"
     if options.kind == "streamed":
         config["send_body_without_waiting_for_header_response"] = True
     return {"name": "envoy.filters.http.ext_proc", "typed_config": config}

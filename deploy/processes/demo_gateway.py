@@ -26,9 +26,10 @@ from kvatlas.deploy.gateway.tiny_tokenizer import text, write_tokenizer
 from kvatlas.deploy.processes import child
 from kvatlas.deploy.processes.launcher import Launcher
 from kvatlas.deploy.processes.supervisor import Child, Kept, stop_all
+from kvatlas.deploy.processes.vllm_fleet import VllmFleet
 from kvatlas.deploy.sim.fleet import Fleet
 from kvatlas.deploy.sim.options import SimPlan
-from kvatlas.deploy.sim.serving import POD_HEADER, ServedFleet
+from kvatlas.deploy.sim.serving import ServedFleet
 from kvatlas.scorer.gateway.options import PickerSettings
 from kvatlas.scorer.picker.names import REQUEST_ID
 from kvatlas.scorer.tokenization.options import TokenizerSettings
@@ -37,6 +38,11 @@ _READY_SECONDS: Final = 60.0
 _DRAIN_SECONDS: Final = 20.0
 _POLL_SECONDS: Final = 0.05
 _REQUEST_SECONDS: Final = 60.0
+#: Requests at a time; vLLM shares two cores with everything else.
+_AT_A_TIME: Final = 16
+_AT_A_TIME_VLLM: Final = 4
+#: Response header with the address that answered.
+_SERVED: Final = "x-demo-served"
 
 
 class DemoGatewayError(KvatlasError):
@@ -86,15 +92,18 @@ class DemoGateway:
         sections: settings of the services.
         sim: settings of the fleet.
         state_dir: logs and tables.
+        vllm: the command ``vllm`` whose servers take the simulated engines' place; None for simulated ones.
     """
 
-    def __init__(self, sections: dict[str, Any], sim: SimPlan, state_dir: Path) -> None:
+    def __init__(self, sections: dict[str, Any], sim: SimPlan, state_dir: Path, *, vllm: Path | None = None) -> None:
         self._sections = dict(sections)
         self._sim = sim
         self._state_dir = state_dir
         self._model_dir = state_dir / "model"
-        self._fleet = Fleet(sim, clock=time.time, monotonic=time.monotonic)
-        self._served: ServedFleet | None = None
+        self._fleet: Fleet | VllmFleet = Fleet(sim, clock=time.time, monotonic=time.monotonic)
+        if vllm is not None:
+            self._fleet = VllmFleet(vllm, state_dir, sim.model)
+        self._served: ServedFleet | VllmFleet | None = None
         self._launcher: Launcher | None = None
         self._picker: Kept | None = None
         self._parts: dict[str, Any] = {}
@@ -113,8 +122,7 @@ class DemoGateway:
         write_tokenizer(self._model_dir)
         tokenizer = TokenizerSettings(models=(f"{self._sim.model}={self._model_dir}",))
         self._fleet.start()
-        served = self._served = ServedFleet(self._fleet, tokenizer)
-        served.start()
+        served = self._serve(tokenizer)
         bridge = msgspec.structs.replace(self._sections["bridge"], engines=self._fleet.engines)
         sections = {**self._sections, "bridge": bridge, "tokenizer": tokenizer}
         self._launcher = Launcher(sections, self._state_dir, use_embedded=True)
@@ -128,6 +136,8 @@ class DemoGateway:
                     pickers=[self._picker_address(stop)],
                     pods=list(served.addresses.values()),
                     observe=True,
+                    served_header=_SERVED,
+                    picker_timeout_ms=int(_REQUEST_SECONDS * 1e3),
                 )
             ),
             self._state_dir,
@@ -136,7 +146,15 @@ class DemoGateway:
         self._until(lambda: self._counter("membership_healthy") > 0, "Envoy sees the picker", stop)
         return not stop.is_set()
 
-    def _start_picker(self, served: ServedFleet, tokenizer: TokenizerSettings) -> None:
+    def _serve(self, tokenizer: TokenizerSettings) -> ServedFleet | VllmFleet:
+        if isinstance(self._fleet, VllmFleet):
+            self._served = self._fleet  # serves by itself
+        else:
+            self._served = ServedFleet(self._fleet, tokenizer)
+            self._served.start()
+        return self._served
+
+    def _start_picker(self, served: ServedFleet | VllmFleet, tokenizer: TokenizerSettings) -> None:
         assert self._launcher is not None
         given: PickerSettings = self._sections["picker"]
         picker = msgspec.structs.replace(
@@ -177,7 +195,8 @@ class DemoGateway:
     def _check(self) -> None:
         if self._picker is not None:
             self._picker.look()
-        for part in (self._launcher, self._envoy):
+        engines = self._fleet if isinstance(self._fleet, VllmFleet) else None
+        for part in (self._launcher, self._envoy, engines):
             if part is not None:
                 part.check()
 
@@ -206,7 +225,8 @@ class DemoGateway:
             [{"role": "system", "content": system[number % len(system)]}] for number in range(conversations)
         ]
         homes = [""] * conversations
-        with ThreadPoolExecutor(min(conversations, 16)) as pool:
+        at_a_time = _AT_A_TIME_VLLM if isinstance(self._fleet, VllmFleet) else _AT_A_TIME
+        with ThreadPoolExecutor(min(conversations, at_a_time)) as pool:
             for turn in range(turns):
                 for history in histories:
                     history.append({"role": "user", "content": text(self._rng, 400)})
@@ -243,7 +263,9 @@ class DemoGateway:
 
     def _ask(self, name: str, messages: list[dict[str, str]], stream: bool) -> Answer:
         assert self._envoy is not None
-        body = {"model": self._sim.model, "messages": messages, "max_tokens": 24, "stream": stream}
+        body: dict[str, Any] = {"model": self._sim.model, "messages": messages, "max_tokens": 24, "stream": stream}
+        if stream:
+            body["stream_options"] = {"include_usage": True}
         request = urllib.request.Request(
             f"http://{self._envoy.address}/v1/chat/completions",
             data=json.dumps(body).encode(),
@@ -253,12 +275,16 @@ class DemoGateway:
         try:
             with urllib.request.urlopen(request, timeout=_REQUEST_SECONDS) as answer:  # noqa: S310 - as above
                 data = answer.read()
-                pod = answer.headers.get(POD_HEADER, "")
+                pod = self._pod_at(answer.headers.get(_SERVED, ""))
         except (urllib.error.URLError, OSError) as error:
             raise DemoGatewayError(f"a request through Envoy failed: {error}") from error
         said, usage = _streamed(data) if stream else _whole(data)
         cached = usage["prompt_tokens_details"]["cached_tokens"]
         return Answer(pod, usage["prompt_tokens"], cached, time.monotonic() - began, said)
+
+    def _pod_at(self, address: str) -> str:
+        served = self._served.addresses if self._served is not None else {}
+        return next((pod for pod, one in served.items() if one == address), address)
 
     def judged(self, requests: int, stop: threading.Event) -> dict[str, str]:
         """Return each request's verdict, once all were judged, by reading ``kv-decisions``.
@@ -284,7 +310,7 @@ class DemoGateway:
 
 def _whole(data: bytes) -> tuple[str, dict[str, Any]]:
     document_ = json.loads(data)
-    return document_["choices"][0]["message"]["content"], document_["usage"]
+    return document_["choices"][0]["message"]["content"] or "", document_["usage"]
 
 
 def _streamed(data: bytes) -> tuple[str, dict[str, Any]]:
@@ -295,5 +321,5 @@ def _streamed(data: bytes) -> tuple[str, dict[str, Any]]:
             continue
         event = json.loads(line[5:])
         usage = event.get("usage") or usage
-        said += "".join(choice["delta"].get("content", "") for choice in event["choices"])
+        said += "".join(choice["delta"].get("content") or "" for choice in event["choices"])
     return said, usage

@@ -113,7 +113,7 @@ class PartitionRouter:
         packed = b"".join(keys)
         numbers = partitions_of(packed, layout.partition_count)
         touched = np.unique(numbers).tolist()
-        request = _Request(packed, numbers, layout.partition_count, values, deadline)
+        request = _Request(packed, numbers, layout.partition_count, values, deadline, touched=len(touched))
         pending = await Asking(
             {partition: self._candidates(partition) for partition in touched},
             lambda endpoint, partitions: self._ask(endpoint, partitions, request),
@@ -188,22 +188,24 @@ class _Request:
         partition_count: int,
         values: list[bytes | None],
         deadline: float,
+        *,
+        touched: int,
     ) -> None:
         self.deadline = deadline
         self.seen: dict[int, Seen] = {}
         self._packed = packed
         self._numbers = numbers
+        self._touched = touched  # partitions that the keys lie in
         self._count = partition_count
         self._values = values
         self._settled: set[int] = set()  # partitions whose owner has answered
 
     def part(self, partitions: list[int]) -> tuple[pb.LookupRequest, npt.NDArray[np.intp] | None]:
         """Return the request for some partitions, and the positions of its keys (None: all of them, in order)."""
-        chosen = np.isin(self._numbers, np.asarray(partitions, dtype=np.uint32)) if len(partitions) else None
-        if chosen is None or bool(chosen.all()):
+        if len(partitions) in (0, self._touched):
             packed, positions = self._packed, None
         else:
-            positions = np.flatnonzero(chosen)
+            positions = np.flatnonzero(np.isin(self._numbers, np.asarray(partitions, dtype=np.uint32)))
             packed = np.frombuffer(self._packed, dtype="V16")[positions].tobytes()
         return pb.LookupRequest(keys=packed, partition_count=self._count, allow_standby=True), positions
 
