@@ -16,6 +16,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 
 class KvatlasError(Exception):
     """Base of every error that kvatlas raises on purpose.
@@ -79,3 +81,12 @@ class TaskEndedError(KvatlasError):
 #: What msgspec raises at bytes that are no such value: a wrong UTF-8 is a UnicodeDecodeError and no MsgspecError, and
 #: what is nested too deeply is neither.
 DECODE_ERRORS = (ValueError, RecursionError)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, its cause, and so on; each once: what is raised again while it is handled may be its own cause."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__

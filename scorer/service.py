@@ -21,8 +21,8 @@ from grpc_reflection.v1alpha import reflection
 
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.kafka.config import client_config
+from kvatlas.bridge.kafka.fetching import producer_tasks
 from kvatlas.bridge.kafka.follower import TopicFollower
-from kvatlas.bridge.kafka.producer import sender_task
 from kvatlas.bridge.model import records, topics
 from kvatlas.bridge.model.workers import WorkerDirectory
 from kvatlas.bridge.runtime.restarts import Restarts
@@ -373,7 +373,7 @@ class ScorerService:
                     await producer.stop()
                     raise
                 self._producer = producer
-                self._background.watch(sender_task(producer))
+                self._background.watch(*producer_tasks(producer))
             return self._producer
 
     async def run_until(self, stop: asyncio.Event) -> None:
@@ -391,7 +391,7 @@ class ScorerService:
         await self._background.stop()
         await asyncio.gather(self._decided.stop(), self._versions.stop())
         if self._producer is not None:
-            with contextlib.suppress(KafkaError):
+            with contextlib.suppress(Exception):  # also what ended one of its tasks
                 await self._producer.stop()
         self._pool.close()
         self.core.intake.close()

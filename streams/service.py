@@ -17,8 +17,8 @@ from typing import Any, Final
 from faust.types import TP
 
 from kvatlas.bridge.errors import SettingsError
+from kvatlas.bridge.kafka.fetching import producer_tasks
 from kvatlas.bridge.kafka.follower import TopicFollower
-from kvatlas.bridge.kafka.producer import sender_task
 from kvatlas.bridge.kafka.rights import lost_right
 from kvatlas.bridge.model import topics
 from kvatlas.bridge.model.block_key import KEY_VERSION
@@ -219,7 +219,7 @@ class WorkerService:
         )
         app.finalize()
         await app.start()
-        self._background.watch(sender_task(app.aiokafka_producer()))
+        self._background.watch(*producer_tasks(app.aiokafka_producer()))
         self._announcing = self._watch(self._announcer.run())
         self._watch(_crash_of(app))
         self._watch(Gauges(app).run())

@@ -14,7 +14,7 @@ from aiokafka import AIOKafkaConsumer
 from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.kafka.follower import partitions_of
+from kvatlas.bridge.kafka.fetching import partitions_of
 from kvatlas.bridge.model import topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.streams.errors import StateFolderError, TopicsError

@@ -89,10 +89,11 @@ R4_EXCEPTIONS: Final[frozenset[tuple[str, str]]] = frozenset(
 R5_EXCEPTIONS: Final[frozenset[frozenset[str]]] = frozenset()
 R6_EXCEPTIONS: Final[frozenset[str]] = frozenset(
     {
-        "bridge.kafka.follower: _client",
-        "bridge.kafka.producer: _message_accumulator",
-        "bridge.kafka.producer: _sender",
+        "bridge.kafka.fetching: _client",
         "bridge.kafka.fetching: _fetcher",
+        "bridge.kafka.fetching: _sender",
+        "bridge.kafka.fetching: _sync_task",
+        "bridge.kafka.producer: _message_accumulator",
         "bridge.kafka.lease: _coordinator",
         "scorer.library.indexer: _options",
         "scorer.library.indexer: _pods",

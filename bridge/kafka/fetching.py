@@ -1,7 +1,8 @@
-"""Fetching with aiokafka's consumer, so that a fetcher that has died is told.
+"""Background tasks of aiokafka's clients, and fetching so that the end of one is told.
 
 The task in which a consumer fetches ends by any error that it does not expect; it logs it, and after that the consumer
-says for ever that there is nothing new.
+says for ever that there is nothing new. The task in which every client keeps its metadata, where partitions have their
+leaders, is told of nowhere: a client without it waits for ever for the next leader.
 """
 
 from __future__ import annotations
@@ -9,13 +10,53 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from aiokafka import TopicPartition
+from aiokafka import AIOKafkaProducer, TopicPartition
+
+from kvatlas.bridge.errors import TaskEndedError
 
 
 def fetcher_task(consumer: Any) -> asyncio.Task[None]:
     """Return the task of a started consumer that fetches: it ends by itself only with a ``KafkaError``."""
     task: asyncio.Task[None] = consumer._fetcher.error_future
     return task
+
+
+def sender_task(producer: Any) -> asyncio.Task[None]:
+    """Return the task of a producer that sends what it was given: once it has ended, every send fails."""
+    task: asyncio.Task[None] = producer._sender.sender_task
+    return task
+
+
+def producer_tasks(producer: Any) -> tuple[asyncio.Task[None], asyncio.Task[None]]:
+    """Return the tasks of a started producer that run as long as it lives."""
+    return sender_task(producer), metadata_task(producer)
+
+
+def metadata_task(client: Any) -> asyncio.Task[None]:
+    """Return the task of a started consumer, producer or admin client that keeps its metadata, as long as it lives."""
+    inner = client.client if isinstance(client, AIOKafkaProducer) else client._client
+    task: asyncio.Task[None] = inner._sync_task
+    return task
+
+
+def metadata_error(task: asyncio.Task[None]) -> TaskEndedError | None:
+    """Return what to say of the end of such a task; None while it runs, and when its client was closed."""
+    error = task.exception() if task.done() and not task.cancelled() else None
+    if error is None:
+        return None
+    ended = TaskEndedError(f"a Kafka client keeps its metadata no more: {type(error).__name__}: {error}")
+    ended.__cause__ = error
+    return ended
+
+
+def check_metadata(client: Any) -> None:
+    """Look whether a started client still keeps its metadata.
+
+    Raises:
+        TaskEndedError: it does not, and never will again.
+    """
+    if (error := metadata_error(metadata_task(client))) is not None:
+        raise error
 
 
 async def fetch(
@@ -25,7 +66,9 @@ async def fetch(
 
     Raises:
         KafkaError: also what ended the consumer's fetcher; another consumer has to take its place.
+        TaskEndedError: the consumer keeps its metadata no more.
     """
+    check_metadata(consumer)
     found: dict[TopicPartition, list[Any]] = await consumer.getmany(
         *partitions, timeout_ms=timeout_ms, max_records=max_records
     )
@@ -33,3 +76,14 @@ async def fetch(
     if not found and task.done() and not task.cancelled():
         task.result()
     return found
+
+
+async def partitions_of(client: Any, topic: str) -> set[int]:
+    """Return the partitions of a topic as the brokers know them now; empty when there is no such topic."""
+    cluster = client._client.cluster
+    found = cluster.partitions_for_topic(topic)
+    if not found:
+        client._client.add_topic(topic)
+        await client._client.force_metadata_update()
+        found = cluster.partitions_for_topic(topic)
+    return set(found or ())

@@ -157,7 +157,7 @@ class TopicFollower:
                 if batches:
                     await asyncio.sleep(0)  # a long backlog must not starve requests
         finally:
-            with contextlib.suppress(KafkaError, OSError):
+            with contextlib.suppress(Exception):  # closing raises what ended the client, which was told
                 await consumer.stop()
 
     async def _place(self, consumer: Any) -> list[TopicPartition]:
@@ -187,14 +187,3 @@ class TopicFollower:
             if messages and self._applied is not None:
                 self._applied(tp.partition, self._positions[tp])
             self.records += len(messages)
-
-
-async def partitions_of(client: Any, topic: str) -> set[int]:
-    """Return the partitions of a topic as the brokers know them now; empty when there is no such topic."""
-    cluster = client._client.cluster
-    found = cluster.partitions_for_topic(topic)
-    if not found:
-        client._client.add_topic(topic)
-        await client._client.force_metadata_update()
-        found = cluster.partitions_for_topic(topic)
-    return set(found or ())

@@ -26,6 +26,7 @@ from aiokafka.errors import KafkaError, MessageSizeTooLargeError, ProducerClosed
 
 from kvatlas.bridge.errors import KvatlasError, LogError
 from kvatlas.bridge.kafka.config import client_config, pace_metadata
+from kvatlas.bridge.kafka.fetching import metadata_error, metadata_task, sender_task
 from kvatlas.bridge.kafka.rights import lost_right
 from kvatlas.bridge.model.sink import QueuedRecord
 from kvatlas.bridge.runtime.histogram import Buckets
@@ -162,6 +163,7 @@ class RecordProducer:
             raise LogError(f"cannot reach Kafka at {self._settings.brokers}: {error}") from error
         else:
             started = True
+            metadata_task(producer).add_done_callback(lambda task: self._fail(metadata_error(task)))
         finally:
             if not started:  # whatever ended it, a cancelled task too
                 await _close(producer, 1.0)
@@ -240,7 +242,9 @@ class RecordProducer:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """End the service with what ended a partition's task: nothing would be sent for it any more."""
-        error = None if task.cancelled() else task.exception()
+        self._fail(None if task.cancelled() else task.exception())
+
+    def _fail(self, error: BaseException | None) -> None:
         if error is not None and self.failed is not None and not self.failed.done():
             self.failed.set_exception(error)
 
@@ -312,9 +316,7 @@ class RecordProducer:
         return gate
 
     def _note_refusal(self, error: BaseException, tries: int) -> None:
-        refused = lost_right(error, self._settings) if tries >= _RIGHT_TRIES else None
-        if refused is not None and self.failed is not None and not self.failed.done():
-            self.failed.set_exception(refused)
+        self._fail(lost_right(error, self._settings) if tries >= _RIGHT_TRIES else None)
 
     @staticmethod
     def _build(producer: AIOKafkaProducer, queue: deque[QueuedRecord], most_bytes: int) -> tuple[Any, int]:
@@ -356,20 +358,14 @@ async def _close(producer: Any, seconds: float) -> None:
         # Called here, not in a task of its own: a task that is cancelled before it begins would close nothing.
         async with asyncio.timeout(seconds):
             await producer.stop()
-    except (TimeoutError, KafkaError):
+    except Exception:  # noqa: BLE001 # closing also raises what ended one of its tasks, which was told
         # It waits for what it still holds to be sent; that is in our queues too.
-        sender = producer._sender.sender_task
+        sender = sender_task(producer)
         if sender is not None:
             sender.cancel()
-        with contextlib.suppress(TimeoutError, KafkaError):
+        with contextlib.suppress(Exception):
             await asyncio.wait_for(producer.client.close(), seconds)
         if sender is not None:
             await asyncio.wait([sender], timeout=seconds)
         # Nobody sends these any more, and whoever waits for them would wait for ever.
         producer._message_accumulator.fail_all(ProducerClosed())
-
-
-def sender_task(producer: Any) -> asyncio.Task[None]:
-    """Return the task of an aiokafka producer that sends what it was given: once it has ended, every send fails."""
-    task: asyncio.Task[None] = producer._sender.sender_task
-    return task

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from aiokafka.errors import GroupAuthorizationFailedError, KafkaError, TopicAuthorizationFailedError
 
-from kvatlas.bridge.errors import RightsError
+from kvatlas.bridge.errors import RightsError, causes
 from kvatlas.bridge.runtime.settings import KafkaSettings
 
 
@@ -24,14 +24,13 @@ def lost_right(error: BaseException | None, settings: KafkaSettings) -> RightsEr
 
 def refusal_in(error: BaseException | None) -> KafkaError | None:
     """Return Kafka's refusal of a topic or group to the account among an error and its causes."""
-    while error is not None:
-        if isinstance(error, TopicAuthorizationFailedError | GroupAuthorizationFailedError):
-            return error
+    for found in causes(error):
+        if isinstance(found, TopicAuthorizationFailedError | GroupAuthorizationFailedError):
+            return found
         # Asked for committed offsets, aiokafka knows no reason but the few it names, and puts the others into text.
         for kind in (TopicAuthorizationFailedError, GroupAuthorizationFailedError):
-            if type(error) is KafkaError and error.args and str(error.args[0]).startswith(kind.__name__):
+            if type(found) is KafkaError and found.args and str(found.args[0]).startswith(kind.__name__):
                 return kind()
-        error = error.__cause__ or error.__context__
     return None
 
 

@@ -11,6 +11,7 @@ other bridge replays it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
@@ -20,6 +21,7 @@ from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.errors import LogError
 from kvatlas.bridge.kafka.config import client_config
+from kvatlas.bridge.kafka.fetching import fetch
 from kvatlas.bridge.kafka.lease import Lease
 from kvatlas.bridge.kafka.rights import lost_right
 from kvatlas.bridge.model import topics
@@ -111,7 +113,8 @@ class Ownership(ConsumerRebalanceListener):  # type: ignore[misc]
             await end_tasks([self._pump])
         if self._consumer is not None:
             self._gained = self._lost = _nothing
-            await self._consumer.stop()
+            with contextlib.suppress(Exception):  # closing raises what ended the client, which was told
+                await self._consumer.stop()
         await self._stop_taking()
 
     async def on_partitions_revoked(self, revoked: Any) -> None:
@@ -150,7 +153,7 @@ class Ownership(ConsumerRebalanceListener):  # type: ignore[misc]
         # A consumer that never polls is put out of its group; every partition is paused, so this reads nothing.
         while True:
             try:
-                await self._consumer.getmany(timeout_ms=1000)
+                await fetch(self._consumer, timeout_ms=1000)
             except KafkaError as error:
                 raise lost_right(error, self._kafka) or self._unjoined(error) from error
             if self._taking is not None and self._taking.done() and not self._taking.cancelled():

@@ -88,9 +88,10 @@ class Background:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("%s: not done", task.get_name(), exc_info=error)
 
-    def watch(self, task: asyncio.Task[Any]) -> None:
-        """Watch a task that another has begun, and ends: its end before :meth:`stop` is a failure."""
-        task.add_done_callback(self._ended)
+    def watch(self, *tasks: asyncio.Task[Any]) -> None:
+        """Watch tasks that another has begun, and ends: the end of one before :meth:`stop` is a failure."""
+        for task in tasks:
+            task.add_done_callback(self._ended)
 
     def release(self, task: asyncio.Task[Any]) -> None:
         """Watch a task no longer: it is about to be ended."""

@@ -19,8 +19,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from kvatlas.bridge.errors import DECODE_ERRORS
 from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.kafka.fetching import fetch
-from kvatlas.bridge.kafka.follower import partitions_of
+from kvatlas.bridge.kafka.fetching import fetch, partitions_of
 from kvatlas.bridge.model import pod_ids, topics
 from kvatlas.bridge.model.block_key import KEY_BYTES, partition_of
 from kvatlas.bridge.model.directory import PodDirectory

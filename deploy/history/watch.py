@@ -12,6 +12,7 @@ from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.errors import LogError
 from kvatlas.bridge.kafka.config import client_config
+from kvatlas.bridge.kafka.fetching import check_metadata
 from kvatlas.bridge.kafka.rights import lost_right
 from kvatlas.bridge.model import records, topics
 from kvatlas.bridge.model.workers import WorkerDirectory
@@ -182,6 +183,7 @@ class Watch:
         if layout is None:
             return {}
         topic = self._kafka.topic(topics.blocks_topic(self._versions.used.name))
+        check_metadata(self._consumer)
         try:
             found = await self._consumer.end_offsets(
                 [TopicPartition(topic, part) for part in range(layout.partition_count)]

@@ -27,7 +27,8 @@ from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.errors import LogError, SettingsError, WireError
 from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.kafka.follower import TopicFollower, partitions_of
+from kvatlas.bridge.kafka.fetching import partitions_of
+from kvatlas.bridge.kafka.follower import TopicFollower
 from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.block_key import KEY_BYTES, partition_of
 from kvatlas.bridge.model.records import PodRecord

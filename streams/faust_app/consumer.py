@@ -23,7 +23,7 @@ from aiokafka.errors import IllegalStateError
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
 
-from kvatlas.bridge.kafka.fetching import fetcher_task
+from kvatlas.bridge.kafka.fetching import fetcher_task, metadata_task
 
 logger = logging.getLogger(__name__)
 
@@ -95,10 +95,11 @@ class SourceConsumerThread(driver.AIOKafkaConsumerThread):
         await super().on_start()
         consumer = self._ensure_consumer()
         self.app.lease.renew_with_heartbeats(consumer)
-        fetcher_task(consumer).add_done_callback(self._fetcher_ended)
+        for task in (fetcher_task(consumer), metadata_task(consumer)):
+            task.add_done_callback(self._ended)
 
-    def _fetcher_ended(self, fetcher: asyncio.Task[None]) -> None:
-        if not fetcher.cancelled() and (error := fetcher.exception()) is not None:
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
             self.app.on_failed(error)  # the consumer itself only has nothing new any more
 
     def rewind(self, tp: TP, offset: int) -> None:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Final
 
+from kvatlas.bridge.errors import causes
 from kvatlas.streams import metrics
 from kvatlas.streams.errors import DamagedError, StateFolderError, StoreError
 
@@ -49,15 +50,14 @@ def meaning(path: Path, error: BaseException) -> StoreError:
 
 def full_disk(error: BaseException | None, folder: str) -> StateFolderError | None:
     """Return what an error and its causes say of a full disk, None where they say nothing of it."""
-    while error is not None:
-        if isinstance(error, StateFolderError):
-            return error
-        if any(word in str(error) for word in _FULL):
+    for found in causes(error):
+        if isinstance(found, StateFolderError):
+            return found
+        if any(word in str(found) for word in _FULL):
             return StateFolderError(
-                f"[worker] state_dir {folder}: the disk is full ({error}); free some of it or take a larger one, then "
+                f"[worker] state_dir {folder}: the disk is full ({found}); free some of it or take a larger one, then "
                 "start the worker again. Nothing is lost: it reads from the changelogs what is not on its disk"
             )
-        error = error.__cause__ or error.__context__
     return None
 
 

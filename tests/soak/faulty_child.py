@@ -31,10 +31,22 @@ def name_of(task: Task) -> str:
     return name if inner is None else f"{name}({getattr(inner, '__qualname__', '?')})"
 
 
+def named(task: Task, loop: asyncio.AbstractEventLoop) -> str:
+    """Name of a task; of those that keep the metadata of a client of Kafka, also whose it is."""
+    name = name_of(task)
+    frame = getattr(task.get_coro(), "cr_frame", None)
+    if name != "AIOKafkaClient._md_synchronizer" or frame is None:
+        return name
+    topics = frame.f_locals["self"]._topics
+    if len(topics) == 1 and min(topics).endswith(("kv-pods", "kv-workers")):
+        return f"{name} of the follower of {min(topics)}"
+    return f"{name} of Faust's {'consumer' if loop in LOOPS else 'producer'}"
+
+
 def break_one(wanted: str, loop: asyncio.AbstractEventLoop) -> None:
     """Have what a task waits for raise."""
     for task in asyncio.all_tasks(loop):
-        if name_of(task) != wanted or task.done():
+        if named(task, loop) != wanted or task.done():
             continue
         waiter: Any = getattr(task, "_fut_waiter", None)
         while isinstance(waiter, asyncio.Task) and getattr(waiter, "_fut_waiter", None) is not None:
@@ -72,7 +84,7 @@ class Watch:
                     loop.call_soon_threadsafe(break_one, wanted, loop)
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
-        found = {name_of(task) for task in asyncio.all_tasks(loop)}
+        found = {named(task, loop) for task in asyncio.all_tasks(loop)}
         if not found <= self._seen:
             self._seen |= found
             new = self._folder / f"names.{threading.get_ident()}"

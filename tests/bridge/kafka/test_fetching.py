@@ -7,12 +7,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.client import AIOKafkaClient
 from aiokafka.consumer.fetcher import Fetcher
 from aiokafka.consumer.subscription_state import SubscriptionState
 from aiokafka.errors import KafkaError
 
-from kvatlas.bridge.kafka.fetching import fetch, fetcher_task
+from kvatlas.bridge.errors import TaskEndedError
+from kvatlas.bridge.kafka.fetching import fetch, fetcher_task, metadata_error, metadata_task
 
 AT = TopicPartition("t", 0)
 
@@ -31,10 +34,11 @@ class Client:
 
 
 class Consumer:
-    """A consumer over a fetcher; what it has fetched is given out first."""
+    """A consumer over a fetcher and a client; what it has fetched is given out first."""
 
-    def __init__(self, fetcher: Any, *fetched: dict[TopicPartition, list[Any]]) -> None:
+    def __init__(self, fetcher: Any, *fetched: dict[TopicPartition, list[Any]], client: Any = None) -> None:
         self._fetcher = fetcher
+        self._client = client or SimpleNamespace(_sync_task=asyncio.ensure_future(asyncio.Event().wait()))
         self._fetched = list(fetched)
 
     async def getmany(self, *_: TopicPartition, timeout_ms: int, max_records: int | None) -> Any:
@@ -64,6 +68,39 @@ async def test_a_fetcher_that_runs_or_was_closed_raises_nothing() -> None:
     assert await fetch(consumer, timeout_ms=0) == {}
 
 
-def test_a_consumer_keeps_its_fetcher_where_we_look() -> None:
-    """The attribute is aiokafka's own and moves with it."""
+async def test_the_end_of_a_clients_metadata_is_raised_by_the_next_fetch() -> None:
+    """Aiokafka's own task, ended by an error in it: nothing that the consumer still has is given out any more."""
+    client = AIOKafkaClient()
+
+    async def broken(*_: object) -> bool:
+        raise ZeroDivisionError("in the metadata")
+
+    client._metadata_update = broken
+    client._sync_task = asyncio.ensure_future(client._md_synchronizer())
+    consumer = Consumer(SimpleNamespace(error_future=client._sync_task), {AT: [b"first"]}, client=client)
+    client.force_metadata_update()
+    await asyncio.wait({metadata_task(consumer)}, timeout=60)
+    for _ in range(2):
+        with pytest.raises(TaskEndedError, match="ZeroDivisionError: in the metadata") as raised:
+            await fetch(consumer, AT, timeout_ms=0)
+        assert isinstance(raised.value.__cause__, ZeroDivisionError)
+
+
+async def test_a_client_that_is_closed_has_lost_nothing() -> None:
+    """Closing cancels the task, which is no failure, and neither is one that runs."""
+    client = AIOKafkaClient()
+    client._sync_task = task = asyncio.ensure_future(client._md_synchronizer())
+    assert metadata_error(task) is None
+    await client.close()
+    assert task.cancelled()
+    assert metadata_error(task) is None
+
+
+@pytest.mark.parametrize("kind", [AIOKafkaConsumer, AIOKafkaProducer, AIOKafkaAdminClient])
+async def test_clients_keep_their_tasks_where_we_look(kind: Any) -> None:
+    """The attributes are aiokafka's own and move with it."""
+    made = kind()
+    assert metadata_task(made) is None  # before its start
+    await (made.close() if kind is AIOKafkaAdminClient else made.stop())
+    assert "_sync_task" in AIOKafkaClient.bootstrap.__code__.co_names
     assert "_fetcher" in AIOKafkaConsumer.__init__.__code__.co_names

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from aiokafka.errors import GroupAuthorizationFailedError, KafkaError, TopicAuthorizationFailedError
 
+from kvatlas.bridge.errors import causes
 from kvatlas.bridge.kafka.rights import lost_right, refusal_in
 from kvatlas.bridge.runtime.settings import KafkaSettings
 
@@ -25,3 +26,11 @@ def test_other_errors_are_no_refusals() -> None:
     assert refusal_in(KafkaError("NotCoordinatorForGroupError()")) is None
     assert refusal_in(RuntimeError("TopicAuthorizationFailedError()")) is None
     assert refusal_in(None) is None
+
+
+def test_errors_that_cause_each_other_are_looked_at_once() -> None:
+    """A client's close raises again what ended it, which is then cause and context of one error: no endless walk."""
+    first, second = KeyError("first"), ValueError("second")
+    first.__cause__, second.__context__ = second, first
+    assert list(causes(first)) == [first, second]
+    assert lost_right(first, KafkaSettings()) is None
