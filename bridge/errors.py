@@ -84,7 +84,7 @@ DECODE_ERRORS = (ValueError, RecursionError)
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error, its cause, and so on; each once: what is raised again while it is handled may be its own cause."""
+    """Yield an error, its cause, and so on, each once: one raised again while it is handled may be its own cause."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
