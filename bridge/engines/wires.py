@@ -1,4 +1,4 @@
-"""ZMQ side of all endpoints of a process: one context, its sockets, and how many replays run at a time."""
+"""ZMQ side of all endpoints of a process: one context, and how many replays run at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Final
 import zmq
 
 from kvatlas.bridge.engines.replay_client import Take, replay
-from kvatlas.bridge.engines.subscriber import Connection, Receive, Subscriber
 from kvatlas.bridge.options import BridgeSettings
 
 #: Replays at a time, of engines that answer and as many of such as do not: each reads as fast as the engine sends.
@@ -17,36 +16,15 @@ PARALLEL_REPLAYS: Final = 8
 
 
 class Wires:
-    """Opens sockets and runs replays."""
+    """The context of all sockets, and the replays."""
 
     def __init__(self, settings: BridgeSettings) -> None:
         """Open nothing yet."""
         self._settings = settings
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._replays = asyncio.Semaphore(PARALLEL_REPLAYS)
         #: Engines that do not answer wait for each other, and hold up nobody else's repair.
         self.silent_replays = asyncio.Semaphore(PARALLEL_REPLAYS)
-
-    def subscribe(
-        self,
-        address: str,
-        receive: Receive,
-        *,
-        reconnected: Callable[[], None] = lambda: None,
-        connection: Connection | None = None,
-    ) -> Subscriber:
-        """Open a SUB socket; with ``connection`` it binds.
-
-        Raises:
-            EngineError: the address cannot be used.
-        """
-        return Subscriber(
-            self._context,
-            address,
-            receive,
-            reconnected=reconnected,
-            connection=connection,
-        )
 
     async def replay(
         self, address: str, start: int, take: Take, room: Callable[[], bool], *, silent: bool
@@ -54,7 +32,7 @@ class Wires:
         """Run one replay when it is its turn; ``silent`` says that the last one there was not answered."""
         async with self.silent_replays if silent else self._replays:
             return await replay(
-                self._context,
+                self.context,
                 address,
                 start,
                 take,
@@ -64,4 +42,4 @@ class Wires:
 
     def close(self) -> None:
         """Close what is left."""
-        self._context.destroy(linger=0)
+        self.context.destroy(linger=0)

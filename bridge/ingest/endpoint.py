@@ -12,6 +12,7 @@ from typing import Final
 
 from kvatlas.bridge.engines.identity import Identity, identify
 from kvatlas.bridge.engines.spec import EngineSpec
+from kvatlas.bridge.engines.subscriber import Subscriber
 from kvatlas.bridge.engines.wires import Wires
 from kvatlas.bridge.ingest.claims import Heard, Ruling, Strangers, rule
 from kvatlas.bridge.ingest.messages import EngineMessage
@@ -70,7 +71,9 @@ class EngineEndpoint:
         self._foreign = False
         self._closed = False
         self._asked_ns = 0  # when it was asked for a sign of life
-        self._socket = None if spec.bound else wires.subscribe(spec.live, self.received, reconnected=self.reconnected)
+        self._socket = (
+            None if spec.bound else Subscriber(wires.context, spec.live, self.received, reconnected=self.reconnected)
+        )
         self._task = asyncio.create_task(self._repair(), name=f"replay-{spec.live}") if spec.replay else None
         if self._task is not None:
             background.watch(self._task)

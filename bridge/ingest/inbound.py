@@ -10,6 +10,7 @@ import msgspec
 
 from kvatlas.bridge.engines.identity import parse_topic
 from kvatlas.bridge.engines.spec import EngineSpec, parse_bind
+from kvatlas.bridge.engines.subscriber import Subscriber
 from kvatlas.bridge.engines.wires import Wires
 from kvatlas.bridge.ingest.endpoint import EngineEndpoint
 from kvatlas.bridge.ingest.shared import Shared
@@ -66,7 +67,7 @@ class Inbound:
         self._ours: dict[_Place, _Peer] = {}
         self._connections: set[int] = set()
         self._refused: set[tuple[int, _Place]] = set()
-        self._socket = wires.subscribe(self._common.live, self._received, connection=self._connected)
+        self._socket = Subscriber(wires.context, self._common.live, self._received, connection=self._connected)
         self.address = self._socket.address
 
     def close(self) -> None:
