@@ -19,6 +19,7 @@ from aiokafka import AIOKafkaProducer
 from kvatlas.bridge.kafka.config import client_config
 from kvatlas.bridge.model import epochs, pod_ids, topics
 from kvatlas.bridge.model.events import Tier
+from kvatlas.bridge.runtime.interpreter import tune_interpreter
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.kafka import KafkaNode
 from kvatlas.deploy.brokers.topics import ensure_topics
@@ -67,6 +68,7 @@ async def worker(kafka: KafkaSettings, folder: Path, **settings: Any) -> AsyncIt
     """Run a worker in this process until the block ends."""
     service = WorkerService(WorkerSettings(state_dir=str(folder), **settings), kafka)
     await service.start()
+    tune_interpreter()  # as the worker's own process does
     try:
         await asyncio.wait_for(service.ready.wait(), _READY_SECONDS)
         yield service

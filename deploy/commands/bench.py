@@ -2,7 +2,7 @@
 
 A benchmark is one module in ``kvatlas.deploy.bench`` with ``HELP``, ``add_arguments(parser)`` and ``run(args)``, which
 yields one dict per figure: ``bench``, ``case``, ``value``, ``unit`` and, where they make sense, ``p50``, ``p99``,
-``baseline`` and ``ratio``.
+``baseline`` and ``ratio``. ``spin``, how fast the machine is at that moment, is put beside each.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import Any, Final
 
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.deploy import bench
+from kvatlas.deploy.bench.calibrate import spin
 
 HELP: Final = "run a benchmark"
-_COLUMNS: Final = ("case", "value", "unit", "p50", "p99", "baseline", "ratio")
+_COLUMNS: Final = ("case", "value", "unit", "p50", "p99", "baseline", "ratio", "spin")
 
 
 def names() -> list[str]:
@@ -67,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
     if not options.json:
         print(_row(dict(zip(_COLUMNS, _COLUMNS, strict=True))), flush=True)
     for figure in figures:
-        print(json.dumps(dict(figure)) if options.json else _row(figure), flush=True)
+        told = {**figure, "spin": spin()}
+        print(json.dumps(told) if options.json else _row(told), flush=True)
     return 0
 
 

@@ -150,7 +150,8 @@ class SourceConsumer(driver.Consumer):
             tp = TP(topic_partition.topic, topic_partition.partition)
             if tp.topic not in self.app.sources:
                 others[tp] = fetched
-            elif fetched and (active is None or tp in active):
+            elif fetched and (active is None or tp in active or tp in self._buffered_partitions):
+                # Faust takes a partition out of the active ones when its stream has enough; this fetch was under way.
                 sources.setdefault(tp.topic, {})[tp.partition] = fetched
         for topic, by_partition in sources.items():
             if not self._current(generation):

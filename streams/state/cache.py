@@ -74,21 +74,16 @@ class BytesCache:
     def apply(self, writes: dict[bytes, bytes | None]) -> None:
         """Take over what was written to the table; None removes."""
         young, old = self.young, self.old
+        for key in old.keys() & writes.keys():
+            del old[key]
         size = 0
-        for key, value in writes.items():
-            before = young.get(key)
-            if value is None:
-                old.pop(key, None)
-                if before is not None:
-                    del young[key]
-                    size -= len(key) + len(before) + ENTRY_BYTES
-                continue
-            if before is not None:
-                size += len(value) - len(before)
-            else:
-                size += len(key) + len(value) + ENTRY_BYTES
-                old.pop(key, None)
-            young[key] = value
+        for key in young.keys() & writes.keys():
+            size -= len(key) + len(young[key]) + ENTRY_BYTES
+            if writes[key] is None:
+                del young[key]
+        kept: dict[bytes, bytes] = {key: value for key, value in writes.items() if value is not None}
+        size += len(kept) * ENTRY_BYTES + sum(map(len, kept)) + sum(map(len, kept.values()))
+        young.update(kept)
         self._young_bytes += size
         if self._young_bytes > self._half:
             self._turn()

@@ -107,21 +107,20 @@ class Overlay:
     def _missing(self, keys: Iterable[bytes]) -> list[bytes]:
         """Return the keys that only the database can tell; what the cache holds is taken over on the way."""
         known, cache = self.values, self._below.cache
-        hits, young = 0, cache.young  # looked into directly: a call a key is what this loop would cost otherwise
-        missing = []
-        for key in keys:
-            if key in known:
-                continue
-            value = young.get(key)
-            if value is not None:
-                hits += 1
-                known[key] = value
-            elif key in cache.old:
-                known[key] = cache.get(key)
-                young = cache.young
-            else:
-                missing.append(key)
-        cache.hits += hits
+        # Nearly all keys of a message are new, or nearly all are known: so loops in C for both.
+        missing = [key for key in keys if key not in known]
+        if not missing:
+            return missing
+        values = list(map(cache.young.get, missing))
+        absent = values.count(None)
+        if absent < len(missing):
+            cache.hits += len(missing) - absent
+            known.update(pair for pair in zip(missing, values, strict=True) if pair[1] is not None)
+            missing = [key for key, value in zip(missing, values, strict=True) if value is None]
+        if cache.old and not cache.old.keys().isdisjoint(missing):
+            old = [key for key in missing if key in cache.old]
+            known.update((key, cache.get(key)) for key in old)
+            missing = [key for key in missing if key not in known]
         cache.misses += len(missing)
         return missing
 

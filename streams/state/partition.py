@@ -353,10 +353,14 @@ class PartitionState:
 
 
 def _batch_of(writes: Mapping[bytes, bytes | None]) -> Any:
-    """Return a RocksDB batch of writes; None removes."""
+    """Return a RocksDB batch of writes; None removes.
+
+    In key order: a memtable takes a key behind the last one at half the price of a key anywhere.
+    """
     batch = rocksdict.WriteBatch(raw_mode=True)
     put, delete = batch.put, batch.delete
-    for key, value in writes.items():
+    for key in sorted(writes):
+        value = writes[key]
         if value is None:
             delete(key)
         else:
