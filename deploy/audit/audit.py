@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import grpc
 import msgspec
-from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from kvatlas.bridge.errors import DECODE_ERRORS
-from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.kafka.fetching import fetch, partitions_of
 from kvatlas.bridge.model import pod_ids, topics
 from kvatlas.bridge.model.block_key import KEY_BYTES, partition_of
 from kvatlas.bridge.model.directory import PodDirectory
@@ -27,6 +24,8 @@ from kvatlas.bridge.model.events import Tier
 from kvatlas.bridge.model.records import PodRecord
 from kvatlas.bridge.model.workers import WorkerDirectory
 from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.deploy.history.log import LogReader, Record
+from kvatlas.deploy.history.moment import EARLIEST, LATEST
 from kvatlas.streams.errors import StreamsError
 from kvatlas.streams.index.columns import NOT_ANSWERED, read_index
 from kvatlas.streams.index.holders import are_holders, holders
@@ -40,7 +39,6 @@ from kvatlas.streams.v1 import block_index_pb2_grpc as pb_grpc
 logger = logging.getLogger(__name__)
 
 _LOOKUP_KEYS: Final = 8_192
-_POLL_MS: Final = 1_000
 
 aio: Any = getattr(grpc, "aio")  # noqa: B009 # the stubs of grpc leave out its asyncio half
 
@@ -203,7 +201,7 @@ async def fold_events(kafka: KafkaSettings, options: ResolveOptions) -> Truth:
     fold = LogFold(options, DictView(), index, lambda: 0)
     pods: dict[str, PodRecord] = {}
 
-    def apply(message: Any) -> None:
+    def apply(message: Record) -> None:
         parsed = parse_message(message.key, message.value, message.headers, message.partition, message.offset)
         pods.update(fold.apply([parsed]).pods)
 
@@ -237,31 +235,17 @@ def read_truth(document: bytes) -> Truth:
 
 
 async def read_topic(kafka: KafkaSettings, topic: str, apply: Any) -> None:
-    """Hand key, value and offset of every record that a topic has now to ``apply``, partition by partition in order."""
+    """Hand key, value and offset of every record that a topic has now to ``apply``, each partition in order."""
     await read_records(kafka, topic, lambda record: apply(record.key, record.value, record.offset))
 
 
-async def read_records(kafka: KafkaSettings, topic: str, apply: Any) -> None:
-    """Hand every record that a topic has now to ``apply``."""
-    name = kafka.topic(topic)
-    consumer = AIOKafkaConsumer(
-        **client_config(kafka, "kvatlas-audit"), enable_auto_commit=False, auto_offset_reset="earliest"
-    )
-    await consumer.start()
-    try:
-        partitions: list[Any] = [TopicPartition(name, number) for number in await partitions_of(consumer, name)]
-        if not partitions:
-            raise StreamsError(f"topic {name} does not exist on {kafka.brokers}; check topic_prefix and app")
-        consumer.assign(partitions)
-        ends = await consumer.end_offsets(partitions)
-        await consumer.seek_to_beginning()
-        left = {at for at in partitions if ends[at]}
-        while left:
-            left -= {at for at in left if await consumer.position(at) >= ends[at]}
-            if not left:
-                return
-            for batch in (await fetch(consumer, *left, timeout_ms=_POLL_MS)).values():
-                for record in batch:
-                    apply(record)
-    finally:
-        await consumer.stop()
+async def read_records(kafka: KafkaSettings, topic: str, apply: Callable[[Record], None]) -> None:
+    """Hand every record that a topic has now to ``apply``, each partition in order.
+
+    Raises:
+        LogError: the topic does not exist, or Kafka does not answer.
+    """
+    async with LogReader(kafka, "kvatlas-audit") as reader:
+        async for chunk in reader.read(await reader.range(topic, EARLIEST, LATEST)):
+            for record in chunk:
+                apply(record)
