@@ -1,33 +1,29 @@
 """LMCache's event topic as a source: what its servers hold goes on ``kv-events`` as pods of their own, without tokens.
 
-Its topic is read from the start by every bridge, since nothing else tells what a server holds. A bridge tells of the
-servers whose partition it owns: at first all that is held, in a new epoch, then every change. So a restart and a
-takeover are the same, and no position is kept.
+Its topic is read from the start by every bridge, since nothing else tells what a server holds.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
-from typing import Final
+from collections.abc import Iterable
+from typing import Any, Final
 
 import msgspec
 
 from kvatlas.bridge.errors import SettingsError, WireError
-from kvatlas.bridge.ingest.recovered import Recovered, apply_control, event_ns
+from kvatlas.bridge.ingest.recovered import event_ns
 from kvatlas.bridge.ingest.shared import Shared
 from kvatlas.bridge.kafka.follower import TopicFollower
-from kvatlas.bridge.model import epochs, pod_ids, records, topics
+from kvatlas.bridge.model import topics
 from kvatlas.bridge.model.adapters.lmcache import decode_cache_events
-from kvatlas.bridge.model.chunk_cache import CacheFleet, ChunkHolder
-from kvatlas.bridge.model.records import Control, KeyedBatch, PodRecord
-from kvatlas.bridge.model.sink import QueuedRecord
+from kvatlas.bridge.model.chunk_cache import CacheFleet
 from kvatlas.bridge.relay.lmcache_metrics import CacheCollector
+from kvatlas.bridge.relay.telling import HolderTeller
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.bridge.runtime.tasks import Background
 
-_MESSAGE_BYTES: Final = 256 * 1024
 _TURN_SECONDS: Final = 0.2
 #: Chunks remembered per LMCache server, and tokens of as many in all: 16 million tokens of 256 a chunk.
 _CHUNKS: Final = 65_536
@@ -78,24 +74,13 @@ def parse_cache_servers(texts: Iterable[str]) -> dict[str, CacheServer]:
     return found
 
 
-class _Told:
-    """The stream of one holder on ``kv-events``, as far as this bridge writes it."""
-
-    def __init__(self, record: PodRecord) -> None:
-        self.record = record
-        self.sequence = -1
-
-    @property
-    def incarnation(self) -> int:
-        return epochs.incarnation_of(self.record.epoch)
-
-
 class CacheSource:
     """Follows LMCache's topic and tells the index.
 
     Attributes:
         state: what the topic says.
         rejected: records that could not be read.
+        lost: tells nothing more of the pods of some partitions.
     """
 
     def __init__(self, shared: Shared, kafka: KafkaSettings, background: Background) -> None:
@@ -110,8 +95,9 @@ class CacheSource:
         self.state = self._empty(settings.block_size_tokens, _CHUNKS)
         self._shared = shared
         self._background = background
-        self._told: dict[str, _Told] = {}
         self._topic = settings.lmcache_topic
+        self._teller = HolderTeller(shared, topics.ENGINE_LMCACHE, f"topic {self._topic}")
+        self.lost = self._teller.lost
         self._follower = TopicFollower(
             msgspec.structs.replace(kafka, topic_prefix=""),
             self._topic,
@@ -135,12 +121,6 @@ class CacheSource:
         self._background.release(self._follower.task)
         await self._follower.stop()
 
-    def lost(self, partitions: Sequence[int]) -> None:
-        """Tell nothing more of the pods of some partitions; they are told anew once they are ours again."""
-        for pod in list(self._told):
-            if self._shared.partition(pod) in partitions:
-                del self._told[pod]
-
     def pod_of(self, holder: str) -> str:
         """Return the pod id of a holder."""
         pool = holder.startswith("\n")
@@ -153,9 +133,7 @@ class CacheSource:
         """Begin anew: records that were to come next are gone, so what is known of the servers is not true any more."""
         settings = self._shared.settings
         self.state = self._empty(settings.block_size_tokens, _CHUNKS)
-        for pod, told in self._told.items():
-            self._leave(pod, told)
-        self._told.clear()
+        self._teller.forget("records of its topic are gone")
 
     def _apply(self, key: bytes | None, value: bytes | None) -> None:
         if value is None:
@@ -168,55 +146,13 @@ class CacheSource:
             pod = f"lmcache:{(key or b'').decode(errors='replace')[:256]}"
             self._shared.dead_letter(pod, [b"", b"", value], f"not usable: {error}", f"topic {self._topic}")
 
-    # --- telling ---------------------------------------------------------------------------------------------------
-
     async def _run(self) -> None:
         while True:
             await self._follower.caught_up.wait()
             for name, holder in list(self.state.holders.items()):
-                await self._tell(name, holder)
+                facts = self._facts(name)
+                await self._teller.tell(self.pod_of(name), holder, self._served(name), f"topic:{self._topic}", facts)
             await asyncio.sleep(_TURN_SECONDS)
-
-    async def _tell(self, name: str, holder: ChunkHolder) -> None:
-        """Tell what changed of one holder, where this bridge owns its pod."""
-        shared, pod = self._shared, self.pod_of(name)
-        told = self._told.get(pod)
-        if not shared.owned(pod):
-            return
-        if told is None:
-            told = self._told[pod] = self._take_over(pod)
-            holder.restate()
-        serves = self._served(name)
-        if not holder.changed and list(told.record.serves) == serves:
-            return
-        if holder.gap:
-            behind = holder.split()
-            done = await self._send(told, holder)
-            if done:
-                incarnation = shared.next_incarnation(told.incarnation)
-                self._control(told, Control(type="gap", incarnation=incarnation, reason="LMCache dropped events"))
-            holder.join(behind, told=done)
-            if not done:
-                return
-        if not await self._send(told, holder):
-            return
-        self._describe(name, told, serves)
-        shared.put_record(told.record)
-
-    def _take_over(self, pod: str) -> _Told:
-        shared = self._shared
-        known = shared.recovered.pop(pod, None)
-        record = known.record if known is not None else PodRecord(pod=pod, writer=pod_ids.WRITER_BRIDGE)
-        kind = "restart" if record.epoch else "start"
-        told = _Told(msgspec.structs.replace(record, engine=topics.ENGINE_LMCACHE, endpoint=f"topic:{self._topic}"))
-        incarnation = shared.next_incarnation(epochs.incarnation_of(record.epoch))
-        self._control(told, Control(type=kind, incarnation=incarnation, reason="told anew from LMCache's topic"))
-        log.info("%s: told anew from topic %s", pod, self._topic)
-        return told
-
-    def _leave(self, pod: str, told: _Told) -> None:
-        log.warning("%s: records of topic %s are gone; told anew", pod, self._topic)
-        self._shared.recovered[pod] = Recovered(told.record)
 
     def _served(self, name: str) -> list[str]:
         if not name.startswith("\n"):
@@ -228,48 +164,8 @@ class CacheSource:
         server = self.state.servers.get(instance)
         return server is not None and backend in server.pools
 
-    def _describe(self, name: str, told: _Told, serves: Sequence[str]) -> None:
-        server = self.state.servers.get(name)
-        changes = {"serves": list(serves), "state": records.LIVE, "receive_ns": self._shared.now_ns()}
-        changes["last_sequence"] = told.sequence
-        changes["store"] = name[1:] if name.startswith("\n") else ""
-        if server is not None:
-            changes |= {"heard_from": server.heard_from, "last_event_ns": event_ns(server.ts), "lost": server.lost}
-            changes |= {"first_lost": server.first_lost, "last_lost": server.last_lost}
-        told.record = msgspec.structs.replace(told.record, **changes)
-
-    async def _send(self, told: _Told, holder: ChunkHolder) -> bool:
-        """Tell what changed; False when there is no room for all of it, or the pod was given away meanwhile."""
-        changes = holder.changes(_MESSAGE_BYTES)
-        key = told.record.pod.encode()
-        while self._shared.sink.room(key) and self._told.get(told.record.pod) is told:
-            events = next(changes, None)
-            if events is None:
-                return True
-            self._message(told, KeyedBatch(timestamp=self._shared.now_ns() / 1e9, events=list(events)))
-            await asyncio.sleep(0)  # a large cache must not hold up the engines
-        return False
-
-    def _message(self, told: _Told, batch: KeyedBatch) -> None:
-        shared = self._shared
-        told.sequence += 1
-        headers = [
-            (topics.H_CONTENT_TYPE, topics.CONTENT_KEYS.encode()),
-            (topics.H_SEQUENCE, b"%d" % told.sequence),
-            (topics.H_RECEIVE_NS, b"%d" % shared.now_ns()),
-            (topics.H_INCARNATION, b"%d" % told.incarnation),
-            *_FIXED,
-        ]
-        pod = told.record.pod
-        item = QueuedRecord(pod.encode(), records.encode(batch), headers)
-        shared.sink.send(topics.EVENTS, shared.partition(pod), item)
-
-    def _control(self, told: _Told, control: Control) -> None:
-        told.record = apply_control(told.record, control)
-        self._shared.put_control(told.record.pod, control, _FIXED, None)
-
-
-_FIXED: Final[topics.Headers] = [
-    (topics.H_ENGINE, topics.ENGINE_LMCACHE.encode()),
-    (topics.H_ANNOUNCEMENTS, b"presence"),
-]
+    def _facts(self, name: str) -> dict[str, Any]:
+        if (server := self.state.servers.get(name)) is None:
+            return {"store": name[1:] if name.startswith("\n") else ""}
+        lost = {"first_lost": server.first_lost, "last_lost": server.last_lost, "lost": server.lost}
+        return lost | {"store": "", "heard_from": server.heard_from, "last_event_ns": event_ns(server.ts)}
