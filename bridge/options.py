@@ -96,6 +96,13 @@ class BridgeSettings(Section, frozen=True, kw_only=True):
         list[str],
         Meta(description="LMCache server and the pods that load from it: INSTANCE,pod=POD[,pod=POD][,model=NAME]"),
     ] = []  # noqa: RUF012 - msgspec copies it
+    mooncake_masters: Annotated[
+        list[str],
+        Meta(
+            description="Mooncake's master and the pods that load from its pool: "
+            "tcp://HOST:PORT,pod=POD[,pod=POD][,key=REGEX][,hash=first|last][,parts=N]"
+        ),
+    ] = []  # noqa: RUF012 - msgspec copies it
     listen: Annotated[str, Meta(description="host:port of /metrics, /healthz, /readyz; empty switches it off")] = ""
 
     def limits(self) -> Limits:

@@ -19,9 +19,6 @@ from kvatlas.bridge.runtime.tasks import end_tasks
 
 log = logging.getLogger(__name__)
 
-#: Key and value of one record.
-Apply = Callable[[bytes | None, bytes | None], object]
-
 _POLL_MS: Final = 200
 # The embedded broker answers a fetch over several partitions only when this is over.
 _FETCH_WAIT_MS: Final = 20
@@ -42,7 +39,7 @@ class TopicFollower:
         self,
         kafka: KafkaSettings,
         topic: str,
-        apply: Apply,
+        apply: Callable[..., object],
         *,
         client_id: str,
         from_end: bool = False,
@@ -55,7 +52,8 @@ class TopicFollower:
         Args:
             kafka: how to reach Kafka.
             topic: name before the deployment's prefix.
-            apply: gets every record; must not raise, must be fast, may see a record again after a reconnect.
+            apply: gets every record's key and value; must not raise, must be fast, may see a record again after a
+                reconnect.
             client_id: shown in the broker's logs.
             from_end: start with what comes from now on.
             start_at: partition -> offset to start at, where the topic still has it.
@@ -182,8 +180,18 @@ class TopicFollower:
     def _apply_all(self, batches: dict[TopicPartition, list[Any]]) -> None:
         for tp, messages in batches.items():
             for message in messages:
-                self._apply(message.key, message.value)
+                self._hand(message)
                 self._positions[tp] = message.offset + 1
             if messages and self._applied is not None:
                 self._applied(tp.partition, self._positions[tp])
             self.records += len(messages)
+
+    def _hand(self, message: Any) -> None:
+        self._apply(message.key, message.value)
+
+
+class RecordFollower(TopicFollower):
+    """A follower whose function gets the records themselves, with their headers."""
+
+    def _hand(self, message: Any) -> None:
+        self._apply(message)

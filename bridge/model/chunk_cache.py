@@ -10,7 +10,7 @@ of it, else on the tiers behind. Its name is (model, salt, hash).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 import msgspec
 from xxhash import xxh3_128_digest
@@ -38,8 +38,20 @@ class Name(NamedTuple):
         return xxh3_128_digest(msgspec.msgpack.encode((self.model, self.salt)) + self.chunk)
 
 
-_Part = tuple[int, int, int]
-_Place = tuple[str, str]
+#: World size, rank and group.
+Part = tuple[int, int, int]
+#: Tier and backend.
+Place = tuple[str, str]
+
+
+class Chains(Protocol):
+    """What knows the tokens of chunks."""
+
+    def keys(self, chunk: bytes, root: bytes, canonical_tokens: int, /) -> bytes | None:
+        """Return the packed canonical keys of a chunk's tokens behind a root; None while they are not known."""
+
+    def tokens_of(self, chunk: bytes, /) -> int:
+        """Return how many tokens a chunk has."""
 
 
 class ServerStream(msgspec.Struct):
@@ -70,7 +82,7 @@ class ChunkHolder:
         over: parts that were not taken, because of the limit.
     """
 
-    def __init__(self, chains: ChunkChains, canonical_tokens: int, limit: int) -> None:
+    def __init__(self, chains: Chains, canonical_tokens: int, limit: int) -> None:
         """Start empty."""
         self.doubted: set[Name] = set()
         self.gap = False
@@ -78,7 +90,7 @@ class ChunkHolder:
         self._chains = chains
         self._canonical = canonical_tokens
         self._limit = limit
-        self._held: dict[Name, dict[_Part, set[_Place]]] = {}
+        self._held: dict[Name, dict[Part, set[Place]]] = {}
         self._names: dict[bytes, set[Name]] = {}
         self._groups: dict[str, set[int]] = {}
         self._told: dict[Name, Tier] = {}
@@ -93,13 +105,13 @@ class ChunkHolder:
         """Whether there may be something to tell."""
         return bool(self._changed) or self.gap
 
-    def store(self, name: Name, part: _Part, place: _Place) -> None:
-        """Take note of one part at one place."""
+    def store(self, name: Name, part: Part, place: Place) -> bool:
+        """Take note of one part at one place; returns whether there was room."""
         parts = self._held.get(name)
         if parts is None:
             if len(self._held) >= self._limit:
                 self.over += 1
-                return
+                return False
             parts = self._held[name] = {}
             self._names.setdefault(name.chunk, set()).add(name)
         parts.setdefault(part, set()).add(place)
@@ -108,8 +120,9 @@ class ChunkHolder:
             self._again.add(name)
         self._changed[name] = None
         self._note_group(name.model, part[2])
+        return True
 
-    def delete(self, name: Name, part: _Part, place: _Place) -> None:
+    def delete(self, name: Name, part: Part, place: Place) -> None:
         """Take note that one part is no longer at one place."""
         parts = self._held.get(name)
         if parts is None or part not in parts:
@@ -212,7 +225,7 @@ class ChunkHolder:
                 salted=bool(name.salt),
             )
 
-    def _settle(self, name: Name, parts: dict[_Part, set[_Place]]) -> None:
+    def _settle(self, name: Name, parts: dict[Part, set[Place]]) -> None:
         for part in [part for part, places in parts.items() if not places]:
             del parts[part]
         if not parts:

@@ -90,7 +90,10 @@ H_REASON: Final = "reason"  # DLQ: why
 H_ORIGIN: Final = "origin"  # DLQ: topic/partition/offset it came from, or the endpoint
 SOURCE_LIVE: Final = "live"
 SOURCE_REPLAY: Final = "replay"
-ENGINE_LMCACHE: Final = "lmcache"  # a cache server of several pods, not an engine
+#: Holders that several pods load from: cache servers and pools, no engines.
+ENGINE_LMCACHE: Final = "lmcache"
+ENGINE_MOONCAKE: Final = "mooncake"
+CACHE_SERVERS: Final = frozenset({ENGINE_LMCACHE, ENGINE_MOONCAKE})
 CONTENT_ENGINE: Final = "engine"  # the engine's message, byte for byte
 CONTENT_KEYS: Final = "keys"  # token-free: the bridge computed the block keys (KeyedBatch)
 CONTENT_CONTROL: Final = "control"  # a Control record of ours, in order with the pod's messages

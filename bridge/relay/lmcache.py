@@ -19,7 +19,7 @@ from kvatlas.bridge.kafka.follower import TopicFollower
 from kvatlas.bridge.model import topics
 from kvatlas.bridge.model.adapters.lmcache import decode_cache_events
 from kvatlas.bridge.model.chunk_cache import CacheFleet
-from kvatlas.bridge.relay.lmcache_metrics import CacheCollector
+from kvatlas.bridge.relay.cache_metrics import CacheCollector
 from kvatlas.bridge.relay.telling import HolderTeller
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.bridge.runtime.tasks import Background

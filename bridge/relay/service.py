@@ -25,6 +25,7 @@ from kvatlas.bridge.model import topics
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.relay.lmcache import CacheSource, parse_cache_servers
 from kvatlas.bridge.relay.metrics import BridgeCollector
+from kvatlas.bridge.relay.mooncake import PoolSource, parse_masters
 from kvatlas.bridge.relay.ownership import Ownership
 from kvatlas.bridge.relay.recovery import recover
 from kvatlas.bridge.runtime.restarts import Restarts
@@ -60,6 +61,7 @@ class BridgeService:
         """
         static_specs(settings)
         parse_cache_servers(settings.lmcache_servers)
+        parse_masters(settings.mooncake_masters)
         if settings.engines_file:
             read_engines(Path(settings.engines_file))
         self._settings = settings
@@ -81,7 +83,7 @@ class BridgeService:
             buffer_bytes=settings.buffer_bytes,
         )
         self._streams = EngineStreams(settings, self._publisher, clock, self._background)
-        self._caches: CacheSource | None = None
+        self._caches: list[CacheSource | PoolSource] = []
         self._ownership: Ownership | None = None
         #: Gets the receive time (ns) of each acknowledged message; for measuring.
         self.observe: Callable[[int], None] | None = None
@@ -146,9 +148,12 @@ class BridgeService:
         await streams.sync(await self._found())
         streams.bind(settings.bind)
         if settings.lmcache_topic:
-            self._caches = CacheSource(shared, self._kafka, self._background)
-            self.registry.register(self._caches.metrics())
-            self._caches.start()
+            self._caches.append(CacheSource(shared, self._kafka, self._background))
+        if settings.mooncake_masters:
+            self._caches.append(PoolSource(shared, streams.wires, self._kafka, self._background))
+        for source in self._caches:
+            self.registry.register(source.metrics())
+            source.start()
         self._watch()
         self.ready.set()
 
@@ -183,8 +188,8 @@ class BridgeService:
         await self._background.stop()
         if self._pods is not None:
             await asyncio.to_thread(self._pods.stop)
-        if self._caches is not None:
-            await self._caches.stop()
+        for source in self._caches:
+            await source.stop()
         await self._streams.close()
         await self._publisher.flush(_FLUSH_SECONDS)
         self._streams.write_records()
@@ -207,8 +212,8 @@ class BridgeService:
 
     async def _lost(self, partitions: list[int]) -> None:
         self._streams.release(partitions)
-        if self._caches is not None:
-            self._caches.lost(partitions)
+        for source in self._caches:
+            source.lost(partitions)
         if self._ownership is not None and self._ownership.leased():
             await self._publisher.flush(2.0)
         for number in partitions:

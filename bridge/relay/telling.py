@@ -61,12 +61,12 @@ class HolderTeller:
             if self._shared.partition(pod) in partitions:
                 del self._told[pod]
 
-    def forget(self, why: str) -> None:
-        """Take note that what was told is not true any more: all is told anew."""
-        for pod, told in self._told.items():
-            log.warning("%s: %s; told anew", pod, why)
-            self._shared.recovered[pod] = Recovered(told.record)
-        self._told.clear()
+    def forget(self, why: str, *pods: str) -> None:
+        """Take note that what was told, of these pods or of all, is not true any more: it is told anew."""
+        for pod in pods or tuple(self._told):
+            if (told := self._told.pop(pod, None)) is not None:
+                log.warning("%s: %s; told anew", pod, why)
+                self._shared.recovered[pod] = Recovered(told.record)
 
     async def tell(
         self, pod: str, holder: ChunkHolder, serves: Sequence[str], endpoint: str, facts: Mapping[str, Any]

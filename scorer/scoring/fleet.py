@@ -15,7 +15,7 @@ import msgspec
 from kvatlas.bridge.model.events import Kind, Tier
 from kvatlas.bridge.model.pod_ids import pod_ref, store_ref
 from kvatlas.bridge.model.records import GONE, PodRecord
-from kvatlas.bridge.model.topics import ENGINE_LMCACHE
+from kvatlas.bridge.model.topics import CACHE_SERVERS
 from kvatlas.bridge.model.validity import SPECULATIVE, Validity
 from kvatlas.streams.index.holders import ASSUMED, HOLDER
 
@@ -181,7 +181,7 @@ class CacheHost(NamedTuple):
 
 def is_server(record: PodRecord) -> bool:
     """Tell whether a record is that of a cache server, which serves no requests."""
-    return record.engine == ENGINE_LMCACHE
+    return record.engine in CACHE_SERVERS
 
 
 def meaning(record: PodRecord, block_size_tokens: int) -> tuple[object, ...]:

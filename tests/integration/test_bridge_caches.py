@@ -1,4 +1,4 @@
-"""LMCache's event topic through the bridge, on the real Kafka."""
+"""Cache servers and pools through the bridge, on the real Kafka: LMCache's event topic, Mooncake's master."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from aiokafka import AIOKafkaProducer
 
+from kvatlas.bridge.engines.publisher import EnginePublisher
 from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.block_key import block_keys, pack_tokens, root_key
 from kvatlas.bridge.model.events import Tier
@@ -201,3 +203,88 @@ async def test_one_bridge_of_several_tells_and_another_goes_on(log: Log, cache: 
     after = await log.until_pod(POD, lambda record: record.epoch > before.epoch)
     assert (after.lost, after.coverage) == (0, "whole")
     await third.stop()
+
+
+TOKENS = GOLDEN["hashes"]["token_ids"][:48]
+
+
+class Pool:
+    """A master whose pool a fleet of one engine shares; its objects are named by the first bytes of a block's hash."""
+
+    def __init__(self) -> None:
+        self.master = EnginePublisher("tcp://127.0.0.1:*", None)
+        self.engine = EnginePublisher("tcp://127.0.0.1:*", "tcp://127.0.0.1:*", topic="kv@pod-a@demo-model")
+        for each in (self.master, self.engine):
+            each.start()
+
+    def close(self) -> None:
+        """Close both."""
+        for each in (self.master, self.engine):
+            each.close()
+
+    def restart_master(self) -> None:
+        """Start the master anew at its address, with an empty pool."""
+        address = self.master.endpoint
+        self.master.close()
+        self.master = EnginePublisher(address.replace("127.0.0.1", "*"), None)
+        self.master.start()
+
+    def compute(self) -> None:
+        """Announce three blocks on the engine's GPU."""
+        stored = {
+            "type": "BlockStored", "block_hashes": [1, 2, 3], "parent_block_hash": None, "token_ids": TOKENS,
+            "block_size": 16, "lora_id": None, "medium": "GPU",
+        }  # fmt: skip
+        self.engine.publish([stored], timestamp=time.time())
+
+    def move(self, kind: str, *blocks: int, parts: str = "kv") -> None:
+        """Put objects into the pool, or take them out."""
+        events = [
+            {"event_type": kind, "object_key": f"{block:016x}aabb_0_{part}", "seq_hashes": [], "block_hashes": []}
+            for block in blocks
+            for part in parts
+        ]
+        self.master.publish_raw(msgspec.msgpack.encode([time.time_ns() // 1_000_000, events, 0]))
+
+
+async def test_a_pool_is_told_as_far_as_engines_name_its_blocks(log: Log) -> None:
+    """Objects make a block once all its parts are there; holes make suspect, and a master that begins anew clears."""
+    pool = Pool()
+    settings = BridgeSettings(
+        engines=[f"{pool.engine.endpoint},{pool.engine.replay_endpoint},engine=sglang"],
+        mooncake_masters=[f"{pool.master.endpoint},pod=pod-a,key=^([0-9a-f]+)_,parts=2"],
+        ownership="all",
+    )
+    name = f"mooncake:{pool.master.endpoint.partition('://')[2]}"
+    bridge = BridgeService(settings, log.kafka)
+    await bridge.start()
+    try:
+        await log.until_pod(name, lambda record: record.epoch > 0)
+        pool.compute()
+        await log.until_held("pod-a", {key: {Tier.GPU} for key in KEYS[:3]})
+        deadline = time.monotonic() + 90
+        while (await log.pods())[name].last_sequence < 0:
+            assert time.monotonic() < deadline, "the master is not heard"
+            pool.move("stored", 1, 2)
+            pool.move("stored", 3, parts="k")
+            await asyncio.sleep(0.2)
+        await log.until_held(name, {key: {Tier.DISK} for key in KEYS[:2]})
+        record = await log.until_pod(name, lambda record: record.serves == ["pod-a"])
+        assert (record.engine, record.store) == ("mooncake", pool.master.endpoint)
+
+        pool.move("removed", 1, parts="v")
+        pool.master.skip()
+        pool.move("stored", 3, parts="v")
+        await log.until_held(name, {key: {Tier.DISK} for key in KEYS[1:3]})
+        after = await log.until_pod(name, lambda after: after.lost == 1)
+        assert after.suspect_before > after.valid_from, "what was held before the hole is suspect"
+
+        pool.restart_master()
+        deadline = time.monotonic() + 90
+        while (found := await log.held(name)) != {KEYS[0]: {Tier.DISK}}:
+            assert time.monotonic() < deadline, f"{name} has {found}"
+            pool.move("stored", 1)
+            await asyncio.sleep(0.2)
+    finally:
+        await bridge.stop()
+        pool.close()
