@@ -16,21 +16,13 @@ from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.cli import common
 from kvatlas.deploy.history.log import LogReader
 from kvatlas.deploy.history.moment import parse_moment
+from kvatlas.deploy.whatif.compare import QueuedFleet, first_tokens
 from kvatlas.deploy.whatif.fleet import Arrival
 from kvatlas.deploy.whatif.policies import Options, parse
-from kvatlas.deploy.whatif.queueing import (
-    Engine,
-    FirstTokens,
-    Simulation,
-    at_load,
-    requests_of,
-    shared_bound,
-    sum_up,
-)
+from kvatlas.deploy.whatif.queueing import Engine, FirstTokens, at_load, requests_of, shared_bound
 from kvatlas.deploy.whatif.recorded import Recording, read_decisions, recording
-from kvatlas.deploy.whatif.routers import ROUTERS, Knobs, router, split
+from kvatlas.deploy.whatif.routers import ROUTERS, split
 from kvatlas.deploy.whatif.run import Outcome, read_trace, simulate
-from kvatlas.scorer.gateway.options import PickerSettings
 
 HELP: Final = "replay decisions through other routing policies"
 _DEFAULT: Final = (
@@ -152,19 +144,8 @@ def _queueing(args: argparse.Namespace) -> int:
             f"one cache of all pods' size would hit {bound:.3f}"
         )
         print(f"{'policy':<14}{'mean ms':>9}{'p50':>8}{'p90':>8}{'p99':>8}{'hit ratio':>11}{'req/s':>8}{'balance':>9}")
-    settings: PickerSettings = sections["picker"]
-    for kind, replicas in chosen:
-        knobs = Knobs(
-            engine,
-            pods,
-            replicas=replicas,
-            seed=args.seed,
-            weights=settings.weights(),
-            rules=settings.rules(),
-            load_tokens_per_second=settings.tokens_per_second,
-        )
-        simulation = Simulation(engine, pods, event_seconds=args.delay_ms / 1e3)
-        outcome = sum_up(kind, replicas, simulation.run(requests, router(kind, knobs)))
+    fleet = QueuedFleet(engine, pods, args.seed, args.delay_ms / 1e3)
+    for outcome in first_tokens(requests, fleet, chosen, sections["picker"]):
         print(msgspec.json.encode(outcome).decode() if args.json else _first_tokens_row(outcome), flush=True)
     return 0
 

@@ -5,15 +5,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import tempfile
-import time
-from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final
 
-import msgspec
-
-from kvatlas.bridge.errors import KvatlasError, WireError
-from kvatlas.bridge.model import records, topics
+from kvatlas.bridge.model import records
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.cli.common import add_sections, at_least, load_sections
 from kvatlas.deploy.commands.at import (
@@ -24,21 +18,8 @@ from kvatlas.deploy.commands.at import (
     progress_to_stderr,
 )
 from kvatlas.deploy.history.log import LogReader
-from kvatlas.deploy.history.moment import EARLIEST, LATEST, Moment
-from kvatlas.deploy.history.rebuild import rebuild
-from kvatlas.deploy.history.verdict import Verdict, judge, keys_of, leading
+from kvatlas.deploy.history.story import Story, tell
 
-_SERVED: Final = (
-    "endpoint",
-    "status",
-    "prompt_tokens",
-    "predicted_tokens",
-    "cached_tokens",
-    "first_token_ms",
-    "outcome",
-    "cause",
-    "regret_tokens",
-)
 HELP: Final = "why a request went where it went, and what came of it"
 
 
@@ -61,10 +42,11 @@ def run(args: argparse.Namespace) -> int:
     """Find the decision, rebuild the index as of then and later, and say what became of the hit."""
     kafka: KafkaSettings = load_sections(args)["kafka"]
     check_snapshots(args.snapshots)
-    decision, outcome, served, verdict = asyncio.run(_why(args, kafka))
+    story = asyncio.run(_story(args, kafka))
     if args.json:
-        print(json.dumps(_document(decision, outcome, served, verdict)))
+        print(json.dumps(story.document()))
         return 0
+    (decision, outcome, served), verdict = story
     print(f"request {decision.request_id} ({decision.model}) went to {decision.pod}", end="")
     print(f" by {decision.policy}" if decision.policy else "")
     for pod, (score, blocks) in decision.scores.items():
@@ -97,75 +79,15 @@ def _engine_said(decision: records.DecisionRecord, served: records.DecisionRecor
     return text
 
 
-class _Found(NamedTuple):
-    """The records about one request."""
-
-    decision: records.DecisionRecord
-    outcome: records.DecisionRecord | None
-    served: records.DecisionRecord | None
-
-
-async def _why(
-    args: argparse.Namespace, kafka: KafkaSettings
-) -> tuple[records.DecisionRecord, records.DecisionRecord | None, records.DecisionRecord | None, Verdict]:
+async def _story(args: argparse.Namespace, kafka: KafkaSettings) -> Story:
     async with LogReader(kafka) as reader:
-        decision, outcome, served = await _find(reader, args.request_id)
-        held: list[dict[str, int]] = []
-        for moment_ns in (decision.decided_ns, decision.decided_ns + int(args.after * 1e9)):
-            with tempfile.TemporaryDirectory(prefix="kvatlas-why-") as folder:
-                past = await rebuild(
-                    reader,
-                    kafka,
-                    Moment(time_ms=moment_ns // 1_000_000),
-                    folder=Path(folder),
-                    options=options_of(args),
-                    clock=time.time_ns,
-                    snapshots=args.snapshots,
-                    progress=progress_to_stderr("rebuilding"),
-                )
-                if not held:
-                    note_beginning(past)
-                held.append(await leading(past, decision))
-                past.close(keep=False)
-    return decision, outcome, served, judge(decision, *held)
-
-
-async def _find(reader: LogReader, request_id: str) -> _Found:
-    decision: records.DecisionRecord | None = None
-    outcome: records.DecisionRecord | None = None
-    served: records.DecisionRecord | None = None
-    async for chunk in reader.read(await reader.range(topics.DECISIONS, EARLIEST, LATEST)):
-        for record in chunk:
-            if record.key != request_id.encode() or not record.value:
-                continue
-            try:
-                found = records.decode(records.DecisionRecord, record.value)
-            except WireError:
-                continue
-            if found.kind == "outcome":
-                outcome = found
-            elif found.kind == "served":
-                served = found
-            else:
-                decision = found
-    if decision is None:
-        raise KvatlasError(
-            f"no decision about request {request_id!r} is on {topics.DECISIONS}; routers report them with "
-            "ReportDecision, and the topic keeps them for its retention"
+        return await tell(
+            reader,
+            kafka,
+            args.request_id,
+            after_seconds=args.after,
+            options=options_of(args),
+            snapshots=args.snapshots,
+            began=note_beginning,
+            progress=progress_to_stderr("rebuilding"),
         )
-    return _Found(decision, outcome, served)
-
-
-def _document(
-    decision: records.DecisionRecord,
-    outcome: records.DecisionRecord | None,
-    served: records.DecisionRecord | None,
-    verdict: Verdict,
-) -> dict[str, Any]:
-    plain = msgspec.to_builtins(msgspec.structs.replace(decision, keys=b""), str_keys=True)
-    return {
-        "decision": {**plain, "keys": None, "blocks": len(keys_of(decision))},
-        "outcome": outcome and {"outcome": outcome.outcome, "real_blocks": outcome.real_blocks},
-        "served": served and {name: getattr(served, name) for name in _SERVED},
-        "verdict": msgspec.to_builtins(verdict),
-    }
