@@ -15,7 +15,7 @@ import argparse
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, NamedTuple, TypeVar, get_args, get_origin
 
@@ -116,10 +116,26 @@ def flag_name(field: str, prefix: str = "") -> str:
     return "--" + f"{prefix}{field}".replace("_", "-")
 
 
-def add_flags(parser: argparse.ArgumentParser, name: str, section: type[msgspec.Struct], prefix: str = "") -> None:
-    """Add one flag per setting of a section; absent flags stay out of the namespace's section dict."""
+def add_flags(
+    parser: argparse.ArgumentParser,
+    name: str,
+    section: type[msgspec.Struct],
+    prefix: str = "",
+    only: Collection[str] | None = None,
+) -> None:
+    """Add one flag per setting of a section; absent flags stay out of the namespace's section dict.
+
+    Args:
+        parser: gets a group of flags.
+        name: of the section.
+        section: its class.
+        prefix: of the flags.
+        only: settings that get a flag; None for all.
+    """
     group = parser.add_argument_group(f"{name} settings")
     for field in fields_of(section):
+        if only is not None and field.name not in only:
+            continue
         flag = flag_name(field.name, prefix)
         dest = f"{name}:{field.name}"
         default = "" if field.default in (None, "", [], {}) else f" (default {_shown(field.default)})"

@@ -87,6 +87,10 @@ TOPIC_RIGHTS: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     "diff": {topics.EVENTS: ("Read",)},
     "why": {topics.EVENTS: ("Read",), topics.DECISIONS: ("Read",)},
     "whatif": {topics.DECISIONS: ("Read",)},
+    "console": {
+        **dict.fromkeys((topics.EVENTS, topics.PODS, topics.WORKERS, topics.DECISIONS, topics.DLQ), ("Read",)),
+        topics.BLOCKS: ("Describe",),
+    },
     "topics": dict.fromkeys(
         (*(topic.name for topic in topics.TOPICS), "engine_blocks", "block_index"),
         ("Create", "Describe", "DescribeConfigs"),

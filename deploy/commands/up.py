@@ -7,16 +7,13 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.deploy.cli import common
-from kvatlas.deploy.commands.console import token_of
-from kvatlas.deploy.console.beside import ConsoleBeside
 from kvatlas.deploy.processes.launcher import Launcher
-from kvatlas.streams.resolve.options import resolve_options
 
 HELP: Final = "run broker, bridge, worker and scorer on this machine until interrupted"
 
@@ -33,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--embedded", action="store_true", help="in-process broker (the default without --brokers)")
     parser.add_argument("--state-dir", type=Path, metavar="DIR", help="logs and tables (default: a temporary folder)")
     parser.add_argument("--console", action="store_true", help="serve the console's page too, and print its address")
-    common.add_sections(parser, "kafka", "log", "bridge", "worker", "scorer", "tokenizer", "console", prefixed=True)
+    names = ("kafka", "log", "bridge", "worker", "scorer", "tokenizer", "console")
+    common.add_sections(parser, *names, prefixed=True)
+    parser.set_defaults(sections=(*names, "picker"))  # what pickers reckon, for the console
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,32 +46,18 @@ def run(args: argparse.Namespace) -> int:
         sections["bridge"] = msgspec.structs.replace(bridge, engines=[*bridge.engines, *args.engine])
     state_dir = args.state_dir or Path(tempfile.mkdtemp(prefix="kvatlas-"))
     stop = common.stop_event()
-    launcher = Launcher(sections, state_dir, use_embedded=args.embedded or not given)
-    failed, console = True, None
+    launcher = Launcher(sections, state_dir, use_embedded=args.embedded or not given, console=args.console)
+    failed = True
     try:
         if launcher.start(stop):
-            shown = ""
-            if args.console:
-                console, shown = _console(sections, launcher)
+            shown = f" console={launcher.console}" if args.console else ""
             print(f"ready scorer={launcher.scorer}{shown}", flush=True)
             while not stop.wait(0.2):
                 launcher.check()
         failed = False
     finally:
-        if console is not None:
-            console.stop()
         if killed := launcher.stop():
             print(f"kvatlas up: {', '.join(killed)} did not stop in time and was killed", file=sys.stderr)
         if args.state_dir is None and not failed:
             shutil.rmtree(state_dir, ignore_errors=True)
     return 0
-
-
-def _console(sections: dict[str, Any], launcher: Launcher) -> tuple[ConsoleBeside, str]:
-    """Start the console; returns it, and its address as the ready line says it."""
-    settings = sections["console"]
-    token, told = token_of(settings)
-    options = resolve_options(sections["worker"])
-    console = ConsoleBeside(settings, launcher.kafka, launcher.scorer, options, token)
-    address = console.start()
-    return console, f" console={address}/{f'#token={token}' if told else ''}"

@@ -7,7 +7,7 @@ request's id. The prefix tree is made from the block keys in the decisions: equa
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Final
 
 import msgspec
@@ -16,12 +16,11 @@ from kvatlas.bridge.errors import WireError
 from kvatlas.bridge.model import records
 from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.model.records import DecisionRecord
-from kvatlas.deploy.whatif.policies import Options
-from kvatlas.deploy.whatif.recorded import recording
-from kvatlas.deploy.whatif.run import simulate
 
 #: Deepest level and most nodes of a prefix tree; what is left out is counted.
 _NODES: Final = 400
+#: A stretch's text is shown from so many of its blocks.
+_TEXT_BLOCKS: Final = 16
 _SERVED: Final = (
     "endpoint",
     "status",
@@ -58,6 +57,7 @@ class Decided(msgspec.Struct):
             "decided_ms": decision.decided_ns / 1e6,
             "model": decision.model,
             "pod": decision.pod,
+            "endpoint": decision.endpoint,
             "policy": decision.policy,
             "blocks": len(decision.keys) // KEY_BYTES,
             "block_size_tokens": decision.block_size_tokens,
@@ -82,15 +82,19 @@ class DecisionLog:
         self._requests: OrderedDict[str, Decided] = OrderedDict()
         self.unreadable = 0
 
-    def apply(self, _key: bytes | None, value: bytes | None) -> None:
-        """Take one ``kv-decisions`` record; one that cannot be read is counted."""
+    def apply(self, value: bytes | None) -> DecisionRecord | None:
+        """Take one ``kv-decisions`` record and return it; one that cannot be read is counted."""
         if not value:
-            return
+            return None
         try:
             record = records.decode(DecisionRecord, value)
         except WireError:
             self.unreadable += 1
-            return
+            return None
+        self._join(record)
+        return record
+
+    def _join(self, record: DecisionRecord) -> None:
         known = self._requests.get(record.request_id)
         self._number += 1
         if record.kind == "decision":
@@ -104,40 +108,23 @@ class DecisionLog:
         while len(self._requests) > self._most:
             self._requests.popitem(last=False)
 
-    def after(self, number: int, most: int) -> list[Decided]:
-        """Return the newest requests that changed after a number, oldest first."""
+    def after(self, number: int, most: int, tenant: str | None = None) -> list[Decided]:
+        """Return the newest requests that changed after a number, oldest first; with a tenant its own alone."""
         found: list[Decided] = []
         for request in reversed(self._requests.values()):
             if request.number <= number or len(found) == most:
                 break
-            found.append(request)
+            if tenant is None or request.decision.tenant == tenant:
+                found.append(request)
         return found[::-1]
 
-    def since(self, moment_ns: int) -> Iterable[Decided]:
-        """Yield the requests decided since a moment."""
-        return (request for request in self._requests.values() if request.decision.decided_ns >= moment_ns)
-
-
-def what_if(requests: Sequence[Decided], policies: Sequence[str], capacity_blocks: int) -> list[dict[str, Any]]:
-    """Return hit ratio and balance of each policy over recorded requests, what really happened first.
-
-    Raises:
-        SettingsError: a policy is none, or there is no decision.
-    """
-    kept = [record for request in requests for record in (request.decision, request.outcome) if record is not None]
-    found = recording(kept)
-    rows = [msgspec.to_builtins(found.observed)] if found.observed is not None else []
-    for policy in policies:
-        outcome = simulate(
-            found.arrivals,
-            policy,
-            pods=len(found.pods),
-            capacity_blocks=capacity_blocks,
-            block_size_tokens=found.block_size_tokens,
-            options=Options(),
+    def since(self, moment_ns: int, tenant: str | None = None) -> Iterable[Decided]:
+        """Yield the requests decided since a moment; with a tenant its own alone."""
+        return (
+            request
+            for request in self._requests.values()
+            if request.decision.decided_ns >= moment_ns and (tenant is None or request.decision.tenant == tenant)
         )
-        rows.append(msgspec.to_builtins(outcome))
-    return rows
 
 
 class Node(msgspec.Struct):
@@ -145,6 +132,7 @@ class Node(msgspec.Struct):
 
     Attributes:
         key: block key of the last block, hexadecimal.
+        text_key: block key up to which its text is shown, hexadecimal.
         first: number of the first block.
         blocks: how many.
         asked: requests that have this stretch.
@@ -154,6 +142,7 @@ class Node(msgspec.Struct):
     """
 
     key: str
+    text_key: str
     first: int
     blocks: int
     asked: int
@@ -191,12 +180,14 @@ def _children(requests: list[DecisionRecord], at: int, least: int, budget: list[
             break
         budget[0] -= 1
         end = _shared(group, at)
+        shown = min(end, at + _TEXT_BLOCKS)
         pods: dict[str, int] = {}
         for request in group:
             pods[request.pod] = pods.get(request.pod, 0) + 1
         found.append(
             Node(
                 key=group[0].keys[(end - 1) * KEY_BYTES : end * KEY_BYTES].hex(),
+                text_key=group[0].keys[(shown - 1) * KEY_BYTES : shown * KEY_BYTES].hex(),
                 first=at,
                 blocks=end - at,
                 asked=len(group),

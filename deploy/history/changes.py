@@ -52,7 +52,8 @@ async def changes_between(
     Args:
         reader: an open reader.
         kafka: which log.
-        first, second: from when and to when.
+        first: from when.
+        second: to when.
         folder: a scratch folder.
         options: what the deployment decides about the meaning of events.
         snapshots: where saved states are; None folds from the start of the log.

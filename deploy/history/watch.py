@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -35,6 +35,8 @@ class PodRow(msgspec.Struct, frozen=True, kw_only=True):
         age_ms: since its last message was received; -1 before the first.
         lost, first_lost, last_lost: messages that no replay repaired, and the newest such range.
         blocks: tier -> blocks, as the workers counted them last, from a sample where there are many.
+        load: what the pod reports of itself: ``running``, ``waiting``, ``cache_usage``; empty where it does not.
+        coverage: how much of the engine's stream is known: ``whole``, ``partial``, or empty.
     """
 
     pod: str
@@ -48,6 +50,8 @@ class PodRow(msgspec.Struct, frozen=True, kw_only=True):
     first_lost: int
     last_lost: int
     blocks: dict[str, int]
+    load: dict[str, float] = {}
+    coverage: str = ""
 
 
 class WorkerRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,6 +128,16 @@ class Watch:
         """Disconnect."""
         await self._versions.stop()
         await self._consumer.stop()
+
+    @property
+    def pods(self) -> Mapping[str, records.PodRecord]:
+        """The pods' records, by pod id."""
+        return self._pods.merged
+
+    def failed(self) -> BaseException | None:
+        """Return what ended the reading of a topic, None while it goes on."""
+        readers = self._versions.readers.values()
+        return next((error for reader in readers if (error := reader.failed()) is not None), None)
 
     async def look(self) -> Picture:
         """Return the state now; rates are since the look before, 0 at the first.
@@ -211,6 +225,8 @@ class Watch:
             first_lost=record.first_lost,
             last_lost=record.last_lost,
             blocks=blocks,
+            load=record.load,
+            coverage=record.coverage,
         )
 
     @staticmethod

@@ -11,6 +11,7 @@ import random
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +24,7 @@ from kvatlas.bridge.runtime.restarts import Restarts
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers import embedded
 from kvatlas.deploy.brokers.topics import ensure_topics
+from kvatlas.deploy.console.options import token_of
 from kvatlas.deploy.processes.child import document
 from kvatlas.deploy.processes.supervisor import Child, Kept, LaunchError, stop_all
 from kvatlas.scorer.v1 import scorer_pb2, scorer_pb2_grpc
@@ -36,14 +38,18 @@ class Launcher:
     """Runs the parts.
 
     Args:
-        sections: settings by section: ``kafka``, ``log``, ``bridge``, ``worker``, ``scorer``, ``tokenizer``.
+        sections: settings by section: ``kafka``, ``log``, ``bridge``, ``worker``, ``scorer``, ``tokenizer``, and
+            ``console`` and ``picker`` where there is a console.
         state_dir: logs and tables.
         use_embedded: start the embedded broker instead of using ``kafka.brokers``.
+        console: serve the console too.
     """
 
-    def __init__(self, sections: dict[str, Any], state_dir: Path, *, use_embedded: bool) -> None:
+    def __init__(self, sections: dict[str, Any], state_dir: Path, *, use_embedded: bool, console: bool = False) -> None:
         self._sections = dict(sections)
         self._state_dir = state_dir
+        self._with_console = console
+        self._page_token = ""
         self._broker = embedded.EmbeddedBroker() if use_embedded else None
         self.parts: list[Kept] = []
 
@@ -56,7 +62,15 @@ class Launcher:
     @property
     def scorer(self) -> str:
         """Address of the scorer; it stays over restarts."""
-        return self.parts[-1].child.address("scorer") or str(self._sections["scorer"].listen)
+        return self._address("scorer") or str(self._sections["scorer"].listen)
+
+    @property
+    def console(self) -> str:
+        """Address of the console's page, with its token where one was made; it stays over restarts."""
+        return self._address("console") + (f"#token={self._page_token}" if self._page_token else "")
+
+    def _address(self, name: str) -> str:
+        return next((part.child.address(name) for part in self.parts if part.name == name), "")
 
     def start(self, stop: threading.Event, timeout_seconds: float = 100.0) -> bool:
         """Start everything and wait until scores can be asked for; False when ``stop`` was set before.
@@ -81,16 +95,45 @@ class Launcher:
         asyncio.run(ensure_topics(self.kafka, (*TOPICS, *changelog_topics(worker.app))))
         for name in ("worker", "bridge", "scorer"):
             self.parts.append(Kept(name, lambda restarts, name=name: self._child(name, restarts)))  # type: ignore[misc]
+        if not self._wait(stop, deadline, timeout_seconds, self._served):
+            return False
+        # Whoever has the scorer's address keeps it: the next process listens where this one does.
+        self._sections["scorer"] = msgspec.structs.replace(self._sections["scorer"], listen=self.scorer)
+        if not self._with_console:
+            return True
+        self._add_console()
+        if not self._wait(stop, deadline, timeout_seconds, lambda: True):
+            return False
+        listen = self._address("console").removeprefix("http://").rstrip("/")
+        self._sections["console"] = msgspec.structs.replace(self._sections["console"], listen=listen)
+        return True
+
+    def _wait(self, stop: threading.Event, deadline: float, timeout_seconds: float, whole: Callable[[], bool]) -> bool:
+        """Wait until all parts are ready and ``whole`` says so; False when ``stop`` was set before.
+
+        Raises:
+            LaunchError: a part ended or was not ready in time.
+        """
         while not stop.is_set():
             self.check()
-            if all(part.child.ready.is_set() for part in self.parts) and self._served():
-                # Whoever has the scorer's address keeps it: the next process listens where this one does.
-                self._sections["scorer"] = msgspec.structs.replace(self._sections["scorer"], listen=self.scorer)
+            if all(part.child.ready.is_set() for part in self.parts) and whole():
                 return True
             if time.monotonic() > deadline:
                 raise self._late(timeout_seconds)
             stop.wait(_POLL_SECONDS)
         return False
+
+    def _add_console(self) -> None:
+        """Start the console, with a token that stays over restarts."""
+        settings = msgspec.structs.replace(self._sections["console"], scorer=self.scorer)
+        token, made = token_of(settings)
+        if made:
+            file = self._state_dir / "console-token"
+            file.touch(mode=0o600)
+            file.write_text(token, encoding="utf-8")
+            settings, self._page_token = msgspec.structs.replace(settings, page_token_file=str(file)), token
+        self._sections["console"] = settings
+        self.parts.append(Kept("console", lambda restarts: self._child("console", restarts)))
 
     def _child(self, name: str, restarts: Restarts) -> Child:
         given = document(name, self._sections, prepared=True, restarts=restarts)

@@ -154,6 +154,17 @@ async def _picking_worker(sections: Mapping[str, Any], stop: asyncio.Event, prep
     return WorkerWithPicker(sections["picker"], worker)
 
 
+async def _console(sections: Mapping[str, Any], stop: asyncio.Event, prepared: bool) -> Service | None:
+    from kvatlas.deploy.brokers.rights import check_rights, rights_of  # noqa: PLC0415
+    from kvatlas.deploy.console.server import ConsoleService  # noqa: PLC0415
+
+    kafka = sections["kafka"]
+    service = ConsoleService(sections["console"], kafka, sections["worker"], sections["picker"])
+    if prepared:
+        return service
+    return service if await common.unless_stopped(stop, check_rights(kafka, rights_of("console", kafka))) else None
+
+
 def _addresses(**names: str) -> Callable[[Any], str]:
     """Return what makes the ready line: a name -> attribute with the address; those without an address are left out."""
 
@@ -182,4 +193,5 @@ PARTS: Final[Mapping[str, Part]] = {
         (*_SCORING, "picker"), _scorer_with_picker, _addresses(picker="address", scorer="scorer_address")
     ),
     "picker": Part((*_SCORING, "picker"), _picker, _addresses(picker="address")),
+    "console": Part(("kafka", "log", "console", "worker", "picker"), _console, _addresses(console="address")),
 }

@@ -12,7 +12,6 @@ from kvatlas.deploy.whatif.routers import Knobs, router, split
 from kvatlas.deploy.whatif.run import Outcome, simulate
 from kvatlas.scorer.gateway.options import PickerSettings
 
-
 #: Share of the fleet's time that recorded requests take.
 _LOAD: Final = 0.8
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from kvatlas.scorer.api.core import Core
-from kvatlas.scorer.picker.endpoints import Held
+from kvatlas.scorer.picker.endpoints import Held, held_of
 from kvatlas.scorer.scoring.query import PromptTokens, ScoreQuery
 from kvatlas.scorer.scoring.remembered import Remembered, remember
 from kvatlas.scorer.scoring.scorer import ScoringRun
@@ -77,10 +77,6 @@ class CorePrefixes:
 
 def _prompt(run: ScoringRun) -> Prompt:
     scored = run.scored
-    size = scored.block_size_tokens
-    held = {}
-    for pod, found in scored.scores.items():
-        tiers = {name: blocks * size for name, blocks in found.tiers.items()}
-        held[pod] = Held(found.matched_tokens, tiers, found.speculative_blocks * size, found.suspect_blocks * size)
+    held = {pod: held_of(found, scored.block_size_tokens) for pod, found in scored.scores.items()}
     remembered = remember(run.query, run.keys, scored)
     return Prompt(run.query.model, scored.prompt_tokens, held, scored.partial, remembered)

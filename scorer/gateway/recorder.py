@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any, Final
 
-from kvatlas.bridge.model.records import DecisionRecord
+from kvatlas.bridge.model.records import DecisionRecord, tenant_of
 from kvatlas.scorer.gateway.decider import Made
 from kvatlas.scorer.gateway.options import PickerSettings
 from kvatlas.scorer.gateway.outcome import Joined
@@ -98,4 +98,5 @@ def _scored(made: Made) -> dict[str, Any]:
         "speculative_blocks": remembered.speculative.get(pod, 0),
         "scores": remembered.scores,
         "freshness": remembered.partitions,
+        "tenant": tenant_of(remembered.cache_salt),
     }

@@ -36,7 +36,6 @@ from kvatlas.scorer.gateway.recorder import Recorder
 from kvatlas.scorer.gateway.scraper import Scraper
 from kvatlas.scorer.gateway.state import OpenDecision, PickerState
 from kvatlas.scorer.picker.endpoints import Endpoint
-from kvatlas.scorer.picker.load import EngineReport
 from kvatlas.scorer.service import ScorerService
 
 log = logging.getLogger(__name__)
@@ -251,21 +250,9 @@ class PickerService:
             if self._pool is not None and self._pool.failed is not None:
                 raise self._pool.failed
             self.state.measure()
-            self._take_reports()
+            self.state.take_reports(self._pods(), time.time_ns(), scraped=self._settings.scrape_seconds > 0)
             metrics.OPEN_STREAMS.set(self.processor.open)
             await asyncio.sleep(_MEASURE_SECONDS)
-
-    def _take_reports(self) -> None:
-        """Use what pods report through the bridge where their metrics are not read here."""
-        now, now_ns = self._clock(), time.time_ns()
-        pods = self._pods()
-        for endpoint in self.state.endpoints:
-            record = pods.get(endpoint.pod)
-            if record is None or not record.load or (endpoint.metrics and self._settings.scrape_seconds):
-                continue
-            age = max(0.0, (now_ns - record.updated_ns) / 1e9)
-            running, waiting, usage = (record.load.get(name, 0.0) for name in ("running", "waiting", "cache_usage"))
-            self.state.loads.reported(endpoint.address, EngineReport(running, waiting, usage, now - age))
 
     # --- decisions --------------------------------------------------------------------------------------------------
 

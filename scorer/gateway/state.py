@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from kvatlas.bridge.model.records import DecisionRecord
+from kvatlas.bridge.model.records import DecisionRecord, PodRecord
 from kvatlas.scorer.gateway import metrics
 from kvatlas.scorer.gateway.options import PickerSettings
 from kvatlas.scorer.picker.affinity import Sessions
 from kvatlas.scorer.picker.endpoints import Endpoint
-from kvatlas.scorer.picker.load import LoadBook
+from kvatlas.scorer.picker.load import EngineReport, LoadBook
 from kvatlas.scorer.picker.verdict import Prediction
 from kvatlas.scorer.scoring.decisions import DECISION, SERVED
 
@@ -98,6 +98,23 @@ class PickerState:
             )
             foreign = OpenDecision(prediction, self._clock(), record.pod_epoch)
             self.decided(record.request_id, foreign, record.compute_tokens, record.session)
+
+    def take_reports(self, pods: Mapping[str, PodRecord], now_ns: int, *, scraped: bool) -> None:
+        """Use what pods report through the bridge where their metrics are not read here.
+
+        Args:
+            pods: by pod id.
+            now_ns: wall clock in ns.
+            scraped: the endpoints' own metrics are read.
+        """
+        now = self._clock()
+        for endpoint in self.endpoints:
+            record = pods.get(endpoint.pod)
+            if record is None or not record.load or (endpoint.metrics and scraped):
+                continue
+            age = max(0.0, (now_ns - record.updated_ns) / 1e9)
+            running, waiting, usage = (record.load.get(name, 0.0) for name in ("running", "waiting", "cache_usage"))
+            self.loads.reported(endpoint.address, EngineReport(running, waiting, usage, now - age))
 
     def measure(self) -> None:
         """Forget what is too old, and set the gauges."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, Protocol
 
 Role = Literal["both", "prefill", "decode"]
 BOTH: Final = "both"
@@ -62,6 +62,36 @@ class Held(NamedTuple):
 
 
 NOTHING: Final = Held()
+
+
+class Matched(Protocol):
+    """A pod's match of a prompt, as scores have it."""
+
+    @property
+    def matched_tokens(self) -> int:
+        """Length of the match."""
+
+    @property
+    def tiers(self) -> Mapping[str, int]:
+        """Matched blocks by tier."""
+
+    @property
+    def suspect_blocks(self) -> int:
+        """Blocks that may be gone."""
+
+    @property
+    def speculative_blocks(self) -> int:
+        """Blocks that only a recent decision vouches for."""
+
+
+def held_of(found: Matched, block_size_tokens: int) -> Held:
+    """Return what a pod holds, of its match."""
+    return Held(
+        found.matched_tokens,
+        {name: blocks * block_size_tokens for name, blocks in found.tiers.items()},
+        found.speculative_blocks * block_size_tokens,
+        found.suspect_blocks * block_size_tokens,
+    )
 
 
 def in_subset(address: str, subset: Collection[str]) -> bool:

@@ -18,7 +18,7 @@ from typing import Final
 from kvatlas.bridge.errors import WireError
 from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.model.pod_ids import pod_ref
-from kvatlas.bridge.model.records import GONE, DecisionRecord, PodRecord, decode
+from kvatlas.bridge.model.records import GONE, DecisionRecord, PodRecord, decode, tenant_of
 from kvatlas.scorer.errors import UnknownPodError
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.scoring.prefix_tree import PrefixTree
@@ -93,6 +93,7 @@ class Decisions:
             decided_ns=now_ns,
             expires_ns=now_ns + int(min(ttl_ms or self._settings.speculative_ttl_ms, _LONGEST_MS) * 1e6),
             policy=policy,
+            tenant=tenant_of(prompt.cache_salt),
         )
         self.put(made, now_ns)
         if self.publish is not None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.model.records import DecisionRecord, encode
-from kvatlas.deploy.console.decisions import DecisionLog, Node, prefixes, what_if
+from kvatlas.deploy.console.decisions import DecisionLog, Node, prefixes
 
 
 def decided(
@@ -25,11 +23,11 @@ def decided(
 def test_a_request_is_told_again_when_its_outcome_comes() -> None:
     """A reader asks for what came after the last number it has, and gets what changed since."""
     log = DecisionLog(10)
-    log.apply(None, decided("one", [1, 2]))
-    log.apply(None, decided("two", [1, 3]))
+    log.apply(decided("one", [1, 2]))
+    log.apply(decided("two", [1, 3]))
     assert [request.row()["request_id"] for request in log.after(0, 100)] == ["one", "two"]
     last = log.after(0, 100)[-1].number
-    log.apply(None, decided("one", [], kind="served", cached_tokens=16, first_token_ms=12.0))
+    log.apply(decided("one", [], kind="served", cached_tokens=16, first_token_ms=12.0))
     (changed,) = log.after(last, 100)
     assert changed.row()["served"]["cached_tokens"] == 16
     assert changed.row()["blocks"] == 2
@@ -39,10 +37,10 @@ def test_the_log_is_bounded_and_survives_garbage() -> None:
     """The oldest go; what cannot be read is counted; an outcome of a request that is not known is left out."""
     log = DecisionLog(2)
     for name in "abc":
-        log.apply(None, decided(name, [1]))
-    log.apply(None, b"\xc1")
-    log.apply(None, None)
-    log.apply(None, decided("unknown", [], kind="outcome", outcome="hit"))
+        log.apply(decided(name, [1]))
+    log.apply(b"\xc1")
+    log.apply(None)
+    log.apply(decided("unknown", [], kind="outcome", outcome="hit"))
     assert [request.decision.request_id for request in log.after(0, 100)] == ["b", "c"]
     assert log.unreadable == 1
 
@@ -55,7 +53,7 @@ def test_the_tree_counts_what_counting_by_hand_gives(prompts: list[list[int]]) -
     """Each prefix that at least two prompts share stands in the tree once, with as many askers as it has."""
     log = DecisionLog(1000)
     for number, prompt in enumerate(prompts):
-        log.apply(None, decided(str(number), prompt, pod=f"p{number % 2}"))
+        log.apply(decided(str(number), prompt, pod=f"p{number % 2}"))
     tree, looked = prefixes(log.since(0), "m")
     assert looked == len(prompts)
     counted = Counter(tuple(prompt[:end]) for prompt in prompts for end in range(1, len(prompt) + 1))
@@ -81,21 +79,7 @@ def test_the_tree_counts_what_counting_by_hand_gives(prompts: list[list[int]]) -
 def test_saved_tokens_are_what_was_predicted_inside_a_stretch() -> None:
     """A prediction longer than the stretch counts only inside it."""
     log = DecisionLog(10)
-    log.apply(None, decided("one", [1, 2, 3], predicted=3))
-    log.apply(None, decided("two", [1, 2, 4], predicted=1))
+    log.apply(decided("one", [1, 2, 3], predicted=3))
+    log.apply(decided("two", [1, 2, 4], predicted=1))
     ((node,), _) = prefixes(log.since(0), "")
     assert (node.blocks, node.asked, node.saved_tokens) == (2, 2, (2 + 1) * 16)
-
-
-def test_what_if_runs_policies_over_the_kept_requests() -> None:
-    """What was recorded stands beside a policy; nothing recorded, or no such policy, is an error."""
-    log = DecisionLog(100)
-    for number in range(20):
-        log.apply(None, decided(str(number), [1, 2, 3, number], pod=f"p{number % 2}", decided_ns=number * 10**9))
-    rows = what_if(list(log.since(0)), ["recorded", "shared"], 1000)
-    assert [row["policy"] for row in rows] == ["recorded", "shared"]
-    assert 0 < rows[0]["hit_ratio"] <= rows[1]["hit_ratio"]
-    with pytest.raises(SettingsError, match="no decision"):
-        what_if([], ["shared"], 10)
-    with pytest.raises(SettingsError, match="no-such-policy"):
-        what_if(list(log.since(0)), ["no-such-policy"], 10)

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.deploy.commands.console import token_of
-from kvatlas.deploy.console.options import ConsoleSettings
+from kvatlas.deploy.console.options import ConsoleSettings, token_of
 
 FOLDER = Path(__file__).parents[3] / "deploy" / "console"
 

@@ -17,6 +17,7 @@ export async function call(path, body) {
   const headers = {};
   if (kept.getItem("token")) headers.authorization = `Bearer ${kept.getItem("token")}`;
   if (kept.getItem("scorer")) headers["x-scorer-token"] = kept.getItem("scorer");
+  if (kept.getItem("salt")) headers["x-cache-salt"] = kept.getItem("salt");
   const answer = await fetch(`api/${path}`, body === undefined ? { headers } : { method: "POST", headers, body: JSON.stringify(body) });
   let told;
   try {
@@ -31,3 +32,5 @@ export async function call(path, body) {
   }
   return told;
 }
+
+export const query = (path, fields) => call(`${path}?${new URLSearchParams(fields)}`);

@@ -18,15 +18,22 @@ function App() {
   useEffect(() => {
     const moved = () => setView(named());
     window.addEventListener("hashchange", moved);
-    call("decisions?after=0").catch((error) => setLocked(error.status === 401));
+    call("picture").catch((error) => setLocked(error.status === 401));
     return () => window.removeEventListener("hashchange", moved);
   }, []);
   useEffect(() => {
     document.title = `${VIEWS[view][0]} – kvatlas`;
   }, [view]);
   if (locked) return html`<${Unlock} done=${() => setLocked(false)} />`;
-  return html`<header><h1>kvatlas</h1><nav aria-label="Views">${Object.entries(VIEWS).map(([name, [title]]) => html`<a href=${`#${name}`} aria-current=${name === view ? "page" : null}>${title}</a>`)}</nav></header>
+  return html`<header><h1>kvatlas</h1><nav aria-label="Views">${Object.entries(VIEWS).map(([name, [title]]) => html`<a href=${`#${name}`} aria-current=${name === view ? "page" : null}>${title}</a>`)}</nav><${Access} /></header>
     <main id="main">${html`<${VIEWS[view][1]} key=${view} />`}</main>`;
+}
+
+function Access() {
+  return html`<details class="access"><summary>Access</summary>
+    <label>Scorer token <input type="password" autocomplete="off" onInput=${(event) => setToken("scorer", event.target.value)} /><small>where the scorer asks for one: what you see is what it may</small></label>
+    <label>Cache salt <input autocomplete="off" onInput=${(event) => setToken("salt", event.target.value)} /><small>of a tenant, whose requests are then shown alone</small></label>
+  </details>`;
 }
 
 function Unlock({ done }) {
@@ -35,7 +42,7 @@ function Unlock({ done }) {
     event.preventDefault();
     setToken("token", new FormData(event.target).get("token"));
     try {
-      await call("decisions?after=0");
+      await call("picture");
       done();
     } catch (error) {
       setProblem(error.message);

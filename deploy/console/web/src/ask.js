@@ -1,53 +1,61 @@
-// Ask: a prompt, a chat or token ids; the score per pod, block by block, now or as of a past moment.
+// Ask: a prompt, a chat or token ids; the score per pod, block by block, now and as of past moments.
 import { html } from "htm/preact";
 import { useState } from "preact/hooks";
-import { call, setToken } from "./api.js";
-import { Problem, show, Table } from "./parts.js";
+import { call, query } from "./api.js";
+import { Blocks, Costs, Scores } from "./answer.js";
+import { Moments, textOf } from "./moments.js";
+import { clock, Problem, show, signed, Table } from "./parts.js";
 
-const TIERS = ["gpu", "cpu", "disk", "shared"];
-
-function bodyOf(text) {
+function bodyOf(text, model) {
   const trimmed = text.trim();
+  let body = { prompt: text };
   if (trimmed.startsWith("{") || trimmed.startsWith("[")) {
     const read = JSON.parse(trimmed);
-    if (Array.isArray(read)) return typeof read[0] === "number" ? { tokens: read } : { messages: read };
-    return read;
+    body = !Array.isArray(read) ? read : typeof read[0] === "number" ? { tokens: read } : { messages: read };
   }
-  return { prompt: text };
+  return { ...body, model: model || body.model };
 }
+
+const NOTHING = { problem: null, now: null, past: [] };
 
 export function Ask() {
   const [model, setModel] = useState("");
   const [text, setText] = useState("");
-  const [at, setAt] = useState("");
-  const [state, set] = useState({ busy: false, problem: null, now: null, then: null });
+  const [moments, setMoments] = useState([]);
+  const [busy, setBusy] = useState(false);
+  const [state, set] = useState(NOTHING);
   async function ask(event) {
     event.preventDefault();
-    set({ ...state, busy: true, problem: null });
+    setBusy(true);
     try {
-      const body = { ...bodyOf(text), model: model || undefined };
-      if (!model) body.model = bodyOf(text).model;
+      const body = bodyOf(text, model);
+      if (text && sessionStorage.getItem("salt") && !body.cache_salt) body.cache_salt = sessionStorage.getItem("salt");
       const now = await call("ask", body);
-      const then = at ? await call("ask", { ...body, at }) : null;
-      set({ busy: false, problem: null, now, then });
+      const past = [];
+      for (const at of moments) past.push({ at, answer: await call("ask", { ...body, at: textOf(at) }) });
+      set({ problem: null, now, past });
     } catch (problem) {
-      set({ busy: false, problem, now: null, then: null });
+      set({ ...NOTHING, problem });
     }
+    setBusy(false);
   }
+  const { now, past } = state;
+  const newer = past[1] ? { title: clock(past[1].at), answer: past[1].answer } : now && { title: "now", answer: { scores: now.score.scores, blocks: now.explain ? now.explain.blocks : [] } };
   return html`<h2>Ask</h2>
     <form onSubmit=${ask}>
       <label>Model <input name="model" value=${model} onInput=${(event) => setModel(event.target.value)} /><small>as clients spell it; a request body may name it itself</small></label>
       <label>Prompt <textarea name="prompt" value=${text} onInput=${(event) => setText(event.target.value)}></textarea><small>text, a list of chat messages, a list of token ids, or a request body as JSON</small></label>
-      <div class="row">
-        <label>As of, beside now <input name="at" placeholder="-10m" value=${at} onInput=${(event) => setAt(event.target.value)} /><small>for token ids; a moment as kvatlas at takes it</small></label>
-        <label>Scorer token <input type="password" autocomplete="off" onInput=${(event) => setToken("scorer", event.target.value)} /><small>where the scorer asks for one</small></label>
-      </div>
-      <button class="do" disabled=${state.busy}>${state.busy ? "Asking …" : "Ask"}</button>
+      <${Moments} moments=${moments} set=${setMoments} />
+      <button class="do" disabled=${busy}>${busy ? "Asking …" : "Ask"}</button>
     </form>
     <${Problem} error=${state.problem} />
-    ${state.now ? html`<${Answer} title="Now" scores=${state.now.score.scores} blocks=${state.now.explain ? state.now.explain.blocks : null} walks=${state.now.explain ? state.now.explain.walks : {}} note=${noteOf(state.now.score)} />` : null}
-    ${state.then ? html`<${Answer} title=${`As of ${at}`} scores=${state.then.scores} blocks=${state.then.blocks} walks=${{}} note="" />` : null}
-    ${state.now && state.then ? html`<${Differences} now=${state.now.score.scores} then=${state.then.scores} />` : null}`;
+    <div class="beside">
+      ${now ? html`<${Answer} title="Now" answer=${{ scores: now.score.scores, ...(now.explain || {}) }} note=${noteOf(now.score)} />` : null}
+      ${past.map(({ at, answer }) => html`<${Answer} key=${at} title=${`As of ${clock(at)}`} answer=${answer} note="from the log, as kvatlas at tells it" />`)}
+    </div>
+    ${now ? html`<${Costs} costs=${now.costs} />` : null}
+    ${past.length ? html`<${Differences} older=${{ title: clock(past[0].at), answer: past[0].answer }} newer=${newer} />
+      <${Fleet} key=${moments.join()} first=${moments[0]} second=${moments[1]} />` : null}`;
 }
 
 function noteOf(score) {
@@ -57,50 +65,51 @@ function noteOf(score) {
   return parts.join("; ");
 }
 
-function Answer({ title, scores, blocks, walks, note }) {
-  const rows = Object.entries(scores).map(([pod, score]) => ({ key: pod, pod, ...score })).sort((a, b) => b.score - a.score);
-  return html`<h3>${title}</h3>
-    <p class="note">${note}</p>
-    <${Table} label=${`Scores ${title}`} rows=${rows} empty="no pod holds the first block" columns=${[
-      ["Pod", (row) => row.pod],
-      ["Score", (row) => show(row.score), { number: true }],
-      ["Matched tokens", (row) => show(row.matched_tokens), { number: true }],
-      ["Matched blocks", (row) => show(row.matched_blocks), { number: true }],
-      ["Suspect", (row) => show(row.suspect_blocks || 0), { number: true }],
-      ["Why it ends there", (row) => (walks[row.pod] ? walks[row.pod].reason : "–")],
-    ]} />
-    ${blocks ? html`<${Blocks} blocks=${blocks} />` : html`<p class="note">Block by block needs the role explain.</p>`}`;
-}
+const Answer = ({ title, answer, note }) => html`<section aria-label=${title}><h3>${title}</h3>
+  <p class="note">${note}</p>
+  <${Scores} title=${title} scores=${answer.scores} walks=${answer.walks || {}} />
+  ${answer.blocks ? html`<${Blocks} blocks=${answer.blocks} />` : html`<p class="note">Block by block needs the role explain.</p>`}</section>`;
 
-function Blocks({ blocks }) {
-  const pods = [...new Set(blocks.flatMap((block) => block.holders.map((holder) => holder.pod)))].sort();
-  const shown = blocks.slice(0, 2000);
-  return html`<ul class="legend" aria-label="Colours">${[...TIERS, "suspect", "speculative"].map((name) => html`<li><span class=${`cell ${name}`}></span>${name}</li>`)}<li><span class="cell"></span>not held</li></ul>
-    ${pods.map((pod) => {
-      const cells = shown.map((block) => best(block.holders.filter((holder) => holder.pod === pod)));
-      const held = cells.filter(Boolean).length;
-      return html`<div key=${pod}><b>${pod}</b> <span class="note">${show(held)} of ${show(blocks.length)} blocks</span>
-        <div class="strip" role="img" aria-label=${`${pod} holds ${held} of ${blocks.length} blocks`}>${cells.map((name, at) => html`<span class=${`cell ${name}`} title=${`block ${at}: ${name || "not held"}`}></span>`)}</div></div>`;
-    })}
-    ${blocks.length > shown.length ? html`<p class="note">the first ${shown.length} of ${blocks.length} blocks</p>` : null}`;
-}
+const holds = (blocks, pod) => new Set(blocks.filter((block) => block.holders.some((holder) => holder.pod === pod && holder.state !== "dead")).map((block) => block.key));
 
-function best(holders) {
-  const counted = holders.filter((holder) => holder.state !== "dead" && holder.state !== "gone" && holder.state !== "unknown-pod");
-  if (counted.length === 0) return "";
-  const tier = TIERS.find((name) => counted.some((holder) => holder.tier === name));
-  const one = counted.find((holder) => holder.tier === tier) || counted[0];
-  return one.state === "suspect" || one.state === "speculative" ? one.state : tier || "gpu";
-}
-
-function Differences({ now, then }) {
-  const pods = [...new Set([...Object.keys(now), ...Object.keys(then)])].sort();
-  const rows = pods.map((pod) => ({ key: pod, pod, now: now[pod]?.matched_tokens || 0, then: then[pod]?.matched_tokens || 0 }));
-  return html`<h3>Then and now</h3>
-    <${Table} label="Differences" rows=${rows} columns=${[
+function Differences({ older, newer }) {
+  const [then, now] = [older.answer, newer.answer];
+  const pods = [...new Set([...Object.keys(then.scores), ...Object.keys(now.scores)])].sort();
+  const rows = pods.map((pod) => {
+    const [was, is] = [holds(then.blocks, pod), holds(now.blocks, pod)];
+    return { key: pod, pod, then: then.scores[pod]?.matched_tokens || 0, now: now.scores[pod]?.matched_tokens || 0, gained: [...is].filter((key) => !was.has(key)).length, lost: [...was].filter((key) => !is.has(key)).length };
+  });
+  return html`<h3>From ${older.title} to ${newer.title}</h3>
+    <${Table} label="Differences" rows=${rows} empty="no pod held it at either moment" columns=${[
       ["Pod", (row) => row.pod],
       ["Tokens then", (row) => show(row.then), { number: true }],
-      ["Tokens now", (row) => show(row.now), { number: true }],
-      ["Change", (row) => `${row.now >= row.then ? "+" : "−"}${show(Math.abs(row.now - row.then))}`, { number: true }],
+      ["Tokens later", (row) => show(row.now), { number: true }],
+      ["Change", (row) => signed(row.now - row.then), { number: true }],
+      ["Blocks gained", (row) => show(row.gained), { number: true }],
+      ["Blocks lost", (row) => show(row.lost), { number: true }],
     ]} />`;
+}
+
+function Fleet({ first, second }) {
+  const [state, set] = useState({ busy: false, rows: null, problem: null });
+  async function look() {
+    set({ busy: true, rows: null, problem: null });
+    try {
+      const answer = await query("diff", { first: textOf(first), second: second ? textOf(second) : "latest" });
+      set({ busy: false, rows: answer.pods.map((row) => ({ ...row, key: row.pod })), problem: null });
+    } catch (problem) {
+      set({ busy: false, rows: null, problem });
+    }
+  }
+  return html`<p><button class="do" disabled=${state.busy} onClick=${look}>${state.busy ? "Reading the log …" : "What changed on the pods meanwhile"}</button></p>
+    <${Problem} error=${state.problem} />
+    ${state.rows ? html`<${Table} label="Changes" rows=${state.rows} columns=${[
+      ["Pod", (row) => row.pod],
+      ["Blocks added", (row) => show(row.added), { number: true }],
+      ["Blocks removed", (row) => show(row.removed), { number: true }],
+      ["Messages", (row) => show(row.messages), { number: true }],
+      ["Lost", (row) => show(row.lost), { number: true }],
+      ["Epoch", (row) => (row.epoch_raised ? "raised" : "same")],
+      ["State", (row) => row.state || "–"],
+    ]} />` : null}`;
 }

@@ -1,22 +1,27 @@
 // Decisions: where requests went, what was predicted, and what the engine said afterwards.
 import { html } from "htm/preact";
 import { useRef, useState } from "preact/hooks";
-import { call } from "./api.js";
+import { call, query } from "./api.js";
 import { clock, Figures, Problem, show, Table, usePoll } from "./parts.js";
 
 const MOST = 500;
 
 export function Decisions() {
   const known = useRef(new Map());
-  const last = useRef(0);
+  const last = useRef({ log: "", number: 0 });
   const [filter, setFilter] = useState("");
   const [one, setOne] = useState("");
   const { data, problem } = usePoll(async () => {
-    const answer = await call(`decisions?after=${last.current}`);
+    let answer = await call(`decisions?after=${last.current.number}`);
+    if (answer.log !== last.current.log) {
+      known.current.clear(); // the console was started again and counts anew
+      last.current = { log: answer.log, number: 0 };
+      answer = await call("decisions?after=0");
+    }
     for (const row of answer.rows) {
       known.current.delete(row.request_id);
       known.current.set(row.request_id, { ...row, key: row.request_id });
-      last.current = Math.max(last.current, row.number);
+      last.current.number = Math.max(last.current.number, row.number);
     }
     while (known.current.size > MOST) known.current.delete(known.current.keys().next().value);
     return { rows: [...known.current.values()].reverse(), unreadable: answer.unreadable };
@@ -68,6 +73,28 @@ function Story({ row, close }) {
       ["Score", (entry) => show(entry.score), { number: true }],
       ["Blocks", (entry) => show(entry.blocks), { number: true }],
     ]} />
-    <p class="note">The log as of then and later: <code>kvatlas why ${row.request_id}</code></p>
+    <${Why} key=${row.request_id} request=${row.request_id} />
   </section>`;
+}
+
+function Why({ request }) {
+  const [state, set] = useState({ busy: false, story: null, problem: null });
+  async function look() {
+    set({ busy: true, story: null, problem: null });
+    try {
+      set({ busy: false, story: await query("why", { request }), problem: null });
+    } catch (problem) {
+      set({ busy: false, story: null, problem });
+    }
+  }
+  const told = state.story;
+  return html`<p><button class="do" disabled=${state.busy} onClick=${look}>${state.busy ? "Reading the log …" : "The whole story, from the log"}</button></p>
+    <${Problem} error=${state.problem} />
+    ${told ? html`<${Figures} figures=${[
+      ["blocks predicted", show(told.verdict.predicted)],
+      ["held then", show(told.verdict.held)],
+      ["held later", show(told.verdict.later)],
+      [`most, on ${told.verdict.best_pod || "no pod"}`, show(told.verdict.best_held)],
+    ]} />
+      <ul class="reasons">${told.verdict.reasons.map((reason) => html`<li>${reason}</li>`)}${told.verdict.reasons.length ? null : html`<li>nothing was lost</li>`}</ul>` : null}`;
 }

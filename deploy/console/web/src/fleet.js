@@ -1,9 +1,10 @@
 // Fleet: pods by model and state, what they hold, how old what is known of them is; a pod's timeline.
 import { html } from "htm/preact";
 import { useState } from "preact/hooks";
-import { call } from "./api.js";
-import { age, clock, Figures, Problem, show, Table, usePoll } from "./parts.js";
+import { call, query } from "./api.js";
+import { age, clock, Figures, Problem, show, Since, Table, usePoll } from "./parts.js";
 
+const load = (row, name) => (row.load[name] === undefined ? -1 : row.load[name]);
 const total = (pods, tier) => pods.reduce((sum, pod) => sum + (pod.blocks[tier] || 0), 0);
 
 export function Fleet() {
@@ -22,6 +23,7 @@ export function Fleet() {
       ["live", show(pods.filter((row) => row.state === "live").length)],
       ["blocks on GPU", show(total(pods, "gpu"))],
       ["blocks on CPU", show(total(pods, "cpu"))],
+      ["blocks on disk", show(total(pods, "disk"))],
       ["messages/s", show(pods.reduce((sum, row) => sum + row.messages_per_second, 0))],
       ["messages lost", show(pods.reduce((sum, row) => sum + row.lost, 0))],
     ]} />
@@ -37,6 +39,9 @@ export function Fleet() {
       ["GPU blocks", (row) => show(row.blocks.gpu || 0), { number: true }],
       ["CPU blocks", (row) => show(row.blocks.cpu || 0), { number: true }],
       ["Disk blocks", (row) => show(row.blocks.disk || 0), { number: true }],
+      ["Running", (row) => show(load(row, "running")), { number: true }],
+      ["Waiting", (row) => show(load(row, "waiting")), { number: true }],
+      ["Cache in use", (row) => (load(row, "cache_usage") < 0 ? "–" : `${show(100 * load(row, "cache_usage"))} %`), { number: true }],
       ["Messages/s", (row) => show(row.messages_per_second), { number: true }],
       ["Last heard", (row) => age(row.age_ms), { number: true }],
       ["Lost", (row) => html`<span class=${row.lost ? "warned" : ""}>${show(row.lost)}</span>`, { number: true }],
@@ -45,7 +50,7 @@ export function Fleet() {
 
 function Pod({ name, row, back }) {
   const [since, setSince] = useState("-1h");
-  const { data, problem } = usePoll(() => call(`timeline?pod=${encodeURIComponent(name)}&since=${encodeURIComponent(since)}`), 0, [name, since]);
+  const { data, problem } = usePoll(() => query("timeline", { pod: name, since }), 0, [name, since]);
   return html`<p><button class="link" onClick=${back}>← all pods</button></p>
     <h2>${name}</h2>
     <${Problem} error=${problem} />
@@ -56,16 +61,19 @@ function Pod({ name, row, back }) {
           ["epoch", `${Math.floor(row.epoch / 2 ** 32)}.${row.epoch % 2 ** 32}`],
           ["sequence", show(row.sequence)],
           ["last heard", age(row.age_ms)],
+          ["messages/s", show(row.messages_per_second)],
+          ["stream known", row.coverage || "–"],
+          ...["running", "waiting"].map((one) => [one, show(load(row, one))]),
           ...Object.entries(row.blocks).map(([tier, blocks]) => [`${tier} blocks`, show(blocks)]),
           ["lost", row.lost ? `${show(row.lost)} (last ${row.first_lost} to ${row.last_lost})` : "0"],
         ]} />`
       : html`<p class="note">not in the fleet any more</p>`}
-    <div class="row"><label>Since <select value=${since} onChange=${(event) => setSince(event.target.value)}>${["-15m", "-1h", "-6h", "-1d", "earliest"].map((text) => html`<option value=${text}>${text === "earliest" ? "the log begins" : `${text.slice(1)} ago`}</option>`)}</select></label></div>
+    <div class="row"><${Since} label="Since" value=${since} set=${setSince} /></div>
     <h3>Timeline</h3>
-    <${Table} label="Timeline" rows=${(data ? data.marks : []).map((mark, at) => ({ ...mark, key: at })).reverse()} empty=${data ? "no start, gap, restart or removal in this time" : "reading the log …"} columns=${[
+    <${Table} label="Timeline" rows=${(data ? data.marks : []).map((mark, at) => ({ ...mark, key: at })).reverse()} empty=${data ? "no start, clear, gap, restart or removal in this time" : "reading the log …"} columns=${[
       ["Time", (mark) => clock(mark.at_ms)],
-      ["What", (mark) => mark.kind],
+      ["What", (mark) => mark.type + (mark.type === "gap" ? `: ${mark.first_lost} to ${mark.last_lost < 0 ? "?" : mark.last_lost} lost` : "")],
       ["Why", (mark) => mark.reason || "–"],
-      ["Sequence", (mark) => show(mark.next_sequence ?? mark.sequence), { number: true }],
+      ["Sequence", (mark) => show(mark.sequence), { number: true }],
     ]} />`;
 }

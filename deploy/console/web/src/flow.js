@@ -1,8 +1,8 @@
-// Flow: workers and their partitions, scorers, dead letters.
+// Flow: bridge, topics, workers and their partitions, scorers, dead letters.
 import { html } from "htm/preact";
 import { useState } from "preact/hooks";
-import { call } from "./api.js";
-import { clock, Figures, Problem, ranges, show, Table, usePoll } from "./parts.js";
+import { call, query } from "./api.js";
+import { age, clock, Figures, Problem, ranges, show, Since, Table, usePoll } from "./parts.js";
 
 export function Flow() {
   const { data, problem } = usePoll(() => call("picture"), 2, []);
@@ -17,6 +17,8 @@ export function Flow() {
       ["records behind", show(workers.reduce((sum, row) => sum + row.lag_records, 0))],
       ["partitions restoring", show(restoring)],
     ]} />
+    <${Bridge} pods=${data ? data.pods : []} />
+    <${Topics} />
     <h3>Workers</h3>
     <${Table} label="Workers" rows=${workers.map((row) => ({ ...row, key: row.worker }))} columns=${[
       ["Worker", (row) => `${row.worker}${row.expired ? " (silent)" : ""}`],
@@ -27,6 +29,7 @@ export function Flow() {
       ["Behind", (row) => show(row.lag_records, "records"), { number: true }],
       ["Applied", (row) => show(row.records_per_second, "records/s"), { number: true }],
     ]} />
+    <${Partitions} workers=${workers} unserved=${data ? data.unserved : []} />
     ${data && data.scorers.length
       ? html`<h3>Scorers</h3>
           <${Table} label="Scorers" rows=${data.scorers.map((row) => ({ ...row, key: row.scorer }))} columns=${[
@@ -40,9 +43,53 @@ export function Flow() {
     <${Letters} />`;
 }
 
+function Bridge({ pods }) {
+  const live = pods.filter((row) => row.state !== "gone");
+  const newest = Math.min(...live.map((row) => row.age_ms).filter((ms) => ms >= 0));
+  return html`<h3>Bridge</h3><${Figures} figures=${[
+    ["pods heard", show(live.length)],
+    ["silent", show(live.filter((row) => row.state === "stale").length)],
+    ["messages/s", show(live.reduce((sum, row) => sum + row.messages_per_second, 0))],
+    ["newest message", Number.isFinite(newest) ? `${age(newest)} ago` : "–"],
+    ["messages lost", show(live.reduce((sum, row) => sum + row.lost, 0))],
+  ]} />`;
+}
+
+function Topics() {
+  const { data, problem } = usePoll(() => call("topics"), 2, []);
+  return html`<h3>Topics</h3><${Problem} error=${problem} />
+    ${data && data.restarts ? html`<p class="note">This console was started again: ${data.restarts}</p>` : null}
+    <${Table} label="Topics" rows=${(data ? data.topics : []).map((row) => ({ ...row, key: row.topic }))} columns=${[
+      ["Topic", (row) => row.topic],
+      ["Partitions", (row) => (row.error ? row.error : show(row.partitions)), { number: true }],
+      ["Kept", (row) => show(row.records, "records"), { number: true }],
+      ["Written", (row) => show(row.records_per_second, "records/s"), { number: true }],
+    ]} />`;
+}
+
+function Partitions({ workers, unserved }) {
+  const places = new Map();
+  const at = (number) => places.get(number) || places.set(number, { key: number, number, owner: "", standby: [], state: "not served" }).get(number);
+  for (const row of workers.filter((one) => !one.expired)) {
+    for (const number of row.partitions) Object.assign(at(number), { owner: row.worker, state: "served" });
+    for (const number of row.restoring) if (!at(number).owner) Object.assign(at(number), { owner: row.worker, state: "restoring" });
+    for (const number of row.standby) at(number).standby.push(row.worker);
+  }
+  for (const number of unserved) at(number);
+  const rows = [...places.values()].sort((a, b) => a.number - b.number);
+  return html`<details><summary>Partitions of kv-blocks: ${show(rows.filter((row) => row.state === "served").length)} of ${show(rows.length)} served</summary>
+    <${Table} label="Partitions" tall rows=${rows} columns=${[
+      ["Partition", (row) => row.number, { number: true }],
+      ["Owner", (row) => row.owner || "–"],
+      ["State", (row) => html`<span class=${row.state === "served" ? "good" : "warned"}>${row.state}</span>`],
+      ["Standby", (row) => row.standby.join(", ") || "–"],
+    ]} /></details>`;
+}
+
 function Letters() {
   const [since, setSince] = useState("");
-  const { data, problem } = usePoll(async () => (since ? call(`dead-letters?since=${encodeURIComponent(since)}`) : null), 0, [since]);
+  const [open, setOpen] = useState("");
+  const { data, problem } = usePoll(async () => (since ? query("dead-letters", { since }) : null), 0, [since]);
   const rows = data ? data.letters.map((row) => ({ ...row, key: `${row.partition}/${row.offset}` })).reverse() : [];
   function save() {
     const file = new Blob(rows.map((row) => `${JSON.stringify(row)}\n`), { type: "application/x-ndjson" });
@@ -54,7 +101,7 @@ function Letters() {
   }
   return html`<h3>Dead letters</h3>
     <${Problem} error=${problem} />
-    <div class="row"><label>Read since <select value=${since} onChange=${(event) => setSince(event.target.value)}><option value="">not read</option>${["-15m", "-1h", "-1d", "earliest"].map((text) => html`<option value=${text}>${text === "earliest" ? "the log begins" : `${text.slice(1)} ago`}</option>`)}</select></label>
+    <div class="row"><${Since} label="Read since" value=${since} set=${setSince} none="not read" />
     ${rows.length ? html`<button class="do" onClick=${save}>Export ${rows.length} as JSON lines</button>` : null}</div>
     ${since ? html`<${Table} label="Dead letters" tall rows=${rows} empty=${data ? "none" : "reading the log …"} columns=${[
       ["Time", (row) => clock(row.at_ms)],
@@ -62,5 +109,10 @@ function Letters() {
       ["Reason", (row) => row.reason],
       ["From", (row) => row.origin],
       ["Size", (row) => show(row.bytes, "bytes"), { number: true }],
-    ]} />` : null}`;
+      ["Value", (row) => html`<button class="link" aria-expanded=${open === row.key} onClick=${() => setOpen(open === row.key ? "" : row.key)}>${open === row.key ? "hide" : "show"}</button>`],
+    ]} />` : null}
+    ${rows.filter((row) => row.key === open).map((row) => html`<section aria-label="Value"><h3>Value of ${row.key}</h3>
+      ${row.decoded ? html`<pre class="text">${row.decoded}</pre>` : null}
+      <pre class="text">${row.hex.replace(/(..)/g, "$1 ")}</pre>
+      ${row.bytes * 2 > row.hex.length ? html`<p class="note">the first ${show(row.hex.length / 2)} of ${show(row.bytes)} bytes</p>` : null}</section>`)}`;
 }
