@@ -21,7 +21,7 @@ from kvatlas.deploy.console.costs import Costs
 from kvatlas.deploy.console.decisions import DecisionLog, prefixes
 from kvatlas.deploy.console.flow import TopicRates
 from kvatlas.deploy.console.past import Past
-from kvatlas.deploy.console.readers import Reader, Readers, code_of, request_of
+from kvatlas.deploy.console.readers import Reader, Readers, request_of
 from kvatlas.deploy.history.ask import Question
 from kvatlas.deploy.history.watch import Picture, Watch
 from kvatlas.deploy.whatif.compare import hit_ratios, recorded_first_tokens
@@ -198,7 +198,7 @@ class Api:
         try:
             explained = await self._readers.call(reader, "Explain", asked)
         except ClientError as error:
-            if code_of(error).name != "PERMISSION_DENIED" or body.get("at"):
+            if error.code != "PERMISSION_DENIED" or body.get("at"):
                 raise
         if body.get("at"):
             assert explained is not None

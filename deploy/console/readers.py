@@ -13,8 +13,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
-import grpc
-
 from kvatlas.bridge.errors import KvatlasError, SettingsError
 from kvatlas.scorer.client import ScorerClient, score_request
 from kvatlas.scorer.errors import ClientError
@@ -22,7 +20,7 @@ from kvatlas.scorer.v1 import scorer_pb2 as pb
 
 _CLIENTS: Final = 64
 _SEEN_SECONDS: Final = 10.0
-_DENIED: Final = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
+_DENIED: Final = ("PERMISSION_DENIED", "UNAUTHENTICATED")
 #: Fields that stand beside token ids; whatever else has no token ids is a request's body.
 _BESIDE: Final = ("lora", "cache_salt", "pods")
 
@@ -110,7 +108,7 @@ class Readers:
         try:
             await self.call(reader, "Tokenize", request)
         except ClientError as error:
-            if code_of(error) not in _DENIED:
+            if error.code not in _DENIED:
                 if known is not None:  # what was true before the scorer went away
                     return known[1]
                 raise
@@ -124,13 +122,6 @@ class Readers:
         """Close the connections."""
         for client in self._clients.values():
             client.close()
-
-
-def code_of(error: ClientError) -> grpc.StatusCode:
-    """Return the gRPC status behind a client's error."""
-    cause = error.__cause__
-    code: Any = cause.code() if isinstance(cause, grpc.Call) else grpc.StatusCode.UNKNOWN
-    return code if isinstance(code, grpc.StatusCode) else grpc.StatusCode.UNKNOWN
 
 
 def request_of(body: Mapping[str, Any]) -> pb.ScoreRequest:

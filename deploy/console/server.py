@@ -14,7 +14,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Final
 
-import grpc
 from aiohttp import web
 
 from kvatlas.bridge.errors import KvatlasError, LogError, SettingsError
@@ -27,7 +26,7 @@ from kvatlas.deploy.console.api import Api, Handler
 from kvatlas.deploy.console.flow import TopicRates
 from kvatlas.deploy.console.options import ConsoleSettings, read_file, token_of
 from kvatlas.deploy.console.past import Past
-from kvatlas.deploy.console.readers import NotForReaderError, Readers, code_of
+from kvatlas.deploy.console.readers import NotForReaderError, Readers
 from kvatlas.deploy.history.watch import Watch
 from kvatlas.scorer.client import ScorerClient, channel_credentials
 from kvatlas.scorer.errors import ClientError
@@ -46,11 +45,11 @@ _HEADERS: Final = {
     "cache-control": "no-store",
 }
 _STATUS: Final = {
-    grpc.StatusCode.INVALID_ARGUMENT: 400,
-    grpc.StatusCode.NOT_FOUND: 404,
-    grpc.StatusCode.UNAUTHENTICATED: 401,
-    grpc.StatusCode.PERMISSION_DENIED: 403,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: 429,
+    "INVALID_ARGUMENT": 400,
+    "NOT_FOUND": 404,
+    "UNAUTHENTICATED": 401,
+    "PERMISSION_DENIED": 403,
+    "RESOURCE_EXHAUSTED": 429,
 }
 
 
@@ -159,7 +158,7 @@ class ConsoleService:
         except NotForReaderError as error:
             answer = _error(403, str(error))
         except ClientError as error:
-            answer = _error(_STATUS.get(code_of(error), 502), f"the scorer: {error}")
+            answer = _error(_STATUS.get(error.code, 502), f"the scorer: {error}")
         except LogError as error:
             answer = _error(503, str(error))
         except KvatlasError as error:

@@ -17,7 +17,7 @@ from kvatlas.bridge.kafka.rights import lost_right
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.rights import account, contact
 from kvatlas.deploy.history.fetch import RangeFetcher, RecordBatch
-from kvatlas.deploy.history.moment import Moment, offsets_at
+from kvatlas.deploy.history.moment import EARLIEST, Moment, offsets_at
 
 
 class Record(NamedTuple):
@@ -121,11 +121,39 @@ class LogReader:
         """
         try:
             tps = [tp for tp in await self.partitions(topic) if only is None or tp.partition in only]
-            starts = await offsets_at(self._consumer, tps, since)
-            ends = await offsets_at(self._consumer, tps, until)
+            starts = await self._offsets(topic, tps, since)
+            ends = await self._offsets(topic, tps, until)
         except KafkaError as error:
             raise lost_right(error, self._kafka) or LogError(f"cannot find offsets of {topic}: {error}") from error
         return Range(topic, {tp.partition: (starts[tp], max(starts[tp], ends[tp])) for tp in tps})
+
+    async def _offsets(self, topic: str, tps: list[TopicPartition], moment: Moment) -> dict[TopicPartition, int]:
+        """Return the offsets of a moment, also where the broker knows none by time, as the embedded one does.
+
+        Such a broker says that nothing came after any time. That it is so is seen by the record before the offset it
+        names, and then the log, which is in its memory, is read through.
+        """
+        found = await offsets_at(self._consumer, tps, moment)
+        if moment.time_ms is None:
+            return found
+        first = await offsets_at(self._consumer, tps, EARLIEST)
+        before = {tp: (end - 1, end) for tp, end in found.items() if end > first[tp]}
+        if not await self._first_since(topic, before, moment):
+            return found
+        return found | await self._first_since(topic, {tp: (first[tp], end) for tp, end in found.items()}, moment)
+
+    async def _first_since(
+        self, topic: str, bounds: dict[TopicPartition, tuple[int, int]], moment: Moment
+    ) -> dict[TopicPartition, int]:
+        """Return the offset of the first record at or after a time of each partition that has one."""
+        names = {tp.partition: tp for tp in bounds}
+        found: dict[TopicPartition, int] = {}
+        span = Range(topic, {tp.partition: bound for tp, bound in bounds.items()})
+        async for chunk in self.read(span):
+            for record in chunk:
+                if record.timestamp_ms >= (moment.time_ms or 0):
+                    found.setdefault(names[record.partition], record.offset)
+        return found
 
     async def read(self, span: Range) -> AsyncIterator[list[Record]]:
         """Yield the records of a range in chunks, each partition in order, partitions interleaved as they come.

@@ -7,6 +7,9 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -15,19 +18,22 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from confluent_kafka import Producer
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from kvatlas.deploy.brokers.embedded import PARTITIONS, EmbeddedBroker
 from kvatlas.deploy.sim.fleet import Fleet
 from kvatlas.deploy.sim.options import SimPlan
 from kvatlas.deploy.sim.serving import ServedFleet
 from kvatlas.scorer.client import ScorerClient, score_request
 from kvatlas.scorer.tokenization.options import TokenizerSettings
-from tests.integration.pipeline_support import Service
+from tests.integration.pipeline_support import Service, children_of, eventually
 
 MODELS = f"sim-model={Path(__file__).parents[1] / 'data' / 'tokenizer'}"
 #: Where the pictures of docs/console.md go; elsewhere a test's own folder.
 PICTURES = os.environ.get("PICTURES", "")
 VIEWS = ("fleet", "prefixes", "ask", "decisions", "flow", "what-if")
+expect.set_options(timeout=90_000)
 PROMPTS = [" ".join(f"shared {group} {word}" for word in range(80)) for group in range(2)]
 
 
@@ -40,7 +46,16 @@ class Running:
         self.engines = ServedFleet(self.fleet, TokenizerSettings(models=[MODELS]))
         self.engines.start()
         flags = [word for address in self.engines.addresses.values() for word in ("--engine", f"http://{address}")]
-        flags += [f"--state-dir={folder / 'state'}", "--scorer-listen=127.0.0.1:0", "--tokenizer-models", MODELS]
+        self.broker = EmbeddedBroker()
+        self.broker.start()
+        self.kafka = [f"--brokers={self.broker.bootstrap}", f"--partitions={PARTITIONS}", "--replication=1"]
+        flags += [
+            *self.kafka,
+            f"--state-dir={folder / 'state'}",
+            "--scorer-listen=127.0.0.1:0",
+            "--tokenizer-models",
+            MODELS,
+        ]
         self.up = Service(folder / "up.log", "up", *flags, "--console", "--console-listen=127.0.0.1:0")
         self.scorer = self.up.ready(180)
         found = re.search(r"console=(\S+)", self.up.line)
@@ -75,6 +90,7 @@ class Running:
         self.up.close()
         self.engines.close()
         self.fleet.close()
+        self.broker.stop()
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +118,7 @@ def browser() -> Iterator[Browser]:
 def page(running: Running, browser: Browser) -> Iterator[Page]:
     """A page whose console stays silent."""
     made = browser.new_page(viewport={"width": 1280, "height": 800})
-    made.set_default_timeout(60_000)
+    made.set_default_timeout(90_000)
     said: list[str] = []
     made.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
     made.on("pageerror", lambda error: said.append(str(error)))
@@ -114,17 +130,18 @@ def page(running: Running, browser: Browser) -> Iterator[Page]:
 def show(page: Page, running: Running, view: str) -> None:
     """Open a view and fill in what it asks for."""
     page.goto(f"{running.address}#{view}")
-    expect(page.locator("main h2").first).to_be_visible(timeout=60_000)
+    expect(page.locator("main h2").first).to_be_visible()
     if view == "ask":
         page.fill("input[name=model]", "sim-model")
         page.fill("textarea[name=prompt]", PROMPTS[0])
         page.click("button.do")
-        expect(page.get_by_role("heading", name="Now")).to_be_visible(timeout=60_000)
+        expect(page.get_by_role("heading", name="Now")).to_be_visible()
     if view == "what-if":
         page.click("button.do")
-        expect(page.locator("td", has_text="shared")).to_be_visible(timeout=60_000)
+        expect(page.locator("td", has_text="shared")).to_be_visible()
+        expect(page.get_by_role("heading", name="Time to first token")).to_be_visible()
     if view in ("fleet", "decisions"):
-        expect(page.locator("tbody td").nth(1)).to_be_visible(timeout=60_000)
+        expect(page.locator("tbody td").nth(1)).to_be_visible()
 
 
 def cells(page: Page) -> list[list[str]]:
@@ -138,6 +155,15 @@ def asked(running: Running, path: str, body: Any = None) -> Any:
     data = None if body is None else json.dumps(body).encode()
     with urllib.request.urlopen(urllib.request.Request(f"{running.address}api/{path}", data)) as answer:
         return json.load(answer)
+
+
+def said(*words: str) -> list[Any]:
+    """Return what a `kvatlas` command prints as JSON lines."""
+    done = subprocess.run(
+        [sys.executable, "-m", "kvatlas.deploy", *words], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -155,38 +181,138 @@ def test_each_view_is_usable_by_everyone(view: str, running: Running, page: Page
         page.screenshot(path=folder / f"console-{view}-{width}.png")
 
 
-def test_the_fleet_says_what_the_command_line_says(running: Running, page: Page) -> None:
-    """Pods, state and model as `kvatlas pods` lists them."""
+def test_the_fleet_is_what_the_command_line_says(running: Running, page: Page) -> None:
+    """Pods, state, model and blocks as `kvatlas pods` and `kvatlas top` list them; a pod's timeline begins with it."""
     show(page, running, "fleet")
-    with ScorerClient(running.scorer, timeout_seconds=60) as client:
-        listed = {(pod.pod, pod.state, pod.model) for pod in client.list_pods("sim-model")}
-    assert {tuple(row[:3]) for row in cells(page)} == listed
+    (top,) = said("top", "--once", "--json", "--every=0.2", *running.kafka[:1])
+    pods = said("pods", "--scorer", running.scorer, "--json")
+    assert {tuple(row[:3]) for row in cells(page)} == {(pod["pod"], pod["state"], pod["model"]) for pod in pods}
+    blocks = {pod["pod"]: f"{pod['blocks'].get('gpu', 0):,}" for pod in top["pods"]}
+    expect(page.locator("tbody tr")).to_have_count(len(blocks))
+    eventually(lambda: {row[0]: row[3] for row in cells(page)} != blocks)
+    assert {row[0]: row[3] for row in cells(page)} == blocks
     page.get_by_role("button", name="pod-0").click()
     expect(page.get_by_role("heading", name="Timeline")).to_be_visible()
+    expect(page.locator("td", has_text=re.compile("^start$"))).to_be_visible()
 
 
-def test_asking_gives_the_scorer_s_own_scores(running: Running, page: Page) -> None:
-    """Score and matched tokens per pod, and a strip of blocks for each holder."""
+def test_asking_gives_the_scorer_s_own_answer(running: Running, page: Page) -> None:
+    """Scores, blocks and ends as `kvatlas explain` has them, and a cost of each pod that is the picker's own."""
     show(page, running, "ask")
-    with ScorerClient(running.scorer, timeout_seconds=60) as client:
-        scores = client.score("sim-model", prompt=PROMPTS[0]).scores
-    assert {row[0]: int(row[2].replace(",", "")) for row in cells(page)} == {
-        pod: score.matched_tokens for pod, score in scores.items()
+    (told,) = said("explain", "--scorer", running.scorer, "--model=sim-model", "--json", "--prompt", PROMPTS[0])
+    rows = {row[0]: row for row in cells(page)}
+    assert {pod: (int(row[2].replace(",", "")), row[5]) for pod, row in rows.items()} == {
+        pod: (told["scored"]["scores"][pod]["matched_tokens"], end["reason"]) for pod, end in told["walks"].items()
     }
-    expect(page.locator(".strip")).to_have_count(len(scores))
+    expect(page.locator(".strip")).to_have_count(len(rows))
+    answer = asked(running, "ask", {"model": "sim-model", "prompt": PROMPTS[0]})
+    assert answer["explain"]["blocks"][0]["key"] == told["blocks"][0]["key"]
+    for cost in answer["costs"]["pods"]:
+        assert cost["compute"] == answer["score"]["prompt_tokens"] - cost["held_tokens"]
+        assert cost["total"] == cost["compute"] + cost["queued"] + cost["decode"] + cost["full"]
+    expect(page.get_by_role("region", name="Costs").locator("tbody tr")).to_have_count(2)
+
+
+def test_a_past_moment_stands_beside_now(running: Running, page: Page) -> None:
+    """The slider goes from the log's beginning to now; before the first event nothing was held, at the end what is."""
+    page.goto(f"{running.address}#ask")
+    page.fill("input[name=model]", "sim-model")
+    page.fill("textarea[name=prompt]", json.dumps([{"role": "user", "content": PROMPTS[0]}]))
+    page.fill("textarea[name=prompt]", PROMPTS[0])
+    page.check("input[name=past]")
+    page.check("input[name=second]")
+    slider = page.locator("input[name=moment-0]")
+    slider.evaluate(
+        """(slider) => { slider.value = slider.min; slider.dispatchEvent(new Event("change", { bubbles: true })); }"""
+    )
+    page.click("button.do")
+    expect(page.get_by_role("heading", name="As of")).to_have_count(2)
+    gained = page.get_by_role("region", name="Differences").locator("tbody tr")
+    expect(gained).to_have_count(2)
+    page.get_by_role("button", name="What changed on the pods").click()
+    expect(page.get_by_role("region", name="Changes").locator("tbody tr")).to_have_count(2)
+    (told,) = said("tokenize", "--scorer", running.scorer, "--model=sim-model", "--json", "--prompt", PROMPTS[0])
+    tokens = ",".join(map(str, told["tokens"]))
+    moment = f"@{time.time():.3f}"
+    (at,) = said("at", moment, "explain", "--model=sim-model", "--tokens", tokens, "--json", *running.kafka[:1])
+    (scores,) = said("at", moment, "score", "--model=sim-model", "--tokens", tokens, "--json", *running.kafka[:1])
+    then = asked(running, "ask", {"model": "sim-model", "prompt": PROMPTS[0], "at": moment})
+    assert (then["scores"], then["blocks"], then["walks"]) == (scores["scores"], at["blocks"], at["walks"])
+    assert len(then["scores"]) == 2
+    assert asked(running, "ask", {"model": "sim-model", "prompt": PROMPTS[0], "at": "@1"})["scores"] == {}
+    changed = said("diff", "earliest", moment, "--json", *running.kafka[:1])
+    assert asked(running, f"diff?first=earliest&second={moment}")["pods"] == changed
+    assert all(pod["added"] for pod in changed)
 
 
 def test_decisions_and_prefixes_come_from_the_reported_requests(running: Running, page: Page) -> None:
-    """Each reported request is a row; the prompts' common stretch was asked for as often as they were sent."""
+    """Each reported request is a row, with the story that `kvatlas why` tells; prompts' common text is shown."""
     show(page, running, "decisions")
     expect(page.locator("td", has_text=re.compile(r"^r-7$"))).to_be_visible()
     assert {row[1] for row in cells(page)} == {f"r-{number}" for number in range(8)}
     page.fill("input[type=search]", "r-3")
-    assert len(cells(page)) == 1
+    expect(page.get_by_role("region", name="Decisions").locator("tbody tr")).to_have_count(1)
+    page.get_by_role("button", name="r-3").click()
+    page.get_by_role("button", name="The whole story").click()
+    expect(page.locator(".reasons")).to_be_visible()
+    (told,) = said("why", "r-3", "--json", *running.kafka[:1])
+    assert asked(running, "why?request=r-3") == told
     tree = asked(running, "prefixes?minutes=60")
     assert [node["asked"] for node in tree["tree"]] == [4, 4]
     show(page, running, "prefixes")
     expect(page.locator(".tree.top > li")).to_have_count(2)
+    page.get_by_role("button", name="text", exact=True).first.click()
+    expect(page.locator("pre.text")).to_contain_text("shared")
+
+
+def test_what_if_is_what_the_command_line_says(running: Running) -> None:
+    """Hit ratios and times to first token over the same decisions."""
+    body = {"policies": ["precise:1", "shared"], "queueing": ["kvatlas:2", "random"], "since": "earliest"}
+    answer = asked(running, "what-if", body)
+    flags = ["--decisions", "--json", *running.kafka[:1]]
+    rows = said("whatif", *body["policies"], *flags)
+    assert answer["rows"] == rows
+    assert answer["first_tokens"] == said("whatif", "--queueing", *body["queueing"], *flags)
+
+
+def test_flow_shows_topics_owners_and_dead_letters(running: Running, page: Page) -> None:
+    """What a producer sent that is no message is a dead letter, read with its value and saved."""
+    producer = Producer({"bootstrap.servers": running.broker.bootstrap})
+    producer.produce("kv-events", key=b"pod-0", value=b"no message")
+    assert producer.flush(90) == 0
+    show(page, running, "flow")
+    page.select_option("select", label="1h ago")
+    row = page.get_by_role("region", name="Dead letters").locator("tbody tr").first
+    eventually(lambda: not asked(running, "dead-letters?since=-1h")["letters"])
+    page.select_option("select", label="15m ago")
+    row.get_by_role("button", name="show").click()
+    expect(page.get_by_role("region", name="Value").locator("pre").last).to_contain_text(b"no message".hex(" "))
+    with page.expect_download() as saved:
+        page.get_by_role("button", name=re.compile("^Export")).click()
+    letters = [json.loads(line) for line in Path(saved.value.path()).read_text().splitlines()]
+    assert bytes.fromhex(letters[-1]["hex"]) == b"no message"
+    (top,) = said("top", "--once", "--json", "--every=0.2", *running.kafka[:1])
+    served = sum(len(worker["partitions"]) for worker in top["workers"])
+    expect(page.locator("summary", has_text="Partitions of kv-blocks")).to_contain_text(f"{served} of {served} served")
+    topics = {row["topic"]: row for row in asked(running, "topics")["topics"]}
+    assert topics["kv-events"]["records"] > 0
+    assert all(not row["error"] for row in topics.values())
+
+
+def test_a_console_that_dies_is_started_again_where_it_was(running: Running) -> None:
+    """After SIGKILL the page is at the same address, with the decisions of before, and says why it was away."""
+    child = children_of(running.up.process.pid)["console"]
+    os.kill(child, signal.SIGKILL)
+
+    def away() -> bool:
+        try:
+            return len(asked(running, "decisions")["rows"]) < 8
+        except OSError:
+            return True
+
+    assert not eventually(away)
+    assert children_of(running.up.process.pid)["console"] != child
+    assert "SIGKILL" in asked(running, "topics")["restarts"]
 
 
 def test_a_bad_question_is_answered_with_what_is_wrong(running: Running) -> None:
@@ -197,7 +323,13 @@ def test_a_bad_question_is_answered_with_what_is_wrong(running: Running) -> None
         ("ask", [1]),
         ("what-if", {"policies": []}),
         ("what-if", {"policies": ["no-such"]}),
+        ("what-if", {"queueing": ["no-such"]}),
         ("timeline?pod=p&since=yesterday-ish", None),
+        ("dead-letters?since=soon", None),
+        ("diff?first=latest&second=earliest", None),
+        ("diff?second=-1h", None),
+        ("text?key=abc", None),
+        ("ask", {"model": "sim-model", "prompt": "x", "at": "soon"}),
         ("decisions?after=x", None),
     ):
         with pytest.raises(urllib.error.HTTPError) as caught:
@@ -230,7 +362,7 @@ def test_a_thousand_pods_and_a_hundred_decisions_a_second_keep_the_page_quick(ru
     page.route("**/api/decisions*", decisions)
     for view in ("fleet", "decisions"):
         page.goto(f"{running.address}#{view}")
-        expect(page.locator("tbody tr").nth(400)).to_be_attached(timeout=60_000)
+        expect(page.locator("tbody tr").nth(400)).to_be_attached()
         frames = page.evaluate(
             """() => new Promise((done) => {
                 const times = []; let last = performance.now(); const end = last + 8000;
