@@ -12,6 +12,7 @@ grant access to data.
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Mapping, Sequence
 from struct import iter_unpack
@@ -37,6 +38,11 @@ ExtraKey = tuple[str, object] | tuple[str, object, int]
 def root_key(model: str, lora: str | None = None, cache_salt: str | None = None) -> bytes:
     """Return the key that the first block of a prompt chains from (16 bytes)."""
     return _digest(_encode((KEY_VERSION, model, lora or None, cache_salt or None)))
+
+
+def tenant_of(cache_salt: str) -> str:
+    """Return the hash by which records name a cache salt, empty for none; salts themselves go no further."""
+    return hashlib.sha256(cache_salt.encode("utf-8", "surrogateescape")).hexdigest()[:32] if cache_salt else ""
 
 
 def pack_tokens(token_ids: Sequence[int]) -> bytes:

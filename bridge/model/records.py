@@ -6,7 +6,6 @@ meets a version it does not know raises :class:`VersionError`; the caller dead-l
 
 from __future__ import annotations
 
-import hashlib
 from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
@@ -223,11 +222,6 @@ class IndexCatalog(msgspec.Struct, frozen=True, kw_only=True):
     updated_ns: Nanoseconds = 0
 
 
-def tenant_of(cache_salt: str) -> str:
-    """Return the hash by which records name a cache salt, empty for none; salts themselves go no further."""
-    return hashlib.sha256(cache_salt.encode("utf-8", "surrogateescape")).hexdigest()[:32] if cache_salt else ""
-
-
 class DecisionRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A router sent a request to a pod (``kind`` decision), or what came of it.
 
@@ -256,7 +250,7 @@ class DecisionRecord(msgspec.Struct, frozen=True, kw_only=True):
         predicted_tokens: tokens that the pod was expected to have cached.
         compute_tokens: tokens that it was expected to compute, for the load that pickers share.
         session: hash of the client's session, empty for none.
-        tenant: :func:`tenant_of` the request's cache salt, empty for none.
+        tenant: hash of the request's cache salt, empty for none.
         degraded: why the prompt was not scored, empty when it was.
         cached_tokens: of ``served``: tokens that the engine had cached, -1 when it does not say.
         first_token_ms: of ``served``: from the decision to the first token of a stream, -1 where there is none.

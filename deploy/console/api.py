@@ -15,8 +15,7 @@ from aiohttp import web
 from google.protobuf.json_format import MessageToDict
 
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.bridge.model.block_key import KEY_BYTES, block_keys, pack_tokens, root_key
-from kvatlas.bridge.model.records import tenant_of
+from kvatlas.bridge.model.block_key import KEY_BYTES, block_keys, pack_tokens, root_key, tenant_of
 from kvatlas.deploy.console.costs import Costs
 from kvatlas.deploy.console.decisions import DecisionLog, prefixes
 from kvatlas.deploy.console.flow import TopicRates

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any, Final
 
-from kvatlas.bridge.model.records import DecisionRecord, tenant_of
+from kvatlas.bridge.model.block_key import tenant_of
+from kvatlas.bridge.model.records import DecisionRecord
 from kvatlas.scorer.gateway.decider import Made
 from kvatlas.scorer.gateway.options import PickerSettings
 from kvatlas.scorer.gateway.outcome import Joined

@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from kvatlas.bridge.errors import WireError
-from kvatlas.bridge.model.block_key import KEY_BYTES
+from kvatlas.bridge.model.block_key import KEY_BYTES, tenant_of
 from kvatlas.bridge.model.pod_ids import pod_ref
-from kvatlas.bridge.model.records import GONE, DecisionRecord, PodRecord, decode, tenant_of
+from kvatlas.bridge.model.records import GONE, DecisionRecord, PodRecord, decode
 from kvatlas.scorer.errors import UnknownPodError
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.scoring.prefix_tree import PrefixTree

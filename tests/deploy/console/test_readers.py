@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.bridge.model.records import tenant_of
+from kvatlas.bridge.model.block_key import tenant_of
 from kvatlas.deploy.console.readers import NotForReaderError, Reader, Readers, request_of
 from kvatlas.scorer.api.security import Caller, Guard
 from kvatlas.scorer.api.status import ROLE_OF, code_of
