@@ -30,25 +30,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="length of the traffic (default 10)")
     parser.add_argument("--prompts", type=int, default=12, help="prompts to score at the end (default 12)")
     parser.add_argument("--state-dir", type=Path, metavar="DIR", help="logs and tables (default: a temporary folder)")
-    common.add_sections(parser, "kafka", "log", "bridge", "worker", "scorer", "tokenizer", "sim", prefixed=True)
+    parser.add_argument("--keep", action="store_true", help="go on with traffic after the checks, until interrupted")
+    parser.add_argument("--console", action="store_true", help="serve the console's page too, and print its address")
+    names = ("kafka", "log", "bridge", "worker", "scorer", "tokenizer", "sim", "console")
+    common.add_sections(parser, *names, prefixed=True)
+    parser.set_defaults(sections=(*names, "picker"))  # what pickers reckon, for the console
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the demonstration; 0 when every score equals the truth."""
-    sections = common.load_sections(args, defaults={"scorer": {"listen": "127.0.0.1:0"}})
+    sections = common.load_sections(args, defaults={name: {"listen": "127.0.0.1:0"} for name in ("scorer", "console")})
     sim = SimPlan.of(sections.pop("sim"))
     state_dir = args.state_dir or Path(tempfile.mkdtemp(prefix="kvatlas-demo-"))
     stop = common.stop_event()
-    demo = Demo(
-        sections, msgspec.structs.replace(sim, requests_per_second=max(sim.requests_per_second, 40.0)), state_dir
-    )
+    sim = msgspec.structs.replace(sim, requests_per_second=max(sim.requests_per_second, 40.0))
+    demo = Demo(sections, sim, state_dir, console=args.console)
     print("starting: broker in memory (librdkafka's mock cluster), bridge, worker, scorer", flush=True)
     failed = True
     try:
         if demo.start(stop):
+            if args.console:
+                print(f"running {demo.addresses}", flush=True)
             _traffic(demo, args.seconds, stop)
             checks = [] if stop.is_set() else list(demo.checks(args.prompts))
             failed = not _report(checks)
+            if args.keep and not failed:
+                print(f"ready {demo.addresses}", flush=True)
+                demo.keep(stop)
     except DemoError as error:
         print(f"kvatlas demo: {error}; logs are in {state_dir}", file=sys.stderr)
     finally:

@@ -22,6 +22,8 @@ from kvatlas.scorer.v1 import scorer_pb2_grpc
 
 _DRAIN_SECONDS: Final = 20.0
 _TICK_SECONDS: Final = 0.25
+#: Requests of a tick while the demonstration is kept.
+_KEPT_REQUESTS: Final = 2
 _SAME: Final = 1e-6
 
 
@@ -74,9 +76,11 @@ class Demo:
         sections: settings of the services; engines are added here.
         sim: settings of the fleet.
         state_dir: logs and tables.
+        console: serve the console too.
     """
 
-    def __init__(self, sections: dict[str, Any], sim: SimPlan, state_dir: Path) -> None:
+    def __init__(self, sections: dict[str, Any], sim: SimPlan, state_dir: Path, *, console: bool = False) -> None:
+        self._console = console
         self._sim = sim
         self.fleet = Fleet(sim, clock=time.time, monotonic=time.monotonic)
         self._sections = sections
@@ -94,7 +98,9 @@ class Demo:
         """
         self.fleet.start()
         bridge = msgspec.structs.replace(self._sections["bridge"], engines=self.fleet.engines)
-        self._launcher = Launcher({**self._sections, "bridge": bridge}, self._state_dir, use_embedded=True)
+        self._launcher = Launcher(
+            {**self._sections, "bridge": bridge}, self._state_dir, use_embedded=True, console=self._console
+        )
         if not self._launcher.start(stop):
             return False
         self._channel = grpc.insecure_channel(self._launcher.scorer)
@@ -114,6 +120,36 @@ class Demo:
             self._served = [*self._served, *self.fleet.serve(per_tick)][-200:]
             self._launcher.check()
             show(self.view())
+
+    def keep(self, stop: threading.Event) -> None:
+        """Go on with traffic until ``stop`` is set, each request to the pod that the scorer picks and reports.
+
+        Raises:
+            LaunchError: a part ended in a way that a restart does not help.
+        """
+        assert self._launcher is not None
+        while not stop.wait(_TICK_SECONDS):
+            self.fleet.serve(_KEPT_REQUESTS, self._picked)
+            self._launcher.check()
+
+    def _picked(self, request: Request) -> str:
+        asked = pb.ScoreRequest(
+            model=self._sim.model,
+            tokens=request.tokens,
+            cache_salt=request.cache_salt or "",
+            lora=request.lora or "",
+            request_id=f"demo-{self.fleet.sent}",
+        )
+        try:
+            return str(self._stub.Pick(pb.PickRequest(request=asked, report=True), timeout=5).pod)
+        except grpc.RpcError:  # the scorer is being started again: the fleet goes on without it
+            return ""
+
+    @property
+    def addresses(self) -> str:
+        """Where the parts are, for people."""
+        assert self._launcher is not None
+        return f"scorer={self._launcher.scorer}" + (f" console={self._launcher.console}" if self._console else "")
 
     def view(self) -> list[PodView]:
         """Return the state of every pod, as published and as the scorer knows it."""

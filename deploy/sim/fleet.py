@@ -128,11 +128,11 @@ class Fleet:
 
     # --- traffic ------------------------------------------------------------------------------------------------
 
-    def send(self, request: Request) -> str:
-        """Queue a request at a pod, mostly the one of the session's turn before; returns the pod's name."""
+    def send(self, request: Request, to: str = "") -> str:
+        """Queue a request at a pod, else mostly at the one of the session's turn before; returns the pod's name."""
         with self._lock:
-            name = self._home.get(request.session)
-            if name is None or self._rng.random() >= self.settings.affinity:
+            name = to if to in self.pods else self._home.get(request.session)
+            if name is None or (name != to and self._rng.random() >= self.settings.affinity):
                 name = self._rng.choice(list(self.pods))
             self._home[request.session] = name
             pod = self.pods[name]
@@ -144,12 +144,17 @@ class Fleet:
             self.sent += 1
             return name
 
-    def serve(self, count: int) -> list[Request]:
-        """Send the next ``count`` requests at once and work until all are done; returns them."""
+    def serve(self, count: int, choose: Callable[[Request], str] | None = None) -> list[Request]:
+        """Send the next ``count`` requests at once and work until all are done; returns them.
+
+        Args:
+            count: how many.
+            choose: names the pod of each, empty for none; None for the fleet's own choice.
+        """
         with self._lock:
             batch = list(islice(self._traffic, count))
             for number, request in enumerate(batch):
-                self.send(request)
+                self.send(request, choose(request) if choose is not None else "")
                 if number % len(self.pods) == 0:
                     self.step()
             self.drain()

@@ -339,6 +339,28 @@ def test_a_bad_question_is_answered_with_what_is_wrong(running: Running) -> None
         assert "script-src 'self'" in caught.value.headers["content-security-policy"]
 
 
+def test_the_demonstration_is_kept_with_its_console(tmp_path: Path) -> None:
+    """`kvatlas demo --keep --console` prints the page's address; requests go where picks send them; SIGTERM ends it."""
+    words = ["demo", "--keep", "--console", "--seconds=1", "--prompts=2", f"--state-dir={tmp_path}"]
+    with subprocess.Popen([sys.executable, "-m", "kvatlas.deploy", *words], stdout=subprocess.PIPE, text=True) as demo:
+        assert demo.stdout is not None
+        try:
+            ready = next(line for line in demo.stdout if line.startswith("ready "))
+            address = re.search(r"console=(http://127\.0\.0\.1:\d+/)", ready)
+            assert address, ready
+
+            def idle() -> bool:
+                with urllib.request.urlopen(f"{address[1]}api/decisions") as answer:
+                    return not json.load(answer)["rows"]
+
+            assert not eventually(idle)
+            demo.send_signal(signal.SIGTERM)
+            assert demo.wait(90) == 0
+            assert "kvatlas demo: ok" in demo.stdout.read()
+        finally:
+            demo.kill()
+
+
 @pytest.mark.soak
 def test_a_thousand_pods_and_a_hundred_decisions_a_second_keep_the_page_quick(running: Running, page: Page) -> None:
     """Half of the frames of the busiest views take less than 100 ms while everything changes."""
