@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import secrets
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from msgspec import Meta
 
@@ -24,24 +24,13 @@ class ConsoleSettings(Section, frozen=True, kw_only=True):
             "and asked for unless the page listens on loopback alone"
         ),
     ] = ""
-    scorer: Annotated[str, Meta(description="scorer to ask, host:port or unix:PATH")] = "127.0.0.1:50051"
-    token_file: Annotated[
+    scorer: Annotated[
         str,
         Meta(
-            description="file with the console's own bearer token at the scorer, for readers who bring none: whoever "
-            "opens the page then sees what this token may"
+            description="scorer to ask: HOST:PORT or unix:PATH[,token=FILE][,ca=FILE|system][,cert=FILE,key=FILE]; "
+            "a token of the console's own is for readers who bring none: whoever opens the page sees what it may"
         ),
-    ] = ""
-    tls: Annotated[bool, Meta(description="reach the scorer with TLS, trusting the machine's CAs")] = False
-    tls_cafile: Annotated[str, Meta(description="reach the scorer with TLS, trusting this CA (PEM)")] = ""
-    tls_certfile: Annotated[str, Meta(description="own certificate for mutual TLS with the scorer (PEM)")] = ""
-    tls_keyfile: Annotated[str, Meta(description="key of tls_certfile (PEM)")] = ""
-    snapshots: Annotated[
-        str, Meta(description="folder of saved states (`kvatlas at MOMENT save`), which past moments go on from")
-    ] = ""
-    decisions: Annotated[
-        int, Meta(description="newest decisions kept in memory; raise it for a longer look back", ge=100, le=100_000)
-    ] = 5_000
+    ] = "127.0.0.1:50051"
     metrics: Annotated[
         list[str], Meta(description="telemetry_listen of a scorer, or a DNS name with an address for each; repeatable")
     ] = []  # noqa: RUF012 - msgspec copies it
@@ -64,6 +53,48 @@ def token_of(settings: ConsoleSettings) -> tuple[str, bool]:
     except ValueError:
         alone = False
     return ("", False) if alone else (secrets.token_urlsafe(24), True)
+
+
+class ScorerAddress(NamedTuple):
+    """Where the scorer is and how it is reached.
+
+    Attributes:
+        address: ``host:port`` or ``unix:PATH``.
+        token: the console's own bearer token, empty for none.
+        tls: whether to use TLS.
+        ca, cert, key: PEM; empty ca trusts the machine's.
+    """
+
+    address: str
+    token: str = ""
+    tls: bool = False
+    ca: bytes = b""
+    cert: bytes = b""
+    key: bytes = b""
+
+    @classmethod
+    def of(cls, text: str) -> ScorerAddress:
+        """Read the setting ``scorer``.
+
+        Raises:
+            SettingsError: a part is none, or a file cannot be read.
+        """
+        address, *parts = (part.strip() for part in text.split(","))
+        given = dict(part.partition("=")[::2] for part in parts)
+        for name, file in given.items():
+            if name not in ("token", "ca", "cert", "key") or not file:
+                raise SettingsError(f"console.scorer {text!r}: {name!r} is none of token, ca, cert, key=FILE")
+        if ("cert" in given) != ("key" in given):
+            raise SettingsError(f"console.scorer {text!r}: cert and key go together")
+        trusted = "" if given.get("ca") == "system" else given.get("ca", "")
+        return cls(
+            address,
+            read_file(given.get("token", ""), "scorer token").decode(errors="replace").strip(),
+            bool(given.keys() - {"token"}),
+            read_file(trusted, "scorer ca"),
+            read_file(given.get("cert", ""), "scorer cert"),
+            read_file(given.get("key", ""), "scorer key"),
+        )
 
 
 def read_file(path: str, setting: str) -> bytes:

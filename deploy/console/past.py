@@ -46,13 +46,11 @@ class Past:
     Args:
         kafka: how to reach it.
         options: what events mean, as the workers run.
-        snapshots: where saved states are; None folds from the start of the log.
     """
 
-    def __init__(self, kafka: KafkaSettings, options: ResolveOptions, snapshots: Path | None = None) -> None:
+    def __init__(self, kafka: KafkaSettings, options: ResolveOptions) -> None:
         self.options = options
         self._kafka = kafka
-        self._snapshots = snapshots
         self._turn = asyncio.Lock()
 
     async def _read(self, work: Callable[[LogReader], Awaitable[T]]) -> T:
@@ -148,7 +146,6 @@ class Past:
                     folder=Path(folder),
                     options=self.options,
                     clock=time.time_ns,
-                    snapshots=self._snapshots,
                 )
                 try:
                     return await _answer(past, model, question)
@@ -175,7 +172,6 @@ class Past:
                     other,
                     folder=Path(folder),
                     options=self.options,
-                    snapshots=self._snapshots,
                 )
             return [msgspec.to_builtins(change) for change in found]
 
@@ -196,7 +192,6 @@ class Past:
                 request_id,
                 after_seconds=after_seconds,
                 options=self.options,
-                snapshots=self._snapshots,
             )
             return told.document()
 

@@ -11,7 +11,6 @@ import asyncio
 import hmac
 from collections.abc import Callable
 from importlib import resources
-from pathlib import Path
 from typing import Final
 
 from aiohttp import web
@@ -24,7 +23,7 @@ from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.bridge.runtime.tasks import Background
 from kvatlas.deploy.console.api import Api, Handler
 from kvatlas.deploy.console.flow import TopicRates
-from kvatlas.deploy.console.options import ConsoleSettings, read_file, token_of
+from kvatlas.deploy.console.options import ConsoleSettings, ScorerAddress, token_of
 from kvatlas.deploy.console.past import Past
 from kvatlas.deploy.console.readers import NotForReaderError, Readers
 from kvatlas.deploy.history.watch import Watch
@@ -35,6 +34,8 @@ from kvatlas.streams.options import WorkerSettings
 from kvatlas.streams.resolve.options import resolve_options
 
 _BODY_BYTES: Final = 8 * 1024 * 1024
+#: Newest decisions kept in memory.
+_DECISIONS: Final = 5_000
 _CHECK_SECONDS: Final = 1.0
 _TYPES: Final = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
 _HEADERS: Final = {
@@ -80,10 +81,8 @@ class ConsoleService:
         self._readers = Readers(connector(settings))
         self._watch = Watch(kafka, settings.metrics)
         self._topics = TopicRates(kafka)
-        past = Past(kafka, resolve_options(worker), Path(settings.snapshots) if settings.snapshots else None)
-        self._api = Api(
-            self._watch, past, self._readers, picker=picker, topics=self._topics, decisions=settings.decisions
-        )
+        past = Past(kafka, resolve_options(worker))
+        self._api = Api(self._watch, past, self._readers, picker=picker, topics=self._topics, decisions=_DECISIONS)
         self._follower = TopicFollower(kafka, topics.DECISIONS, self._api.take, client_id="kvatlas-console")
         self._runner: web.AppRunner | None = None
         self._background = Background()
@@ -182,13 +181,10 @@ def connector(settings: ConsoleSettings) -> Callable[[str], ScorerClient]:
     """Return what makes a scorer client with a reader's token, or with the console's own for an empty one.
 
     Raises:
-        SettingsError: a file cannot be read, or settings contradict each other.
+        SettingsError: `scorer` cannot be read, or a file that it names.
     """
-    own = read_file(settings.token_file, "token_file").decode(errors="replace").strip()
-    if bool(settings.tls_certfile) != bool(settings.tls_keyfile):
-        raise SettingsError("console.tls_certfile and console.tls_keyfile go together")
+    scorer = ScorerAddress.of(settings.scorer)
     credentials = None
-    if settings.tls or settings.tls_cafile or settings.tls_certfile:
-        names = ("tls_cafile", "tls_certfile", "tls_keyfile")
-        credentials = channel_credentials(*(read_file(getattr(settings, name), name) or None for name in names))
-    return lambda token: ScorerClient(settings.scorer, token=token or own, credentials=credentials)
+    if scorer.tls:
+        credentials = channel_credentials(scorer.ca or None, scorer.cert or None, scorer.key or None)
+    return lambda token: ScorerClient(scorer.address, token=token or scorer.token, credentials=credentials)

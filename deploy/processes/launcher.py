@@ -125,7 +125,9 @@ class Launcher:
 
     def _add_console(self) -> None:
         """Start the console, with a token that stays over restarts."""
-        settings = msgspec.structs.replace(self._sections["console"], scorer=self.scorer)
+        settings = self._sections["console"]
+        options = settings.scorer.partition(",")[1:]
+        settings = msgspec.structs.replace(settings, scorer=self.scorer + "".join(options))
         token, made = token_of(settings)
         if made:
             file = self._state_dir / "console-token"

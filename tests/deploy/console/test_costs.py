@@ -52,7 +52,7 @@ def test_what_pickers_gave_out_is_load_and_a_session_stays() -> None:
     scored = pb.ScoreResponse(prompt_tokens=100, block_size_tokens=16)
     rows = {row["pod"]: row for row in costs.of("m", scored, "chat")["pods"]}
     assert (rows["a"]["requests"], rows["a"]["waiting_tokens"]) == (1, 1_000.0)
-    assert rows["a"]["queued"] == SETTINGS.queue_weight * 1_000.0
+    assert rows["a"]["queued"] == SETTINGS.weights().queue * 1_000.0
     assert (rows["a"]["session"], rows["b"]["session"]) == (True, False)
     costs.take(DecisionRecord(request_id="new", decided_ns=12 * SECOND, kind="served", pod="a", scorer="picker-1"))
     assert {row["requests"] for row in costs.of("m", scored)["pods"]} == {0}

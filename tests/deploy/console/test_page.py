@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.deploy.console.options import ConsoleSettings, token_of
+from kvatlas.deploy.console.options import ConsoleSettings, ScorerAddress, token_of
 
 FOLDER = Path(__file__).parents[3] / "deploy" / "console"
 
@@ -52,3 +52,17 @@ def test_a_token_file_is_used_and_not_told(tmp_path: Path) -> None:
         token_of(ConsoleSettings(page_token_file=str(file)))
     with pytest.raises(SettingsError, match="nothing"):
         token_of(ConsoleSettings(page_token_file=str(tmp_path / "nothing")))
+
+
+def test_the_scorer_s_address_names_what_it_is_reached_with(tmp_path: Path) -> None:
+    """A token, a CA and a certificate are files; what is none, or is not there, is an error that names it."""
+    for name in ("t", "c", "k"):
+        (tmp_path / name).write_text(f"{name}\n")
+    assert ScorerAddress.of("h:1") == ScorerAddress("h:1")
+    assert ScorerAddress.of(f"unix:/s,token={tmp_path}/t") == ScorerAddress("unix:/s", token="t")
+    assert ScorerAddress.of("h:1,ca=system") == ScorerAddress("h:1", tls=True)
+    found = ScorerAddress.of(f"h:1,ca={tmp_path}/c,cert={tmp_path}/c,key={tmp_path}/k")
+    assert found == ScorerAddress("h:1", "", True, b"c\n", b"c\n", b"k\n")
+    for wrong in ("h:1,cert=/x", "h:1,colour=red", "h:1,token=", "h:1,token=/nowhere/token"):
+        with pytest.raises(SettingsError, match="scorer"):
+            ScorerAddress.of(wrong)
