@@ -370,7 +370,8 @@ def test_a_thousand_pods_and_a_hundred_decisions_a_second_keep_the_page_quick(ru
     """Half of the frames of the busiest views take less than 100 ms while everything changes."""
     pods = [
         {"pod": f"pod-{n}", "state": "live", "model": "m", "epoch": 1, "sequence": n, "messages_per_second": 1.5,
-         "age_ms": 10.0, "lost": 0, "first_lost": -1, "last_lost": -1, "blocks": {"gpu": n}}
+         "age_ms": 10.0, "lost": 0, "first_lost": -1, "last_lost": -1, "blocks": {"gpu": n},
+         "load": {"running": 3, "waiting": 1, "cache_usage": 0.5}, "coverage": "whole"}
         for n in range(1000)
     ]  # fmt: skip
     picture = {"version": 1, "pods": pods, "workers": [], "scorers": [], "stores": {}, "unserved": []}
@@ -382,7 +383,7 @@ def test_a_thousand_pods_and_a_hundred_decisions_a_second_keep_the_page_quick(ru
         made = [
             {**row, "number": at, "request_id": f"q-{at}", "decided_ms": at} for at in itertools.islice(numbers, 100)
         ]
-        route.fulfill(json={"rows": made, "unreadable": 0})
+        route.fulfill(json={"log": "one", "rows": made, "unreadable": 0})
 
     page.route("**/api/picture", lambda route: route.fulfill(json=picture))
     page.route("**/api/decisions*", decisions)
