@@ -91,6 +91,8 @@ class Tracker:
         self._asked = False  # whether a replay is under way
         self._outdated = False  # whether the connection changed since it was asked
         self._shown = -1  # what its answer must show, since the same engine has it; -1 for nothing
+        self._heard = -1  # what was heard of the stream, and waits, when it was asked; -1 for nothing
+        self._early = False  # whether it began before the pod was known
         # Messages from here on came by a connection that nobody has verified, and may be of two engines: the next
         # replay is to show them all again. None when they are of one.
         self._unverified: int | None = max(position.sequence, 0)
@@ -123,6 +125,9 @@ class Tracker:
         if request is not None:
             self._asked, self._outdated = True, False
             self._shown = -1 if first else self.expected - 1
+            waits = min(self.held) if self.held else self._newest_live
+            self._heard = -1 if first or waits is None else waits
+            self._early = first
         return request
 
     def position(self) -> StreamPosition:
@@ -232,14 +237,15 @@ class Tracker:
             complete: the end marker came, or the part that was asked for.
             newest: highest sequence it showed, None when it showed none.
         """
-        known, outdated = self._shown, self._outdated
-        self._asked, self._outdated, self._shown = False, False, -1
+        known, heard, outdated, early = self._shown, self._heard, self._outdated, self._early
+        self._asked, self._outdated, self._shown, self._heard, self._early = False, False, -1, -1, False
         if complete and known >= 0 and (newest is None or newest < known):
             return self._restart(None, f"the engine's newest message is {newest}, ours was {known}")
         if outdated and complete:
             return []  # it is asked again
         if complete:
-            self._catch_up = False
+            # What was heard after an early request may be of an engine before the one that answered it: one more shows.
+            self._catch_up = early and newest is not None and newest < max(self._seen, self.expected - 1)
             self._unverified = None
         if not self.hole and not self.held:
             if complete:
@@ -247,13 +253,13 @@ class Tracker:
             self._failed = 0
             return []
         outputs = self._drain() if not self._verify else []
-        if not self.hole:
-            self._failed = 0
-            return outputs
-        self._failed += 1
-        if self._failed < self._tries:
+        self._failed = self._failed + 1 if self.hole else 0
+        if not self.hole or self._failed < self._tries:
             return outputs
         self._catch_up = False
+        if complete and newest is not None and newest < heard:
+            reason = f"the engine's newest message is {newest}, {heard} was heard before"
+            return outputs + self._restart(None, reason)
         return outputs + self.give_up("not in the engine's replay buffer" if complete else "replay did not answer")
 
     def give_up(self, reason: str) -> list[Output]:
@@ -359,7 +365,7 @@ class Tracker:
         self._failed = 0
         self._verify = False
         self._unverified = None
-        self._asked, self._outdated, self._shown = False, False, -1
+        self._asked, self._outdated, self._shown, self._heard, self._early = False, False, -1, -1, False
         self._catch_up = True
         if message is None:
             return outputs

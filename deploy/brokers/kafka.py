@@ -251,8 +251,11 @@ class KafkaNode:
         self.start()
 
     def pause(self) -> None:
-        """Stop the process from running (SIGSTOP): a broker that is there and answers nothing."""
-        self._live_process().send_signal(signal.SIGSTOP)
+        """Stop the process from running (SIGSTOP): a broker that is there and answers nothing once this returns."""
+        process = self._live_process()
+        process.send_signal(signal.SIGSTOP)
+        # Each thread stops when it next comes to run; the system tells when the last of them has.
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def resume(self) -> None:
         """Undo `pause`."""

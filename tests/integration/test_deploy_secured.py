@@ -249,4 +249,4 @@ def test_a_right_that_is_taken_away_ends_the_service(accounts, services, engines
         accounts.give(who)
     # Asked for committed offsets, the client says that a topic is refused and not which.
     named = rf"refuses topic ({re.escape(right.name)}|\(it does not say which\)) to {who}"
-    assert re.search(named, refused.tail()), refused.tail()
+    assert re.search(named, refused.log.read_text(errors="replace")), refused.tail()

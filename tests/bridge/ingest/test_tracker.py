@@ -97,6 +97,42 @@ def test_two_engines_in_one_burst_are_told_apart() -> None:
     assert [o.type for o in outputs if isinstance(o, Control)] == ["restart"]
 
 
+def test_what_a_dead_engine_left_behind_a_hole_is_not_taken_for_the_next_one_s() -> None:
+    """A live message that no replay of the engine ever reaches is of the one before it: a restart, and no gap."""
+    tracker = _tracker(tries=2)
+    outputs = tracker.begin()
+    tracker.ask(first=True)
+    outputs += tracker.live(_message(9, life=0))  # waits in our socket since before the restart
+    for number in range(8):
+        outputs += tracker.replayed(_message(number, "replay", life=1))
+    outputs += tracker.replay_ended(complete=True, newest=7)
+    assert tracker.ask() is not None
+    outputs += tracker.replayed(_message(7, "replay", life=1)) + tracker.replay_ended(complete=True, newest=7)
+    assert tracker.counts.restarts == 1
+    assert tracker.ask() == Request(0, None)
+    for number in range(8):
+        outputs += tracker.replayed(_message(number, "replay", life=1))
+    outputs += tracker.replay_ended(complete=True, newest=7)
+    assert not [output for output in outputs if isinstance(output, Control) and output.type == "gap"]
+    assert 9 not in [sequence for _, sequence in _forwarded(outputs)]
+    assert tracker.expected == 8
+
+
+def test_what_a_dead_engine_left_right_behind_is_found_by_one_more_replay() -> None:
+    """A first replay asked before the pod was known says nothing of what was heard after it: another one does."""
+    tracker = _tracker()
+    outputs = tracker.begin()
+    tracker.ask(first=True)
+    for number in range(8):
+        outputs += tracker.replayed(_message(number, "replay", life=1))
+    outputs += tracker.live(_message(8, life=0))
+    outputs += tracker.replay_ended(complete=True, newest=7)
+    assert tracker.ask() == Request(8, None)
+    outputs += tracker.replay_ended(complete=True, newest=None)
+    assert tracker.counts.restarts == 1
+    assert tracker.ask() == Request(0, None)
+
+
 def test_a_heartbeat_holds_no_live_message() -> None:
     """While the tail of a silent stream is asked for, live messages of the same connection go on at once."""
     tracker = _tracker()
@@ -215,7 +251,7 @@ def test_what_cannot_be_repaired_is_lost_once(replay: bool) -> None:
     outputs = tracker.begin() + tracker.live(_message(0)) + tracker.live(_message(3))
     if replay:
         tracker.ask()
-        outputs += tracker.replay_ended(complete=True, newest=0)
+        outputs += tracker.replay_ended(complete=True, newest=3)
     gap = outputs[-2]
     assert isinstance(gap, Control)
     assert (gap.type, gap.first_lost, gap.last_lost) == ("gap", 1, 2)
