@@ -42,6 +42,8 @@ CONTRACT: dict[str, dict[str, type | tuple[type, ...]]] = {
         "first_lost": int,
         "last_lost": int,
         "blocks": dict,
+        "load": dict,
+        "coverage": str,
     },
     "workers": {
         "worker": str,
