@@ -58,6 +58,13 @@ def break_one(wanted: str, loop: asyncio.AbstractEventLoop) -> None:
             return
 
 
+def replace(file: Path, text: str) -> None:
+    """Write a file so that nobody reads a part of it."""
+    new = file.with_suffix(".new")
+    new.write_text(text)
+    new.replace(file)
+
+
 class Watch:
     """Looks for what is asked for, in a thread.
 
@@ -69,6 +76,7 @@ class Watch:
     def __init__(self, loops: list[asyncio.AbstractEventLoop], folder: Path) -> None:
         self._loops, self._folder = loops, folder
         self._seen: set[str] = set()
+        self._writing = threading.Lock()  # the loops have threads of their own
 
     def run(self) -> None:
         """Look until the process ends."""
@@ -85,11 +93,10 @@ class Watch:
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
         found = {named(task, loop) for task in asyncio.all_tasks(loop)}
-        if not found <= self._seen:
-            self._seen |= found
-            new = self._folder / f"names.{threading.get_ident()}"
-            new.write_text("\n".join(sorted(self._seen)))
-            new.replace(self._folder / "names")
+        with self._writing:
+            if not found <= self._seen:
+                self._seen |= found
+                replace(self._folder / "names", "\n".join(sorted(self._seen)))
 
 
 LOOPS: list[asyncio.AbstractEventLoop] = []
