@@ -26,8 +26,9 @@ from kvatlas.bridge.kafka.follower import TopicFollower
 from kvatlas.bridge.model import records, topics
 from kvatlas.bridge.model.workers import WorkerDirectory
 from kvatlas.bridge.runtime.restarts import Restarts
+from kvatlas.bridge.runtime.rpc import rpc_server, serving
 from kvatlas.bridge.runtime.settings import KafkaSettings
-from kvatlas.bridge.runtime.tasks import Background, serving
+from kvatlas.bridge.runtime.tasks import Background
 from kvatlas.bridge.runtime.telemetry import Telemetry
 from kvatlas.scorer.api import llmd, metrics
 from kvatlas.scorer.api.bodies import Inflight
@@ -231,20 +232,13 @@ class ScorerService:
         settings = self._settings
         # An interceptor costs every call, so there is one only where tokens are asked for.
         interceptors = [llmd.GuardTokenization(self._guard)] if settings.tokens_file else []
-        server = grpc.aio.server(
-            interceptors=interceptors,
-            options=[
-                ("grpc.max_receive_message_length", settings.max_message_bytes),
-                ("grpc.max_send_message_length", -1),
-                ("grpc.so_reuseport", 0),
-            ],
-        )
+        server = rpc_server(settings.max_message_bytes, interceptors)
         named = self._tracing.named if self._tracing is not None else lambda _model: None
         calls = Calls(self.core, settings, self._guard, named)
         inflight = Inflight()
         front = ScorerFront(calls, inflight, self._tracing)
         names = [SERVICE, health.SERVICE_NAME]
-        server.add_generic_rpc_handlers((front.handler(),))
+        front.add_to(server)
         names += llmd.add_to(server, calls, self._pool, tracing=self._tracing)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if settings.reflection:

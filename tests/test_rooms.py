@@ -56,8 +56,8 @@ ONLY: Final[dict[str, tuple[str, ...]]] = {
     "zmq": ("bridge.engines", "bridge.ingest.inbound"),
     "aiokafka": ("bridge.kafka", "bridge.relay", "streams.state", "streams.tasks", "streams.faust_app"),
     "grpc": (
-        "streams.serving", "scorer.api", "scorer.lookups.router", "scorer.client", "scorer.tokenization",
-        "scorer.service", "scorer.gateway",
+        "bridge.runtime.rpc", "streams.serving", "scorer.api", "scorer.lookups.router", "scorer.client",
+        "scorer.tokenization", "scorer.service", "scorer.gateway",
     ),
 }  # fmt: skip
 
@@ -95,6 +95,8 @@ R6_EXCEPTIONS: Final[frozenset[str]] = frozenset(
         "bridge.kafka.fetching: _sync_task",
         "bridge.kafka.producer: _message_accumulator",
         "bridge.kafka.lease: _coordinator",
+        "bridge.runtime.rpc: _MethodResolver",
+        "bridge.runtime.rpc: _handle_rpc",
         "scorer.library.indexer: _options",
         "scorer.library.indexer: _pods",
         "scorer.library.indexer: _set_block_size",

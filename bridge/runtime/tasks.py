@@ -17,8 +17,6 @@ log = logging.getLogger(__name__)
 
 #: Long enough for what a task does on its way out, such as to close a consumer while Kafka is away.
 _AGAIN_SECONDS: Final = 5.0
-#: gRPC tells the error of a server's loop only when a wait for its end has run out: calls in progress hold that up.
-_LOOK_SECONDS: Final = 1.0
 
 
 async def end_tasks(tasks: Iterable[asyncio.Task[Any]], *, again_seconds: float = _AGAIN_SECONDS) -> None:
@@ -36,25 +34,6 @@ async def end_tasks(tasks: Iterable[asyncio.Task[Any]], *, again_seconds: float 
         for task in pending:
             task.cancel()
         _, pending = await asyncio.wait(pending, timeout=again_seconds)
-
-
-async def serving(server: Any, name: str) -> None:
-    """Wait until a ``grpc.aio.Server`` serves no more.
-
-    An error in its loop, such as of a method name that is no UTF-8, closes its ports and is told nobody but who asks.
-
-    Args:
-        server: the server, started.
-        name: for the error's text.
-
-    Raises:
-        TaskEndedError: it ended by an error.
-    """
-    try:
-        while await server.wait_for_termination(timeout=_LOOK_SECONDS):
-            pass
-    except Exception as error:
-        raise TaskEndedError(f"the gRPC server {name} has ended: {type(error).__name__}: {error}") from error
 
 
 class Background:

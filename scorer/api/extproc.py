@@ -125,9 +125,9 @@ class ExternalProcessor:
         self._options = options
         self._watching = _Watching()
 
-    def handler(self) -> grpc.GenericRpcHandler:
-        """Return the handler to add to a server, under Envoy's name of the service."""
-        return grpc.method_handlers_generic_handler(
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Add the method to a server, under Envoy's name of the service."""
+        server.add_registered_method_handlers(
             SERVICE,
             {
                 "Process": grpc.stream_stream_rpc_method_handler(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import grpc
+import grpc.aio
 
 from kvatlas.bridge.errors import KvatlasError
 from kvatlas.scorer.api.bodies import Inflight
@@ -35,14 +36,14 @@ class ScorerFront:
         self._inflight = inflight
         self._tracing = tracing
 
-    def handler(self) -> grpc.GenericRpcHandler:
-        """Return the handler to add to a server."""
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Add the methods to a server."""
         methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             name: grpc.unary_unary_rpc_method_handler(self._unary(name), response_serializer=_serialize)
             for name in MESSAGE_OF
         }
         methods["WatchPods"] = grpc.unary_stream_rpc_method_handler(self._watch, response_serializer=_serialize)
-        return grpc.method_handlers_generic_handler(SERVICE, methods)
+        server.add_registered_method_handlers(SERVICE, methods)
 
     def _unary(self, name: str) -> Callable[[bytes, Any], Any]:
         async def call(data: bytes, context: Any) -> Any:

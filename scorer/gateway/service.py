@@ -23,7 +23,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from kvatlas.bridge.errors import SettingsError, UnresolvedError
 from kvatlas.bridge.model.records import PodRecord
 from kvatlas.bridge.runtime.restarts import Restarts
-from kvatlas.bridge.runtime.tasks import Background, serving
+from kvatlas.bridge.runtime.rpc import rpc_server, serving
+from kvatlas.bridge.runtime.tasks import Background
 from kvatlas.bridge.runtime.telemetry import Telemetry
 from kvatlas.scorer.api.extproc import SERVICE, ExternalProcessor, ProcessorOptions
 from kvatlas.scorer.gateway import discovery, metrics
@@ -135,15 +136,9 @@ class PickerService:
 
     async def _serve(self) -> None:
         settings = self._settings
-        server = grpc.aio.server(
-            options=[
-                # A message from the gateway may be as large as its own buffer: the limit is ours, with an answer.
-                ("grpc.max_receive_message_length", _MAX_BODY_BYTES + 1024 * 1024),
-                ("grpc.max_send_message_length", -1),
-                ("grpc.so_reuseport", 0),
-            ]
-        )
-        server.add_generic_rpc_handlers((self.processor.handler(),))
+        # A message from the gateway may be as large as its own buffer: the limit is ours, with an answer.
+        server = rpc_server(_MAX_BODY_BYTES + 1024 * 1024)
+        self.processor.add_to(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         await self._health.set(_LIVE_NAME, health_pb2.HealthCheckResponse.SERVING)
         try:

@@ -17,16 +17,13 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.model.workers import WorkerDirectory
-from kvatlas.bridge.runtime.tasks import serving
+from kvatlas.bridge.runtime.rpc import rpc_server, serving
 from kvatlas.streams import metrics
 from kvatlas.streams.index.columns import answer_columns
 from kvatlas.streams.serving.answers import fill, read_all
 from kvatlas.streams.state.partition import PartitionState, Role
 from kvatlas.streams.v1 import block_index_pb2 as pb
 from kvatlas.streams.v1 import block_index_pb2_grpc as pb_grpc
-
-# The stubs of grpc leave out its asyncio half.
-aio: Any = getattr(grpc, "aio")  # noqa: B009
 
 SERVICE: Final = "kvatlas.v1.BlockIndex"
 _ROLES: Final = {
@@ -162,13 +159,7 @@ class LookupServer:
 
     def __init__(self, service: LookupService, listen: str, *, max_keys: int) -> None:
         self._listen = listen
-        self._server = aio.server(
-            options=[
-                ("grpc.max_receive_message_length", max_keys * KEY_BYTES + 1024),
-                ("grpc.max_send_message_length", -1),
-                ("grpc.so_reuseport", 0),
-            ]
-        )
+        self._server = rpc_server(max_keys * KEY_BYTES + 1024)
         self._health = health.aio.HealthServicer()
         pb_grpc.add_BlockIndexServicer_to_server(service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -157,7 +157,7 @@ class Stand:
         server = grpc.aio.server(
             options=[("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
         )
-        server.add_generic_rpc_handlers((processor.handler(),))
+        processor.add_to(server)
         servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
         await servicer.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)

@@ -136,7 +136,7 @@ class Rig:
     async def serve(self, credentials: grpc.ServerCredentials | None = None) -> str:
         """Start a server with the scorer's RPCs; returns its address."""
         server = grpc.aio.server()
-        server.add_generic_rpc_handlers((ScorerFront(self.calls, self.inflight, self.tracing).handler(),))
+        ScorerFront(self.calls, self.inflight, self.tracing).add_to(server)
         port = (
             server.add_insecure_port("127.0.0.1:0")
             if credentials is None

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
-from pathlib import Path
 
-import grpc.aio
 import pytest
 
 from kvatlas.bridge.errors import TaskEndedError
-from kvatlas.bridge.runtime.tasks import Background, end_tasks, serving
+from kvatlas.bridge.runtime.tasks import Background, end_tasks
 
 
 async def test_a_task_that_lost_its_cancellation_is_cancelled_again() -> None:
@@ -108,57 +104,4 @@ async def test_what_ends_because_it_is_told_to_is_no_failure() -> None:
     assert own.cancelled()
     assert not theirs.done()  # its owner's to end
     await end_tasks([theirs])
-    assert background.failure is None
-
-
-def frame(kind: int, flags: int, stream: int, body: bytes = b"") -> bytes:
-    """A frame of HTTP/2."""
-    return len(body).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + body
-
-
-def call(path: bytes) -> bytes:
-    """A connection's beginning with a call of a gRPC method that may have any name."""
-    headers = {b":method": b"POST", b":scheme": b"http", b":path": path, b":authority": b"x"}
-    headers |= {b"te": b"trailers", b"content-type": b"application/grpc"}
-    coded = b"".join(b"\0%c%b%c%b" % (len(key), key, len(value), value) for key, value in headers.items())
-    return b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0) + frame(1, 4, 1, coded) + frame(0, 1, 1, bytes(5))
-
-
-async def _die() -> None:
-    server = grpc.aio.server()
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    background = Background()
-    background.start(serving(server, "of a test"))
-    _, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(call(b"/\xff/x"))
-    with pytest.raises(TaskEndedError, match="gRPC server of a test has ended: UnicodeDecodeError"):
-        await until(background)
-    writer.close()
-
-
-def test_a_grpc_server_whose_loop_has_died_ends_the_service() -> None:
-    """A method name that is no UTF-8 ends the loop of gRPC's server: nobody could call it any more, and nobody knew.
-
-    In a process of its own: gRPC has one poller a process, and this test breaks it.
-    """
-    code = "import asyncio, os; from tests.bridge.runtime.test_tasks import _die; asyncio.run(_die()); os._exit(7)"
-    root = Path(__file__).parents[3]
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert run.returncode == 7, run.stderr
-
-
-async def test_a_grpc_server_that_is_stopped_fails_nobody() -> None:
-    """The end of a server as it is told to is no error."""
-    server = grpc.aio.server()
-    server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    background = Background()
-    task = background.start(serving(server, "of a test"))
-    await asyncio.sleep(0)
-    background.stopping()
-    await server.stop(0)
-    await asyncio.wait_for(task, 60)
     assert background.failure is None

@@ -1,0 +1,208 @@
+"""gRPC servers under callers that speak HTTP/2 badly: whatever one sends, others are answered."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+import grpc.aio
+import pytest
+
+from kvatlas.bridge.errors import TaskEndedError
+from kvatlas.bridge.runtime.rpc import rpc_server, serving
+from kvatlas.bridge.runtime.tasks import Background
+
+METHOD: Final = "/test.Echo/Say"
+DATA, HEADERS, RESET, SETTINGS, PUSH, PING, GOAWAY, WINDOW, CONTINUATION = 0, 1, 3, 4, 5, 6, 7, 8, 9
+END_STREAM, END_HEADERS = 1, 4
+
+
+def frame(kind: int, flags: int, stream: int, body: bytes = b"") -> bytes:
+    """A frame of HTTP/2."""
+    return len(body).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + body
+
+
+PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(SETTINGS, 0, 0)
+
+
+def coded(text: bytes) -> bytes:
+    """A string of HPACK: its length in seven bits and groups of seven more, then its bytes."""
+    if len(text) < 127:
+        return bytes([len(text)]) + text
+    rest, length = len(text) - 127, bytearray([127])
+    while rest >= 128:
+        length.append(rest % 128 | 128)
+        rest //= 128
+    return bytes([*length, rest]) + text
+
+
+def call(message: bytes = bytes(5), **changed: bytes | None) -> bytes:
+    """A connection's beginning with a call; headers may have any value, or be left out."""
+    fields: dict[str, bytes | None] = {":method": b"POST", ":scheme": b"http", ":path": METHOD.encode()}
+    fields |= {":authority": b"x", "te": b"trailers", "content-type": b"application/grpc"} | changed
+    block = b"".join(
+        b"\0" + coded(name.encode("latin1")) + coded(value) for name, value in fields.items() if value is not None
+    )
+    parts = [block[at : at + 16_000] for at in range(0, len(block), 16_000)]
+    headers = b"".join(
+        frame(CONTINUATION if at else HEADERS, END_HEADERS * (at == len(parts) - 1), 1, part)
+        for at, part in enumerate(parts)
+    )
+    return PREFACE + headers + frame(DATA, END_STREAM, 1, message)
+
+
+def path(value: bytes | None) -> bytes:
+    """A call of a method that may have any name."""
+    return call(**{":path": value})
+
+
+BAD: Final[dict[str, bytes]] = {
+    "a name that is no UTF-8": path(b"/test.Echo/\xff"),
+    "a name of half a pair": path(b"/test.Echo/\xed\xa0\x80"),
+    "an empty name": path(b""),
+    "no name": path(None),
+    "a name without slash": path(b"Say"),
+    "nothing but slashes": path(b"///"),
+    "a name with NUL": path(b"/test.Echo/Say\0"),
+    "a long name": path(b"/" + b"n" * 7_000),
+    "a huge name": path(b"/" + b"\xff" * 1_000_000),
+    "a name with a query": path(METHOD.encode() + b"?a=\xff"),
+    "a host that is no UTF-8": call(**{":authority": b"\xff"}),
+    "no host": call(**{":authority": None}),
+    "an odd HTTP method": call(**{":method": b"\xff"}),
+    "an odd scheme": call(**{":scheme": b"\xff"}),
+    "a deadline that is none": call(**{"grpc-timeout": b"\xff"}),
+    "a deadline of 5,000 digits": call(**{"grpc-timeout": b"9" * 5_000 + b"H"}),
+    "a deadline that is over": call(**{"grpc-timeout": b"0n"}),
+    "an unknown encoding": call(b"\1\0\0\0\1x", **{"grpc-encoding": b"zz\xff"}),
+    "what is not compressed": call(b"\1\0\0\0\4xxxx", **{"grpc-encoding": b"gzip"}),
+    "another content": call(**{"content-type": b"\xff"}),
+    "metadata that is no UTF-8": call(**{"x-a": b"\xff", "authorization": b"\xff", "user-agent": b"\xff\0"}),
+    "a name of metadata that is no UTF-8": call(**{"x\xff": b"a", "x\0": b"a"}),
+    "metadata that is no base64": call(**{"x-bin": b"!", "grpc-trace-bin": b"\xff", "grpc-tags-bin": b"!"}),
+    "a status": call(**{"grpc-status": b"\xff", "grpc-previous-rpc-attempts": b"\xff"}),
+    "a message of 4 GB": call(b"\0\xff\xff\xff\xffx"),
+    "half a length": call(b"\0\0"),
+    "an unknown flag": call(b"\7\0\0\0\1x"),
+    "HTTP/1": b"GET / HTTP/1.1\r\n\r\n",
+    "zeros": bytes(1_000),
+    "no frames": PREFACE + b"\xff" * 2_000,
+    "no HPACK": PREFACE + frame(HEADERS, END_HEADERS, 1, b"\xff" * 100),
+    "a call on stream 0": PREFACE + frame(HEADERS, END_HEADERS, 0, b"\x83"),
+    "a call on an even stream": PREFACE + frame(HEADERS, END_HEADERS, 2, b"\x83"),
+    "a reset at once": call() + frame(RESET, 0, 1, b"\0\0\0\x08"),
+    "a reset of nothing": PREFACE + frame(RESET, 0, 7, b"\0\0\0\x08"),
+    "an end at once": call() + frame(GOAWAY, 0, 0, bytes(8)),
+    "a promise": PREFACE + frame(PUSH, END_HEADERS, 1, bytes(4)),
+    "broken settings": PREFACE + frame(SETTINGS, 0, 0, bytes(5)),
+    "many settings": PREFACE + frame(SETTINGS, 0, 0) * 1_000,
+    "no window": PREFACE + frame(WINDOW, 0, 0, bytes(4)),
+    "many pings": PREFACE + frame(PING, 0, 0, bytes(8)) * 1_000,
+    "more of no headers": PREFACE + frame(CONTINUATION, 0, 1),
+    "an unknown frame": PREFACE + frame(200, 255, 77, b"abc"),
+}
+
+
+async def _say(request: bytes, _context: Any) -> bytes:
+    return request
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[tuple[grpc.aio.Server, int]]:
+    server = rpc_server(1_000_000)
+    server.add_registered_method_handlers("test.Echo", {"Say": grpc.unary_unary_rpc_method_handler(_say)})
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield server, port
+    await server.stop(0)
+
+
+async def _send(port: int, data: bytes) -> None:
+    """Send bytes on a connection of their own and wait until the server is done with them."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    with_end = data + frame(PING, 0, 0, b"the end!")
+    try:
+        writer.write(with_end)
+        await writer.drain()
+        got = b""
+        # An answer to the ping comes after what was before it; a broken connection is closed instead.
+        while b"the end!" not in got and (part := await asyncio.wait_for(reader.read(65_536), 90)):
+            got += part
+    except ConnectionError:
+        pass
+    finally:
+        writer.close()
+
+
+@pytest.mark.parametrize("what", BAD)
+async def test_whatever_a_caller_sends_others_are_answered(server: tuple[grpc.aio.Server, int], what: str) -> None:
+    """No frame, header or name ends the server or a call beside it."""
+    running, port = server
+    background = Background()
+    task = background.start(serving(running, "of a test"))
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        say: Any = channel.unary_unary(METHOD)
+        for _ in range(2):
+            await _send(port, BAD[what])
+            assert await say(b"hello", timeout=90, wait_for_ready=True) == b"hello"
+    assert background.failure is None
+    assert not task.done()
+    await background.stop()
+
+
+async def test_what_nobody_serves_is_unimplemented(server: tuple[grpc.aio.Server, int]) -> None:
+    """Callers of a newer version learn that a method is not there, as ever; the server stops in time after that."""
+    running, port = server
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        for name in ("/test.Echo/Sing", "/other/Say", "/test.Echo/\N{SNOWMAN}"):
+            method: Any = channel.unary_unary(name)
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await method(b"", timeout=90)
+            assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
+    await asyncio.wait_for(running.stop(None), 90)
+    await asyncio.wait_for(serving(running, "of a test"), 90)
+
+
+async def test_a_grpc_server_whose_loop_has_died_ends_the_service() -> None:
+    """What ends the loop of gRPC's server is told nobody but who asks: nobody could call it any more."""
+
+    class Dead:
+        async def wait_for_termination(self, timeout: float | None = None) -> bool:
+            raise OSError(f"after {timeout} s")
+
+    background = Background()
+    dead: Any = Dead()
+    background.start(serving(dead, "of a test"))
+    with pytest.raises(TaskEndedError, match="gRPC server of a test has ended: OSError"):
+        await asyncio.wait_for(background.until(asyncio.Event()), 90)
+
+
+async def test_a_grpc_server_that_is_stopped_fails_nobody() -> None:
+    """The end of a server as it is told to is no error."""
+    server = rpc_server(1_000)
+    server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    background = Background()
+    task = background.start(serving(server, "of a test"))
+    await asyncio.sleep(0)
+    background.stopping()
+    await server.stop(0)
+    await asyncio.wait_for(task, 90)
+    assert background.failure is None
+
+
+def test_every_server_is_made_here() -> None:
+    """A server of plain gRPC is ended by one call."""
+    root = Path(__file__).parents[3]
+    makes = {
+        str(path.relative_to(root))
+        for package in ("bridge", "streams", "scorer", "connector", "deploy")
+        for path in (root / package).rglob("*.py")
+        if re.search(r"\b(aio|grpc)\.server\(|add_generic_rpc_handlers\(\(", path.read_text("utf-8"))
+        and "_pb2" not in path.name
+    }
+    assert makes == {"bridge/runtime/rpc.py"}
