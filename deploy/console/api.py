@@ -79,7 +79,7 @@ class Api:
             ("GET", "/api/span", self._get_span),
             ("GET", "/api/diff", self._get_diff),
             ("GET", "/api/why", self._get_why),
-            ("GET", "/api/text", self._get_text),
+            ("GET", "/api/stretch", self._get_stretch),
             ("POST", "/api/ask", self._post_ask),
             ("POST", "/api/what-if", self._post_what_if),
         ]
@@ -134,8 +134,11 @@ class Api:
         tree, looked = await asyncio.to_thread(prefixes, requests, request.query.get("model", ""))
         return _json({"tree": tree, "requests": looked, "minutes": minutes})
 
-    async def _get_text(self, request: web.Request) -> web.Response:
-        """Return the text up to a block, from its first block on; the scorer says whether the reader may see it."""
+    async def _get_stretch(self, request: web.Request) -> web.Response:
+        """Return the text of a stretch that ends with a block, and on how many pods per tier all before it is held too.
+
+        The scorer says whether the reader may see it.
+        """
         reader, key = _reader(request), _key(request)
         await self._readers.salt_of(reader)
         found = await self._past.beginning(key, _since(request))
@@ -152,7 +155,7 @@ class Api:
         read: pb.TokenizeResponse = await self._readers.call(reader, "Tokenize", asked)
         text = read.prompts[0].text
         why = "" if text else "the scorer has no tokenizer of this model at hand"
-        return _json({"text": text[:_TEXT], "why": why, "tokens": len(found.tokens) - from_token})
+        return _json({"text": text[:_TEXT], "why": why, "holders": _holders(told)})
 
     async def _get_why(self, request: web.Request) -> web.Response:
         await self._readers.check_all(_reader(request))
@@ -266,6 +269,16 @@ def _reader(request: web.Request) -> Reader:
 
 def _since(request: web.Request) -> str:
     return request.query.get("since") or "-1h"
+
+
+def _holders(told: pb.ExplainResponse) -> dict[str, int]:
+    """Return tier -> pods whose walk reaches the last block there."""
+    whole = {pod for pod, score in told.scored.scores.items() if score.matched_blocks == len(told.blocks)}
+    best: dict[str, set[str]] = {}
+    for holder in told.blocks[-1].holders:
+        if holder.pod in whole:
+            best.setdefault(holder.tier, set()).add(holder.pod)
+    return {tier: len(pods) for tier, pods in best.items()}
 
 
 def _needed(request: web.Request, name: str) -> str:

@@ -6,7 +6,9 @@ request's id. The prefix tree is made from the block keys in the decisions: equa
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import heapq
+import itertools
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from typing import Any, Final
 
@@ -17,10 +19,8 @@ from kvatlas.bridge.model import records
 from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.model.records import DecisionRecord
 
-#: Deepest level and most nodes of a prefix tree; what is left out is counted.
+#: Most nodes of a prefix tree.
 _NODES: Final = 400
-#: A stretch's text is shown from so many of its blocks.
-_TEXT_BLOCKS: Final = 16
 _SERVED: Final = (
     "endpoint",
     "status",
@@ -132,7 +132,6 @@ class Node(msgspec.Struct):
 
     Attributes:
         key: block key of the last block, hexadecimal.
-        text_key: block key up to which its text is shown, hexadecimal.
         first: number of the first block.
         blocks: how many.
         asked: requests that have this stretch.
@@ -142,7 +141,6 @@ class Node(msgspec.Struct):
     """
 
     key: str
-    text_key: str
     first: int
     blocks: int
     asked: int
@@ -164,41 +162,51 @@ def prefixes(requests: Iterable[Decided], model: str, *, least: int = 2) -> tupl
         for request in requests
         if request.decision.keys and (not model or request.decision.model == model)
     ]
-    budget = [_NODES]
-    return _children(looked, 0, least, budget), len(looked)
+    tree: list[Node] = []
+    order = itertools.count()
+    waiting: list[tuple[int, int, int, list[DecisionRecord], list[Node]]] = []
+
+    def split(group: list[DecisionRecord], at: int, siblings: list[Node]) -> None:
+        for part in _groups(group, at):
+            if len(part) >= least:
+                heapq.heappush(waiting, (-len(part), next(order), at, part, siblings))
+
+    split(looked, 0, tree)
+    for _ in range(_NODES):  # most asked first, so that what is left out was asked for least
+        if not waiting:
+            break
+        _, _, at, group, siblings = heapq.heappop(waiting)
+        node, end = _node(group, at)
+        siblings.append(node)
+        split(group, end, node.children)
+    return tree, len(looked)
 
 
-def _children(requests: list[DecisionRecord], at: int, least: int, budget: list[int]) -> list[Node]:
+def _groups(requests: list[DecisionRecord], at: int) -> Iterable[list[DecisionRecord]]:
+    """Return the requests by their block at a position, without those that end before it."""
     groups: dict[bytes, list[DecisionRecord]] = {}
     for request in requests:
         key = request.keys[at * KEY_BYTES : (at + 1) * KEY_BYTES]
         if key:
             groups.setdefault(key, []).append(request)
-    found: list[Node] = []
-    for group in sorted(groups.values(), key=len, reverse=True):
-        if len(group) < least or budget[0] <= 0:
-            break
-        budget[0] -= 1
-        end = _shared(group, at)
-        shown = min(end, at + _TEXT_BLOCKS)
-        pods: dict[str, int] = {}
-        for request in group:
-            pods[request.pod] = pods.get(request.pod, 0) + 1
-        found.append(
-            Node(
-                key=group[0].keys[(end - 1) * KEY_BYTES : end * KEY_BYTES].hex(),
-                text_key=group[0].keys[(shown - 1) * KEY_BYTES : shown * KEY_BYTES].hex(),
-                first=at,
-                blocks=end - at,
-                asked=len(group),
-                pods=dict(sorted(pods.items(), key=lambda item: -item[1])),
-                saved_tokens=sum(
-                    max(0, min(request.predicted_blocks, end) - at) * request.block_size_tokens for request in group
-                ),
-                children=_children(group, end, least, budget),
-            )
-        )
-    return found
+    return groups.values()
+
+
+def _node(group: list[DecisionRecord], at: int) -> tuple[Node, int]:
+    """Return the stretch that a group shares from a position on, and where it ends."""
+    end = _shared(group, at)
+    pods = Counter(request.pod for request in group)
+    node = Node(
+        key=group[0].keys[(end - 1) * KEY_BYTES : end * KEY_BYTES].hex(),
+        first=at,
+        blocks=end - at,
+        asked=len(group),
+        pods=dict(pods.most_common()),
+        saved_tokens=sum(
+            max(0, min(request.predicted_blocks, end) - at) * request.block_size_tokens for request in group
+        ),
+    )
+    return node, end
 
 
 def _shared(group: list[DecisionRecord], at: int) -> int:

@@ -264,9 +264,14 @@ def test_decisions_and_prefixes_come_from_the_reported_requests(running: Running
     tree = asked(running, "prefixes?minutes=60")
     assert [node["asked"] for node in tree["tree"]] == [4, 4]
     show(page, running, "prefixes")
-    expect(page.locator(".tree.top > li")).to_have_count(2)
-    page.get_by_role("button", name="text", exact=True).first.click()
+    stretches = page.get_by_role("region", name="Stretches").locator("tbody tr")
+    expect(stretches).to_have_count(len(tree["tree"]) + sum(len(node["children"]) for node in tree["tree"]))
+    expect(page.locator("div.scroll > .icicle > li > button")).to_have_count(2)
+    page.locator("div.scroll > .icicle > li > button").first.click()
+    page.get_by_role("button", name="Its text, and who holds it now").click()
     expect(page.locator("pre.text")).to_contain_text("shared")
+    held = page.get_by_role("region", name="Stretch", exact=True).locator("li", has_text="hold all of it on gpu now")
+    expect(held).to_contain_text("2 pods")
 
 
 def test_what_if_is_what_the_command_line_says(running: Running) -> None:
@@ -332,7 +337,7 @@ def test_a_bad_question_is_answered_with_what_is_wrong(running: Running) -> None
         ("dead-letters?since=soon", None),
         ("diff?first=latest&second=earliest", None),
         ("diff?second=-1h", None),
-        ("text?key=abc", None),
+        ("stretch?key=abc", None),
         ("ask", {"model": "sim-model", "prompt": "x", "at": "soon"}),
         ("decisions?after=x", None),
     ):

@@ -83,3 +83,15 @@ def test_saved_tokens_are_what_was_predicted_inside_a_stretch() -> None:
     log.apply(decided("two", [1, 2, 4], predicted=1))
     ((node,), _) = prefixes(log.since(0), "")
     assert (node.blocks, node.asked, node.saved_tokens) == (2, 2, (2 + 1) * 16)
+
+
+def test_a_bounded_tree_leaves_out_what_is_asked_for_least() -> None:
+    """However many stretches one prefix branches into, a prefix that is asked for more often than these is there."""
+    log = DecisionLog(10_000)
+    for number in range(1_000):
+        log.apply(decided(f"many-{number}", [1, 10 + number // 2]))
+    for number in range(3):
+        log.apply(decided(f"other-{number}", [2]))
+    tree, _ = prefixes(log.since(0), "m")
+    assert [node.asked for node in tree] == [1_000, 3]
+    assert {node.asked for node in tree[0].children} == {2}

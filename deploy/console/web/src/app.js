@@ -30,10 +30,10 @@ function App() {
 }
 
 function Access() {
-  return html`<details class="access"><summary>Access</summary>
+  return html`<details class="access"><summary>Access</summary><form onSubmit=${(event) => event.preventDefault()}>
     <label>Scorer token <input type="password" autocomplete="off" onInput=${(event) => setToken("scorer", event.target.value)} /><small>where the scorer asks for one: what you see is what it may</small></label>
     <label>Cache salt <input autocomplete="off" onInput=${(event) => setToken("salt", event.target.value)} /><small>of a tenant, whose requests are then shown alone</small></label>
-  </details>`;
+  </form></details>`;
 }
 
 function Unlock({ done }) {

@@ -4,7 +4,7 @@ import { useState } from "preact/hooks";
 import { call, query } from "./api.js";
 import { Blocks, Costs, Scores } from "./answer.js";
 import { Moments, textOf } from "./moments.js";
-import { clock, Problem, show, signed, Table } from "./parts.js";
+import { clock, Problem, show, signed, Table, usePoll } from "./parts.js";
 
 function bodyOf(text, model) {
   const trimmed = text.trim();
@@ -40,10 +40,13 @@ export function Ask() {
     setBusy(false);
   }
   const { now, past } = state;
+  const { data: picture } = usePoll(() => call("picture"), 0, []);
+  const models = picture ? [...new Set(picture.pods.map((pod) => pod.model).filter(Boolean))].sort() : [];
   const newer = past[1] ? { title: clock(past[1].at), answer: past[1].answer } : now && { title: "now", answer: { scores: now.score.scores, blocks: now.explain ? now.explain.blocks : [] } };
   return html`<h2>Ask</h2>
     <form onSubmit=${ask}>
-      <label>Model <input name="model" value=${model} onInput=${(event) => setModel(event.target.value)} /><small>as clients spell it; a request body may name it itself</small></label>
+      <label>Model <input name="model" list="models" placeholder=${models[0] || ""} value=${model} onInput=${(event) => setModel(event.target.value)} /><small>as clients spell it; a request body may name it itself</small></label>
+      <datalist id="models">${models.map((name) => html`<option value=${name}></option>`)}</datalist>
       <label>Prompt <textarea name="prompt" value=${text} onInput=${(event) => setText(event.target.value)}></textarea><small>text, a list of chat messages, a list of token ids, or a request body as JSON</small></label>
       <${Moments} moments=${moments} set=${setMoments} />
       <button class="do" disabled=${busy}>${busy ? "Asking …" : "Ask"}</button>

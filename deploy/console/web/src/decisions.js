@@ -24,7 +24,7 @@ export function Decisions() {
       last.current.number = Math.max(last.current.number, row.number);
     }
     while (known.current.size > MOST) known.current.delete(known.current.keys().next().value);
-    return { rows: [...known.current.values()].reverse(), unreadable: answer.unreadable };
+    return { rows: [...known.current.values()].sort((a, b) => b.decided_ms - a.decided_ms || b.number - a.number), unreadable: answer.unreadable };
   }, 1, []);
   const rows = data ? data.rows : [];
   const wanted = filter.toLowerCase();

@@ -1,50 +1,81 @@
-// Prefix heat: the prefixes that recent requests share, as a tree; from the decisions that routers report.
+// Prefix heat: the prefixes that recent requests share, as an icicle; from the decisions that routers report.
 import { html } from "htm/preact";
 import { useState } from "preact/hooks";
 import { call, query } from "./api.js";
-import { Figures, Problem, show, usePoll } from "./parts.js";
+import { Figures, Problem, show, Table, usePoll } from "./parts.js";
 
-const saved = (node) => node.saved_tokens + node.children.reduce((sum, child) => sum + saved(child), 0);
+const HEATS = 5;
+const LISTED = 50;
+// What is narrower than this share of the width is left to the table, or has no room for words.
+const NARROWEST = 0.006;
+const WORDED = 0.08;
+
+const flat = (nodes) => nodes.flatMap((node) => [node, ...flat(node.children)]);
+const part = (node) => `blocks ${node.first}–${node.first + node.blocks - 1}`;
+const said = (node) => `${part(node)}: asked ${node.asked} times, ${show(node.saved_tokens)} tokens of prefill saved`;
+const pods = (count) => `${show(count)} ${count === 1 ? "pod" : "pods"}`;
 
 export function Prefixes() {
   const [minutes, setMinutes] = useState(15);
+  const [chosen, choose] = useState("");
   const { data, problem } = usePoll(() => call(`prefixes?minutes=${minutes}`), 5, [minutes]);
-  const most = data && data.tree.length ? data.tree[0].asked : 1;
+  const tree = data ? data.tree : [];
+  const all = flat(tree).sort((a, b) => b.saved_tokens - a.saved_tokens || b.asked - a.asked);
+  const most = all.length ? all[0].saved_tokens : 0;
+  const one = all.find((node) => node.key === chosen);
   return html`<h2>Shared prefixes</h2>
     <${Problem} error=${problem} />
     <div class="row"><label>Asked in the last <select value=${minutes} onChange=${(event) => setMinutes(Number(event.target.value))}>${[5, 15, 60, 360].map((n) => html`<option value=${n}>${n} minutes</option>`)}</select></label></div>
     ${data ? html`<${Figures} figures=${[
-      ["requests", show(data.requests)],
-      ["of them with a shared prefix", show(data.tree.reduce((sum, node) => sum + node.asked, 0))],
-      ["prefill saved", show(data.tree.reduce((sum, node) => sum + saved(node), 0), "tokens")],
-    ]} />` : null}
-    <p class="note">${data ? `${show(data.requests)} requests with a decision; stretches that at least two of them share` : "reading …"}</p>
-    ${data && data.tree.length === 0 ? html`<p class="note">No prefix is shared. Decisions come from the picker, or from routers through ReportDecision.</p>` : null}
-    ${data ? html`<${Level} nodes=${data.tree} most=${most} minutes=${minutes} top />` : null}`;
+      ["requests with a decision", show(data.requests)],
+      ["of them with a shared prefix", show(tree.reduce((sum, node) => sum + node.asked, 0))],
+      ["prefill saved", show(all.reduce((sum, node) => sum + node.saved_tokens, 0), "tokens")],
+    ]} />` : html`<p class="note">reading …</p>`}
+    ${data && tree.length === 0 ? html`<p class="note">No prefix is shared. Decisions come from the picker, or from routers through ReportDecision.</p>` : null}
+    ${tree.length ? html`<p class="note">From the prompts' beginning downwards: as wide as requests ask for it, as dark as prefill it saved.</p>
+      <div class="scroll" role="group" aria-label="Icicle"><${Level} nodes=${tree} asked=${data.requests} all=${data.requests} most=${most} chosen=${chosen} choose=${choose} /></div>` : null}
+    ${one ? html`<${Stretch} key=${one.key} node=${one} minutes=${minutes} close=${() => choose("")} />` : null}
+    ${all.length ? html`<h3>${all.length > LISTED ? `${LISTED} of ${show(all.length)}` : show(all.length)} stretches, most prefill saved first</h3>
+      <${Table} label="Stretches" rows=${all.slice(0, LISTED)} columns=${[
+        ["Stretch", (node) => html`<button class="link" onClick=${() => choose(node.key)}>${part(node)}</button>`],
+        ["Blocks", (node) => show(node.blocks), { number: true }],
+        ["Asked", (node) => `${show(node.asked)} times`, { number: true }],
+        ["Went to", (node) => pods(Object.keys(node.pods).length), { number: true }],
+        ["Prefill saved", (node) => show(node.saved_tokens, "tokens"), { number: true }],
+      ]} />` : null}`;
 }
 
-function Level({ nodes, most, minutes, top = false }) {
-  return html`<ul class=${top ? "tree top" : "tree"}>${nodes.map((node) => html`<${Stretch} key=${node.key} node=${node} most=${most} minutes=${minutes} />`)}</ul>`;
+function Level({ nodes, asked, all, most, chosen, choose }) {
+  const wide = nodes.filter((node) => node.asked >= NARROWEST * all);
+  const rest = asked - wide.reduce((sum, node) => sum + node.asked, 0);
+  if (wide.length === 0) return null;
+  return html`<ul class="icicle">${wide.map((node) => html`<li key=${node.key} style=${{ flexGrow: node.asked }}>
+      <button class=${`heat-${most ? Math.ceil(HEATS * Math.sqrt(node.saved_tokens / most)) : 0}`} aria-pressed=${node.key === chosen} onClick=${() => choose(node.key)} title=${said(node)} aria-label=${said(node)}>${node.asked >= WORDED * all ? part(node) : ""}</button>
+      <${Level} nodes=${node.children} asked=${node.asked} all=${all} most=${most} chosen=${chosen} choose=${choose} />
+    </li>`)}${rest > 0 ? html`<li key="rest" aria-hidden="true" style=${{ flexGrow: rest }}></li>` : null}</ul>`;
 }
 
-function Stretch({ node, most, minutes }) {
-  const [open, setOpen] = useState(node.first === 0);
-  const [text, setText] = useState(null);
-  const pods = Object.entries(node.pods);
-  const said = `${show(node.blocks)} blocks from block ${node.first}, asked ${node.asked} times, on ${pods.length} pods (${pods.slice(0, 4).map(([pod, n]) => `${pod} ${n}`).join(", ")}${pods.length > 4 ? ", …" : ""}), ${show(node.saved_tokens)} tokens of prefill saved`;
-  async function read() {
-    if (text) return setText(null);
-    setText({ text: "reading the log …" });
+function Stretch({ node, minutes, close }) {
+  const [read, set] = useState(null);
+  async function look() {
+    set({ text: "reading the log …", holders: null });
     try {
-      const found = await query("text", { key: node.text_key, first: node.first, since: `-${2 * minutes}m` });
-      setText(found.text ? found : { text: `not shown: ${found.why}` });
+      const found = await query("stretch", { key: node.key, first: node.first, since: `-${2 * minutes}m` });
+      set({ text: found.text || `not shown: ${found.why}`, holders: found.holders });
     } catch (error) {
-      setText({ text: `not shown: ${error.message}` });
+      set({ text: `not shown: ${error.message}`, holders: null });
     }
   }
-  return html`<li><svg class="bar" aria-hidden="true" width=${Math.max(4, (160 * node.asked) / most)} height="11"></svg>
-    ${node.children.length ? html`<button class="link" aria-expanded=${open} onClick=${() => setOpen(!open)}>${said}</button>` : said}
-    ${" "}<button class="link" aria-expanded=${text !== null} onClick=${read}>text</button>
-    ${text ? html`<pre class="text">${text.text}</pre>` : null}
-    ${open && node.children.length ? html`<${Level} nodes=${node.children} most=${most} minutes=${minutes} />` : null}</li>`;
+  const went = Object.entries(node.pods);
+  const tiers = read && read.holders ? Object.entries(read.holders) : [];
+  return html`<section aria-label="Stretch"><h3>${part(node)} <button class="link" onClick=${close}>close</button></h3>
+    <${Figures} figures=${[
+      ["blocks", show(node.blocks)],
+      ["asked", `${show(node.asked)} times`],
+      ["prefill saved", show(node.saved_tokens, "tokens")],
+      ...tiers.map(([tier, count]) => [`hold all of it on ${tier} now`, pods(count)]),
+    ]} />
+    <p class="note">Requests went to ${went.slice(0, 12).map(([pod, n]) => `${pod} (${show(n)})`).join(", ")}${went.length > 12 ? ` and ${went.length - 12} more` : ""}.</p>
+    ${read ? html`<pre class="text" tabindex="0">${read.text}</pre>` : html`<p><button class="do" onClick=${look}>Its text, and who holds it now</button></p>`}
+  </section>`;
 }
