@@ -2,7 +2,8 @@
 
 Cases: ``grpc-N`` asks the scorer inside the worker (no hop) with N token ids, ``packed`` as bytes and ``repeated`` as
 the field of numbers; ``hop-8192`` a scorer in a process of its own; ``inprocess-8192`` leaves gRPC out;
-``load-460`` asks 460 times a second while block updates are ingested. All pods hold all of the prompt.
+``load-460`` asks 460 times a second while block updates are ingested; ``load-overload`` asks twice as often as callers
+can who wait for their answers. All pods hold all of the prompt.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import grpc
 
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.bench import _rig, _serving
+from kvatlas.deploy.bench._overload import overloaded
 from kvatlas.deploy.bench._score_load import under_load
 from kvatlas.deploy.processes.colocated import ScoringWorker
 from kvatlas.scorer.options import ScorerSettings
@@ -31,7 +33,7 @@ from kvatlas.streams.options import WorkerSettings
 HELP: Final = "milliseconds per score: gRPC, with a hop, in process, beside an empty call; and under load"
 
 _SIZES: Final = (8_192, 32_768, 131_072)
-_CASES: Final = ("grpc", "repeated", "hop", "inprocess", "load")
+_CASES: Final = ("grpc", "repeated", "hop", "inprocess", "load", "overload")
 _WARM_CALLS: Final = 30
 _READY_SECONDS: Final = 120.0
 
@@ -43,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", action="append", choices=_CASES, help="these alone, repeatable")
     parser.add_argument("--rate", type=float, default=460.0, help="requests/s of the load case")
     parser.add_argument("--updates", type=int, default=20_000, help="block updates/s of the load case")
+    parser.add_argument("--overload-seconds", type=float, default=8.0, help="length of each part of the overload case")
     parser.add_argument("--seconds", type=float, default=60.0, help="length of the load case")
 
 
@@ -61,6 +64,8 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 command = ("scorer", "--listen=127.0.0.1:0", *_serving.flags(kafka))
                 with _serving.Service(folder / "scorer.log", *command) as apart:
                     yield _compared("hop-8192", apart.ready()["scorer"], _SIZES[0], args.calls)
+            if "overload" in cases:
+                yield from overloaded(addresses["scorer"], args.overload_seconds)
             if "load" in cases:
                 yield from under_load(kafka, addresses["scorer"], load, beside, args)
         if "inprocess" in cases:
