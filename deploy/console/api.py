@@ -34,6 +34,8 @@ _LOOK_SECONDS: Final = 1.0
 _ROWS: Final = 500
 _POLICIES: Final = 8
 _TEXT: Final = 2_000
+#: States of a holder that an event says is there.
+_HELD: Final = ("live", "suspect")
 _MINUTE_NS: Final = 60 * 1_000_000_000
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -276,7 +278,7 @@ def _holders(told: pb.ExplainResponse) -> dict[str, int]:
     whole = {pod for pod, score in told.scored.scores.items() if score.matched_blocks == len(told.blocks)}
     best: dict[str, set[str]] = {}
     for holder in told.blocks[-1].holders:
-        if holder.pod in whole:
+        if holder.pod in whole and holder.state in _HELD:
             best.setdefault(holder.tier, set()).add(holder.pod)
     return {tier: len(pods) for tier, pods in best.items()}
 

@@ -348,8 +348,11 @@ def test_a_bad_question_is_answered_with_what_is_wrong(running: Running) -> None
         assert "script-src 'self'" in caught.value.headers["content-security-policy"]
 
 
-def test_the_demonstration_is_kept_with_its_console(tmp_path: Path) -> None:
-    """`kvatlas demo --keep --console` prints the page's address; requests go where picks send them; SIGTERM ends it."""
+def test_the_demonstration_is_kept_with_its_console(tmp_path: Path, browser: Browser) -> None:
+    """`kvatlas demo --keep --console` prints the page's address; requests go where picks send them; SIGTERM ends it.
+
+    Its pictures are those of docs/console.md.
+    """
     words = ["demo", "--keep", "--console", "--seconds=1", "--prompts=2", f"--state-dir={tmp_path}"]
     with subprocess.Popen([sys.executable, "-m", "kvatlas.deploy", *words], stdout=subprocess.PIPE, text=True) as demo:
         assert demo.stdout is not None
@@ -363,6 +366,12 @@ def test_the_demonstration_is_kept_with_its_console(tmp_path: Path) -> None:
                     return not json.load(answer)["rows"]
 
             assert not eventually(idle)
+            page = browser.new_page(viewport={"width": 1280, "height": 800})
+            for view in ("fleet", "prefixes", "decisions"):
+                page.goto(f"{address[1]}#{view}")
+                expect(page.locator("tbody button").nth(7)).to_be_attached()
+                page.screenshot(path=Path(PICTURES or tmp_path) / f"console-demo-{view}.png")
+            page.close()
             demo.send_signal(signal.SIGTERM)
             assert demo.wait(90) == 0
             assert "kvatlas demo: ok" in demo.stdout.read()

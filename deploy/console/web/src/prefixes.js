@@ -7,7 +7,7 @@ import { Figures, Problem, show, Table, usePoll } from "./parts.js";
 const HEATS = 5;
 const LISTED = 50;
 // What is narrower than this share of the width is left to the table, or has no room for words.
-const NARROWEST = 0.006;
+const NARROWEST = 0.002;
 const WORDED = 0.08;
 
 const flat = (nodes) => nodes.flatMap((node) => [node, ...flat(node.children)]);
