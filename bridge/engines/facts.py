@@ -76,7 +76,7 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     page: str = ""
 
 
-def vllm_facts(url: str, *, sources: Any, models: Any, version: Any, metrics: str) -> EngineFacts:
+def vllm_facts(url: str, *, sources: Any, models: Any, version: Any, metrics: str, info: Any = None) -> EngineFacts:
     """Read the answers of a vLLM server; None stands for an endpoint that it does not have.
 
     Args:
@@ -85,6 +85,7 @@ def vllm_facts(url: str, *, sources: Any, models: Any, version: Any, metrics: st
         models: of ``/v1/models``.
         version: of ``/version``.
         metrics: of ``/metrics``, as text.
+        info: of ``/server_info`` in JSON, which only its development mode has.
     """
     found = []
     for rank, config in sorted(sources.items(), key=lambda item: str(item[0])) if isinstance(sources, dict) else ():
@@ -108,7 +109,7 @@ def vllm_facts(url: str, *, sources: Any, models: Any, version: Any, metrics: st
         knows_sources=isinstance(sources, dict),
         block_size_tokens=int(size) if size is not None else None,
         prefix_caching={"True": True, "False": False}.get(cache.get("enable_prefix_caching", "")),
-        speculation="on" if _DRAFTS.search(metrics) else "",
+        speculation=_method(info) or ("on" if _DRAFTS.search(metrics) else ""),
         page=metrics,
     )
 
@@ -148,6 +149,15 @@ def sglang_facts(url: str, *, info: Mapping[str, Any], models: Any, metrics: str
         speculation=_text(info, "speculative_algorithm"),
         page=metrics,
     )
+
+
+def _method(info: Any) -> str:
+    """Return vLLM's method of speculative decoding; ``on`` where it keeps the last matched block against its rule."""
+    config = info.get("vllm_config") if isinstance(info, dict) else None
+    speculative = config.get("speculative_config") if isinstance(config, dict) else None
+    if not isinstance(speculative, dict):
+        return ""
+    return "on" if speculative.get("disable_eagle_block_drop") is True else _text(speculative, "method") or "on"
 
 
 def _sources(host: str, events: Mapping[str, Any]) -> list[EventSource]:

@@ -16,12 +16,12 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from kvatlas.bridge.engines.facts import EngineFacts, sglang_facts, vllm_facts
-from kvatlas.bridge.engines.spec import EngineSpec, engine_specs, split_spec
+from kvatlas.bridge.engines.spec import HTTP_OPTIONS, EngineSpec, computes_again, engine_specs, split_spec
 from kvatlas.bridge.errors import SettingsError, UnresolvedError
 
-#: Names that an HTTP spec may give beside its address.
-HTTP_OPTIONS: Final = ("pod", "model", "store", "announcements", "blocks_per_chunk")
 TIMEOUT_SECONDS: Final = 3.0
+#: SGLang's, and vLLM's in its development mode, of another shape.
+_SERVER_INFO: Final = "/server_info?config_format=json"
 _ANSWER_BYTES: Final = 8 * 1024 * 1024
 #: Of their own: engines that hang, of which there may be many, keep no thread from anything else.
 _THREADS: Final = ThreadPoolExecutor(64, "engine-http")
@@ -87,7 +87,8 @@ def specs_of(facts: EngineFacts, options: dict[str, str]) -> list[EngineSpec]:
     """
     pod = options.get("pod") or facts.url.partition("://")[2]
     model = options.get("model") or (facts.models[0] if facts.models else "")
-    kept = {name: value for name, value in options.items() if name not in ("pod", "model")}
+    told = {"speculation": facts.speculation} if computes_again(facts.engine, facts.speculation) else {}
+    kept = told | {name: value for name, value in options.items() if name not in ("pod", "model")}
     found = []
     for source in facts.sources:
         (spec,) = engine_specs(
@@ -109,7 +110,7 @@ async def ask_engine(url: str, timeout_seconds: float = TIMEOUT_SECONDS, *, figu
     Raises:
         UnresolvedError: nothing there answers as vLLM or SGLang do.
     """
-    paths = ["/server_info", "/get_server_info", "/v1/models", "/version", "/kv_event_sources"]
+    paths = [_SERVER_INFO, "/get_server_info", "/v1/models", "/version", "/kv_event_sources"]
     if figures:
         paths.append("/metrics")
     async with asyncio.TaskGroup() as group:
@@ -119,9 +120,8 @@ async def ask_engine(url: str, timeout_seconds: float = TIMEOUT_SECONDS, *, figu
     page = metrics.decode(errors="replace") if isinstance(metrics, bytes) else ""
     errors = [answer for answer in answers.values() if isinstance(answer, Exception)]
     models = _json(answers["/v1/models"])
-    for path in ("/server_info", "/get_server_info"):
+    for path in (_SERVER_INFO, "/get_server_info"):
         info = _json(answers[path])
-        # vLLM has a /server_info of its own in its development mode, of another shape.
         if isinstance(info, dict) and ("page_size" in info or "kv_events" in info):
             return sglang_facts(url, info=info, models=models, metrics=page)
     if len(errors) == len(answers) or models is None:
@@ -132,6 +132,7 @@ async def ask_engine(url: str, timeout_seconds: float = TIMEOUT_SECONDS, *, figu
         sources=_json(answers["/kv_event_sources"]),
         models=models,
         version=_json(answers["/version"]),
+        info=_json(answers[_SERVER_INFO]),
         metrics=page,
     )
 

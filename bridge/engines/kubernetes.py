@@ -2,8 +2,8 @@
 
 A pod is taken once it is ready, and kept while it runs: an engine that fails its readiness for a while still has its
 cache. Annotations of a pod (prefix ``kvatlas.io/`` by default) say what an endpoint spec says: ``port``,
-``replay-port``, ``model``, ``engine``, ``dp``, ``store``, ``announcements``, ``blocks-per-chunk``. With ``http-port``
-the engine is asked there where it publishes, as one listed by its HTTP address is; its answer says the rest.
+``replay-port``, ``model``, ``engine``, ``dp``, ``store``, ``announcements``, ``blocks-per-chunk``, ``speculation``. With
+``http-port`` the engine is asked there where it publishes, as one listed by its HTTP address is; its answer says the rest.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kvatlas.bridge.options import BridgeSettings
 
 #: What annotations of pods begin with.
 _ANNOTATIONS: Final = "kvatlas.io/"
-_OPTIONS: Final = ("model", "engine", "dp", "store", "announcements", "blocks-per-chunk")
+_OPTIONS: Final = ("model", "engine", "dp", "store", "announcements", "blocks-per-chunk", "speculation")
 
 log = logging.getLogger(__name__)
 

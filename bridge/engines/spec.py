@@ -10,6 +10,8 @@ from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.model import topics
 from kvatlas.bridge.model.adapters import ADAPTERS
 
+#: Speculative decoding by which vLLM computes the last block that it matched again, beside all that ends in ``mtp``.
+_DROPPING: Final = ("eagle", "eagle3", "dflash", "dspark")
 #: What an engine's announcements mean, see ``announcements`` of :class:`EngineSpec`.
 ANNOUNCEMENTS: Final = ("auto", "copies", "presence")
 _CHUNK_MAX: Final = 65_536
@@ -32,6 +34,8 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
             its own; empty for the deployment's default.
         blocks_per_chunk: engine blocks that its offload tier stores and loads as one, for engines whose events name a
             chunk by one key without saying so; 0 where the events say it.
+        speculation: the engine's method of speculative decoding, ``method`` of vLLM's ``--speculative-config``; empty
+            for none.
     """
 
     live: str
@@ -44,6 +48,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     store: str = ""
     announcements: str = ""
     blocks_per_chunk: int = 0
+    speculation: str = ""
     bound: bool = False
 
     def replace(self, **changes: Any) -> EngineSpec:
@@ -61,6 +66,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
             topics.H_STORE: self.store,
             topics.H_ANNOUNCEMENTS: self.announcements,
             topics.H_BLOCKS_PER_CHUNK: str(self.blocks_per_chunk) if self.blocks_per_chunk else "",
+            topics.H_COMPUTES_AGAIN: "1" if computes_again(self.engine, self.speculation) else "",
         }
         return [(name, value.encode()) for name, value in told.items() if value]
 
@@ -68,6 +74,14 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     def fallback_pod(self) -> str:
         """Pod name when neither topic nor spec says one: the address without its scheme."""
         return self.pod or self.live.partition("://")[2]
+
+
+def computes_again(engine: str, method: str) -> bool:
+    """Tell whether an engine computes the last block that it matched again, for what its drafts are made from.
+
+    SGLang says in its events what speculation changes.
+    """
+    return engine == "vllm" and (method.lower() in _DROPPING or method.lower().endswith("mtp"))
 
 
 def parse_engine(text: str) -> list[EngineSpec]:
@@ -125,8 +139,11 @@ def split_spec(text: str, names: tuple[str, ...]) -> tuple[list[str], dict[str, 
     return addresses, options
 
 
-_OPTIONS: Final = ("pod", "model", "engine", "dp", "store", "announcements", "blocks_per_chunk")
-_BIND_OPTIONS: Final = ("model", "engine", "store", "announcements", "blocks_per_chunk", "replay_port")
+#: What holds for an engine whichever way it is found.
+_COMMON: Final = ("model", "store", "announcements", "blocks_per_chunk", "speculation")
+HTTP_OPTIONS: Final = ("pod", *_COMMON)
+_BIND_OPTIONS: Final = ("engine", "replay_port", *_COMMON)
+_OPTIONS: Final = ("pod", "engine", "dp", *_COMMON)
 
 
 def engine_specs(where: str, live: str, replay: str, options: dict[str, str]) -> list[EngineSpec]:
@@ -178,6 +195,7 @@ def engine_specs(where: str, live: str, replay: str, options: dict[str, str]) ->
             store=options.get("store", ""),
             announcements=announcements,
             blocks_per_chunk=int(chunk),
+            speculation=options.get("speculation", ""),
         )
         for rank in range(int(ranks))
     ]

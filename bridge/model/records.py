@@ -84,6 +84,7 @@ class PodRecord(msgspec.Struct, frozen=True, kw_only=True):
         load: what the pod reports of itself, by name (running and waiting requests, ...).
         updated_ns: the writer's wall clock in ns.
         adapters: adapters (LoRA) that the pod's events have named.
+        computes_again: the engine computes the last block that it matched again (vLLM with EAGLE or MTP).
         serves: of a cache server: the pods that load from it, each with all its ranks.
         heard_from: first sequence from which on nothing of the engine's stream is missing; -1 where nobody says.
     """
@@ -118,6 +119,7 @@ class PodRecord(msgspec.Struct, frozen=True, kw_only=True):
     load: dict[str, float] = {}
     updated_ns: Nanoseconds = 0
     adapters: list[str] = []
+    computes_again: bool = False
     heard_from: Sequence = -1
     serves: list[str] = []
 

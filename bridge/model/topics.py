@@ -86,6 +86,7 @@ H_ANNOUNCEMENTS: Final = "announcements"  # auto | copies | presence; absent for
 H_BLOCKS_PER_CHUNK: Final = (
     "blocks_per_chunk"  # decimal text, engine blocks in an offload chunk; absent where events say it
 )
+H_COMPUTES_AGAIN: Final = "computes_again"  # 1: the engine computes the last block that it matched again
 H_REASON: Final = "reason"  # DLQ: why
 H_ORIGIN: Final = "origin"  # DLQ: topic/partition/offset it came from, or the endpoint
 SOURCE_LIVE: Final = "live"

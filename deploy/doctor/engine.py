@@ -92,6 +92,7 @@ class EngineSeen(msgspec.Struct):
     Attributes:
         error: why its API did not answer, empty where it did.
         probed: whether it has computed a prompt of whole blocks while its sockets were listened to.
+        over_tokens: of the probe, how many tokens fewer were cached than predicted; None where that is not known.
     """
 
     url: str
@@ -99,6 +100,7 @@ class EngineSeen(msgspec.Struct):
     error: str = ""
     sources: list[SourceSeen] = []
     probed: bool = False
+    over_tokens: int | None = None
 
 
 @asynccontextmanager

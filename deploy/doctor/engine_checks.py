@@ -95,8 +95,10 @@ def _of_speculation(seen: EngineSeen, facts: EngineFacts) -> list[Finding]:
     if not method:
         return [Finding("speculation", url, "ok", "none")]
     if facts.engine != SGLANG:
-        said = "it is on; with EAGLE or MTP the last matched block is computed again"
-        return [Finding("speculation", url, "warn", said)]
+        if seen.over_tokens is None:
+            return [Finding("speculation", url, "skip", f"{method}; what it costs a match was not seen")]
+        said = f"{method}, {max(seen.over_tokens, 0)} tokens fewer than predicted were cached"
+        return [Finding("speculation", url, "warn" if seen.over_tokens > 0 else "ok", said)]
     plain = sum(source.plain for source in seen.sources)
     if method.upper() in _PAIRING and plain:
         return [Finding("speculation", url, "warn", f"{method}, but {plain} stores name no pairs of tokens")]

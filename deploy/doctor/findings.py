@@ -54,7 +54,8 @@ CHECKS: Final[Mapping[str, Check]] = {
         "engine",
         "the live socket can be reached",
         "no event arrives",
-        "open the port of `endpoint` between engine and bridge; in Kubernetes name it in the pod's ports",
+        "open the port of `endpoint` between engine and bridge; in Kubernetes name it in the pod's ports. vLLM listens "
+        "only where the host of `endpoint` is `*` or `::`; with another it connects, to a bridge that binds (`--bind`)",
     ),
     "replay": Check(
         "engine",
@@ -124,10 +125,11 @@ CHECKS: Final[Mapping[str, Check]] = {
     ),
     "speculation": Check(
         "engine",
-        "speculative decoding leaves matches as they are, or events say what it changes",
-        "up to one block less is cached than is predicted",
-        "allow for a block where predictions are compared with cached tokens; n-gram methods of vLLM cost none. In "
-        "SGLang look for `token_ids` of pairs in the events: a build that sends none keys its cache otherwise",
+        "predictions count what speculative decoding costs a match",
+        "a block less is cached than is predicted",
+        "vLLM with EAGLE or MTP computes the last block that it matched again: give the endpoint `speculation=METHOD` "
+        "(an engine in development mode tells it by itself, given as `http://`). In SGLang look for `token_ids` of "
+        "pairs in the events: a build that sends none keys its cache otherwise",
     ),
     "hybrid": Check(
         "engine",

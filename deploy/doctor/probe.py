@@ -53,6 +53,8 @@ async def check_probe(
         return [*found, Finding("probe", url, "fail", str(error))]
     if predicted:
         found += [await _spelt(url, other, text, client) for other in others]
+    if cached is not None:
+        seen.over_tokens = predicted - cached
     spare = size if facts.speculation else 0
     return [*found, *judge(url, predicted, cached, count, spare)]
 

@@ -16,7 +16,7 @@ from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.history.log import LogReader
 from kvatlas.deploy.history.moment import EARLIEST, LATEST, Moment
 from kvatlas.deploy.history.rebuild import PastIndex, rebuild
-from kvatlas.deploy.history.verdict import Verdict, judge, keys_of, leading
+from kvatlas.deploy.history.verdict import Verdict, computed_again, judge, keys_of, leading
 from kvatlas.streams.resolve.resolver import ResolveOptions
 
 SERVED: Final = (
@@ -88,6 +88,7 @@ async def tell(
     found = await find(reader, request_id)
     decision = found.decision
     held: list[dict[str, int]] = []
+    again: dict[str, int] = {}
     for moment_ns in (decision.decided_ns, decision.decided_ns + int(after_seconds * 1e9)):
         with tempfile.TemporaryDirectory(prefix="kvatlas-why-") as folder:
             past = await rebuild(
@@ -102,9 +103,10 @@ async def tell(
             )
             if not held:
                 began(past)
+                again = computed_again(past)
             held.append(await leading(past, decision))
             past.close(keep=False)
-    return Story(found, judge(decision, *held))
+    return Story(found, judge(decision, held[0], held[1], again))
 
 
 async def find(reader: LogReader, request_id: str) -> Found:

@@ -42,21 +42,35 @@ async def leading(past: PastIndex, decision: records.DecisionRecord) -> dict[str
     return {pod.name: 0 for pod in view.fleet.pods} | {match.pod.name: match.blocks for match in steps.matches()}
 
 
-def judge(decision: records.DecisionRecord, before: Mapping[str, int], after: Mapping[str, int]) -> Verdict:
+def computed_again(past: PastIndex) -> dict[str, int]:
+    """Return, per pod that decodes speculatively, how many blocks at the end of a match it computes again."""
+    return {pod.name: pod.again_blocks for pod in view_of(past).fleet.pods if pod.again_blocks}
+
+
+def judge(
+    decision: records.DecisionRecord,
+    before: Mapping[str, int],
+    after: Mapping[str, int],
+    again: Mapping[str, int] | None = None,
+) -> Verdict:
     """Compare a decision with what the log shows.
 
     Args:
         decision: as it was recorded.
         before: pod -> leading blocks held when it was made.
         after: pod -> leading blocks held at the later moment.
+        again: pod -> blocks at the end of a match that it computes again.
     """
     held, later = before.get(decision.pod, 0), after.get(decision.pod, 0)
     best_pod = max(before, key=lambda name: (before[name], name == decision.pod), default="")
     best = before.get(best_pod, 0)
     total = len(decision.keys) // block_key.KEY_BYTES
     reasons = []
-    if best < total:
-        reasons.append(f"never cached: {total - best} of {total} blocks were on no pod")
+    spent = min((again or {}).get(best_pod, 0), total - best) if best else 0
+    if best + spent < total:
+        reasons.append(f"never cached: {total - best - spent} of {total} blocks were on no pod")
+    if spent:
+        reasons.append(f"speculation: {best_pod} computes the last {spent} of the blocks that it holds again")
     if best > held:
         reasons.append(f"routing: {best_pod} held {best - held} blocks more than {decision.pod}")
     if decision.predicted_blocks > held:

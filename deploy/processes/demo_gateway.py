@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from kvatlas.bridge.errors import KvatlasError
+from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.gateway.config import GatewayOptions, document
 from kvatlas.deploy.gateway.envoy import Envoy
 from kvatlas.deploy.gateway.tiny_tokenizer import text, write_tokenizer
@@ -83,6 +84,21 @@ class Turn(NamedTuple):
     def stayed(self) -> bool:
         """Whether a later turn went to the pod that holds the earlier ones."""
         return not self.before or self.before == self.answer.pod
+
+
+class Places(NamedTuple):
+    """Where the parts are, for others to look at.
+
+    Attributes:
+        engines: URLs of the engines' APIs.
+        kafka: how to reach Kafka.
+        scorer, picker_metrics: host:port.
+    """
+
+    engines: list[str]
+    kafka: KafkaSettings
+    scorer: str
+    picker_metrics: str
 
 
 class DemoGateway:
@@ -158,7 +174,7 @@ class DemoGateway:
         assert self._launcher is not None
         given: PickerSettings = self._sections["picker"]
         picker = msgspec.structs.replace(
-            given, listen="127.0.0.1:0", endpoints=served.endpoints(), telemetry_listen="", drain_seconds=0.0
+            given, listen="127.0.0.1:0", endpoints=served.endpoints(), telemetry_listen="127.0.0.1:0", drain_seconds=0.0
         )
         scorer = msgspec.structs.replace(self._sections["scorer"], outcome_delay_ms=0.0, telemetry_listen="")
         parts = self._parts = {
@@ -281,6 +297,14 @@ class DemoGateway:
         said, usage = _streamed(data) if stream else _whole(data)
         cached = usage["prompt_tokens_details"]["cached_tokens"]
         return Answer(pod, usage["prompt_tokens"], cached, time.monotonic() - began, said)
+
+    def places(self) -> Places:
+        """Return where everything is, once started."""
+        assert self._launcher is not None
+        assert self._served is not None
+        assert self._picker is not None
+        urls = [f"http://{address}" for address in self._served.addresses.values()]
+        return Places(urls, self._launcher.kafka, self._launcher.scorer, self._picker.child.address("metrics"))
 
     def _pod_at(self, address: str) -> str:
         served = self._served.addresses if self._served is not None else {}

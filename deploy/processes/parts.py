@@ -192,6 +192,6 @@ PARTS: Final[Mapping[str, Part]] = {
     "scorer-with-picker": Part(
         (*_SCORING, "picker"), _scorer_with_picker, _addresses(picker="address", scorer="scorer_address")
     ),
-    "picker": Part((*_SCORING, "picker"), _picker, _addresses(picker="address")),
+    "picker": Part((*_SCORING, "picker"), _picker, _addresses(picker="address", metrics="telemetry_address")),
     "console": Part(("kafka", "log", "console", "worker", "picker"), _console, _addresses(console="address")),
 }

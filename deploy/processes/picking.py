@@ -144,6 +144,11 @@ class ScorerWithPicker(WithPicker):
         """host:port of the scorer's server, empty where it has none."""
         return self._inner.address
 
+    @property
+    def telemetry_address(self) -> str:
+        """host:port of the picker's metrics, empty where there are none."""
+        return self.picker.telemetry_address
+
 
 class WorkerWithPicker(WithPicker):
     """A picker inside a worker that scores; addressed and ready as the worker is.

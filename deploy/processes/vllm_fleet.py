@@ -128,8 +128,9 @@ class VllmFleet:
         told = {
             "enable_kv_cache_events": True,
             "publisher": "zmq",
-            "endpoint": f"tcp://127.0.0.1:{events}",
-            "replay_endpoint": f"tcp://127.0.0.1:{replays}",
+            "endpoint": f"tcp://*:{events}",  # with another host vLLM connects instead of listening
+            "replay_endpoint": f"tcp://*:{replays}",
+            "topic": f"kv@{name}@{self._model}",
         }
         log = (self._folder / f"{name}.log").open("ab")
         self._logs.append(log)

@@ -158,6 +158,11 @@ class PickerService:
         """Pick until ``stop`` is set; a task that ends before ends the service with its error."""
         await self._background.until(stop)
 
+    @property
+    def telemetry_address(self) -> str:
+        """host:port of its metrics, empty where there are none."""
+        return self._telemetry.address
+
     def tell_restarts(self, restarts: Restarts) -> None:
         """Tell on ``/metrics`` and ``/readyz`` how often this process was started again."""
         self._telemetry.tell_restarts(restarts)

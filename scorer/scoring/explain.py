@@ -20,6 +20,9 @@ _WITHOUT_CREDIT: Final = {
 }
 
 
+_AGAIN: Final = "; the engine block before that is computed again, for speculative decoding"
+
+
 def explain(
     scored: Scored,
     keys: Sequence[bytes],
@@ -58,7 +61,8 @@ def explain(
             whole = not usable_only
             limit = pod.usable_blocks(scored.prompt_tokens, scored.block_size_tokens, whole_prompt=whole)
             stopped = stopped_at(pod, values, scene, scored.prompt_tokens, whole_prompt=whole)
-            ends[pod.name] = _end(pod, blocks, scored, stopped, limit=limit, partitioned=partition_count > 0)
+            end = _end(pod, blocks, scored, stopped, limit=limit, partitioned=partition_count > 0)
+            ends[pod.name] = end + _AGAIN if pod.again_blocks else end
     return Explained(scored=scored, blocks=blocks, ends=ends)
 
 
@@ -107,7 +111,7 @@ def _end(
             return f"block {stopped}: {silent} did not answer, so the match may be longer"
         theirs = [holder for holder in block.holders if holder.pod == pod.name]
         return f"block {stopped}: {_why_not(pod, theirs)}"
-    if pod.windows and matched < limit:
+    if pod.windows and matched < limit - pod.again_blocks:
         groups = ", ".join(str(window.group) for window in pod.windows)
         return f"the match ends at block {matched}, the last place where every window (groups {groups}) is filled"
     return f"end of the prompt: all {limit} blocks that count are held"

@@ -68,11 +68,15 @@ class Grade(NamedTuple):
 
 
 class Window(NamedTuple):
-    """One group without full attention; ``blocks`` at the end of a match, or a chunk of ``chunk_tokens``."""
+    """One group without full attention; ``blocks`` at the end of a match, or a chunk of ``chunk_tokens``.
+
+    ``carried`` where the last block alone carries the state.
+    """
 
     group: int
     blocks: int
     chunk_tokens: int
+    carried: bool = False
 
 
 class Pod(NamedTuple):
@@ -87,6 +91,8 @@ class Pod(NamedTuple):
         pairs: the engine's cache is keyed by pairs of tokens, see :func:`kvatlas.bridge.model.block_key.ahead_key`.
         named: blocks that tokens alone name count nothing, see :data:`kvatlas.streams.index.holders.ASSUMED`.
         adapted: adapters are in use, which a cache server's chunks do not name.
+        again_blocks: canonical blocks at the end of a match that the engine computes again, see
+            :mod:`kvatlas.scorer.scoring.walk`.
     """
 
     number: int
@@ -105,6 +111,7 @@ class Pod(NamedTuple):
     pairs: bool = False
     named: bool = False
     adapted: bool = False
+    again_blocks: int = 0
 
     def usable_blocks(self, tokens: int, block_size_tokens: int, *, whole_prompt: bool) -> int:
         """Return how many blocks of a prompt this pod can reuse at most: engines recompute the last token.
@@ -137,7 +144,7 @@ def _pod(index: int, record: PodRecord, block_size_tokens: int) -> Pod:
         if spec.block_size_tokens:
             sizes.add(spec.block_size_tokens)
         if spec.kind == Kind.MAMBA:
-            windows.append(Window(group, 1, 0))
+            windows.append(Window(group, 1, 0, carried=True))
         elif spec.kind == Kind.SLIDING_WINDOW and spec.window_tokens > 0:
             windows.append(Window(group, -(-(spec.window_tokens - 1) // block_size_tokens), 0))
         elif spec.kind == Kind.CHUNKED_LOCAL and spec.window_tokens > 0:
@@ -162,6 +169,7 @@ def _pod(index: int, record: PodRecord, block_size_tokens: int) -> Pod:
         pairs=record.pairs,
         named=record.named,
         adapted=bool(record.adapters),
+        again_blocks=max(1, engine // block_size_tokens) if record.computes_again else 0,
     )
 
 

@@ -23,6 +23,10 @@ The match is the largest ``m`` that satisfies all groups and is a multiple of th
 usable blocks are asked for, it also leaves the prompt's last token to be computed. A sliding window or chunk of unknown
 size counts as full attention: that never over-credits. The tier weight of a block is that of the slowest full-attention
 group; groups without full attention decide only whether the match holds.
+
+An engine that drafts from what its model computed (vLLM with EAGLE or MTP) computes the last block that it found again:
+the match is a block shorter than what it is found by, and a window must hold that block too; the state of a mamba group
+is needed where the match then ends.
 """
 
 from __future__ import annotations
@@ -88,8 +92,8 @@ class _Track:
         self.grades: list[Grade | None] = []
         self.lengths: list[int] = []
         self.held = [0] * len(pod.windows)  # unbroken blocks up to here, per window
-        # The same at every block from ``start`` on, where a chunk that is whole only later makes earlier matches good.
-        self.history = [self.held] if pod.windows and self.chunk > align else []
+        # The same at every block from ``start`` on, where a match ends before the block that makes it good.
+        self.history = [self.held] if pod.windows and (self.chunk > align or pod.again_blocks) else []
         self.start = start
 
     def walk_on(self, cell: Cell | None, start: int, end: int, block_size_tokens: int) -> bool:
@@ -142,10 +146,18 @@ class _Track:
             self.held = [count + 1 if held >> bit & 1 else 0 for bit, count in enumerate(self.held)]
             self.history.append(self.held)
         for match in range(longest, max(self.best, self.start - 1), -self.align):
-            have = self.history[match - self.start]
-            if all(have[bit] >= self._needed(bit, match, block_size_tokens) for bit in range(len(have))):
+            if all(self._filled(bit, match, block_size_tokens) for bit in range(len(self.held))):
                 self.best = match
                 break
+
+    def _filled(self, bit: int, match: int, block_size_tokens: int) -> bool:
+        """Tell whether a window has what a match needs that is found at ``match`` and ends ``again_blocks`` before."""
+        again = self.pod.again_blocks
+        ends = max(match - again - self.start, 0)
+        needed = self._needed(bit, match - again, block_size_tokens)
+        if self.pod.windows[bit].carried:
+            return self.history[ends][bit] >= needed
+        return self.history[match - self.start][bit] >= needed + again
 
     def _needed(self, bit: int, match: int, block_size_tokens: int) -> int:
         """Return how many unbroken blocks before its end a window needs for a match."""
@@ -165,7 +177,8 @@ class _Track:
     def finish(self, block_size_tokens: int) -> Match | None:
         """Return the match, None when there is none."""
         blocks = self.best if self.pod.windows else min(self.matched, self.limit) // self.align * self.align
-        if not blocks:
+        blocks -= self.pod.again_blocks
+        if blocks <= 0:
             return None
         score = 0.0
         tiers: dict[str, int] = {}

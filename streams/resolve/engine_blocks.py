@@ -16,9 +16,8 @@ A tier is its number, and in the upper four bits the slot of the owner of that c
 :attr:`PodState.owners`). With form 1 (plain) the body is the block keys that it covers, 16 bytes each: all there is to
 say when engine blocks end where canonical blocks end. With form 2 (linked) it is the msgpack of a :class:`Link`: the
 block shares canonical blocks with others, waits for its parent, is held, or is masked. The other kinds are the msgpack
-of their structs; all numbers are big-endian.
-
-A tier's epoch is that of the announcement that its count began with; 0 on the shared tier, which outlives epochs.
+of their structs; all numbers are big-endian. A tier's epoch is that of the announcement that its count began with; 0 on
+the shared tier, which outlives epochs.
 """
 
 from __future__ import annotations
@@ -256,7 +255,7 @@ class PodState(msgspec.Struct, array_like=True):
         owners: names of those that own copies of their own, in the order of their slots from 1 on.
         noticed: what was said of the pod in the log, bits of :data:`UNSIZED` and so on.
         reports: events that announced again what was there, for requests that asked for a full report.
-        adapters: adapters (LoRA) that the pod's events have named, the first few hundred.
+        adapters, computes_again: as in :class:`~kvatlas.bridge.model.records.PodRecord`; the first few adapters.
     """
 
     v: int
@@ -294,6 +293,7 @@ class PodState(msgspec.Struct, array_like=True):
     reports: numbers.Count = 0
     noticed: numbers.Count = 0
     adapters: list[str] = []
+    computes_again: bool = False
 
     @property
     def named(self) -> bool:

@@ -31,6 +31,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         store: shared store that the pod mounts, empty for the deployment's default.
         announcements: ``copies`` or ``presence``, empty for the deployment's default.
         blocks_per_chunk: engine blocks in a chunk of the pod's offload tier; 0 where its events say it.
+        computes_again: the engine computes the last block that it matched again.
         partition: ``kv-events`` partition.
         offset: ``kv-events`` offset.
         headers: all headers as received.
@@ -48,6 +49,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     store: str = ""
     announcements: str = ""
     blocks_per_chunk: int = 0
+    computes_again: bool = False
     partition: int = -1
     offset: int = -1
     headers: Mapping[str, bytes] = {}
@@ -90,6 +92,7 @@ def parse_message(
         store=_text(get(topics.H_STORE)),
         announcements=_text(get(topics.H_ANNOUNCEMENTS)),
         blocks_per_chunk=_small(get(topics.H_BLOCKS_PER_CHUNK)),
+        computes_again=get(topics.H_COMPUTES_AGAIN) == b"1",
         partition=partition,
         offset=offset,
         headers=found,

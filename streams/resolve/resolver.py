@@ -184,6 +184,7 @@ class Resolver:
         state.engine = message.engine or state.engine
         state.store = message.store or state.store
         state.blocks_per_chunk = message.blocks_per_chunk
+        state.computes_again = message.computes_again
 
     def _admit(self, part: Slice, message: Message) -> PodSession | None:
         """Return the pod that a message goes on with; None when it was applied before or came too late."""
@@ -390,4 +391,5 @@ def pod_record(state: PodState, now_ns: int) -> records.PodRecord:
         events_offset=state.events_offset,
         updated_ns=now_ns,
         adapters=list(state.adapters),
+        computes_again=state.computes_again,
     )

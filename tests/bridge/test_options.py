@@ -101,6 +101,10 @@ def test_options_of_an_endpoint_become_headers() -> None:
     """What only the endpoint's options say travels with the pod's messages."""
     [spec] = parse_engine("tcp://a:1,announcements=auto,blocks_per_chunk=4,store=s")
     assert dict(spec.headers()) == {"announcements": b"auto", "blocks_per_chunk": b"4", "store": b"s"}
+    [spec] = parse_engine("tcp://a:1,speculation=qwen3_next_mtp")
+    assert dict(spec.headers()) == {"computes_again": b"1"}
+    for other in ("engine=sglang,speculation=EAGLE", "speculation=ngram", "speculation=draft_model", "speculation="):
+        assert parse_engine(f"tcp://a:1,{other}")[0].headers() == []
     for bad in ("x", "-1", "70000"):
         with pytest.raises(SettingsError, match="blocks_per_chunk"):
             parse_engine(f"tcp://a:1,blocks_per_chunk={bad}")

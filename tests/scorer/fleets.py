@@ -115,6 +115,7 @@ def _pod(dice: random.Random, name: str) -> PodRecord:
         approximate=dice.random() < 0.2,
         chunk_tokens=dice.choice((0, 0, 0, 4 * SIZE)),
         named=dice.random() < 0.2,
+        computes_again=dice.random() < 0.2,
     )
 
 

@@ -20,7 +20,7 @@ def fake_engine(answers: Mapping[str, Any]) -> Iterator[str]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self._answer(answers.get(self.path))
+            self._answer(answers.get(self.path.partition("?")[0]))
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -30,6 +30,27 @@ async def test_vllm_tells_sockets_models_and_block_size() -> None:
     assert spec.pod == url.partition("://")[2]
 
 
+@pytest.mark.parametrize(
+    ("speculative", "method", "headers"),
+    [
+        (None, "", []),
+        ({"method": "eagle3"}, "eagle3", [("computes_again", b"1")]),
+        ({"method": "ngram"}, "ngram", []),
+        ({"method": "mtp", "disable_eagle_block_drop": True}, "on", []),
+        ({"method": None}, "on", []),
+    ],
+)
+async def test_vllm_in_development_mode_tells_how_it_speculates(
+    speculative: dict[str, Any] | None, method: str, headers: list[tuple[str, bytes]]
+) -> None:
+    """What it computes again travels with its messages; the endpoint's own option goes before."""
+    info = {"vllm_config": {"speculative_config": speculative}, "vllm_env": {}, "system_env": {}}
+    with fake_engine(vllm(**{"/server_info": info})) as url:
+        assert (await ask_engine(url)).speculation == method
+        assert (await specs_over_http(url))[0].headers() == headers
+        assert (await specs_over_http(f"{url},speculation=none"))[0].headers() == []
+
+
 @pytest.mark.parametrize("case", sorted(GOLDEN))
 async def test_sglang_tells_its_ranks(case: str) -> None:
     """Every recorded form of `kv_events` gives one endpoint per rank, both ports plus the rank."""

@@ -22,13 +22,14 @@ def seen_with(**changes: Any) -> EngineSeen:
     """Return what is seen of an engine in order, changed."""
     source = EventSource(rank=0, live="tcp://h:1", replay="tcp://h:2", topic="kv@p@m")
     facts = {"url": "http://h:8", "engine": "vllm", "version": "0.33.0", "models": ("m",), "sources": (source,)}
+    over = changes.pop("over", None)
     facts |= {"block_size_tokens": 16, "prefix_caching": True, "page": "vllm:num_requests_running 0\n"} | changes.pop(
         "facts", {}
     )
     one = SourceSeen(source, connected=True, replayed=3, sequences=[4, 5, 6], clock_seconds=0.1)
     for name, value in changes.items():
         setattr(one, name, value)
-    return EngineSeen("http://h:8", EngineFacts(**facts), sources=[one])
+    return EngineSeen("http://h:8", EngineFacts(**facts), sources=[one], over_tokens=over)
 
 
 _SPECULATION = ("speculation", "warn")
@@ -52,6 +53,10 @@ _SPECULATION = ("speculation", "warn")
         ({"plain": 3, "facts": {"engine": "sglang", "version": "0.5.23", "speculation": "NGRAM"}}, set()),
         ({"paired": 3, "facts": {"engine": "sglang", "version": "0.5.23", "speculation": "EAGLE"}}, set()),
         ({"facts": {"engine": "sglang", "version": "0.5.23"}}, set()),
+        ({"over": 16, "facts": {"speculation": "mtp"}}, {_SPECULATION}),
+        ({"over": 0, "facts": {"speculation": "mtp"}}, set()),
+        ({"over": 0, "facts": {"speculation": "on"}}, set()),
+        ({"facts": {"speculation": "on"}}, set()),
         ({"facts": {"prefix_caching": None, "block_size_tokens": None}}, set()),
     ],
 )

@@ -185,6 +185,16 @@ async def test_one_thing_that_is_wrong_is_named_alone(world: World, wrong: Wrong
     assert exit_code(found) == (wrong.state == "fail")
 
 
+async def test_speculation_that_predictions_know_of_is_in_order(world: World) -> None:
+    """An engine that computes the last matched block again, and a scorer that says so."""
+    world.recomputed = world.short = BLOCK
+    world.metrics("vllm:num", "vllm:spec_decode_num_drafts_total 1\nvllm:num")
+    with world.examined() as what:
+        found = await examine(what)
+    assert [finding for finding in found if finding.state not in ("ok", "skip")] == []
+    assert [finding.state for finding in found if finding.check == "speculation"] == ["ok"]
+
+
 async def test_a_scorer_that_is_away_is_named_alone(world: World) -> None:
     """Nothing is said of what only it could tell."""
     world.refused = "connection refused"

@@ -39,6 +39,18 @@ def test_every_loss_has_its_reason(
     assert (found.held, found.later) == (before.get("a", 0), after.get("a", 0))
 
 
+def test_blocks_that_speculation_computes_again_are_not_called_uncached() -> None:
+    """The last block that the pod holds is missing from its match, and why is said."""
+    decision = DecisionRecord(request_id="r", pod="a", keys=b"k" * 64, predicted_blocks=3)
+    again = {"a": 1, "b": 1}
+    assert judge(decision, {"a": 3}, {"a": 3}, again).reasons == [
+        "speculation: a computes the last 1 of the blocks that it holds again"
+    ]
+    found = judge(decision, {"a": 2}, {"a": 2}, again).reasons
+    assert found[0] == "never cached: 1 of 4 blocks were on no pod"
+    assert judge(decision, {"a": 0}, {}, again).reasons[0] == "never cached: 4 of 4 blocks were on no pod"
+
+
 KEYS = [bytes([number]) * 16 for number in range(4)]
 
 

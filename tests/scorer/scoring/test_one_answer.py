@@ -93,13 +93,14 @@ def _holds(record: PodRecord, value: bytes, group: int | None, *, gpu: bool | No
     return False
 
 
-def _needed(record: PodRecord, group: int, match: int) -> range:
+def _needed(record: PodRecord, group: int, match: int, found: int) -> range:
+    """Blocks that a group must hold for a match that is found by ``found`` blocks, the last of which may not count."""
     spec = record.groups[group]
     if spec.kind == Kind.MAMBA:
-        return range(match - 1, match)
+        return range(max(match - 1, 0), match)
     if spec.kind == Kind.SLIDING_WINDOW:
-        return range(max(match - math.ceil((spec.window_tokens - 1) / SIZE), 0), match)
-    return range(match * SIZE // spec.window_tokens * spec.window_tokens // SIZE, match)
+        return range(max(match - math.ceil((spec.window_tokens - 1) / SIZE), 0), found)
+    return range(match * SIZE // spec.window_tokens * spec.window_tokens // SIZE, found)
 
 
 def _reach(record: PodRecord, values: list[bytes], full: list[int | None], step: int) -> int:
@@ -128,8 +129,10 @@ def searched(fleet: RandomFleet, record: PodRecord, *, usable_only: bool) -> int
     limit = (max(tokens - 1, 0) // align * align if usable_only else tokens) // SIZE
     step = max(1, align // SIZE)
     reach = _reach(record, values, full, step) if full else len(values)
-    for match in range(min(limit, reach) // step * step, 0, -step):
-        if all(_holds(record, values[n], group) for group in windows for n in _needed(record, group, match)):
+    again = step if record.computes_again else 0
+    for found in range(min(limit, reach) // step * step, 0, -step):
+        match = found - again
+        if all(_holds(record, values[n], group) for group in windows for n in _needed(record, group, match, found)):
             return match
     return 0
 
@@ -214,15 +217,20 @@ def test_explain_gives_the_reason_of_the_match_that_was_scored(dice: random.Rand
     pods = {pod.name: pod for pod in run.view.fleet.pods}
     for name, reason in explained.ends.items():
         matched = run.scored.scores[name].matched_blocks if name in run.scored.scores else 0
+        again = pods[name].again_blocks
+        assert again == 0 or "computed again" in reason
         step = max(1, pods[name].engine_block_tokens // SIZE)
         if reason.startswith("block "):
             stopped = int(reason.split(":")[0].removeprefix("block "))
             assert matched <= stopped
-            assert pods[name].windows or matched > stopped - max(step, pods[name].chunk_blocks)
+            assert pods[name].windows or matched + again > stopped - max(step, pods[name].chunk_blocks)
             assert ("did not answer" in reason) == (not explained.blocks[stopped].answered)
         elif reason.startswith("the match ends at block "):
             assert pods[name].windows
             assert matched == int(reason.split(",")[0].rpartition(" ")[2])
+        elif again:
+            limit = pods[name].usable_blocks(len(fleet.tokens), SIZE, whole_prompt=not usable_only)
+            assert matched == max(limit // step * step - again, 0)
         else:
             limit = pods[name].usable_blocks(len(fleet.tokens), SIZE, whole_prompt=not usable_only)
             assert matched == limit // step * step
