@@ -2,8 +2,8 @@
 
 A pod is taken once it is ready, and kept while it runs: an engine that fails its readiness for a while still has its
 cache. Annotations of a pod (prefix ``kvatlas.io/`` by default) say what an endpoint spec says: ``port``,
-``replay-port``, ``model``, ``engine``, ``dp``, ``store``, ``announcements``, ``blocks-per-chunk``, ``speculation``. With
-``http-port`` the engine is asked there where it publishes, as one listed by its HTTP address is; its answer says the rest.
+``replay-port``, ``model``, ``engine``, ``dp``, ``store``, ``announcements``, ``blocks-per-chunk``, ``speculation``.
+With ``http-port`` the engine is asked where it publishes, as one listed by its HTTP address is; it says the rest.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from kvatlas.bridge.engines.http import HTTP_OPTIONS, parse_http
+from kvatlas.bridge.engines.http import parse_http
 from kvatlas.bridge.engines.kubernetes_watch import PodWatcher, api_client, is_ready, uid_of
-from kvatlas.bridge.engines.spec import EngineSpec, engine_specs
+from kvatlas.bridge.engines.spec import HTTP_OPTIONS, EngineSpec, engine_specs
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.options import BridgeSettings
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from kvatlas.bridge.model.block_key import KEY_BYTES, block_keys, pack_tokens, partition_of, root_key
 from kvatlas.bridge.model.events import Kind, Tier
 from kvatlas.bridge.model.pod_ids import pod_ref, store_ref
@@ -53,6 +55,11 @@ class RandomFleet:
             at += run
         self.decisions = [self._decision(dice, number) for number in range(dice.randint(0, 2) if guesses else 0)]
         self.silent = {dice.randrange(PARTITIONS)} if silent and dice.random() < 0.3 else set()
+
+    def speculating(self, dice: random.Random) -> RandomFleet:
+        """Let some pods compute the last block that they matched again."""
+        self.pods = [msgspec.structs.replace(pod, computes_again=dice.random() < 0.3) for pod in self.pods]
+        return self
 
     def _decision(self, dice: random.Random, number: int) -> DecisionRecord:
         pod = dice.choice(self.pods)
@@ -115,7 +122,6 @@ def _pod(dice: random.Random, name: str) -> PodRecord:
         approximate=dice.random() < 0.2,
         chunk_tokens=dice.choice((0, 0, 0, 4 * SIZE)),
         named=dice.random() < 0.2,
-        computes_again=dice.random() < 0.2,
     )
 
 

@@ -88,7 +88,7 @@ class Site:
         self.served = ServedFleet(self.fleet, self.tokenizer)
         self.served.start()
         self.picker = self.start_picker("127.0.0.1:0")
-        self.address = self.picker.ready.removeprefix("ready picker=")
+        self.address = self.picker.ready.split()[1].removeprefix("picker=")
         self.envoy = self.start_envoy()
 
     def start_picker(self, listen: str) -> Process:
@@ -194,7 +194,7 @@ async def test_drain_answers_to_the_end(tmp_path: Path) -> None:
         log=tmp_path / "picker.log",
     )
     try:
-        address = (await asyncio.to_thread(lambda: process.ready)).removeprefix("ready picker=")
+        address = (await asyncio.to_thread(lambda: process.ready)).split()[1].removeprefix("picker=")
         async with grpc.aio.insecure_channel(address) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
 

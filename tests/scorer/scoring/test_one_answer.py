@@ -141,7 +141,7 @@ def searched(fleet: RandomFleet, record: PodRecord, *, usable_only: bool) -> int
 @given(dice=st.randoms(use_true_random=False), usable_only=st.booleans())
 def test_matches_are_what_a_search_by_the_rule_finds(dice: random.Random, usable_only: bool) -> None:
     """Groups, windows, stores, guesses, clears and gaps: each pod's match is the longest that the rule allows."""
-    fleet = RandomFleet(dice, silent=False)
+    fleet = RandomFleet(dice, silent=False).speculating(dice)
     run = run_now(scored_by(fleet, usable_only=usable_only))
     expected = {
         record.pod: found
@@ -167,7 +167,7 @@ def run_now(work: Any) -> Any:
 @given(dice=st.randoms(use_true_random=False))
 def test_the_past_scores_as_the_scorer_did(dice: random.Random) -> None:
     """`at score` and `at explain` of the same state give the scorer's scores, holders and reasons."""
-    fleet = RandomFleet(dice, silent=False)
+    fleet = RandomFleet(dice, silent=False).speculating(dice)
     question = ask.Question(tokens=fleet.tokens, cache_salt=fleet.salt or None)
     live: ScoringRun = run_now(scored_by(fleet))
     then = run_now(ask.score(past_of(fleet), MODEL, question))
@@ -187,7 +187,7 @@ def test_the_past_scores_as_the_scorer_did(dice: random.Random) -> None:
 @given(dice=st.randoms(use_true_random=False))
 def test_why_counts_what_the_scorer_counts(dice: random.Random) -> None:
     """For every pod `why` finds the blocks that the scorer matched in the prompt's full blocks."""
-    fleet = RandomFleet(dice, silent=False)
+    fleet = RandomFleet(dice, silent=False).speculating(dice)
     fleet.tokens = fleet.tokens[: len(fleet.keys) * SIZE]
     decision = DecisionRecord(request_id="r", pod="a", model=MODEL, keys=b"".join(fleet.keys), block_size_tokens=SIZE)
     live: ScoringRun = run_now(scored_by(fleet))
@@ -201,7 +201,7 @@ def test_why_counts_what_the_scorer_counts(dice: random.Random) -> None:
 @given(dice=st.randoms(use_true_random=False), usable_only=st.booleans())
 def test_explain_gives_the_reason_of_the_match_that_was_scored(dice: random.Random, usable_only: bool) -> None:
     """A reason names the first block that counts for nothing, or the end; holders are called by the rule."""
-    fleet = RandomFleet(dice)
+    fleet = RandomFleet(dice).speculating(dice)
     run: ScoringRun = run_now(scored_by(fleet, usable_only=usable_only))
     explained = run.explained()
     records = {record.pod: record for record in fleet.pods}
