@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until SIGTERM or Ctrl-C; prints ``ready picker=HOST:PORT metrics=HOST:PORT`` once an endpoint can be picked."""
+    """Serve until SIGTERM or Ctrl-C; prints ``ready picker=HOST:PORT metrics=HOST:PORT`` once a pod can be picked."""
     sections = common.load_sections(args, defaults=DEFAULTS)
     configure_logging(sections["log"], "picker")
     return main.run("picker", sections)
