@@ -31,6 +31,7 @@ SEQUENCE_BYTES: Final = 8
 END_OF_REPLAY: Final = b"\xff" * SEQUENCE_BYTES
 _POLL_MS: Final = 100
 _LINGER_MS: Final = 500
+_COUNT_EACH: Final = 1024
 _ARRAY_FIELDS: Final[Mapping[str, tuple[str, ...]]] = {
     "BlockStored": StoredFields.__struct_fields__,
     "BlockRemoved": RemovedFields.__struct_fields__,
@@ -94,7 +95,7 @@ class EnginePublisher:
         self._bare = replay_layout == "bare"
         self._replay_hwm = replay_hwm
         self._buffer: deque[tuple[int, bytes]] = deque(maxlen=buffer_steps)
-        self._sequence = 0
+        self._sequence = self._subscribed = 0
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
@@ -116,7 +117,8 @@ class EnginePublisher:
             return
         self._context = zmq.Context()
         try:
-            self._pub = self._context.socket(zmq.PUB)
+            self._pub = self._context.socket(zmq.XPUB)  # a PUB that tells of subscriptions
+            self._pub.setsockopt(zmq.XPUB_VERBOSE, 1)
             self._pub.set_hwm(self._hwm)
             self.endpoint = _open(self._pub, self.endpoint, bind=self._bind)
             if self.replay_endpoint is not None:
@@ -149,8 +151,22 @@ class EnginePublisher:
             sequence = self._sequence
             self._sequence += 1
             self._buffer.append((sequence, payload))
+            if not sequence % _COUNT_EACH:  # nobody may ever ask, and they are kept until they are read
+                self._count_subscriptions(self._pub)
             self._pub.send_multipart((self._topic, sequence.to_bytes(SEQUENCE_BYTES, "big"), payload))
         return sequence
+
+    @property
+    def subscribed(self) -> int:
+        """How many subscriptions have come since the start: what is published before reaches no subscriber."""
+        with self._lock:
+            if self._pub is not None:
+                self._count_subscriptions(self._pub)
+        return self._subscribed
+
+    def _count_subscriptions(self, pub: zmq.Socket[bytes]) -> None:
+        while pub.get(zmq.EVENTS) & zmq.POLLIN:
+            self._subscribed += pub.recv().startswith(b"\1")
 
     def withhold(self, payload: bytes) -> int:
         """Take a sequence and keep its batch for replay without sending it: a message lost on the way."""

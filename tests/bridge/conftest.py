@@ -107,7 +107,7 @@ class Bridge:
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for something."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(90):
             while not condition():
                 for endpoint in self.endpoints.values():
                     endpoint.retry()

@@ -95,7 +95,7 @@ class Library:
             self._indexer.apply_record(key, value, headers)
 
     def score(self, tokens: Sequence[int], model: str, **options: Any) -> dict[str, Found]:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 90
         while (scored := self._indexer.score_tokens(tokens, model, **options)).partial:
             assert self.read_only  # a mirror says so while a partition is copied
             assert time.monotonic() < deadline
@@ -180,7 +180,7 @@ class Pipeline:
         assert report(60_000).blocks
 
         def end() -> None:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 90
             # The scorer reads its own decisions on the log too: the first may come back after it was taken back.
             while any(score.speculative_blocks for score in self._client.score(model, tokens=tokens).scores.values()):
                 assert time.monotonic() < deadline
@@ -199,7 +199,7 @@ class Follower(Library):
     """The library on what the pipeline writes: a replica of its log, or its mirror."""
 
     def __init__(self, pipeline: Pipeline, make: Callable[[], Indexer], *, read_only: bool) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 90
         while True:
             try:
                 super().__init__(make)

@@ -140,15 +140,16 @@ def score(address: str, requests: Sequence[Mapping[str, Any]], folder: Path, mod
 
 
 def wrong_hits(address: str, engines: Sequence[RecordedEngine], folder: Path) -> list[tuple[str, int, int]]:
-    """Return (pod, recorded hit, matched tokens) of every recorded query that is scored otherwise."""
+    """Return (pod, recorded hit, matched tokens) of every recorded query that is scored otherwise, -1 for in part."""
     asked = [(engine.pod, query) for engine in engines for query in engine.queries]
     requests = [{"tokens": query["tokens"], "cache_salt": query["cache_salt"]} for _, query in asked]
     answers = score(address, requests, folder)
     assert len(answers) == len(asked)
     found = []
     for (pod, query), answer in zip(asked, answers, strict=True):
-        assert not answer["freshness"]["partial"]
-        matched = answer["scores"].get(pod, {}).get("matched_tokens", 0)
+        # A lookup that missed its deadline on a busy machine says so, and is to be asked again.
+        partial = answer["freshness"]["partial"]
+        matched = -1 if partial else answer["scores"].get(pod, {}).get("matched_tokens", 0)
         if matched != query["hit_tokens"]:
             found.append((pod, query["hit_tokens"], matched))
     return found

@@ -61,7 +61,7 @@ class RedisServer:
             flags += ["--appendonly", "yes", "--appendfsync", "always"]
         with (self._folder / "redis.log").open("ab") as log:
             self._process = subprocess.Popen([*self._command, *flags], stdout=log, stderr=log, env=self._environment)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 90
         while time.monotonic() < deadline:
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", self.port)) == 0:

@@ -135,11 +135,23 @@ def assert_true(found: list[PodAudit], pods: int) -> None:
     assert not [pod for pod in found if pod.ghosts or pod.missing or pod.suspect_ghosts], found
 
 
+def lookup_over(channel: Any, keys: list[bytes], *, standby: bool = True) -> Any:
+    """Ask over a connection; to be waited for."""
+    request = pb.LookupRequest(keys=b"".join(keys), partition_count=PARTITIONS, allow_standby=standby)
+    return pb_grpc.BlockIndexStub(channel).Lookup(request)
+
+
 async def lookup(address: str, keys: list[bytes], *, standby: bool = True) -> pb.LookupResponse:
     async with grpc.aio.insecure_channel(address) as channel:
-        return await pb_grpc.BlockIndexStub(channel).Lookup(
-            pb.LookupRequest(keys=b"".join(keys), partition_count=PARTITIONS, allow_standby=standby)
-        )
+        answer: pb.LookupResponse = await lookup_over(channel, keys, standby=standby)
+        return answer
+
+
+def unread_bytes(address: str) -> int:
+    """Bytes that wait in the sockets of a port for its process to read them."""
+    port = f":{int(address.rpartition(':')[2]):04X}"
+    lines = [line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).read_text().splitlines()[1:]]
+    return sum(int(line[4].partition(":")[2], 16) for line in lines if line[1].endswith(port) and line[3] == "01")
 
 
 def roles_in(answer: pb.LookupResponse) -> set[int]:

@@ -78,7 +78,7 @@ async def test_a_killed_bridge_loses_and_doubles_nothing(brokers: str, topic_pre
             await asyncio.sleep(0.5)
     finally:
         process.terminate()
-        assert process.wait(60) == 0
+        assert process.wait(90) == 0
         for engine in engines:
             engine.close()
     assert sorted(found) == [f"pod-{n}" for n in range(_PODS)]

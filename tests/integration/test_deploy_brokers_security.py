@@ -84,7 +84,7 @@ def _allow(node: KafkaNode, user: str, topic: str, *operations: AclOperation) ->
         AclOperation.ANY,
         AclPermissionType.ALLOW,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 90
     while len(admin.describe_acls(named).result(60)) < len(acls):  # the node that decides hears of them a little later
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -69,7 +69,7 @@ class Running:
             for prompt in PROMPTS:
                 for pod in self.engines.addresses:
                     self.send(pod, prompt)
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 90
             while len(client.score("sim-model", prompt=PROMPTS[1]).scores) < 2:
                 assert time.monotonic() < deadline
                 time.sleep(0.1)

@@ -119,7 +119,7 @@ class Load:
                 self.answers[answer.block_size_tokens, tokens, answer.freshness.partial] += 1
             await asyncio.sleep(0.01)
 
-    async def until(self, block_size_tokens: int, timeout: float = 60.0) -> None:
+    async def until(self, block_size_tokens: int, timeout: float = 90.0) -> None:
         """Wait for an answer in blocks of a size."""
         deadline = time.monotonic() + timeout
         seen = self._count(block_size_tokens)

@@ -239,10 +239,11 @@ def test_a_right_that_is_taken_away_ends_the_service(accounts, services, engines
     refused = {"bridge": bridge, "worker": worker}[who]
     accounts.take(who, right)
     try:
-        for number in range(len(engines[0].payloads)):  # one by one: the node hears of the change a little later
+        number, deadline = 0, time.monotonic() + 90
+        # One by one, and then on and on: the node hears of the change a little later.
+        while refused.process.poll() is None and time.monotonic() < deadline:
             engines[0].play(number, number + 1)
-            if refused.process.poll() is not None:
-                break
+            number = (number + 1) % len(engines[0].payloads)
             time.sleep(0.2)
         assert refused.wait() == 2, refused.tail()
     finally:

@@ -69,7 +69,7 @@ class Log:
 
 async def until(indexer: Indexer, right: Callable[[Scored, Scored], bool]) -> tuple[Scored, Scored]:
     """Score both prompts until it is so."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(90):
         while True:
             both = await indexer.score_tokens(FIRST, "m"), await indexer.score_tokens(SECOND, "m")
             if right(*both):

@@ -84,7 +84,7 @@ async def test_two_scorers_follow_the_topics_and_share_decisions(
     try:
         for scorer in scorers:
             await scorer.start()
-            await asyncio.wait_for(scorer.ready.wait(), 60)
+            await asyncio.wait_for(scorer.ready.wait(), 90)
         async with AsyncScorerClient(scorers[0].address) as one, AsyncScorerClient(scorers[1].address) as two:
             answer = await one.score("m", tokens=TOKENS)
             assert {pod: entry.score for pod, entry in answer.scores.items()} == {"a": 4.0}
@@ -98,7 +98,7 @@ async def test_two_scorers_follow_the_topics_and_share_decisions(
                 return int((await two.score("m", tokens=TOKENS)).scores["b"].speculative_blocks)
 
             async def until(wanted: Any) -> None:
-                async with asyncio.timeout(60):
+                async with asyncio.timeout(90):
                     while not await wanted():
                         await asyncio.sleep(0.05)
 

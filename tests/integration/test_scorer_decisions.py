@@ -82,7 +82,7 @@ class Pair:
         await consumer.start()
         found: dict[str, DecisionRecord] = {}
         try:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(90):
                 while len(found) < count:
                     for messages in (await consumer.getmany(timeout_ms=200)).values():
                         records = (decode(DecisionRecord, message.value) for message in messages)
@@ -122,7 +122,7 @@ async def pair(brokers: str, topic_prefix: str) -> AsyncIterator[Pair]:
         try:
             for scorer in scorers:
                 await scorer.start()
-                await asyncio.wait_for(scorer.ready.wait(), 60)
+                await asyncio.wait_for(scorer.ready.wait(), 90)
             async with AsyncScorerClient(scorers[0].address) as one, AsyncScorerClient(scorers[1].address) as two:
                 made.one, made.two = one, two
                 yield made
@@ -133,7 +133,7 @@ async def pair(brokers: str, topic_prefix: str) -> AsyncIterator[Pair]:
 
 
 async def _until(wanted: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(90):
         while not await wanted():
             await asyncio.sleep(0.05)
 

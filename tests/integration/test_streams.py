@@ -196,7 +196,7 @@ async def test_a_clean_stop_withdraws_the_announcement(
         await read_topic(kafka, topics.WORKERS, lambda key, value, _: last.__setitem__(key, value))
         return list(last.values())
 
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(90):
         while not await announced():
             await asyncio.sleep(0.1)
     assert workers[0].terminate() == 0

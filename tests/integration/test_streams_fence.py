@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
 import pytest
 from aiokafka import AIOKafkaProducer
 
@@ -27,10 +28,12 @@ from tests.integration.streams_support import (
     WorkerProcess,
     assert_true,
     fleet_of,
-    lookup,
+    lookup_over,
     make_topics,
     producing,
+    unread_bytes,
     until_true,
+    wait_answer,
     wait_roles,
 )
 
@@ -58,10 +61,11 @@ async def test_a_worker_that_stood_still_in_the_middle_of_its_work_harms_nothing
     fleet = fleet_of(kafka)
     workers += [WorkerProcess(kafka, tmp_path / name, *FLAGS) for name in ("a", "b")]
     addresses = [await worker.ready() for worker in workers]
-    async with producing(kafka) as producer:
+    async with producing(kafka) as producer, grpc.aio.insecure_channel(addresses[0]) as channel:
         fleet.serve(60)
         await fleet.flush(producer)
         assert_true(await until_true(kafka, fleet.truth()), 4)
+        await channel.channel_ready()  # a connection takes both sides
         keys = sorted(key for tiers in fleet.truth().values() for key in tiers["gpu"])[:400]
         for turn in range(3):  # no flush may be waited for: the work is to be in progress
             fleet.serve(20)
@@ -72,9 +76,12 @@ async def test_a_worker_that_stood_still_in_the_middle_of_its_work_harms_nothing
         fleet.serve(60)
         fleet.disturb(clear=0.5, restart=0.5)
         await fleet.flush(producer)
-        await asyncio.sleep(2.0)
-        asked = asyncio.create_task(lookup(addresses[0], keys))  # waits there: the first thing that it does then
-        await asyncio.sleep(0.5)
+        await wait_answer(addresses[1], keys, lambda answer: not any(state.lag_records for state in answer.partitions))
+        before = unread_bytes(addresses[0])
+        asked = lookup_over(channel, keys)  # waits there: the first thing that it does then
+        async with asyncio.timeout(90):
+            while unread_bytes(addresses[0]) == before:
+                await asyncio.sleep(0.05)
         workers[0].process.send_signal(signal.SIGCONT)
         assert pb.PartitionState.ACTIVE not in {state.role for state in (await asked).partitions}
         fleet.serve(40)
@@ -162,7 +169,7 @@ async def test_a_worker_whose_partitions_were_claimed_ends_and_comes_back(
 
 
 def page_of(address: str, page: str) -> str:
-    with urllib.request.urlopen(f"http://{address}/{page}", timeout=30) as answer:
+    with urllib.request.urlopen(f"http://{address}/{page}", timeout=90) as answer:
         return str(answer.read().decode())
 
 

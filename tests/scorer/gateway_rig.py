@@ -74,7 +74,7 @@ class Loop:
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
+        self._thread.join(90)
 
 
 class Pod:
@@ -183,7 +183,7 @@ class Stand:
             envoy.start()
             self._envoys[name] = envoy
             # Until the picker is known to be healthy, requests pass without it.
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 90
             while envoy.stats("cluster.picker.membership_healthy").get("cluster.picker.membership_healthy") != 1:
                 assert time.monotonic() < deadline, "Envoy does not see the picker"
                 time.sleep(0.02)

@@ -17,6 +17,8 @@ from typing import Any
 from kvatlas.deploy.processes import child, main
 
 Task = asyncio.Task[Any]
+#: Tasks that come and go come within it.
+PATIENCE_SECONDS = 2.0
 
 
 class InjectedError(Exception):
@@ -43,8 +45,8 @@ def named(task: Task, loop: asyncio.AbstractEventLoop) -> str:
     return f"{name} of Faust's {'consumer' if loop in LOOPS else 'producer'}"
 
 
-def break_one(wanted: str, loop: asyncio.AbstractEventLoop) -> None:
-    """Have what a task waits for raise."""
+def break_one(wanted: str, loop: asyncio.AbstractEventLoop) -> bool:
+    """Have what a task waits for raise; False where it waits for nothing right now."""
     for task in asyncio.all_tasks(loop):
         if named(task, loop) != wanted or task.done():
             continue
@@ -55,7 +57,8 @@ def break_one(wanted: str, loop: asyncio.AbstractEventLoop) -> None:
             sys.stderr.write(f"broken: {wanted}\n")
             sys.stderr.flush()
             waiter.set_exception(InjectedError(wanted))
-            return
+            return True
+    return False
 
 
 def replace(file: Path, text: str) -> None:
@@ -77,6 +80,7 @@ class Watch:
         self._loops, self._folder = loops, folder
         self._seen: set[str] = set()
         self._writing = threading.Lock()  # the loops have threads of their own
+        self._asked_since = 0.0
 
     def run(self) -> None:
         """Look until the process ends."""
@@ -84,16 +88,23 @@ class Watch:
             time.sleep(0.1)
             for loop in self._loops:
                 loop.call_soon_threadsafe(self._look, loop)
-            asked = self._folder / "break"
-            if asked.exists():
-                wanted = asked.read_text()
-                asked.unlink()
-                for loop in self._loops:
-                    loop.call_soon_threadsafe(break_one, wanted, loop)
+
+    def _break(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Break what is asked for: at the next look where it is about to run, not at all where it stays away."""
+        asked = self._folder / "break"
+        if not asked.exists():
+            self._asked_since = 0.0
+            return
+        self._asked_since = self._asked_since or time.monotonic()
+        wanted = asked.read_text()
+        away = not wanted.startswith("AIOKafkaClient.") and time.monotonic() - self._asked_since > PATIENCE_SECONDS
+        if break_one(wanted, loop) or away:
+            asked.unlink()
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
         found = {named(task, loop) for task in asyncio.all_tasks(loop)}
         with self._writing:
+            self._break(loop)
             if not found <= self._seen:
                 self._seen |= found
                 replace(self._folder / "names", "\n".join(sorted(self._seen)))

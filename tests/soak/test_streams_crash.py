@@ -33,7 +33,7 @@ SEEN_SECONDS = 3.0
 #: A running worker has more kinds of tasks than these, and one that keeps the metadata of each client of Kafka.
 TASKS, CLIENTS, OF_CLIENTS = 35, 4, "AIOKafkaClient._md_synchronizer"
 #: Of a start and a restore on a busy machine; what hangs takes for ever.
-BACK_SECONDS = 60.0
+BACK_SECONDS = 120.0
 
 
 class Worker:
@@ -80,7 +80,7 @@ class Worker:
         """End it, also one that is stopped."""
         if self.kept.child.process.poll() is None:
             self.kept.child.process.kill()
-        self.kept.child.wait(time.monotonic() + 30)
+        self.kept.child.wait(time.monotonic() + 90)
 
 
 @pytest.fixture

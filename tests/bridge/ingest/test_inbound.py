@@ -53,18 +53,18 @@ async def test_two_engines_behind_one_address_do_not_become_one_pod(
 ) -> None:
     """Without names the second of one address is left out and counted; it is the pod, anew, once the first left."""
     first, second = _connect(engines, inbound), _connect(engines, inbound)
-    await asyncio.sleep(0.3)
+    await bridge.until(lambda: all(engine.subscribed for engine in engines))
     await _say(first, 3)
     await bridge.until(lambda: len(bridge.log.messages("127.0.0.1")) == 3)
     await _say(second, 5)
+    await bridge.until(lambda: bridge.shared.conflicts == 1)
     await _say(first, 2)
     await bridge.until(lambda: len(bridge.log.messages("127.0.0.1")) == 5)
-    await asyncio.sleep(0.1)
     found = bridge.log.messages("127.0.0.1")
     assert [sequence for _, sequence in found] == list(range(5))
     assert bridge.shared.conflicts == 1
     engines.pop(0).close()
-    await asyncio.sleep(0.2)
+    await bridge.until(lambda: next(iter(bridge.endpoints.values())).leaving)
     await _say(second, 1)
     await bridge.until(lambda: len(bridge.log.messages("127.0.0.1")) == 6)
     assert bridge.log.messages("127.0.0.1")[5][1] == 5
@@ -77,12 +77,11 @@ async def test_two_engines_of_one_name_do_not_become_one_pod(
 ) -> None:
     """The same holds for two connections under one topic."""
     first, second = (_connect(engines, inbound, "kv@pod-x@m") for _ in range(2))
-    await asyncio.sleep(0.3)
+    await bridge.until(lambda: all(engine.subscribed for engine in engines))
     for _ in range(3):
         await _say(first, 1)
         await _say(second, 1)
-    await bridge.until(lambda: len(bridge.log.messages("pod-x")) == 3)
-    await asyncio.sleep(0.1)
+    await bridge.until(lambda: len(bridge.log.messages("pod-x")) == 3 and bridge.shared.conflicts == 1)
     assert [sequence for _, sequence in bridge.log.messages("pod-x")] == [0, 1, 2]
     assert [control.type for control in bridge.log.controls("pod-x")] == ["start"]
     assert bridge.shared.conflicts == 1
@@ -93,7 +92,7 @@ async def test_a_pod_whose_connection_is_closed_leaves(
 ) -> None:
     """A closed connection is given up after the limit, and makes room; an open one stays, however silent."""
     left, silent = _connect(engines, inbound, "kv@a@m"), _connect(engines, inbound, "kv@b@m")
-    await asyncio.sleep(0.3)
+    await bridge.until(lambda: all(engine.subscribed for engine in engines))
     await _say(left, 1)
     await _say(silent, 1)
     await bridge.until(lambda: len(bridge.endpoints) == 2)
@@ -105,7 +104,9 @@ async def test_a_pod_whose_connection_is_closed_leaves(
     gone = inbound.left(1030.0, 30.0)
     assert [stream.pod for stream in gone] == ["a"]
     assert inbound.left(1060.0, 30.0) == []
-    await _say(_connect(engines, inbound, "kv@c@m"), 30)
+    third = _connect(engines, inbound, "kv@c@m")
+    await bridge.until(lambda: third.subscribed)
+    await _say(third, 30)
     await bridge.until(lambda: len(bridge.log.messages("c")) > 0)
     assert bridge.shared.dead == {}
 
@@ -115,7 +116,7 @@ async def test_a_pod_that_connects_again_in_time_stays(
 ) -> None:
     """A new connection within the limit takes the pod along, here as the restart that it is."""
     engine = _connect(engines, inbound, "kv@a@m")
-    await asyncio.sleep(0.3)
+    await bridge.until(lambda: all(engine.subscribed for engine in engines))
     await _say(engine, 2)
     await bridge.until(lambda: len(bridge.log.messages("a")) == 2)
     engines.remove(engine)
@@ -123,7 +124,7 @@ async def test_a_pod_that_connects_again_in_time_stays(
     await bridge.until(lambda: next(iter(bridge.endpoints.values())).leaving)
     assert inbound.left(1000.0, 30.0) == []
     again = _connect(engines, inbound, "kv@a@m")
-    await asyncio.sleep(0.3)
+    await bridge.until(lambda: all(engine.subscribed for engine in engines))
     await _say(again, 2)
     await bridge.until(lambda: len(bridge.log.messages("a")) == 4)
     assert inbound.left(5000.0, 30.0) == []

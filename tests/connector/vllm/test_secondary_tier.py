@@ -106,12 +106,12 @@ def test_kill_and_restart_on_the_same_root(tmp_path: Path, whole_spec: bool) -> 
         if (line.strip().isdigit() and int(line) > 60) or time.monotonic() > deadline:
             break
     child.send_signal(signal.SIGKILL)
-    child.wait(20)
+    child.wait(90)
     child.stdout.close()
     scheduler = make_scheduler(tmp_path / "root", tmp_path, whole_spec=whole_spec)
     runner = Runner(scheduler)
     witness = Witness(runner)
-    assert runner.files.scanned.wait(20)
+    assert runner.files.scanned.wait(90)
     assert len(runner.files.known()) > 50
     runner.run(prompts(4, 400))
     assert runner.files.metrics.counts["hits"] > 50

@@ -32,7 +32,7 @@ def test_a_part_that_does_not_stop_is_killed(tmp_path: Path) -> None:
     child.terminate()
     began = time.monotonic()
     assert child.wait(began + 0.2) is False
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 90
     assert child.process.poll() == -signal.SIGKILL
 
 
@@ -47,7 +47,7 @@ def test_a_part_that_ended_is_told_with_the_end_of_its_log(tmp_path: Path) -> No
             raise child.told(2)
         assert "'nonsense' is neither an address" in str(caught.value)
     finally:
-        assert child.wait(time.monotonic() + 5) is True
+        assert child.wait(time.monotonic() + 90) is True
 
 
 def test_stopping_what_never_started_is_no_error(tmp_path: Path) -> None:

@@ -47,14 +47,14 @@ async def test_picker_is_ready_before_the_other_part_has_started() -> None:
     service = both(part)
     await service.start()
     running = asyncio.create_task(service.run_until(stop))
-    await asyncio.wait_for(service.ready.wait(), 30)
+    await asyncio.wait_for(service.ready.wait(), 90)
     assert not part.started
     part.begin.set()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(90):
         while not part.ran:
             await asyncio.sleep(0)
     stop.set()
-    await asyncio.wait_for(running, 30)
+    await asyncio.wait_for(running, 90)
     await service.stop()
     assert part.stopped
 
@@ -65,8 +65,8 @@ async def test_stop_does_not_wait_for_a_start() -> None:
     await service.start()
     running = asyncio.create_task(service.run_until(stop))
     stop.set()
-    await asyncio.wait_for(running, 30)
-    await asyncio.wait_for(service.stop(), 30)
+    await asyncio.wait_for(running, 90)
+    await asyncio.wait_for(service.stop(), 90)
     assert not part.ran
 
 
@@ -77,5 +77,5 @@ async def test_part_that_cannot_start_ends_the_process() -> None:
     service = both(part)
     await service.start()
     with pytest.raises(KvatlasError, match="no"):
-        await asyncio.wait_for(service.run_until(asyncio.Event()), 30)
+        await asyncio.wait_for(service.run_until(asyncio.Event()), 90)
     await service.stop()

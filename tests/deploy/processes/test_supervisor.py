@@ -99,7 +99,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     for child in made:
         if child.process.poll() is None:
             child.process.kill()
-        child.wait(time.monotonic() + 30)
+        child.wait(time.monotonic() + 90)
 
 
 def eventually(what: Callable[[], object]) -> None:

@@ -42,7 +42,7 @@ def ask(served: ServedFleet, path: str, body: Any, pod: str = "pod-0") -> tuple[
         {"content-type": "application/json"},
     )
     try:
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with urllib.request.urlopen(request, timeout=90) as answer:
             assert body is None or answer.headers[POD_HEADER] == pod
             return answer.status, answer.headers["content-type"], answer.read()
     except urllib.error.HTTPError as error:

@@ -207,7 +207,7 @@ def test_client_that_leaves_ends_the_stream(stand: Stand, kind: str) -> None:
         session = await stand.session()
         stand.decider.decision = forever
         sent = asyncio.ensure_future(session.post(f"http://{envoy.address}/v1/completions", data=b"{}"))
-        await asyncio.wait_for(waiting.wait(), 20)
+        await asyncio.wait_for(waiting.wait(), 90)
         sent.cancel()
 
     stand.loop.run(leave())
@@ -224,7 +224,7 @@ def _wait(stand: Stand, request_id: str) -> Seen:
 
 
 def _until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.01)

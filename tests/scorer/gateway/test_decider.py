@@ -127,11 +127,11 @@ async def test_what_is_missing_leaves_load_alone_and_says_so(
 
 async def test_slow_tokenizer_is_not_waited_for() -> None:
     stub = Stub()
-    stub.seconds = 30
+    stub.seconds = 3_600
     desk = Desk(stub, deadline_ms=100)
     before, began = degraded("deadline"), time.monotonic()
     assert await desk.picked()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 90
     assert degraded("deadline") == before + 1
 
 

@@ -70,7 +70,7 @@ async def test_what_cannot_be_tried_again_ends_it(failure: Exception) -> None:
     table = Table(idle=state(Role.ACTIVE, 900))
     table.failure = failure
     with pytest.raises(type(failure)):
-        await asyncio.wait_for(keeper_of(table).run(), 30)
+        await asyncio.wait_for(keeper_of(table).run(), 90)
 
 
 async def test_an_unanswered_write_is_tried_again() -> None:
