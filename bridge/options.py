@@ -26,7 +26,7 @@ class BridgeSettings(Section, frozen=True, kw_only=True):
             description="engine endpoint: http://HOST:PORT of its API, which tells the rest, or "
             "tcp://HOST:PORT[,tcp://HOST:REPLAY][,pod=NAME][,model=NAME]"
             "[,engine=vllm|sglang|tensorrt-llm][,dp=N][,store=NAME][,announcements=auto|copies|presence][,blocks_per_chunk=N]"
-            "[,speculation=METHOD]"
+            "[,speculation=METHOD][,metrics=URL][,load=tcp://HOST:PORT]"
         ),
     ] = []  # noqa: RUF012 - msgspec copies it
     engines_file: Annotated[str, Meta(description="TOML, YAML or JSON file of endpoints, watched for changes")] = ""

@@ -16,7 +16,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from kvatlas.bridge.engines.facts import EngineFacts, sglang_facts, vllm_facts
-from kvatlas.bridge.engines.spec import HTTP_OPTIONS, EngineSpec, computes_again, engine_specs, split_spec
+from kvatlas.bridge.engines.spec import HTTP_OPTIONS, EngineSpec, computes_again, engine_specs, offset, split_spec
 from kvatlas.bridge.errors import SettingsError, UnresolvedError
 
 TIMEOUT_SECONDS: Final = 3.0
@@ -94,7 +94,10 @@ def specs_of(facts: EngineFacts, options: dict[str, str]) -> list[EngineSpec]:
         (spec,) = engine_specs(
             facts.url, source.live, source.replay, {**kept, "pod": pod, "model": model, "engine": facts.engine}
         )
-        found.append(spec.replace(rank=source.rank, ranks=len(facts.sources)))
+        # A load socket says more, and sooner, than the page does, and does not depend on --enable-metrics.
+        load = offset(facts.load, source.rank) if facts.load else ""
+        metrics = "" if load else f"{facts.url}/metrics"
+        found.append(spec.replace(rank=source.rank, ranks=len(facts.sources), metrics=metrics, load=load))
     return found
 
 

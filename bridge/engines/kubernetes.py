@@ -2,8 +2,9 @@
 
 A pod is taken once it is ready, and kept while it runs: an engine that fails its readiness for a while still has its
 cache. Annotations of a pod (prefix ``kvatlas.io/`` by default) say what an endpoint spec says: ``port``,
-``replay-port``, ``model``, ``engine``, ``dp``, ``store``, ``announcements``, ``blocks-per-chunk``, ``speculation``.
-With ``http-port`` the engine is asked where it publishes, as one listed by its HTTP address is; it says the rest.
+``replay-port``, ``metrics-port``, ``model``, ``engine``, ``dp``, ``store``, ``announcements``, ``blocks-per-chunk``,
+``speculation``. With ``http-port`` the engine is asked where it publishes, as one listed by its HTTP address is; it says
+the rest.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ def pod_specs(pod: Mapping[str, Any], settings: BridgeSettings) -> list[EngineSp
     http_port = notes.get(f"{prefix}http-port", "0" if f"{prefix}port" in notes else str(settings.kubernetes_http_port))
     replay = notes.get(f"{prefix}replay-port", str(settings.kubernetes_replay_port))
     options = {name.replace("-", "_"): str(notes[prefix + name]) for name in _OPTIONS if prefix + name in notes}
+    if (metrics_port := notes.get(f"{prefix}metrics-port", "")) and http_port in ("", "0"):
+        options["metrics"] = f"http://{host}:{metrics_port}/metrics"
     options["pod"] = str(meta.get("name", ""))
     where = f"pod {meta.get('namespace', '')}/{meta.get('name', '')}"
     if http_port not in ("", "0"):

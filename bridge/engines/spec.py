@@ -30,6 +30,8 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
         ranks: ranks of the engine.
         store: shared store that the pod mounts.
         bound: whether the engine connected to us (``live`` is then a name, not an address).
+        metrics: address of its metrics page, http://HOST:PORT/PATH, empty for none.
+        load: ZMQ address of its load socket, empty for none (SGLang).
         announcements: ``copies``, ``presence`` or ``auto``: whether every copy of a block is announced and removed on
             its own; empty for the deployment's default.
         blocks_per_chunk: engine blocks that its offload tier stores and loads as one, for engines whose events name a
@@ -50,6 +52,8 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     blocks_per_chunk: int = 0
     speculation: str = ""
     bound: bool = False
+    metrics: str = ""
+    load: str = ""
 
     def replace(self, **changes: Any) -> EngineSpec:
         """Return a copy with other values."""
@@ -143,7 +147,7 @@ def split_spec(text: str, names: tuple[str, ...]) -> tuple[list[str], dict[str, 
 _COMMON: Final = ("model", "store", "announcements", "blocks_per_chunk", "speculation")
 HTTP_OPTIONS: Final = ("pod", *_COMMON)
 _BIND_OPTIONS: Final = ("engine", "replay_port", *_COMMON)
-_OPTIONS: Final = ("pod", "engine", "dp", *_COMMON)
+_OPTIONS: Final = ("pod", "engine", "dp", "metrics", "load", *_COMMON)
 
 
 def engine_specs(where: str, live: str, replay: str, options: dict[str, str]) -> list[EngineSpec]:
@@ -174,10 +178,15 @@ def engine_specs(where: str, live: str, replay: str, options: dict[str, str]) ->
     ranks = options.get("dp", "1")
     if not ranks.isdecimal() or not 1 <= int(ranks) <= 1024:
         raise SettingsError(f"engine {where!r}: dp={ranks!r}; expected the number of ranks, 1 to 1024")
-    for address in filter(None, (live, replay)):
+    metrics, load = options.get("metrics", ""), options.get("load", "")
+    if metrics and not metrics.startswith(("http://", "https://")):
+        raise SettingsError(
+            f"engine {where!r}: metrics={metrics!r}; expected the address of a page, http://HOST:PORT/metrics"
+        )
+    for address in filter(None, (live, replay, load)):
         _check_address(where, address)
-        _check_address(where, _offset(address, int(ranks) - 1))
-    lives, replays = ({_offset(address, rank) for rank in range(int(ranks))} for address in (live, replay))
+        _check_address(where, offset(address, int(ranks) - 1))
+    lives, replays = ({offset(address, rank) for rank in range(int(ranks))} for address in (live, replay))
     if replay and lives & replays:
         raise SettingsError(
             f"engine {where!r}: with {ranks} rank(s) {min(lives & replays)} is a live and a replay address; rank r is "
@@ -185,8 +194,8 @@ def engine_specs(where: str, live: str, replay: str, options: dict[str, str]) ->
         )
     return [
         EngineSpec(
-            live=_offset(live, rank),
-            replay=_offset(replay, rank) if replay else "",
+            live=offset(live, rank),
+            replay=offset(replay, rank) if replay else "",
             pod=options.get("pod", ""),
             model=options.get("model", ""),
             engine=engine,
@@ -196,6 +205,8 @@ def engine_specs(where: str, live: str, replay: str, options: dict[str, str]) ->
             announcements=announcements,
             blocks_per_chunk=int(chunk),
             speculation=options.get("speculation", ""),
+            metrics=metrics,
+            load=offset(load, rank) if load else "",
         )
         for rank in range(int(ranks))
     ]
@@ -215,7 +226,8 @@ def _check_address(where: str, address: str) -> None:
             raise SettingsError(f"engine {where!r}: address {address!r}; expected tcp://HOST:PORT to connect to")
 
 
-def _offset(address: str, rank: int) -> str:
+def offset(address: str, rank: int) -> str:
+    """Return the address of a rank, of rank 0's: the port plus the rank."""
     if rank == 0:
         return address
     if address.startswith("tcp://"):

@@ -22,6 +22,7 @@ from kvatlas.bridge.ingest.strip import KnownBlocks, Stripper
 from kvatlas.bridge.ingest.tracker import Tracker
 from kvatlas.bridge.model import records, topics
 from kvatlas.bridge.model.adapters.fields import count_events
+from kvatlas.bridge.model.loads import LOAD_REPEAT_SECONDS
 from kvatlas.bridge.model.records import Control, PodRecord
 from kvatlas.bridge.model.sink import QueuedRecord
 
@@ -250,6 +251,13 @@ class StreamSession:
         """Set the state that the next record says."""
         if self.record.state not in (state, records.GONE):
             self.record = msgspec.structs.replace(self.record, state=state)
+            self.changed = True
+
+    def report(self, load: dict[str, float], read_ns: int) -> None:
+        """Take what the engine says of its load; what says nothing new is told again now and then."""
+        before = self.record
+        if load != before.load or read_ns - before.load_ns >= LOAD_REPEAT_SECONDS * 1e9:
+            self.record = msgspec.structs.replace(before, load=load, load_ns=read_ns)
             self.changed = True
 
     def write_record(self) -> None:

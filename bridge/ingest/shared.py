@@ -128,7 +128,7 @@ class Shared:
 
     def put_gone(self, record: PodRecord, control: Control, fixed: topics.Headers) -> PodRecord:
         """Record that a pod is gone, on both topics; returns its record from then on."""
-        final = apply_control(record, control)
+        final = msgspec.structs.replace(apply_control(record, control), load={}, load_ns=0)
         number = self.partition(record.pod)
 
         def acknowledged(_item: QueuedRecord, offset: int) -> None:

@@ -43,7 +43,8 @@ def merge_pod(bridge: PodRecord | None, streams: PodRecord | None) -> PodRecord:
         heard_from=bridge.heard_from,
         serves=bridge.serves,
         store=bridge.store or streams.store,
-        load=bridge.load or streams.load,
+        load=bridge.load,
+        load_ns=bridge.load_ns,
     )
 
 

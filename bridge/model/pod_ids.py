@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Final
 
 import xxhash
@@ -29,6 +30,25 @@ def pod_name(pod: str, dp_rank: int | None, dp_size: int = 1) -> str:
     if dp_rank is None or (dp_rank == 0 and dp_size <= 1):
         return pod
     return f"{pod}@dp{dp_rank}"
+
+
+def serving_address(pod_id: str) -> str:
+    """Return the serving address in a pod id that is one (``IP:PORT``, as llm-d's topics have it), else nothing."""
+    name = pod_id.partition("@dp")[0]
+    host, colon, port = name.rpartition(":")
+    if not colon or not port.isdecimal() or not 0 < int(port) < 65_536:
+        return ""
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return ""
+    return name
+
+
+def rank_of(pod_id: str) -> int | None:
+    """Return the data-parallel rank in a pod id, None where it names none."""
+    rank = pod_id.partition("@dp")[2]
+    return int(rank) if rank.isdecimal() else None
 
 
 WRITER_BRIDGE: Final = "bridge"

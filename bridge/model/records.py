@@ -81,7 +81,7 @@ class PodRecord(msgspec.Struct, frozen=True, kw_only=True):
         named: salts, pictures or embeddings are in use, so blocks named by their tokens alone count nothing.
         chunk_tokens: tokens that the pod's offload tiers load as one; 0 for blocks as they are.
         events_partition, events_offset: position in ``kv-events`` that this record reflects.
-        load: what the pod reports of itself, by name (running and waiting requests, ...).
+        load: what the pod reports of itself (:mod:`kvatlas.bridge.model.loads`); read off it at ``load_ns``.
         updated_ns: the writer's wall clock in ns.
         adapters: adapters (LoRA) that the pod's events have named.
         computes_again: the engine computes the last block that it matched again (vLLM with EAGLE or MTP).
@@ -117,6 +117,7 @@ class PodRecord(msgspec.Struct, frozen=True, kw_only=True):
     events_partition: Partition = -1
     events_offset: Sequence = -1
     load: dict[str, float] = {}
+    load_ns: Nanoseconds = 0
     updated_ns: Nanoseconds = 0
     adapters: list[str] = []
     computes_again: bool = False

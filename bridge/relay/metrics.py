@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from kvatlas.bridge.ingest.loads import EngineLoads
 from kvatlas.bridge.ingest.metrics import per_pod
 from kvatlas.bridge.ingest.streams import EngineStreams
 from kvatlas.bridge.kafka.producer import RecordProducer
@@ -15,9 +16,10 @@ from kvatlas.bridge.kafka.producer import RecordProducer
 class BridgeCollector(Collector):
     """Collects from the streams and the producer."""
 
-    def __init__(self, streams: EngineStreams, publisher: RecordProducer) -> None:
+    def __init__(self, streams: EngineStreams, loads: EngineLoads, publisher: RecordProducer) -> None:
         """Remember what to read."""
         self._streams = streams
+        self._loads = loads
         self._publisher = publisher
 
     def collect(self) -> Iterable[Metric]:
@@ -49,4 +51,8 @@ class BridgeCollector(Collector):
         for reason, count in list(shared.dead.items()):
             dead.add_metric([reason], count)
         yield dead
+        reads = CounterMetricFamily("kvatlas_bridge_load_reads", "Reads of engines' load", labels=["result"])
+        for result, count in list(self._loads.reads.items()):
+            reads.add_metric([result], count)
+        yield reads
         yield from per_pod(self._streams.endpoints.values())

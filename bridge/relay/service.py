@@ -18,6 +18,7 @@ from kvatlas.bridge.engines.kubernetes import PodWatch
 from kvatlas.bridge.engines.spec import EngineSpec
 from kvatlas.bridge.errors import KvatlasError, TaskEndedError
 from kvatlas.bridge.ingest.endpoint import EngineEndpoint
+from kvatlas.bridge.ingest.loads import EngineLoads
 from kvatlas.bridge.ingest.streams import TICK_SECONDS, EngineStreams
 from kvatlas.bridge.ingest.strip import KNOWN_BLOCKS
 from kvatlas.bridge.kafka.producer import RecordProducer
@@ -83,6 +84,7 @@ class BridgeService:
             buffer_bytes=settings.buffer_bytes,
         )
         self._streams = EngineStreams(settings, self._publisher, clock, self._background)
+        self._loads = EngineLoads(self._streams)
         self._caches: list[CacheSource | PoolSource] = []
         self._ownership: Ownership | None = None
         #: Gets the receive time (ns) of each acknowledged message; for measuring.
@@ -132,7 +134,7 @@ class BridgeService:
         shared.partitions = await publisher.partitions(topics.EVENTS)
         self._ownership = Ownership(settings, self._kafka, shared.partitions, self._gained, self._lost)
         shared.owns, publisher.may_send = self._ownership.owns, self._ownership.leased
-        self.registry.register(BridgeCollector(streams, publisher))
+        self.registry.register(BridgeCollector(streams, self._loads, publisher))
         await self._ownership.start()
         if settings.kubernetes_selector:
             loop = asyncio.get_running_loop()
@@ -163,6 +165,7 @@ class BridgeService:
         background = self._background
         background.start(self._tick())
         background.start(self._discover())
+        background.start(self._loads.run())
         if self._settings.engines_file:
             background.start(self._watch_file())
         for task in self._ownership.tasks:

@@ -62,7 +62,7 @@ class Costs:
         # Where nobody says where a pod serves, its own name stands for that: the cost is of the pod all the same.
         rest = [Endpoint(name, name, record.model) for name, record in alive.items() if name not in named]
         self._state.use([*known, *rest])
-        self._state.take_reports(alive, self._clock_ns(), scraped=False)
+        self._state.take_reports(alive, self._clock_ns())
         self._state.loads.expire(self._clock())
 
     def of(self, model: str, scored: pb.ScoreResponse, session: str = "") -> dict[str, Any]:

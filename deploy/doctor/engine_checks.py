@@ -6,11 +6,11 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Final
 
+from kvatlas.bridge.engines.engine_metrics import read_load
 from kvatlas.bridge.engines.facts import SGLANG, EngineFacts
 from kvatlas.bridge.engines.identity import parse_topic
 from kvatlas.deploy.doctor.engine import EngineSeen, SourceSeen
 from kvatlas.deploy.doctor.findings import Finding, State
-from kvatlas.scorer.picker.engine_metrics import read_load
 
 _CLOCK_SECONDS: Final = 5.0
 #: What is named in events -> engine -> first version that names it.
@@ -65,7 +65,8 @@ def _of_settings(facts: EngineFacts, block_size_tokens: int | None) -> list[Find
     found += [_of_name(facts, check) for check in _NAMED_SINCE]
     load = read_load(facts.page)
     told = ", ".join(f"{name} {value:g}" for name, value in load._asdict().items() if value is not None)
-    found.append(Finding("load", url, "ok" if load.known else "warn", told or "its /metrics has none"))
+    told = told or (f"on its load socket {facts.load}" if facts.load else "")
+    found.append(Finding("load", url, "ok" if told else "warn", told or "its /metrics has none"))
     return found
 
 

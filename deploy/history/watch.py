@@ -15,6 +15,7 @@ from kvatlas.bridge.kafka.config import client_config
 from kvatlas.bridge.kafka.fetching import check_metadata
 from kvatlas.bridge.kafka.rights import lost_right
 from kvatlas.bridge.model import records, topics
+from kvatlas.bridge.model.loads import load_age_seconds
 from kvatlas.bridge.model.workers import WorkerDirectory
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.history.top_scorers import ScorerRow, Scorers
@@ -36,6 +37,7 @@ class PodRow(msgspec.Struct, frozen=True, kw_only=True):
         lost, first_lost, last_lost: messages that no replay repaired, and the newest such range.
         blocks: tier -> blocks, as the workers counted them last, from a sample where there are many.
         load: what the pod reports of itself: ``running``, ``waiting``, ``cache_usage``; empty where it does not.
+        load_age_ms: since that was read off its engine, stale past 15 s; -1 where it reports none.
         coverage: how much of the engine's stream is known: ``whole``, ``partial``, or empty.
     """
 
@@ -51,6 +53,7 @@ class PodRow(msgspec.Struct, frozen=True, kw_only=True):
     last_lost: int
     blocks: dict[str, int]
     load: dict[str, float] = {}
+    load_age_ms: float = -1.0
     coverage: str = ""
 
 
@@ -226,6 +229,7 @@ class Watch:
             last_lost=record.last_lost,
             blocks=blocks,
             load=record.load,
+            load_age_ms=round(load_age_seconds(record, now) * 1e3, 1) if record.load else -1.0,
             coverage=record.coverage,
         )
 

@@ -203,7 +203,7 @@ class Core:
         allowed = set(wanted.pods)
         pods = [r for r in self.pods.serving(wanted.model) if not allowed or r.pod in allowed]
         full = full_score(run.strategy, run.weights, run.matches, len(run.keys), run.scored.block_size_tokens)
-        choice = choose(pick_query(request), run.scored, pods, full=full)
+        choice = choose(pick_query(request), run.scored, pods, full=full, now_ns=self._clock_ns())
         if request.report and choice.pod:
             prompt = remember(run.query, run.keys, run.scored)
             self._decide(wanted.request_id, choice.pod, prompt, policy="pick", ttl_ms=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvatlas.bridge.model.loads import load_age_seconds
 from kvatlas.bridge.model.records import PodRecord
 from kvatlas.scorer.scoring.answers import Explained, Scored
 from kvatlas.scorer.scoring.lookup import STANDBY
@@ -119,6 +120,7 @@ def pod_info(record: PodRecord, now_ns: int) -> pb.PodInfo:
         lost=record.lost,
         store=record.store,
         load=record.load,
+        load_age_ms=load_age_seconds(record, now_ns) * 1e3 if record.load else 0.0,
         approximate=record.approximate,
         coverage=record.coverage,
         heard_from=max(record.heard_from, 0),

@@ -8,7 +8,6 @@ Without a name a pod is called ``HOST:PORT``, which is how llm-d's topics name p
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import socket
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Final
 
 from kvatlas.bridge.engines.listing import read_listing
 from kvatlas.bridge.errors import SettingsError, UnresolvedError
+from kvatlas.bridge.model.pod_ids import rank_of, serving_address
 from kvatlas.bridge.model.records import GONE, PodRecord
 from kvatlas.scorer.picker.endpoints import ROLES, Endpoint
 
@@ -122,13 +122,12 @@ def from_pods(records: Iterable[PodRecord], serving_port: int) -> list[Endpoint]
     """
     found = []
     for record in records:
-        name, _, rank = record.pod.partition("@dp")
-        address = _address_of(name)
-        if address is None and serving_port and record.endpoint:
+        address = serving_address(record.pod)
+        if not address and serving_port and record.endpoint:
             host = record.endpoint.partition("://")[2].rpartition(":")[0].strip("[]")
             if host:
-                address = joined(host, serving_port + (int(rank) if rank.isdecimal() else 0))
-        if address is not None:
+                address = joined(host, serving_port + (rank_of(record.pod) or 0))
+        if address:
             engine = record.engine if record.engine in _ENGINES else "vllm"
             found.append(
                 Endpoint(
@@ -141,18 +140,6 @@ def from_pods(records: Iterable[PodRecord], serving_port: int) -> list[Endpoint]
                 )
             )
     return found
-
-
-def _address_of(name: str) -> str | None:
-    """Return a pod id that is ``IP:PORT``, None for any other."""
-    host, colon, port = name.rpartition(":")
-    if not colon or not port.isdecimal() or not 0 < int(port) < 65_536:
-        return None
-    try:
-        ipaddress.ip_address(host.strip("[]"))
-    except ValueError:
-        return None
-    return name
 
 
 def merged(sources: Iterable[Iterable[Endpoint]], pods: Mapping[str, PodRecord]) -> list[Endpoint]:

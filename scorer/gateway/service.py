@@ -20,7 +20,10 @@ import grpc.aio
 import msgspec
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from kvatlas.bridge.engines.engine_metrics import EngineLoad
+from kvatlas.bridge.engines.scraper import LoadPage, Scraper
 from kvatlas.bridge.errors import SettingsError, UnresolvedError
+from kvatlas.bridge.model.pod_ids import rank_of
 from kvatlas.bridge.model.records import PodRecord
 from kvatlas.bridge.runtime.restarts import Restarts
 from kvatlas.bridge.runtime.rpc import rpc_server, serving
@@ -34,9 +37,9 @@ from kvatlas.scorer.gateway.options import PickerSettings
 from kvatlas.scorer.gateway.outcome import Joined, ResponseWatch
 from kvatlas.scorer.gateway.prefixes import CorePrefixes, Prefixes
 from kvatlas.scorer.gateway.recorder import Recorder
-from kvatlas.scorer.gateway.scraper import Scraper
 from kvatlas.scorer.gateway.state import OpenDecision, PickerState
 from kvatlas.scorer.picker.endpoints import Endpoint
+from kvatlas.scorer.picker.load import EngineReport
 from kvatlas.scorer.service import ScorerService
 
 log = logging.getLogger(__name__)
@@ -127,8 +130,11 @@ class PickerService:
         self._background.start(self._measure())
         if self._settings.scrape_seconds:
             scraper = Scraper(
-                lambda: self.state.endpoints,
-                self.state.loads.reported,
+                lambda: [
+                    LoadPage(one.address, one.metrics, rank_of(one.pod)) for one in self.state.endpoints if one.metrics
+                ],
+                self._scraped,
+                lambda result: metrics.SCRAPES.labels(result).inc(),
                 every_seconds=self._settings.scrape_seconds,
                 clock=self._clock,
             )
@@ -245,12 +251,16 @@ class PickerService:
             await asyncio.sleep(_DISCOVERY_SECONDS if self.ready.is_set() else 0.05)
             await self._discover()
 
+    def _scraped(self, address: str, load: EngineLoad, asked: float) -> None:
+        report = EngineReport(load.running or 0.0, load.waiting or 0.0, load.usage or 0.0, asked)
+        self.state.loads.reported(address, report)
+
     async def _measure(self) -> None:
         while True:
             if self._pool is not None and self._pool.failed is not None:
                 raise self._pool.failed
             self.state.measure()
-            self.state.take_reports(self._pods(), time.time_ns(), scraped=self._settings.scrape_seconds > 0)
+            self.state.take_reports(self._pods(), time.time_ns())
             metrics.OPEN_STREAMS.set(self.processor.open)
             await asyncio.sleep(_MEASURE_SECONDS)
 

@@ -6,6 +6,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from kvatlas.bridge.model.loads import (
+    CACHE_USAGE,
+    LOAD_STALE_SECONDS,
+    RUNNING,
+    WAITING,
+    fresh_load,
+    load_age_seconds,
+)
 from kvatlas.bridge.model.records import DecisionRecord, PodRecord
 from kvatlas.scorer.gateway import metrics
 from kvatlas.scorer.gateway.options import PickerSettings
@@ -99,22 +107,21 @@ class PickerState:
             foreign = OpenDecision(prediction, self._clock(), record.pod_epoch)
             self.decided(record.request_id, foreign, record.compute_tokens, record.session)
 
-    def take_reports(self, pods: Mapping[str, PodRecord], now_ns: int, *, scraped: bool) -> None:
-        """Use what pods report through the bridge where their metrics are not read here.
+    def take_reports(self, pods: Mapping[str, PodRecord], now_ns: int) -> None:
+        """Use what pods report through the bridge, where it is newer than what is read of them here.
 
         Args:
             pods: by pod id.
             now_ns: wall clock in ns.
-            scraped: the endpoints' own metrics are read.
         """
         now = self._clock()
         for endpoint in self.endpoints:
             record = pods.get(endpoint.pod)
-            if record is None or not record.load or (endpoint.metrics and scraped):
+            if record is None or not (load := fresh_load(record, now_ns)):
                 continue
-            age = max(0.0, (now_ns - record.updated_ns) / 1e9)
-            running, waiting, usage = (record.load.get(name, 0.0) for name in ("running", "waiting", "cache_usage"))
-            self.loads.reported(endpoint.address, EngineReport(running, waiting, usage, now - age))
+            running, waiting, usage = (load.get(name, 0.0) for name in (RUNNING, WAITING, CACHE_USAGE))
+            read = now - load_age_seconds(record, now_ns)
+            self.loads.reported(endpoint.address, EngineReport(running, waiting, usage, read, LOAD_STALE_SECONDS))
 
     def measure(self) -> None:
         """Forget what is too old, and set the gauges."""

@@ -11,8 +11,8 @@ counted here: given out, less what was computed since. Engines compute prompts i
 says that every prompt given before it is done too. Where nobody sees first tokens the queue is taken to shrink at a
 rate: the one learned while somebody did, else the one of the settings.
 
-A report that is older than the limit is *stale*: it is not used, and an endpoint whose load is stale says so. That is
-not the same as no load.
+A report that is older than the limit, or than it says itself, is *stale*: it is not used, and an endpoint whose load is
+stale says so. That is not the same as no load.
 """
 
 from __future__ import annotations
@@ -35,12 +35,14 @@ class EngineReport(NamedTuple):
         running, waiting: requests in its batch, and before it.
         usage: share of its KV cache in use, 0 to 1.
         at: when it was read, monotonic seconds.
+        lasts: seconds for which it is good, where that is longer than the limit; it is told on change.
     """
 
     running: float
     waiting: float
     usage: float
     at: float
+    lasts: float = 0.0
 
 
 class Load(NamedTuple):
@@ -233,7 +235,7 @@ class LoadBook:
             return Load()
         report = endpoint.report
         queue = endpoint.queue(now)
-        if report is None or now - report.at > self._options.stale_seconds:
+        if report is None or now - report.at > max(self._options.stale_seconds, report.lasts):
             return Load(queue, len(endpoint.open), 0.0, -1.0, stale=True)
         fresh = len(endpoint.since)
         return Load(queue, report.running + report.waiting + fresh, report.waiting + fresh, report.usage, stale=False)

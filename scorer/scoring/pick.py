@@ -2,7 +2,8 @@
 
 ``total = w_cache * cached share - sum over load terms (w_term * term relative to the busiest candidate)``, where the
 cached share is the pod's score over that of a pod with the whole prompt, whatever the strategy.
-Ties go by the tie-break.
+Ties go by the tie-break. A pod whose reported load is stale counts as the busiest of the others: it may be so busy
+that it does not answer. One that never reported any counts as idle.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from typing import Final, NamedTuple
 import msgspec
 import xxhash
 
+from kvatlas.bridge.model.loads import CACHE_USAGE, RUNNING, WAITING, fresh_load
 from kvatlas.bridge.model.records import LIVE, PodRecord
 from kvatlas.scorer.errors import InputError, NotReadyError
 from kvatlas.scorer.scoring.answers import Scored
 
 CACHE: Final = "cache"
-LOAD_TERMS: Final = ("waiting", "running", "cache_usage")
+LOAD_TERMS: Final = (WAITING, RUNNING, CACHE_USAGE)
 _TIE: Final = 1e-9
 #: Of terms whose weight the caller does not give: the cache counts as much as all load together.
-_WEIGHTS: Final = {CACHE: 1.0, "waiting": 0.5, "running": 0.25, "cache_usage": 0.25}
+_WEIGHTS: Final = {CACHE: 1.0, WAITING: 0.5, RUNNING: 0.25, CACHE_USAGE: 0.25}
 
 
 class PickQuery(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,6 +69,7 @@ def choose(
     pods: Sequence[PodRecord],
     *,
     full: float,
+    now_ns: int,
     draw: Callable[[int], int] = random.randrange,
 ) -> PodChoice:
     """Choose a pod.
@@ -75,6 +78,7 @@ def choose(
         query: loads, weights and tie-break of the caller.
         scored: scores of the prompt.
         pods: pods that may be chosen.
+        now_ns: wall clock in ns, for the age of loads.
         full: score of a pod that holds the whole prompt, by the strategy that made the scores.
         draw: random number below its argument, for ties.
 
@@ -89,14 +93,15 @@ def choose(
     live = [record for record in pods if record.state == LIVE] or list(pods)
     if not live:
         raise NotReadyError(f"no pod serves model {query.model!r}")
-    loads = {record.pod: _load(query, record) for record in live}
-    most = {term: max(load[term] for load in loads.values()) for term in LOAD_TERMS}
+    told = {record.pod: _load(query, record, now_ns) for record in live}
+    most = {term: max((load[term] for load in told.values() if load is not None), default=0.0) for term in LOAD_TERMS}
+    loads = {pod: most if load is None else load for pod, load in told.items()}
     candidates = []
     for record in live:
         entry = scored.scores.get(record.pod)
         terms = {CACHE: weights[CACHE] * (min(entry.score / full, 1.0) if entry and full > 0 else 0.0)}
         for term in LOAD_TERMS:
-            share = loads[record.pod][term] if term == "cache_usage" else _share(loads[record.pod][term], most[term])
+            share = loads[record.pod][term] if term == CACHE_USAGE else _share(loads[record.pod][term], most[term])
             terms[term] = -weights[term] * share
         candidates.append(PodTotal(record.pod, sum(terms.values()), terms, entry.matched_tokens if entry else 0))
     candidates.sort(key=lambda candidate: (-candidate.total, candidate.pod))
@@ -107,7 +112,7 @@ def choose(
     return PodChoice(
         winner.pod,
         candidates,
-        _reason(winner, scored.prompt_tokens, loads[winner.pod], len(candidates))
+        _reason(winner, scored.prompt_tokens, told[winner.pod], len(candidates))
         + (f", by {tie_break} among {len(tied)} equal ones" if len(tied) > 1 else ""),
     )
 
@@ -123,13 +128,16 @@ def _weights(given: Mapping[str, float]) -> dict[str, float]:
     return weights
 
 
-def _load(query: PickQuery, record: PodRecord) -> dict[str, float]:
+def _load(query: PickQuery, record: PodRecord, now_ns: int) -> dict[str, float] | None:
+    """Return a pod's load, None for one that is stale."""
     if (given := query.load.get(record.pod)) is not None:
         load = {term: float(given.get(term, 0.0)) for term in LOAD_TERMS}
         if wrong := [term for term, value in load.items() if not math.isfinite(value)]:
             raise InputError(f"load of {record.pod!r}: {wrong[0]} is {load[wrong[0]]}; a finite number is wanted")
+    elif (reported := fresh_load(record, now_ns)) is not None:
+        load = {term: reported.get(term, 0.0) for term in LOAD_TERMS}
     else:
-        load = {term: record.load.get(term, 0.0) for term in LOAD_TERMS}
+        return None
     return {term: max(value, 0.0) if math.isfinite(value) else 0.0 for term, value in load.items()}
 
 
@@ -149,14 +157,13 @@ def _break(
     if how == "hash":
         return xxhash.xxh3_64_intdigest(request_id.encode()) % len(tied)
     if how == "least_loaded":
-        busy = [loads[c.pod]["waiting"] + loads[c.pod]["running"] for c in tied]
+        busy = [loads[c.pod][WAITING] + loads[c.pod][RUNNING] for c in tied]
         least = [number for number, value in enumerate(busy) if value == min(busy)]
         return least[draw(len(least))]
     return draw(len(tied))
 
 
-def _reason(winner: PodTotal, tokens: int, load: Mapping[str, float], candidates: int) -> str:
-    return (
-        f"{winner.pod} has {winner.matched_tokens} of {tokens} tokens cached, {load['waiting']:g} waiting and "
-        f"{load['running']:g} running; highest total of {candidates} pods"
-    )
+def _reason(winner: PodTotal, tokens: int, load: Mapping[str, float] | None, candidates: int) -> str:
+    said = "a stale load" if load is None else f"{load[WAITING]:g} waiting and {load[RUNNING]:g} running"
+    cached = f"{winner.matched_tokens} of {tokens} tokens cached"
+    return f"{winner.pod} has {cached}, {said}; highest total of {candidates} pods"

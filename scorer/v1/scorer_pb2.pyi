@@ -1061,6 +1061,7 @@ class PodInfo(_message.Message):
     APPROXIMATE_FIELD_NUMBER: _builtins.int
     COVERAGE_FIELD_NUMBER: _builtins.int
     HEARD_FROM_FIELD_NUMBER: _builtins.int
+    LOAD_AGE_MS_FIELD_NUMBER: _builtins.int
     pod: _builtins.str
     state: _builtins.str
     model: _builtins.str
@@ -1079,8 +1080,12 @@ class PodInfo(_message.Message):
     coverage: _builtins.str
     """As in PodFreshness."""
     heard_from: _builtins.int
+    load_age_ms: _builtins.float
+    """Since its load was read off the engine; what is older than 15 s is stale. 0 without load."""
     @_builtins.property
-    def load(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
+    def load(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """What the pod reports of itself (running, waiting, cache_usage); empty where it never did."""
+
     def __init__(
         self,
         *,
@@ -1102,10 +1107,11 @@ class PodInfo(_message.Message):
         approximate: _builtins.bool = ...,
         coverage: _builtins.str = ...,
         heard_from: _builtins.int = ...,
+        load_age_ms: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_ms", b"age_ms", "approximate", b"approximate", "block_size_tokens", b"block_size_tokens", "coverage", b"coverage", "dp_rank", b"dp_rank", "endpoint", b"endpoint", "engine", b"engine", "epoch", b"epoch", "heard_from", b"heard_from", "last_sequence", b"last_sequence", "load", b"load", "lost", b"lost", "model", b"model", "pod", b"pod", "state", b"state", "store", b"store", "suspect_before", b"suspect_before", "valid_from", b"valid_from"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_ms", b"age_ms", "approximate", b"approximate", "block_size_tokens", b"block_size_tokens", "coverage", b"coverage", "dp_rank", b"dp_rank", "endpoint", b"endpoint", "engine", b"engine", "epoch", b"epoch", "heard_from", b"heard_from", "last_sequence", b"last_sequence", "load", b"load", "load_age_ms", b"load_age_ms", "lost", b"lost", "model", b"model", "pod", b"pod", "state", b"state", "store", b"store", "suspect_before", b"suspect_before", "valid_from", b"valid_from"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

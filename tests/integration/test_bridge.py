@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
@@ -22,13 +23,19 @@ from kvatlas.bridge.kafka.producer import RecordProducer
 from kvatlas.bridge.model import epochs, pod_ids, records, topics
 from kvatlas.bridge.model.adapters.fields import encode_batch
 from kvatlas.bridge.model.block_key import block_keys, pack_tokens, root_key
+from kvatlas.bridge.model.directory import PodDirectory
+from kvatlas.bridge.model.loads import LOAD_STALE_SECONDS
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.relay.recovery import recover
 from kvatlas.bridge.relay.service import BridgeService
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
+from kvatlas.scorer.scoring.answers import Scored
+from kvatlas.scorer.scoring.pick import PickQuery, choose
+from tests.bridge.engines.fake_engine import fake_engine
 from tests.integration.log_support import read_topic
 
+_UNSCORED = Scored(prompt_tokens=0, block_size_tokens=16, blocks=0, scores={})
 _CLEAR = [{"type": "AllBlocksCleared"}]
 
 
@@ -105,6 +112,32 @@ async def test_lost_and_early_messages_are_replayed_in_order_and_once(brokers: s
     found = _sequences(messages, "pod-x")
     assert [sequence for _, sequence in found] == list(range(20))
     assert len({incarnation for incarnation, _ in found}) == 1
+
+
+async def test_load_read_off_an_engine_is_what_a_pick_counts(brokers: str, topic_prefix: str) -> None:
+    """The engine's page is in the pod's record while it answers; once it does not, the load is old, not none."""
+    kafka = await _setup(brokers, topic_prefix)
+    engine = _engine()
+    with fake_engine({"/metrics": "vllm:num_requests_running 3\nvllm:num_requests_waiting 2\n"}) as url:
+        spec = f"{engine.endpoint},{engine.replay_endpoint},metrics={url}/metrics"
+        bridge = BridgeService(BridgeSettings(engines=[spec], ownership="all", replay_timeout_seconds=0.5), kafka)
+        await bridge.start()
+        engine.publish(_CLEAR, timestamp=0.0)
+        pods = PodDirectory()
+        async with asyncio.timeout(90):
+            while not (pods.merged and pods.merged["pod-x"].load):
+                await asyncio.sleep(0.1)
+                for message in await _read(kafka, topics.PODS):
+                    pods.apply(message.key, message.value)
+    await bridge.stop()
+    engine.close()
+    record = pods.merged["pod-x"]
+    assert record.load == {"running": 3.0, "waiting": 2.0}
+    idle = msgspec.structs.replace(record, pod="idle", load={})
+    for late_seconds, reason in ((0, "2 waiting and 3 running"), (LOAD_STALE_SECONDS + 1, "a stale load")):
+        now_ns = record.load_ns + int(late_seconds * 1e9)
+        assert choose(PickQuery(model="model-y"), _UNSCORED, [record, idle], full=1.0, now_ns=now_ns).pod == "idle"
+        assert reason in choose(PickQuery(model="model-y"), _UNSCORED, [record], full=1.0, now_ns=now_ns).reason
 
 
 async def test_a_restarted_bridge_goes_on_where_the_log_ends(brokers: str, topic_prefix: str) -> None:

@@ -43,6 +43,7 @@ CONTRACT: dict[str, dict[str, type | tuple[type, ...]]] = {
         "last_lost": int,
         "blocks": dict,
         "load": dict,
+        "load_age_ms": float,
         "coverage": str,
     },
     "workers": {

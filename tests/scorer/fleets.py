@@ -119,6 +119,7 @@ def _pod(dice: random.Random, name: str) -> PodRecord:
         groups=groups,
         store=dice.choice(("", "", "s")),
         load=dice.choice(({}, {"waiting": 2.0})),
+        load_ns=NOW_NS,
         approximate=dice.random() < 0.2,
         chunk_tokens=dice.choice((0, 0, 0, 4 * SIZE)),
         named=dice.random() < 0.2,

@@ -28,6 +28,7 @@ async def test_vllm_tells_sockets_models_and_block_size() -> None:
     assert (facts.block_size_tokens, facts.prefix_caching, facts.max_model_len) == (16, True, 4096)
     assert (spec.live, spec.replay, spec.model) == ("tcp://127.0.0.1:5557", "tcp://127.0.0.1:5558", "m")
     assert spec.pod == url.partition("://")[2]
+    assert (spec.metrics, spec.load) == (f"{url}/metrics", "")
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,11 @@ async def test_sglang_tells_its_ranks(case: str) -> None:
         ("sglang", "p", "q", "s", told["dp_size"])
     }
     assert (facts.block_size_tokens, facts.prefix_caching) == (64, True)
+    told_load = "load_topic" in told
+    assert [(spec.metrics, spec.load) for spec in specs] == [
+        ("", f"tcp://127.0.0.1:{told['load_endpoint_port_base'] + rank}") if told_load else (f"{url}/metrics", "")
+        for rank in range(told["dp_size"])
+    ]
     assert facts.load == (f"tcp://127.0.0.1:{told['load_endpoint_port_base']}" if "load_topic" in told else "")
 
 

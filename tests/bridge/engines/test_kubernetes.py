@@ -75,6 +75,7 @@ def test_annotations_say_what_a_spec_says() -> None:
     assert (second.live, second.replay, second.rank) == ("tcp://10.0.0.1:6001", "tcp://10.0.0.1:7001", 1)
     assert pod_specs(pod("b", "fd00::1", notes={"replay_port": "0"}), settings)[0].live == "tcp://[fd00::1]:5557"
     assert pod_specs(pod("b", notes={"replay_port": "0"}), settings)[0].replay == ""
+    assert pod_specs(pod("b", notes={"metrics_port": "8000"}), settings)[0].metrics == "http://10.0.0.1:8000/metrics"
     assert pod_specs(pod("c", ""), settings) == []
     with pytest.raises(SettingsError, match="serving/d"):
         pod_specs(pod("d", notes={"engine": "other"}), settings)

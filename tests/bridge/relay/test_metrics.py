@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from kvatlas.bridge.engines.publisher import EnginePublisher
 from kvatlas.bridge.engines.spec import parse_engine
+from kvatlas.bridge.ingest.loads import EngineLoads
 from kvatlas.bridge.kafka.producer import RecordProducer
 from kvatlas.bridge.relay.metrics import BridgeCollector
 from kvatlas.bridge.runtime.settings import KafkaSettings
@@ -34,8 +35,10 @@ async def test_the_counts_of_a_stream_are_on_the_page(bridge: Any) -> None:
         engine.publish(_CLEAR, timestamp=5.0)
         await bridge.until(lambda: len(bridge.log.messages("p")) == 5)
         endpoint.received([b"alone"])
+        loads = EngineLoads(bridge.streams)
+        loads.reads["ok"] = 3
         registry = CollectorRegistry()
-        registry.register(BridgeCollector(bridge.streams, kafka))
+        registry.register(BridgeCollector(bridge.streams, loads, kafka))
 
         def value(name: str, **labels: str) -> float | None:
             return registry.get_sample_value(f"kvatlas_bridge_{name}", labels)
@@ -52,5 +55,6 @@ async def test_the_counts_of_a_stream_are_on_the_page(bridge: Any) -> None:
         assert (value("conflicts_total"), value("waiting_endpoints")) == (1, 1)
         assert (value("acknowledged_total"), value("kafka_bytes_total"), value("kafka_failures_total")) == (5, 700, 1)
         assert value("buffer_bytes") == 90
+        assert value("load_reads_total", result="ok") == 3
         assert generate_latest(registry).decode().count('silence_seconds{pod="p"}') == 1
         assert value("kafka_seconds_bucket", le="0.005") == 5

@@ -20,7 +20,7 @@ SECOND = 1_000_000_000
 
 def pod(name: str, **load: float) -> PodRecord:
     """A pod that reports its load."""
-    return PodRecord(pod=name, writer="bridge", model="m", load=load, updated_ns=10 * SECOND)
+    return PodRecord(pod=name, writer="bridge", model="m", load=load, load_ns=10 * SECOND)
 
 
 @given(st.integers(0, 20), st.integers(0, 20), st.floats(0, 1), st.integers(0, 8))

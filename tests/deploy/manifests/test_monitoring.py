@@ -14,6 +14,7 @@ import yaml
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.core import Metric
 
+from kvatlas.bridge.ingest.loads import EngineLoads
 from kvatlas.bridge.ingest.streams import EngineStreams
 from kvatlas.bridge.kafka.producer import RecordProducer
 from kvatlas.bridge.options import BridgeSettings
@@ -68,7 +69,7 @@ def exported() -> dict[str, frozenset[str]]:
     """Name of every series the services export, with its labels."""
     producer = RecordProducer(KafkaSettings())
     streams = EngineStreams(BridgeSettings(), producer, lambda: 0, Background())
-    bridge = of_families(iter(BridgeCollector(streams, producer).collect()))
+    bridge = of_families(iter(BridgeCollector(streams, EngineLoads(streams), producer).collect()))
     connector = of_families(PrometheusCollector(Metrics()).collect())
     streams.wires.close()
     ours = of_module(worker_metrics) | of_module(scorer_metrics) | of_module(picker_metrics)

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
+from kvatlas.bridge.engines.engine_metrics import EngineLoad, read_load
 from kvatlas.deploy.gateway.tiny_tokenizer import write_tokenizer
 from kvatlas.deploy.sim.fleet import Fleet
 from kvatlas.deploy.sim.options import SimPlan
 from kvatlas.deploy.sim.serving import POD_HEADER, ServedFleet
 from kvatlas.scorer.gateway.discovery import parse_endpoint
-from kvatlas.scorer.picker.engine_metrics import EngineLoad, read_load
 from kvatlas.scorer.picker.usage import UsageReader
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from kvatlas.bridge.model.loads import LOAD_STALE_SECONDS
 from kvatlas.bridge.model.records import PodRecord
 from kvatlas.scorer.client import score_request
 from kvatlas.scorer.errors import InputError, NotReadyError
@@ -15,9 +16,11 @@ from kvatlas.scorer.scoring.pick import PickQuery, choose
 from kvatlas.scorer.scoring.strategies import STRATEGIES
 from tests.scorer.rig import PARTITIONS, TOKENS, Index, Rig
 
+NOW_NS = 10**18
+
 
 def _pod(name: str, **fields: Any) -> PodRecord:
-    return PodRecord(pod=name, writer="streams", model="m", **fields)
+    return PodRecord(pod=name, writer="streams", model="m", **{"load_ns": NOW_NS, **fields})
 
 
 def _choose(
@@ -26,7 +29,7 @@ def _choose(
     found = {name: PodScore(score=score, matched_blocks=0, matched_tokens=0) for name, score in scores.items()}
     scored = Scored(prompt_tokens=160, block_size_tokens=16, blocks=10, scores=found)
     query = PickQuery(model="m", request_id="r", **fields)
-    answer = choose(query, scored, pods, full=10.0, draw=lambda _most: draw)
+    answer = choose(query, scored, pods, full=10.0, now_ns=NOW_NS, draw=lambda _most: draw)
     assert answer.candidates[0].pod == answer.pod
     assert answer.pod in answer.reason
     return answer.pod, [(c.pod, round(c.total, 6)) for c in answer.candidates]
@@ -39,6 +42,17 @@ def test_cached_share_and_load_of_caller_and_pods_add_up() -> None:
     found = _choose({"a": 10.0, "b": 20.0}, pods, load={"b": {"waiting": 8, "running": 1}})
     assert found == ("a", [("a", 0.75), ("b", 0.25), ("c", 0.0)])
     assert _choose({"a": 10.0}, pods, weights={"cache": 0.0})[0] == "c"
+
+
+def test_stale_load_is_not_no_load() -> None:
+    """A pod whose load is too old counts as the busiest, one that never reported any as idle."""
+    old = NOW_NS - int((LOAD_STALE_SECONDS + 1) * 1e9)
+    busy = _pod("b", load={"waiting": 2.0, "cache_usage": 0.5})
+    stale = _pod("a", load={"running": 1.0}, load_ns=old)
+    assert _choose({}, [stale, busy]) == ("a", [("a", -0.625), ("b", -0.625)])
+    assert _choose({}, [stale, busy, _pod("c")])[1][0] == ("c", 0.0)
+    assert _choose({}, [stale]) == ("a", [("a", 0.0)])
+    assert _choose({}, [stale, busy], load={"a": {"waiting": 1.0}}) == ("a", [("a", -0.25), ("b", -0.625)])
 
 
 def test_ties() -> None:

@@ -1,16 +1,23 @@
-"""Load out of an engine's Prometheus page, by the names that vLLM and SGLang use. Pure.
+"""Load in an engine's own words: its Prometheus page, by vLLM's and SGLang's names, and SGLang's load socket. Pure.
 
 With several series of a name (data-parallel ranks behind one port) waiting and running are summed and usage is
 averaged; given a rank, only the series of that rank count.
+
+A message of the load socket is ``[b"load", sequence, payload]`` with the msgpack array ``["LoadStat", running, waiting,
+tokens in use, tokens of capacity (0 unknown), rank, ...]``, sent on change and once a second else.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
-from typing import Final, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+import msgspec
 
 from kvatlas.bridge.engines.facts import labels_of
+from kvatlas.bridge.model.loads import CACHE_USAGE, RUNNING, WAITING
 
 
 class EngineLoad(NamedTuple):
@@ -24,6 +31,12 @@ class EngineLoad(NamedTuple):
     def known(self) -> bool:
         """Whether it says anything."""
         return self != EngineLoad()
+
+    def named(self) -> dict[str, float]:
+        """Return what it says by the names of a pod's record, usage to a thousandth: less is no news."""
+        usage = None if self.usage is None else round(self.usage, 3)
+        told = {RUNNING: self.running, WAITING: self.waiting, CACHE_USAGE: usage}
+        return {name: value for name, value in told.items() if value is not None}
 
 
 #: Metric name -> field of the load, for both engines: their names do not clash.
@@ -68,6 +81,21 @@ def read_load(page: str, rank: int | None = None) -> EngineLoad:
         sum(found["waiting"]) if "waiting" in found else None,
         min(sum(usage) / len(usage), 1.0) if usage else None,
     )
+
+
+def read_stat(frames: Sequence[bytes]) -> EngineLoad | None:
+    """Return the load that a message of SGLang's load socket tells, None for what is none."""
+    if len(frames) != 3 or frames[0] != b"load":
+        return None
+    try:
+        told = msgspec.msgpack.decode(frames[2], type=list[Any])
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
+    figures = [float(figure) for figure in told[1:5] if isinstance(figure, int | float) and 0 <= figure < math.inf]
+    if told[:1] != ["LoadStat"] or len(figures) != 4:
+        return None
+    running, waiting, used, capacity = figures
+    return EngineLoad(running, waiting, min(used / capacity, 1.0) if capacity else None)
 
 
 def _of_rank(labels: str, rank: int) -> bool:

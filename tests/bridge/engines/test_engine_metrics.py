@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvatlas.scorer.picker.engine_metrics import EngineLoad, read_load
+from kvatlas.bridge.engines.engine_metrics import EngineLoad, read_load, read_stat
 
+GOLDEN = json.loads((Path(__file__).parents[2] / "data" / "captures" / "golden_sglang.json").read_text())
 VLLM = """# HELP vllm:num_requests_running Number of requests
 # TYPE vllm:num_requests_running gauge
 vllm:num_requests_running{engine="0",model_name="m"} 3.0
@@ -32,6 +38,32 @@ def test_ranks_behind_one_port_are_summed_and_usage_averaged() -> None:
 def test_missing_family_keeps_the_others_and_nonsense_is_none() -> None:
     assert read_load("vllm:num_requests_running 2\nvllm:kv_cache_usage_perc NaN\n") == EngineLoad(2.0, None, None)
     assert not read_load("up 1\n").known
+
+
+def test_the_load_socket_tells_by_every_recorded_form() -> None:
+    """Running, waiting, and usage where the capacity is told."""
+    stats = {case: said for case, said in GOLDEN.items() if case.endswith("/load_stat")}
+    assert len(stats) == 3
+    for said in stats.values():
+        _, running, waiting, used, capacity, *_ = said["json"]
+        load = read_stat([b"load", b"\0" * 8, bytes.fromhex(said["hex"])])
+        assert load == EngineLoad(running, waiting, used / capacity)
+    unknown = read_stat([b"load", b"", msgspec.msgpack.encode(["LoadStat", 1, 2, 3, 0, 0])])
+    assert unknown == EngineLoad(1.0, 2.0, None)
+    assert unknown.named() == {"running": 1.0, "waiting": 2.0}
+
+
+@pytest.mark.parametrize(
+    "wrong", [["LoadStat", 1, 2, -3, 0], ["LoadStat", 1, "x", 3, 4], ["Other", 1, 2, 3, 4], ["LoadStat"], 7]
+)
+def test_what_is_no_load_is_none(wrong: object) -> None:
+    assert read_stat([b"load", b"", msgspec.msgpack.encode(wrong)]) is None
+    assert read_stat([b"load", msgspec.msgpack.encode(wrong)]) is None
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_on_the_load_socket_are_read(payload: bytes) -> None:
+    read_stat([b"load", b"", payload])
 
 
 @given(st.text(max_size=300))
