@@ -3,8 +3,8 @@
 A pod is taken once it is ready, and kept while it runs: an engine that fails its readiness for a while still has its
 cache. Annotations of a pod (prefix ``kvatlas.io/`` by default) say what an endpoint spec says: ``port``,
 ``replay-port``, ``metrics-port``, ``model``, ``engine``, ``dp``, ``store``, ``announcements``, ``blocks-per-chunk``,
-``speculation``. With ``http-port`` the engine is asked where it publishes, as one listed by its HTTP address is; it says
-the rest.
+``speculation``. With ``http-port`` the engine is asked where it publishes, as one listed by its HTTP address is; it
+says the rest.
 """
 
 from __future__ import annotations
