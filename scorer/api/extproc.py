@@ -68,7 +68,7 @@ class ProcessorOptions:
 
     Args:
         max_body_bytes: larger bodies are refused (413).
-        piece_bytes: largest piece of a body sent back in full duplex.
+        piece_bytes: largest piece of a body sent back in full duplex; some data planes refuse those above 64 KB.
         response: one of :data:`RESPONSES`.
     """
 
@@ -133,7 +133,7 @@ class ExternalProcessor:
                 "Process": grpc.stream_stream_rpc_method_handler(
                     self.process,
                     request_deserializer=pb.ProcessingRequest.FromString,
-                    response_serializer=pb.ProcessingResponse.SerializeToString,
+                    response_serializer=messages.serialized,
                 )
             },
         )
@@ -284,9 +284,9 @@ class _Stream:
                 return False  # the client is gone
             kind = message.WhichOneof("request")
             if kind == "request_body":
-                pieces.append(message.request_body.body)
+                pieces.append(piece := message.request_body.body)  # each look at the field copies it
                 self._ended = message.request_body.end_of_stream
-                size += len(message.request_body.body)
+                size += len(piece)
                 if (refused := self._too_large(size)) is not None:
                     return await self._send(refused, None)
             elif kind == "request_trailers":
