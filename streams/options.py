@@ -30,7 +30,7 @@ class WorkerSettings(Section, frozen=True, kw_only=True):
         str,
         Meta(
             description="index version that this worker keeps, see `kvatlas reindex`",
-            pattern=r"^[a-z0-9][a-z0-9-]{0,31}$",
+            pattern=topics.VERSION_NAME,
         ),
     ] = topics.BASE_VERSION
     role: Annotated[

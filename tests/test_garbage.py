@@ -6,10 +6,12 @@ msgpack has; and whatever a reader accepted must be good enough for what follows
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -24,6 +26,7 @@ from kvatlas.bridge.model.directory import PodDirectory
 from kvatlas.bridge.model.validity import Validity
 from kvatlas.bridge.model.workers import WorkerDirectory
 from kvatlas.bridge.relay.recovery import take_record
+from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.audit.audit import compare
 from kvatlas.deploy.history.filters import Filter, Wanted
 from kvatlas.deploy.history.log import Record
@@ -31,6 +34,9 @@ from kvatlas.deploy.history.playback import _frames, _time_ms
 from kvatlas.deploy.history.show import _ROWS, describe
 from kvatlas.deploy.history.summary import read_message
 from kvatlas.deploy.reindex.prompts import Chains
+from kvatlas.scorer.library.backends.mirror import MirrorBackend, MirrorFollower, Snapshot
+from kvatlas.scorer.library.indexer import Indexer
+from kvatlas.scorer.library.replica import PartitionView, Replica
 from kvatlas.scorer.lookups.pods import PodTable
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.scoring.decisions import Decisions
@@ -40,6 +46,8 @@ from kvatlas.streams.index.apply import is_entry as index_entry
 from kvatlas.streams.index.blocks_record import OP_ADD, Run, decode_blocks, encode_blocks
 from kvatlas.streams.index.holders import holders, pack_holder
 from kvatlas.streams.index.view import DictView
+from kvatlas.streams.mirror import changes
+from kvatlas.streams.mirror.layout import MirrorPosition, position_of
 from kvatlas.streams.resolve import engine_blocks
 from kvatlas.streams.resolve.effects import Effects
 from kvatlas.streams.resolve.entries import is_entry as engine_entry
@@ -61,6 +69,7 @@ EXAMPLES: list[msgspec.Struct] = [
     records.PodRecord(pod="p", writer="bridge", epoch=7 << 32, model="m", groups={0: records.GroupSpec(0, 0, 16)}),
     records.WorkerRecord(worker="w", endpoint="h:1", partitions=[0, 1], partition_count=2, offsets={0: 5}),
     records.IndexCatalog(),
+    records.IndexCatalog(active="v2", versions={"v2": records.IndexVersion(block_size_tokens=32)}, updated_ns=1),
     records.DecisionRecord(request_id="r", pod="p", keys=bytes(32), expires_ns=2**62, scores={"p": (1.0, 2)}),
     records.KeyedBatch(
         timestamp=1.0,
@@ -310,3 +319,120 @@ def test_history_shows_any_record(key: Value, value: Value, found: Any, topic: s
 def test_an_audit_takes_any_answer(found: list[tuple[bytes, bytes]]) -> None:
     """Values that are no holders are passed over."""
     compare(dict(found), {}, [records.PodRecord(pod="p", writer="bridge")])
+
+
+TOKENS = list(range(64))
+
+
+async def _score(indexer: Indexer) -> None:
+    """What has been taken in answers every question."""
+    await indexer.score_tokens(TOKENS, "m")
+    await indexer.explain(TOKENS, "m")
+    for record in indexer.pods():
+        records.encode(record)
+    await indexer.stats()
+
+
+@settings(fuzzed, max_examples=100)
+@given(st.lists(st.tuples(keys, values, headers), max_size=6))
+def test_the_library_takes_any_event(found: list[tuple[Value, Value, tuple[tuple[str, bytes], ...]]]) -> None:
+    """Records from a transport of the caller's own are applied or counted; the indexer goes on and ends cleanly."""
+
+    async def work() -> None:
+        async with Indexer() as indexer:
+            for key, value, more in found:
+                await indexer.apply_record(key, value, more)
+            await _score(indexer)
+
+    asyncio.run(work())
+
+
+@settings(fuzzed, max_examples=100)
+@given(st.lists(st.tuples(keys, values), max_size=8))
+def test_a_replica_takes_any_pod_worker_and_block(found: list[tuple[Value, Value]]) -> None:
+    """It scores and sweeps afterwards; the versions that it may move to have names that topics can have."""
+
+    async def work() -> None:
+        indexer = Indexer()
+        replica = Replica(KafkaSettings(), indexer.backend, indexer._pods, indexer._set_block_size)
+        replica._views = [PartitionView(indexer.backend, number) for number in range(3)]  # type: ignore[arg-type]
+        replica._followers = [SimpleNamespace(caught_up=asyncio.Event(), failed=lambda: None)]  # type: ignore[list-item]
+        indexer._source = replica
+        for key, value in found:
+            indexer._pods.apply(key, value)
+            replica._worker(key, value)
+            replica._blocks(key, value)
+        await replica.sweep()
+        await _score(indexer)
+        assert len(topics.blocks_topic(replica._catalog.active)) < 64
+        assert len(replica._catalog.versions) <= 64
+
+    asyncio.run(work())
+
+
+class _Changelog:
+    """A consumer of one partition; only what is read of it."""
+
+    def __init__(self, found: list[tuple[Value, Value, Any]]) -> None:
+        self._found, self._at = found, 0
+        self.start = self.stop = self._nothing
+
+    async def _nothing(self) -> None:
+        return
+
+    def assign(self, _places: Any) -> None:
+        return
+
+    async def beginning_offsets(self, places: Any) -> Any:
+        return dict.fromkeys(places, 0)
+
+    async def end_offsets(self, places: Any) -> Any:
+        return dict.fromkeys(places, len(self._found))
+
+    def seek(self, _place: Any, offset: int) -> None:
+        self._at = offset
+
+    async def position(self, _place: Any) -> int:
+        return self._at
+
+    async def fetch(self, _consumer: Any, place: Any, **_: Any) -> Any:
+        part = self._found[self._at : self._at + 2]
+        self._at += len(part)
+        return {place: [SimpleNamespace(key=key, value=value, headers=more) for key, value, more in part]}
+
+
+@settings(fuzzed, max_examples=100)
+@given(found=st.lists(st.tuples(keys, values, headers), max_size=8), position=st.binary(max_size=40))
+def test_a_mirror_takes_any_changelog_and_position(found: list[tuple[Value, Value, Any]], position: bytes) -> None:
+    """What changed are the block keys of a stretch, or nobody can tell; positions are read or are none."""
+    log, size = _Changelog(found), len(found)
+
+    async def changed(after: MirrorPosition) -> list[bytes] | None:
+        how = {"most": 100, "max_age_seconds": 1e12, "client_id": "c"}
+        return await changes.changed_keys(KafkaSettings(), "log", 0, after=after, through=size - 1, **how)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(changes, "AIOKafkaConsumer", lambda **_: log)
+        patch.setattr(changes, "fetch", log.fetch)
+        blocks = dict.fromkeys(key for key, _, _ in found if key is not None and len(key) == 16)
+        assert asyncio.run(changed(MirrorPosition(-1, -1, 0, 0))) == list(blocks)
+        if (known := position_of(position)) is not None:
+            asyncio.run(changed(known))
+
+
+@settings(fuzzed, max_examples=100)
+@given(st.lists(st.dictionaries(st.binary(max_size=8), st.one_of(values.map(lambda value: value or b""))), max_size=3))
+def test_a_reader_of_a_mirror_takes_any_pod(found: list[dict[bytes, bytes]]) -> None:
+    """Pods of any name and record, that come and go."""
+
+    async def work() -> None:
+        mirror, pods, seen = MirrorBackend(), PodTable(), iter([*found, {}])
+        mirror.poll = lambda: asyncio.sleep(0, Snapshot(next(seen), {0: None}, frozenset()))  # type: ignore[method-assign]
+        follower = MirrorFollower(mirror, pods, pods.set_block_size)
+        for _ in (*found, {}):
+            await follower._poll()
+            _ = pods.fleet
+        assert not pods.merged
+        await mirror.close()
+
+    asyncio.run(work())

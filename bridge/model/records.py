@@ -23,7 +23,7 @@ from kvatlas.bridge.model.numbers import (
     Tokens,
     Word,
 )
-from kvatlas.bridge.model.topics import BASE_VERSION
+from kvatlas.bridge.model.topics import BASE_VERSION, VERSION_NAME
 from kvatlas.bridge.model.validity import Validity
 
 SCHEMA_VERSION: Final = 1
@@ -210,6 +210,9 @@ class IndexVersion(msgspec.Struct, frozen=True, kw_only=True):
     created_ns: Nanoseconds = 0
 
 
+VersionName = Annotated[str, msgspec.Meta(pattern=VERSION_NAME)]
+
+
 class IndexCatalog(msgspec.Struct, frozen=True, kw_only=True):
     """The index versions of a deployment and the one that scorers read: one record, so that all move at one point.
 
@@ -220,8 +223,11 @@ class IndexCatalog(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     v: int = SCHEMA_VERSION
-    active: str = BASE_VERSION
-    versions: dict[str, IndexVersion] = msgspec.field(default_factory=lambda: {BASE_VERSION: IndexVersion()})
+    active: VersionName = BASE_VERSION
+    # A reader keeps connections for each.
+    versions: Annotated[dict[VersionName, IndexVersion], msgspec.Meta(max_length=64)] = msgspec.field(
+        default_factory=lambda: {BASE_VERSION: IndexVersion()}
+    )
     updated_ns: Nanoseconds = 0
 
 

@@ -51,6 +51,8 @@ def changelog_topics(app: str) -> tuple[Topic, Topic]:
 
 #: The index version that a deployment begins with; its topics have no suffix.
 BASE_VERSION: Final = "base"
+#: Names of index versions; they become part of topics' names.
+VERSION_NAME: Final = r"^[a-z0-9][a-z0-9-]{0,31}$"
 
 
 def blocks_topic(version: str) -> str:

@@ -28,7 +28,6 @@ from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.deploy.reindex.errors import ReindexError
 from kvatlas.streams.options import WorkerSettings
 
-_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 _CLIENT_ID: Final = "kvatlas-reindex"
 _READ_SECONDS: Final = 20.0
 
@@ -83,7 +82,7 @@ async def start_version(
         ReindexError: the name cannot be used, or is taken by a version with other parameters.
         LogError: Kafka did not answer.
     """
-    if not _NAME.fullmatch(name) or name == BASE_VERSION:
+    if not re.fullmatch(topics.VERSION_NAME, name) or name == BASE_VERSION:
         raise ReindexError(
             f"index version {name!r}: give lower-case letters, digits and dashes, at most 32, not 'base'"
         )

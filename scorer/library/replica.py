@@ -303,9 +303,10 @@ class Replica:
         return bool(self._followers) and not self._moving and all(each.caught_up.is_set() for each in self._followers)
 
     def failed(self) -> BaseException | None:
-        """Return what ended the reading: Kafka's errors do not, those of the index do."""
-        errors = (follower.failed() for follower in (self._workers, *self._followers))
-        return next((error for error in errors if error is not None), None)
+        """Return what ended the reading or a task beside it: Kafka's errors do not, those of the index do."""
+        errors = [follower.failed() for follower in (self._workers, *self._followers)]
+        ended = [task for task in self._tasks.values() if task.done() and not task.cancelled()]
+        return next((error for error in (*errors, *(task.exception() for task in ended)) if error is not None), None)
 
     async def _sweep_on(self) -> None:
         while True:

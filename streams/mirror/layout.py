@@ -23,7 +23,7 @@ given the partition later always takes it over, and the earlier one, which may n
 from __future__ import annotations
 
 import struct
-from typing import Final, NamedTuple
+from typing import Annotated, Final, NamedTuple
 
 import msgspec
 
@@ -84,8 +84,8 @@ class MirrorLayout(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     v: int = SCHEMA
-    partitions: int
-    block_size_tokens: int
+    partitions: Annotated[int, msgspec.Meta(ge=1, le=65_536)]
+    block_size_tokens: Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
     key_version: int = KEY_VERSION
     index_version: str
 

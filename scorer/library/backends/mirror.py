@@ -257,10 +257,10 @@ class MirrorFollower:
     async def _poll(self) -> None:
         seen = await self._mirror.poll()
         for pod in self._known.keys() - seen.pods.keys():
-            self._pods.apply(pod_key(WRITER_BRIDGE, pod.decode()), None)
+            self._pods.apply(pod_key(WRITER_BRIDGE, "") + pod, None)
         for pod, record in seen.pods.items():
             if self._known.get(pod) != record:
-                self._pods.apply(pod_key(WRITER_BRIDGE, pod.decode()), record)
+                self._pods.apply(pod_key(WRITER_BRIDGE, "") + pod, record)
         self._known = seen.pods
         self._stale = bool(seen.unkept)
         self.counts["polls"] += 1
