@@ -1,8 +1,9 @@
-"""A running replica of the log: a part that is gone before it was read, and a move to another index version."""
+"""A running replica of the log: a part that is gone before it was read, a move to another version, broken tasks."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,12 +18,14 @@ from kvatlas.bridge.model.records import IndexCatalog, IndexVersion, PodRecord, 
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.scorer import Indexer
+from kvatlas.scorer.errors import NotReadyError
 from kvatlas.scorer.library.backends import Backend, MemoryBackend
 from kvatlas.scorer.library.backends.rocks import RocksBackend
 from kvatlas.scorer.library.replica import Replica
 from kvatlas.scorer.scoring.answers import Scored
 from kvatlas.streams.index.blocks_record import OP_ADD, OP_REMOVE, Run, encode_blocks
 from kvatlas.streams.index.holders import pack_holder
+from tests.faults import InjectedError, break_task, name_of, tasks_since
 from tests.integration.streams_support import make_topics, producing
 
 pytestmark = pytest.mark.kafka
@@ -134,3 +137,34 @@ async def test_a_replica_moves_with_the_scorers(brokers: str, topic_prefix: str,
             await base.worker(records.CATALOG_KEY.decode(), catalog)
             one, _ = await until(again, lambda one, _: bool(one.scores))
             assert one.block_size_tokens == 16
+
+
+@pytest.mark.timeout(600)
+async def test_an_error_in_any_task_of_a_replica_is_shown_or_repaired(brokers: str, topic_prefix: str) -> None:
+    """Task by task, Kafka's clients' too: scores are refused with the reason, or what is new is read; nothing hangs."""
+    kafka = await make_topics(brokers, topic_prefix, 2)
+    outcomes: dict[str, str] = {}
+    async with producing(kafka) as producer:
+        log = Log(kafka, producer, 2, topics.BASE_VERSION)
+        await log.pod()
+        for number in itertools.count():
+            before = asyncio.all_tasks()
+            async with Indexer.from_kafka(kafka) as indexer:
+                tasks = tasks_since(before)
+                if number == len(tasks):
+                    break
+                name = f"{number} {name_of(tasks[number])}"
+                await break_task(tasks[number])
+                prompt = range(number * 16, number * 16 + 16)
+                (key,) = indexer.block_keys(list(prompt), "m")
+                await log.update(OP_ADD, key)
+                try:
+                    async with asyncio.timeout(90):
+                        while not (await indexer.score_tokens(list(prompt), "m")).scores:
+                            await asyncio.sleep(0.02)
+                    outcomes[name] = "repaired"
+                except NotReadyError as error:
+                    outcomes[name] = type(error.__cause__).__name__
+    assert set(outcomes.values()) == {"repaired", InjectedError.__name__}, outcomes
+    shown = {name.partition(" ")[2] for name, outcome in outcomes.items() if outcome != "repaired"}
+    assert shown >= {"Replica._follow_catalog", "Replica._sweep_on", "TopicFollower._run"}, outcomes

@@ -29,11 +29,11 @@ from kvatlas.scorer.library.metrics import IndexerCollector
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.tokenization.pool import TokenizerPool
 from kvatlas.streams.index.blocks_record import BlocksRecord
+from tests.faults import InjectedError, break_task, name_of, tasks_since
 
 DATA = Path(__file__).parents[2] / "data"
 MODEL = "sim-model"
-FAST = BridgeSettings(replay_timeout_seconds=0.5)
-OPTIONS = IndexerOptions(bridge=FAST)
+OPTIONS = IndexerOptions()
 
 
 def fleet_of(**options: Any) -> Fleet:
@@ -403,6 +403,36 @@ async def test_what_cannot_be_read_is_left_out_alone(publisher: EnginePublisher,
         assert (scored.scores["one"].matched_blocks, scored.scores["one"].suspect_blocks) == (2, 0)
         assert (indexer.counts["events_dead"], indexer.counts["messages_dead"]) == (1, 1)
         assert len([r for r in caplog.records if r.levelname == "WARNING" and "left out" in r.message]) == 1
+
+
+async def refusal(indexer: Indexer) -> NotReadyError:
+    """Ask until no score is given any more; returns why."""
+    async with asyncio.timeout(90):
+        while True:
+            try:
+                await indexer.score_tokens(tokens_of(1), "m")
+            except NotReadyError as error:
+                return error
+            await asyncio.sleep(0.01)
+
+
+async def test_an_error_in_any_background_task_is_shown(publisher: EnginePublisher, tmp_path: Path):
+    """Task by task: no score is given on what nobody keeps up to date, the reason is, and nothing hangs at the end."""
+    publisher.publish([stored(1)], timestamp=1.0)
+    broken: set[str] = set()
+    while True:
+        before = asyncio.all_tasks()
+        async with Indexer(RocksBackend(tmp_path / "index"), OPTIONS, engines=[spec(publisher)]) as indexer:
+            await until(lambda indexer=indexer: last(indexer) == 0)
+            task = next((one for one in tasks_since(before) if name_of(one) not in broken), None)
+            if task is None:
+                break
+            broken.add(name_of(task))
+            await break_task(task)
+            error = await refusal(indexer)
+            assert str(error).startswith(f"the indexer has stopped reading: {task.get_name()}")
+            assert isinstance(error.__cause__, InjectedError)
+    assert broken == {"Feed._run", "Feed._tick", "Applier._sweep", "EngineEndpoint._repair"}
 
 
 async def test_metrics_say_what_happened(publisher: EnginePublisher):
