@@ -1,15 +1,18 @@
-"""Numbers of our records, with their bounds.
+"""Numbers and names of our records, with their bounds.
 
 Whatever a record claims, what is computed from its numbers fits 64 bits, and no loop over one is endless.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+from typing import Annotated, Final, TypeVar
 
 import msgspec
 
 from kvatlas.bridge.model.epochs import INCARNATION_MAX
+from kvatlas.bridge.model.topics import VERSION_NAME
+
+_T = TypeVar("_T")
 
 #: A publisher's counter, or an offset; -1 for none.
 Sequence = Annotated[int, msgspec.Meta(ge=-1, lt=1 << 62)]
@@ -27,3 +30,6 @@ Tokens = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 Byte = Annotated[int, msgspec.Meta(ge=0, le=0xFF)]
 Short = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
 Word = Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]
+#: Of an index version; readers keep connections for each.
+VersionName = Annotated[str, msgspec.Meta(pattern=VERSION_NAME)]
+ByVersion = Annotated[dict[VersionName, _T], msgspec.Meta(max_length=64)]

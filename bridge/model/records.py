@@ -13,6 +13,7 @@ import msgspec
 from kvatlas.bridge.errors import DECODE_ERRORS, VersionError, WireError
 from kvatlas.bridge.model.numbers import (
     Byte,
+    ByVersion,
     Count,
     Epoch,
     Incarnation,
@@ -21,9 +22,10 @@ from kvatlas.bridge.model.numbers import (
     Sequence,
     Short,
     Tokens,
+    VersionName,
     Word,
 )
-from kvatlas.bridge.model.topics import BASE_VERSION, VERSION_NAME
+from kvatlas.bridge.model.topics import BASE_VERSION
 from kvatlas.bridge.model.validity import Validity
 
 SCHEMA_VERSION: Final = 1
@@ -210,9 +212,6 @@ class IndexVersion(msgspec.Struct, frozen=True, kw_only=True):
     created_ns: Nanoseconds = 0
 
 
-VersionName = Annotated[str, msgspec.Meta(pattern=VERSION_NAME)]
-
-
 class IndexCatalog(msgspec.Struct, frozen=True, kw_only=True):
     """The index versions of a deployment and the one that scorers read: one record, so that all move at one point.
 
@@ -224,10 +223,7 @@ class IndexCatalog(msgspec.Struct, frozen=True, kw_only=True):
 
     v: int = SCHEMA_VERSION
     active: VersionName = BASE_VERSION
-    # A reader keeps connections for each.
-    versions: Annotated[dict[VersionName, IndexVersion], msgspec.Meta(max_length=64)] = msgspec.field(
-        default_factory=lambda: {BASE_VERSION: IndexVersion()}
-    )
+    versions: ByVersion[IndexVersion] = msgspec.field(default_factory=lambda: {BASE_VERSION: IndexVersion()})
     updated_ns: Nanoseconds = 0
 
 
@@ -360,8 +356,6 @@ class KeyedBatch(msgspec.Struct, frozen=True, kw_only=True):
     dp_rank: Tokens | None = None
     events: list[KeyedStored | KeyedRemoved | KeyedCleared] = []
 
-
-# --- codec --------------------------------------------------------------------------------------------------------
 
 R = TypeVar("R", bound=msgspec.Struct)
 
