@@ -17,25 +17,27 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from kvatlas.bridge.engines.facts import labels_of
-from kvatlas.bridge.model.loads import CACHE_USAGE, RUNNING, WAITING
+from kvatlas.bridge.model.loads import ASKED, CACHE_USAGE, FOUND, RUNNING, WAITING
 
 
 class EngineLoad(NamedTuple):
-    """What a page says; None where it lacks the figure."""
+    """What a page says; None where it lacks the figure. ``asked`` and ``found`` are tokens of its prefix cache."""
 
     running: float | None = None
     waiting: float | None = None
     usage: float | None = None
+    asked: float | None = None
+    found: float | None = None
 
     @property
     def known(self) -> bool:
-        """Whether it says anything."""
-        return self != EngineLoad()
+        """Whether it says anything of load; hits alone are none."""
+        return self[:3] != (None, None, None)
 
     def named(self) -> dict[str, float]:
         """Return what it says by the names of a pod's record, usage to a thousandth: less is no news."""
         usage = None if self.usage is None else round(self.usage, 3)
-        told = {RUNNING: self.running, WAITING: self.waiting, CACHE_USAGE: usage}
+        told = {RUNNING: self.running, WAITING: self.waiting, CACHE_USAGE: usage, ASKED: self.asked, FOUND: self.found}
         return {name: value for name, value in told.items() if value is not None}
 
 
@@ -48,13 +50,14 @@ _FIELDS: Final[Mapping[str, str]] = {
     "sglang:num_running_reqs": "running",
     "sglang:num_queue_reqs": "waiting",
     "sglang:token_usage": "usage",
+    "vllm:prefix_cache_queries_total": "asked",
+    "vllm:prefix_cache_hits_total": "found",
+    "vllm:external_prefix_cache_hits_total": "found",
+    "sglang:prompt_tokens_total": "asked",
+    "sglang:cached_tokens_total": "found",
 }
 _RANK_LABELS: Final = ("engine", "dp_rank")
-_LINE: Final = re.compile(
-    r"^((?:vllm|sglang):(?:num_requests_running|num_requests_waiting|kv_cache_usage_perc|gpu_cache_usage_perc"
-    r"|num_running_reqs|num_queue_reqs|token_usage))(?:\{([^}\n]*)\})?[ \t]+([^\s#]+)",
-    re.MULTILINE,
-)
+_LINE: Final = re.compile(rf"^({'|'.join(_FIELDS)})(?:\{{([^}}\n]*)\}})?[ \t]+([^\s#]+)", re.MULTILINE)
 
 
 def read_load(page: str, rank: int | None = None) -> EngineLoad:
@@ -73,14 +76,11 @@ def read_load(page: str, rank: int | None = None) -> EngineLoad:
             value = float(text)
         except ValueError:
             continue
-        if value >= 0:  # neither NaN nor nonsense
+        if 0 <= value < math.inf:  # neither NaN nor nonsense
             found.setdefault(_FIELDS[name], []).append(value)
     usage = found.get("usage")
-    return EngineLoad(
-        sum(found["running"]) if "running" in found else None,
-        sum(found["waiting"]) if "waiting" in found else None,
-        min(sum(usage) / len(usage), 1.0) if usage else None,
-    )
+    sums = {field: sum(values) for field, values in found.items() if field != "usage"}
+    return EngineLoad(**sums, usage=min(sum(usage) / len(usage), 1.0) if usage else None)
 
 
 def read_stat(frames: Sequence[bytes]) -> EngineLoad | None:

@@ -15,6 +15,9 @@ from kvatlas.bridge.model.records import PodRecord
 RUNNING: Final = "running"
 WAITING: Final = "waiting"
 CACHE_USAGE: Final = "cache_usage"
+#: Prompt tokens since the engine's start: looked up in its prefix cache, and found there or by its connector.
+ASKED: Final = "prefix_asked_tokens"
+FOUND: Final = "prefix_found_tokens"
 
 #: An unchanged load is told again after this time, so that it does not become stale.
 LOAD_REPEAT_SECONDS: Final = 5.0

@@ -40,6 +40,27 @@ def test_missing_family_keeps_the_others_and_nonsense_is_none() -> None:
     assert not read_load("up 1\n").known
 
 
+def test_prefix_hits_are_those_of_the_cache_and_of_the_connector() -> None:
+    page = (
+        'vllm:prefix_cache_queries_total{engine="0",model_name="m"} 1000.0\n'
+        'vllm:prefix_cache_queries_total{engine="1",model_name="m"} 500.0\n'
+        'vllm:prefix_cache_queries_created{engine="0",model_name="m"} 1.7e+09\n'
+        'vllm:prefix_cache_hits_total{engine="0",model_name="m"} 600.0\n'
+        'vllm:prefix_cache_hits_total{engine="1",model_name="m"} 100.0\n'
+        'vllm:external_prefix_cache_queries_total{engine="0",model_name="m"} 400.0\n'
+        'vllm:external_prefix_cache_hits_total{engine="0",model_name="m"} 50.0\n'
+    )
+    assert read_load(page) == EngineLoad(asked=1500.0, found=750.0)
+    assert not read_load(page).known
+    assert read_load(VLLM + page, rank=1) == EngineLoad(4.0, 0.0, 0.75, 500.0, 100.0)
+    assert read_load(VLLM + page).named() == {
+        "running": 7.0, "waiting": 1.0, "cache_usage": 0.5, "prefix_asked_tokens": 1500.0, "prefix_found_tokens": 750.0,
+    }  # fmt: skip
+    sglang = 'sglang:cached_tokens_total{cache_source="device"} 3\nsglang:cached_tokens_total{cache_source="host"} 4\n'
+    assert read_load(sglang + "sglang:prompt_tokens_total 9\n") == EngineLoad(asked=9.0, found=7.0)
+    assert read_load("vllm:prefix_cache_queries_total inf\n") == EngineLoad()
+
+
 def test_the_load_socket_tells_by_every_recorded_form() -> None:
     """Running, waiting, and usage where the capacity is told."""
     stats = {case: said for case, said in GOLDEN.items() if case.endswith("/load_stat")}

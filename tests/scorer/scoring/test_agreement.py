@@ -81,6 +81,48 @@ def test_an_engine_that_says_otherwise_is_named(predicted: int, cached: int, exp
     assert agreement.findings([pod()]) == []
 
 
+class Counting:
+    """A pod whose engine counts prompt tokens looked up and found, and a judge that hears of both."""
+
+    def __init__(self) -> None:
+        self.agreement = Agreement()
+        self.counts = [7_000.0, 3_000.0]
+        self.sent(1, 0, 0)  # what was there before is taken from the first look on
+
+    def sent(self, requests: int, predicted: int, found: int, *, asked: int = 100) -> list[tuple[str, str]]:
+        """Send prompts of 100 tokens, let the engine count, and return what is found then."""
+        for _ in range(requests):
+            self.agreement.sent("a", 100, predicted)
+        self.counts = [self.counts[0] + requests * asked, self.counts[1] + requests * found]
+        self.agreement.measured("a", *self.counts)
+        return kinds(self.agreement.findings([pod()]))
+
+
+@pytest.mark.parametrize(
+    ("predicted", "found", "expected"),
+    [(0, 80, [("a", "engine-finds-more")]), (80, 0, [("a", "engine-finds-less")]), (80, 70, []), (0, 0, [])],
+)
+def test_an_engine_that_counts_otherwise_is_named(predicted: int, found: int, expected: list[tuple[str, str]]) -> None:
+    """Its own counts stand for the answers that do not tell; once they agree the finding goes."""
+    engine = Counting()
+    assert engine.sent(LEAST_REQUESTS - 1, predicted, found) == []
+    assert engine.sent(1, predicted, found) == expected
+    assert engine.sent(LEAST_REQUESTS, 80, 80) == []
+
+
+def test_counts_that_speak_of_other_requests_are_not_compared() -> None:
+    """Traffic past the picker, an engine that was started anew, answers that tell, and a pod that is gone."""
+    engine = Counting()
+    assert engine.sent(LEAST_REQUESTS, 0, 80, asked=200) == []
+    engine.counts = [0.0, 0.0]
+    assert engine.sent(LEAST_REQUESTS, 0, 80) == []
+    assert engine.sent(LEAST_REQUESTS, 0, 80) == [("a", "engine-finds-more")]
+    engine.agreement.served("a", 100, 80, 80)
+    assert engine.sent(0, 0, 0) == []
+    assert engine.agreement.findings([pod("b")]) == []
+    engine.agreement.measured("unheard", 1.0, 1.0)
+
+
 @given(st.lists(st.tuples(st.integers(1, 500), st.floats(0, 1)), min_size=1, max_size=300))
 def test_an_engine_that_keeps_its_word_is_never_blamed(requests: list[tuple[int, float]]) -> None:
     """Whatever the prompts are: equal predictions and hits are no finding."""
