@@ -41,9 +41,8 @@ async def check_probe(
     model, *others = facts.models
     size = max(block_size_tokens, facts.block_size_tokens or 0)
     text = prompt_text(max(64, 4 * size))
-    chat = [{"role": "system", "content": "Answer in one word."}, {"role": "user", "content": text}]
-    found = [await _same(url, "tokens", model, {"prompt": text}, client)]
-    found.append(await _same(url, "template", model, {"messages": chat}, client))
+    found = [await _same(url, "tokens", model, [{"prompt": text}], client)]
+    found.append(await _same(url, "template", model, [{"messages": chat} for chat in chats(text)], client))
     try:
         await asyncio.to_thread(_complete, url, model, text)
         seen.probed = True
@@ -137,23 +136,32 @@ async def _spelt(url: str, name: str, text: str, client: ScorerClient) -> Findin
     return Finding("model-name", url, "warn", f"the engine is also called {name!r}, and nothing is found by that name")
 
 
-async def _same(url: str, check: str, model: str, asked: dict[str, Any], client: ScorerClient) -> Finding:
-    """Compare the scorer's tokens of a text or a chat with those of the engine itself."""
-    try:
-        answer = await asyncio.to_thread(_post, f"{url}/tokenize", {"model": model, **asked})
-        theirs = answer.get("tokens") if isinstance(answer, dict) else None
-        if not isinstance(theirs, list) or not theirs:
-            return Finding(check, url, "skip", "the engine does not tell its tokens")
-        told = await asyncio.to_thread(client.call, "Tokenize", score_request(model, **asked))
-    except _EngineRefusedError as error:
-        return Finding(check, url, "skip", f"the engine does not tell its tokens: {error}")
-    except ClientError as error:
-        return Finding(check, url, "fail", str(error))
-    mine = list(told.prompts[0].tokens)
-    if mine == theirs:
-        return Finding(check, url, "ok", f"{len(mine)} equal tokens")
-    pairs = enumerate(zip(mine, theirs, strict=False))
-    first = next((at for at, (one, other) in pairs if one != other), min(len(mine), len(theirs)))
-    return Finding(
-        check, url, "fail", f"token {first} differs: {len(theirs)} tokens of the engine's, {len(mine)} of ours"
-    )
+def chats(text: str) -> list[list[dict[str, str]]]:
+    """Return chats of the shapes that templates treat differently: one question, and one that follows an answer."""
+    system, question = {"role": "system", "content": "Answer in one word."}, {"role": "user", "content": text}
+    answered = [{"role": "assistant", "content": "Bottles.\n"}, {"role": "user", "content": " How many? "}]
+    return [[system, question], [question, *answered]]
+
+
+async def _same(url: str, check: str, model: str, each: list[dict[str, Any]], client: ScorerClient) -> Finding:
+    """Compare the scorer's tokens of texts or chats with those of the engine itself."""
+    count = 0
+    for number, asked in enumerate(each):
+        try:
+            answer = await asyncio.to_thread(_post, f"{url}/tokenize", {"model": model, **asked})
+            theirs = answer.get("tokens") if isinstance(answer, dict) else None
+            if not isinstance(theirs, list) or not theirs:
+                return Finding(check, url, "skip", "the engine does not tell its tokens")
+            told = await asyncio.to_thread(client.call, "Tokenize", score_request(model, **asked))
+        except _EngineRefusedError as error:
+            return Finding(check, url, "skip", f"the engine does not tell its tokens: {error}")
+        except ClientError as error:
+            return Finding(check, url, "fail", str(error))
+        mine = list(told.prompts[0].tokens)
+        count += len(mine)
+        if mine != theirs:
+            pairs = enumerate(zip(mine, theirs, strict=False))
+            first = next((at for at, (one, other) in pairs if one != other), min(len(mine), len(theirs)))
+            said = f"token {first} differs: {len(theirs)} tokens of the engine's, {len(mine)} of ours"
+            return Finding(check, url, "fail", f"{said}, in text {number + 1} of {len(each)}")
+    return Finding(check, url, "ok", f"{count} equal tokens")

@@ -149,6 +149,12 @@ TABLE = [
         _also(_set(short=BLOCK, mine=(lambda text: tokens_of(text)[1:], tokens_of))),
     ),
     Wrong("template", "fail", "another template", _set(mine=(tokens_of, lambda text: [1, *tokens_of(text)]))),
+    Wrong(
+        "template",
+        "fail",
+        "a template that trims",
+        _set(mine=(tokens_of, lambda text: tokens_of(text.replace(" How many? ", "How many?")))),
+    ),
     Wrong("probe", "fail", "predicted too little", _set(short=BLOCK)),
     Wrong("usage", "warn", "not told", _set(usage=False)),
 ]
