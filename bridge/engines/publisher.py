@@ -165,7 +165,7 @@ class EnginePublisher:
         return self._subscribed
 
     def _count_subscriptions(self, pub: zmq.Socket[bytes]) -> None:
-        while pub.get(zmq.EVENTS) & zmq.POLLIN:
+        while int(pub.get(zmq.EVENTS)) & zmq.POLLIN:
             self._subscribed += pub.recv().startswith(b"\1")
 
     def withhold(self, payload: bytes) -> int:

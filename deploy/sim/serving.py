@@ -61,6 +61,7 @@ class ServedPod:
         self._waiting = 0
         self._running = 0
         self._used_blocks = 0
+        self._asked_tokens = self._found_tokens = 0
         self._random = random.Random(settings.seed)  # noqa: S311 - traffic, not secrets
         self._runner: web.AppRunner | None = None
 
@@ -131,7 +132,12 @@ class ServedPod:
             "vllm:num_requests_waiting": self._waiting,
             "vllm:kv_cache_usage_perc": min(1.0, self._used_blocks / self._settings.blocks),
         }
-        lines = [f"# TYPE {name} gauge\n{name}{labels} {float(value)}\n" for name, value in figures.items()]
+        counts = {
+            "vllm:prefix_cache_queries_total": self._asked_tokens,
+            "vllm:prefix_cache_hits_total": self._found_tokens,
+        }
+        lines = [f"{name}{labels} {float(value)}\n" for name, value in counts.items()]
+        lines += [f"# TYPE {name} gauge\n{name}{labels} {float(value)}\n" for name, value in figures.items()]
         size = self._settings.block_size_tokens
         lines.append(
             f'vllm:cache_config_info{{block_size="{size}",enable_prefix_caching="True",engine="0",'
@@ -180,7 +186,10 @@ class ServedPod:
             await asyncio.sleep((len(request.tokens) - hit) / self._settings.tokens_per_second)
             while True:
                 try:
-                    return self._pod.begin(request)
+                    running = self._pod.begin(request)
+                    self._asked_tokens += len(request.tokens)
+                    self._found_tokens += running.hit_blocks * self._settings.block_size_tokens
+                    return running
                 except PoolFullError:
                     if self._running == 1:
                         return None

@@ -99,9 +99,7 @@ class Agreement:
 
     def sent(self, pod: str, prompt_tokens: int, predicted_tokens: int) -> None:
         """Take note of a request that goes to a pod."""
-        since = self._sent.get(pod)
-        if since is None and len(self._sent) < _MOST:
-            since = self._sent[pod] = _Sent()
+        since = self._since(pod)
         if since is not None and prompt_tokens > 0:
             since.requests += 1
             since.prompts += prompt_tokens
@@ -109,19 +107,28 @@ class Agreement:
 
     def measured(self, pod: str, asked_tokens: float, found_tokens: float) -> None:
         """Take note of what an engine counts since its start: prompt tokens looked up in its cache, and found."""
-        since = self._sent.get(pod)
+        since = self._since(pod)
         if since is None:
             return
         asked, found = asked_tokens - since.asked, found_tokens - since.found
         if since.asked < 0 or asked < 0 or found < 0:  # the first counts, or those of an engine that was started anew
             since.begin(asked_tokens, found_tokens)
-        elif since.requests >= LEAST_REQUESTS:
+            return
+        ours = abs(asked - since.prompts) <= OTHERS * since.prompts
+        # What was sent just now may not be counted yet.
+        if since.requests >= (LEAST_REQUESTS if ours else WINDOW_REQUESTS):
             self._measured.pop(pod, None)
-            if abs(asked - since.prompts) <= OTHERS * since.prompts:
+            if ours:
                 finding = _finding(pod, since.requests, since.predicted / since.prompts, found / asked)
                 if finding is not None:
                     self._measured[pod] = finding
             since.begin(asked_tokens, found_tokens)
+
+    def _since(self, pod: str) -> _Sent | None:
+        since = self._sent.get(pod)
+        if since is None and len(self._sent) < _MOST:
+            since = self._sent[pod] = _Sent()
+        return since
 
     def findings(self, pods: Iterable[PodRecord]) -> list[Disagreement]:
         """Return what is wrong now; forgets models and pods that are gone.

@@ -89,6 +89,18 @@ def test_bad_requests_are_refused(served: ServedFleet) -> None:
 
 
 def test_metrics_and_endpoints_are_what_a_picker_reads(served: ServedFleet) -> None:
-    assert read_load(ask(served, "/metrics", None)[2].decode()) == EngineLoad(0.0, 0.0, 0.0)
+    def told() -> EngineLoad:
+        return read_load(ask(served, "/metrics", None)[2].decode())
+
+    before = told()
+    assert before[:3] == (0.0, 0.0, 0.0)
+    for _ in range(2):
+        ask(
+            served,
+            "/inference/v1/generate",
+            {"model": "sim-model", "max_tokens": 1, "token_ids": list(range(500, 564))},
+        )
+    after = told()
+    assert (after.asked - before.asked, after.found - before.found) == (128.0, 48.0)
     found = [one for text in served.endpoints() for one in parse_endpoint(text)]
     assert [one.pod for one in found] == ["pod-0", "pod-1"]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import REGISTRY
 
-from kvatlas.bridge.model.records import PodRecord
+from kvatlas.bridge.model.loads import ASKED, FOUND
+from kvatlas.bridge.model.records import DecisionRecord, PodRecord
+from kvatlas.scorer.api.disagreements import Disagreements
 from kvatlas.scorer.scoring.agreement import LEAST_REQUESTS, WINDOW_REQUESTS, Agreement, Disagreement
 
 
@@ -113,7 +117,10 @@ def test_an_engine_that_counts_otherwise_is_named(predicted: int, found: int, ex
 def test_counts_that_speak_of_other_requests_are_not_compared() -> None:
     """Traffic past the picker, an engine that was started anew, answers that tell, and a pod that is gone."""
     engine = Counting()
-    assert engine.sent(LEAST_REQUESTS, 0, 80, asked=200) == []
+    assert engine.sent(WINDOW_REQUESTS, 0, 80, asked=200) == []
+    assert engine.sent(LEAST_REQUESTS - 1, 0, 80) == []
+    assert engine.sent(1, 0, 80) == [("a", "engine-finds-more")]
+    assert engine.sent(WINDOW_REQUESTS, 0, 80, asked=40) == []
     engine.counts = [0.0, 0.0]
     assert engine.sent(LEAST_REQUESTS, 0, 80) == []
     assert engine.sent(LEAST_REQUESTS, 0, 80) == [("a", "engine-finds-more")]
@@ -121,6 +128,19 @@ def test_counts_that_speak_of_other_requests_are_not_compared() -> None:
     assert engine.sent(0, 0, 0) == []
     assert engine.agreement.findings([pod("b")]) == []
     engine.agreement.measured("unheard", 1.0, 1.0)
+
+
+def test_disagreements_are_told_by_pods_records() -> None:
+    """Decisions on the log, and what the bridge reads off the engine's page."""
+    told = Disagreements()
+    record = pod()
+    for count in (0.0, 5_000.0):
+        told.look([msgspec.structs.replace(record, load={ASKED: count, FOUND: count / 2, "running": 1.0})])
+        for number in range(LEAST_REQUESTS if not count else 0):
+            told.decided(DecisionRecord(request_id=f"r{number}", pod="a", prompt_tokens=100, predicted_tokens=0))
+    labels = {"subject": "a", "finding": "engine-finds-more"}
+    assert REGISTRY.get_sample_value("kvatlas_scorer_disagreements", labels) == LEAST_REQUESTS
+    told.look([])
 
 
 @given(st.lists(st.tuples(st.integers(1, 500), st.floats(0, 1)), min_size=1, max_size=300))
