@@ -41,6 +41,7 @@ class SourceSeen(msgspec.Struct):
         described_offload: such stores with tokens.
         paired, plain: stores on the GPU whose tokens are pairs, and whose are not.
         groups: KV-cache group -> its attention kind, None where events do not say it.
+        known_as: pod id by which the scorer knows it, empty where that is not known.
     """
 
     source: EventSource
@@ -54,6 +55,7 @@ class SourceSeen(msgspec.Struct):
     paired: int = 0
     plain: int = 0
     groups: dict[int, Kind | None] = {}
+    known_as: str = ""
 
     def heard(self, sequence: int, payload: bytes, engine: str, now: float) -> None:
         """Note one live message."""

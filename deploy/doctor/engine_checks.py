@@ -121,8 +121,13 @@ def _of_source(url: str, seen: SourceSeen) -> list[Finding]:
         answers = seen.replayed is not None
         said = f"{seen.replayed} messages in its buffer" if answers else f"{source.replay} does not answer"
         found.append(finding("replay-answers", "ok" if answers else "fail", said))
-    named = parse_topic(source.topic.encode())
-    found.append(finding("topic", "ok" if named else "warn", repr(source.topic)))
+    known = seen.known_as.partition("@dp")[0]
+    named = parse_topic(source.topic.encode()) or known not in (
+        "",
+        *(one.partition("://")[2] for one in (source.live, url)),
+    )
+    said = f"{source.topic!r}{f', known as {known}' if known else ''}"
+    found.append(finding("topic", "ok" if named else "warn", said))
     if seen.unreadable:
         found.append(
             finding("readable", "fail", f"{len(seen.unreadable)} messages cannot be read: {seen.unreadable[0]}")

@@ -71,7 +71,7 @@ CHECKS: Final[Mapping[str, Check]] = {
     ),
     "topic": Check(
         "engine",
-        "the topic names pod and model",
+        "the topic or the endpoint's options name the pod",
         "the pod is known by its address, which a restart may change",
         "set `topic` to `kv@POD@MODEL`, or give `pod=` and `model=` to the endpoint",
     ),

@@ -27,6 +27,9 @@ async def check_scorer(client: ScorerClient, address: str, engines: Sequence[Eng
         answer = await _ask(client, engines)
     except ClientError as error:
         return [Finding("scorer", where, "fail", str(error))]
+    names = {pod.endpoint: pod.pod for pod in pods}
+    for source in (source for seen in engines for source in seen.sources):
+        source.known_as = names.get(source.source.live, "")
     if answer.freshness.partial:
         silent = sorted(each.partition for each in answer.freshness.partitions if each.role == "unanswered")
         said = (

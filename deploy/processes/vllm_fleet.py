@@ -23,7 +23,8 @@ from kvatlas.bridge.engines.replay_client import replay
 from kvatlas.bridge.errors import KvatlasError
 from kvatlas.deploy.gateway.tiny_tokenizer import write_tokenizer
 
-_START_SECONDS: Final = 300.0
+#: A server that ends is noticed at once; imports alone take minutes where cores are busy.
+_START_SECONDS: Final = 900.0
 _POLL_SECONDS: Final = 0.2
 _ENVIRONMENT: Final = {
     "VLLM_TARGET_DEVICE": "cpu",

@@ -61,6 +61,10 @@ def _pod(**changes: object) -> Callable[[World], None]:
     return change
 
 
+def _pod_by_address(world: World) -> None:
+    _pod(pod=world.publisher.endpoint.partition("://")[2])(world)
+
+
 def _also(*changes: Callable[[World], object]) -> Callable[[World], None]:
     def change(world: World) -> None:
         for one in changes:
@@ -97,7 +101,7 @@ TABLE = [
     Wrong("live", "fail", "port closed", _also(_DEAF, _source(endpoint=CLOSED))),
     Wrong("replay", "warn", "no socket", _source(replay_endpoint=None)),
     Wrong("replay-answers", "fail", "port closed", _also(_set(connect_seconds=3.0), _source(replay_endpoint=CLOSED))),
-    Wrong("topic", "warn", "another form", _source(topic="kv-events")),
+    Wrong("topic", "warn", "another form", _also(_source(topic="kv-events"), _pod_by_address)),
     Wrong("block-size", "fail", "24 and 16", _also(_set(short=BLOCK), _metrics('="16"', '="24"'))),
     Wrong("prefix-caching", "fail", "off", _also(_set(short=BLOCK), _metrics('"True"', '"False"'))),
     Wrong("prefix-caching", "fail", "off in SGLang", _sglang(disable_radix_cache=True)),
@@ -189,6 +193,14 @@ async def test_one_thing_that_is_wrong_is_named_alone(world: World, wrong: Wrong
     }
     assert CHECKS[wrong.check].fix in page(found)
     assert exit_code(found) == (wrong.state == "fail")
+
+
+async def test_a_pod_that_its_endpoint_names_needs_no_topic(world: World) -> None:
+    """The scorer knows it by a name, as Kubernetes or ``pod=`` give it."""
+    _source(topic="")(world)
+    with world.examined() as what:
+        found = await examine(what)
+    assert [finding for finding in found if finding.state not in ("ok", "skip")] == []
 
 
 async def test_speculation_that_predictions_know_of_is_in_order(world: World) -> None:
