@@ -122,10 +122,8 @@ def _of_source(url: str, seen: SourceSeen) -> list[Finding]:
         said = f"{seen.replayed} messages in its buffer" if answers else f"{source.replay} does not answer"
         found.append(finding("replay-answers", "ok" if answers else "fail", said))
     known = seen.known_as.partition("@dp")[0]
-    named = parse_topic(source.topic.encode()) or known not in (
-        "",
-        *(one.partition("://")[2] for one in (source.live, url)),
-    )
+    addresses = {one.partition("://")[2] for one in (source.live, url)}
+    named = parse_topic(source.topic.encode()) or known not in ("", *addresses)
     said = f"{source.topic!r}{f', known as {known}' if known else ''}"
     found.append(finding("topic", "ok" if named else "warn", said))
     if seen.unreadable:

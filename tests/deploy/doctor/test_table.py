@@ -98,6 +98,9 @@ _DEAF = _set(short=BLOCK, pod=None)
 TABLE = [
     Wrong("api", "fail", "nobody there", _set(urls=["http://127.0.0.1:1"])),
     Wrong("events", "fail", "events off", _also(_set(short=BLOCK), _answers({"/kv_event_sources": {}}))),
+    Wrong("events", "fail", "off in SGLang", _also(_set(short=BLOCK), _sglang(kv_events=None))),
+    Wrong("block-size", "fail", "24 in SGLang", _also(_set(short=BLOCK), lambda world: world.become_sglang(pages=24))),
+    Wrong("load", "warn", "no metrics in SGLang", _also(_sglang(), _metrics("sglang:num_running_reqs 0.0", ""))),
     Wrong("live", "fail", "port closed", _also(_DEAF, _source(endpoint=CLOSED))),
     Wrong("replay", "warn", "no socket", _source(replay_endpoint=None)),
     Wrong("replay-answers", "fail", "port closed", _also(_set(connect_seconds=3.0), _source(replay_endpoint=CLOSED))),

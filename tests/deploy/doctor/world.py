@@ -95,12 +95,12 @@ class World:
         assert old in self.answers["/metrics"]
         self.answers["/metrics"] = self.answers["/metrics"].replace(old, new, 1)
 
-    def become_sglang(self, version: str = "0.5.23", **info: Any) -> None:
+    def become_sglang(self, version: str = "0.5.23", *, pages: int = BLOCK, **info: Any) -> None:
         """Answer as SGLang does."""
         live, replay = (int(str(address).rpartition(":")[2]) for address in self._addresses())
         events = {"publisher": "zmq", "endpoint_host": "*", "endpoint_port_base": live, "topic": "kv@pod-a@m"}
-        events |= {"replay_endpoint_port_base": replay, "block_size": BLOCK, "dp_size": 1}
-        told = {"kv_events": events, "page_size": BLOCK, "version": version, "disable_radix_cache": False} | info
+        events |= {"replay_endpoint_port_base": replay, "block_size": pages, "dp_size": 1}
+        told = {"kv_events": events, "page_size": pages, "version": version, "disable_radix_cache": False} | info
         for path in ("/kv_event_sources", "/version"):
             del self.answers[path]
         self.answers |= {"/server_info": told, "/metrics": "sglang:num_running_reqs 0.0\n"}
