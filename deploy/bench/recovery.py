@@ -1,4 +1,7 @@
-"""``kvatlas bench recovery``: how fast a worker has its tables back, from Kafka alone and from its own disk."""
+"""``kvatlas bench recovery``: how fast a worker has its tables back, from Kafka alone and from its own disk.
+
+The baseline is a client that reads the same changelog and does nothing with it.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from aiokafka import AIOKafkaConsumer, TopicPartition
+
+from kvatlas.bridge.kafka.config import client_config
 from kvatlas.bridge.model import topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.bench import _rig
 from kvatlas.streams import metrics
 from kvatlas.streams.faust_app.app import BLOCK_INDEX
+from kvatlas.streams.options import WorkerSettings
 
 HELP: Final = "restore of a block index: entries/s from the changelog alone, seconds from local state after SIGKILL"
 
 _ENTRIES: Final = 2_300_000
+_FETCH_BYTES: Final = 8 * 1024 * 1024
+_POLL_RECORDS: Final = 20_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +47,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         seconds, entries = asyncio.run(_restart(kafka, state))
         yield {"bench": "recovery", "case": "local", "value": round(seconds, 2), "unit": "s", "entries_read": entries}
         shutil.rmtree(state)
+        plain = asyncio.run(_read_plainly(kafka))
         seconds, entries = asyncio.run(_restart(kafka, state))
         yield {
             "bench": "recovery",
@@ -46,6 +56,8 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "unit": "entries/s",
             "entries_read": entries,
             "seconds": round(seconds, 2),
+            "baseline": round(plain, 2),
+            "ratio": round(seconds / plain, 2),
         }
 
 
@@ -74,6 +86,21 @@ def _fill_and_die(kafka: KafkaSettings, state: Path, entries: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     asyncio.run(fill())
+
+
+async def _read_plainly(kafka: KafkaSettings) -> float:
+    """Return the seconds that reading the changelog from its start to its end takes, after the client has started."""
+    topic = kafka.topic(topics.changelog_topics(WorkerSettings().versioned_app)[1].name)
+    async with AIOKafkaConsumer(
+        **client_config(kafka, "kvatlas-bench"), auto_offset_reset="earliest", max_partition_fetch_bytes=_FETCH_BYTES
+    ) as consumer:
+        partitions = [TopicPartition(topic, number) for number in range(kafka.partitions)]
+        ends = await consumer.end_offsets(partitions)
+        began = time.monotonic()
+        consumer.assign(partitions)
+        while any([await consumer.position(at) < end for at, end in ends.items()]):
+            await consumer.getmany(timeout_ms=100, max_records=_POLL_RECORDS)
+        return time.monotonic() - began
 
 
 async def _restart(kafka: KafkaSettings, state: Path) -> tuple[float, int]:

@@ -42,6 +42,9 @@ RESERVED: Final = frozenset({OFFSET_KEY, META_KEY})
 _APART_KEYS: Final = 256
 
 
+#: A changelog record: key and value, None removes the key.
+Entry = tuple[bytes | None, bytes | None]
+
 #: Tells whether a key and its value may stand in a table.
 Valid = Callable[[bytes, bytes], bool]
 
@@ -286,7 +289,7 @@ class PartitionState:
         with self._users:
             return work(*args)
 
-    def load(self, records: Iterable[tuple[bytes | None, bytes | None]], changelog_offset: int) -> None:
+    def load(self, records: Iterable[Entry], changelog_offset: int) -> None:
         """Write what the changelog says (restore, standby): values and the changelog offset in one batch.
 
         Batches of writers that another has replaced are dropped; while one is being read, the changelog offset stays
@@ -294,6 +297,25 @@ class PartitionState:
         key is written again by the owner. The cache takes over only what it already holds: a restore
         must not push hot entries out.
         """
+        self._loaded(*self._load(records, changelog_offset))
+
+    async def load_apart(self, records: Sequence[Entry], changelog_offset: int) -> None:
+        """Do the same, in a thread when it is much, so that more is read meanwhile; one at a time of a partition."""
+        if self._threads is None or len(records) < _APART_KEYS:
+            self.load(records, changelog_offset)
+            return
+        work = self._threads.submit(self._using, self._load, records, changelog_offset)
+        try:
+            loaded = await asyncio.wrap_future(work)
+        except asyncio.CancelledError:
+            wait([work])
+            if not work.cancelled() and work.exception() is None:
+                self._loaded(*work.result())
+            raise
+        self._loaded(*loaded)
+
+    def _load(self, records: Iterable[Entry], changelog_offset: int) -> tuple[dict[bytes, bytes | None], int | None]:
+        """Write what the changelog says to the database; returns it, and the changelog offset that it reflects."""
         writers = Filter(self.meta)
         writers.dropping = self._dropping
         latest: dict[bytes, bytes | None] = {}
@@ -320,6 +342,10 @@ class PartitionState:
         if offset is not None:
             batch.put(OFFSET_KEY, b"%d" % offset)
         self._db.write(batch)
+        return latest, offset
+
+    def _loaded(self, latest: dict[bytes, bytes | None], offset: int | None) -> None:
+        """Take note of what was loaded."""
         self.changelog_offset = offset
         found = latest.pop(META_KEY, None)
         if found is not None:

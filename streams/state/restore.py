@@ -1,7 +1,8 @@
 """Bulk restore: bringing tables up to the end of their changelogs with a consumer of our own.
 
-Faust's recovery reads record by record (9,000 to 10,000 a second). Here a changelog is read in whole fetches and
-written with one RocksDB batch per fetch; Faust's recovery afterwards compares offsets and finds nothing to do. The
+Faust's recovery reads record by record (9,000 to 10,000 a second). Here a changelog is read in whole record batches,
+without a record of the client's for each entry, and written some thousand entries at a time while the next are read;
+Faust's recovery afterwards compares offsets and finds nothing to do. The
 same code follows the changelogs of standby partitions for as long as they are standbys.
 """
 
@@ -18,8 +19,9 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.kafka.fetching import fetch
+from kvatlas.bridge.kafka.fetching import Entries, fetch, only_entries
 from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.bridge.runtime.tasks import end_tasks
 from kvatlas.streams import metrics
 from kvatlas.streams.errors import RestoreError
 from kvatlas.streams.state.changelog import Meta
@@ -31,13 +33,18 @@ logger = logging.getLogger(__name__)
 MAX_LOCAL_AGE_SECONDS: Final = 12 * 3600.0
 _FETCH_BYTES: Final = 8 * 1024 * 1024
 _POLL_MS: Final = 500
-_POLL_RECORDS: Final = 20_000
+#: While something is being written, which may be all there is to wait for.
+_POLL_BUSY_MS: Final = 20
+#: Lots of entries in one turn of the event loop.
+_POLL_LOTS: Final = 2
 _REPORT_SECONDS: Final = 2.0
 _STALLED_SECONDS: Final = 120.0
 _RETRY_SECONDS: Final = 1.0
 _BETWEEN_SECONDS: Final = 30.0
 
 States = Mapping[TopicPartition, PartitionState]
+#: What is being written, at most one lot of a partition.
+Loads = dict[TopicPartition, "asyncio.Task[Entries]"]
 Claim = Callable[[TopicPartition, Meta], Awaitable[int]]
 
 
@@ -103,6 +110,7 @@ class BulkReader:
         consumer = self._consumer()
         try:
             await consumer.start()
+            only_entries(consumer)
             entries = await self._restore(consumer, states, began)
         except KafkaError as error:
             raise RestoreError(f"changelogs {sorted(self._tables)}: cannot be read: {error!r}; tried again") from error
@@ -130,6 +138,7 @@ class BulkReader:
             consumer = self._consumer()
             try:
                 await consumer.start()
+                only_entries(consumer)
                 ends = await self._seek(consumer, states)
                 await self._follow(consumer, states, ends, on_caught_up)
             except KafkaError as error:
@@ -174,6 +183,13 @@ class BulkReader:
         state.wipe()
 
     async def _restore(self, consumer: Any, states: States, began: float) -> int:
+        loads: Loads = {}
+        try:
+            return await self._read_all(consumer, states, loads, began)
+        finally:
+            await end_tasks(loads.values())
+
+    async def _read_all(self, consumer: Any, states: States, loads: Loads, began: float) -> int:
         ends = await self._seek(consumer, states)
         open_ = {at: (await consumer.position(at)) for at in states}
         claims: dict[TopicPartition, int] = {}
@@ -181,7 +197,12 @@ class BulkReader:
         report = _Report(self._tables, began)
         last_record = time.monotonic()
         while True:
-            reached = [at for at, position in open_.items() if position >= ends[at]]
+            for at in [at for at, load in loads.items() if load.done()]:
+                lot = loads.pop(at).result()
+                open_[at], last_record = lot.last + 1, time.monotonic()
+                entries += len(lot.pairs)
+                metrics.RESTORED.labels(self._tables[at.topic]).inc(len(lot.pairs))
+            reached = [at for at, position in open_.items() if position >= ends[at] and at not in loads]
             if reached:
                 # The former owner's last batch may have arrived since: look again before declaring it caught up.
                 ends.update(await consumer.end_offsets(reached))
@@ -195,21 +216,25 @@ class BulkReader:
             if not open_:
                 report.end()
                 return entries
-            batches = await fetch(consumer, *open_, timeout_ms=_POLL_MS, max_records=_POLL_RECORDS)
-            for at, batch in batches.items():
-                states[at].load(((record.key, record.value) for record in batch), batch[-1].offset)
-                open_[at] = batch[-1].offset + 1
-                entries += len(batch)
-                metrics.RESTORED.labels(self._tables[at.topic]).inc(len(batch))
-                await asyncio.sleep(0)
-            if batches:
-                last_record = time.monotonic()
-            else:
+            if not await self._begin_loads(consumer, states, [at for at in open_ if at not in loads], loads):
                 for at, position in open_.items():  # the end may be a hole that compaction left
                     open_[at] = max(position, await consumer.position(at))
                 if time.monotonic() - last_record > _STALLED_SECONDS:
                     raise RestoreError(f"changelogs {sorted(map(str, open_))}: no record for {_STALLED_SECONDS} s")
             report.tick(entries, {at: ends[at] - position for at, position in open_.items()})
+
+    async def _begin_loads(self, consumer: Any, states: States, free: Sequence[TopicPartition], loads: Loads) -> bool:
+        """Read on in the partitions of which nothing is being written; False when nothing came, nor is being written.
+
+        What was read of a partition is written while others are read, and then the next of it.
+        """
+        if not free:
+            await asyncio.wait(loads.values(), return_when=asyncio.FIRST_COMPLETED)
+            return True
+        fetched = await fetch(consumer, *free, timeout_ms=_POLL_BUSY_MS if loads else _POLL_MS, max_records=1)
+        for at, (lot,) in fetched.items():
+            loads[at] = asyncio.create_task(_load(states[at], lot), name=f"load-{at.topic}-{at.partition}")
+        return bool(loads)
 
     def _owned(self, state: PartitionState, claim: int | None) -> bool:
         """Return whether our claim is in the changelog, and no other before it that counts more."""
@@ -269,20 +294,24 @@ class BulkReader:
                 state.role = Role.STANDBY
         on_caught_up()
         while True:
-            batches = await fetch(consumer, timeout_ms=_POLL_MS, max_records=_POLL_RECORDS)
+            fetched = await fetch(consumer, timeout_ms=_POLL_MS, max_records=_POLL_LOTS)
             behind: dict[str, int] = {}
-            for at, batch in batches.items():
+            for at, lots in fetched.items():
                 state = states[at]
-                state.load(((record.key, record.value) for record in batch), batch[-1].offset)
-                behind[at.topic] = behind.get(at.topic, 0) + max(
-                    (consumer.highwater(at) or 0) - batch[-1].offset - 1, 0
-                )
-                if state.role is Role.RESTORING and batch[-1].offset + 1 >= ends[at]:
+                for lot in lots:
+                    await _load(state, lot)
+                behind[at.topic] = behind.get(at.topic, 0) + max((consumer.highwater(at) or 0) - lot.last - 1, 0)
+                if state.role is Role.RESTORING and lot.last + 1 >= ends[at]:
                     state.role = Role.STANDBY
                     on_caught_up()
                 await asyncio.sleep(0)
             for topic, table in self._tables.items():
                 metrics.STANDBY_LAG.labels(table).set(behind.get(topic, 0))
+
+
+async def _load(state: PartitionState, lot: Entries) -> Entries:
+    await state.load_apart(lot.pairs, lot.last)
+    return lot
 
 
 class _Report:
