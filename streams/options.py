@@ -84,7 +84,7 @@ class WorkerSettings(Section, frozen=True, kw_only=True):
             ge=0,
             le=10_000,
         ),
-    ] = 100
+    ] = 500
 
     mirror: Annotated[
         str,

@@ -45,7 +45,7 @@ _DRAIN_SECONDS: Final = 3.0
 #: Updates applied before the event loop is given to lookups: about 5 ms.
 SLICE_UPDATES: Final = 2_048
 #: A flush is full with so many records or updates: large enough to cost little per update, and repeated at a crash.
-_FLUSH_RECORDS: Final = 256
+_FLUSH_RECORDS: Final = 1_024
 _FLUSH_UPDATES: Final = 8_192
 #: Largest changelog batch; the topics are made to take it.
 _BATCH_BYTES: Final = 24 * 1024 * 1024
