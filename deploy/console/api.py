@@ -95,21 +95,27 @@ class Api:
     # --- what is there ----------------------------------------------------------------------------------------------
 
     async def _get_picture(self, _request: web.Request) -> web.Response:
-        """Return the fleet and the workers, looked at most once a second however many ask."""
+        """Return the fleet and the workers; a look is for all who ask, and goes on when one of them goes away."""
+        return _json(await asyncio.shield(self._look_at_pods()))
+
+    async def _look_at_pods(self) -> Picture:
         async with self._looking:
             looked, picture = self._picture
             if picture is None or time.monotonic() - looked >= _LOOK_SECONDS:
                 picture = await self._watch.look()
                 self._picture = (time.monotonic(), picture)
-        return _json(picture)
+        return picture
 
     async def _get_topics(self, _request: web.Request) -> web.Response:
+        return _json({"topics": await asyncio.shield(self._look_at_topics()), "restarts": self.restarts})
+
+    async def _look_at_topics(self) -> list[dict[str, Any]]:
         async with self._looking:
             looked, rows = self._flow
             if not rows or time.monotonic() - looked >= _LOOK_SECONDS:
                 rows = await self._topics.look()
                 self._flow = (time.monotonic(), rows)
-        return _json({"topics": rows, "restarts": self.restarts})
+        return rows
 
     async def _get_timeline(self, request: web.Request) -> web.Response:
         return _json({"marks": await self._past.timeline(_needed(request, "pod"), _since(request))})

@@ -1,16 +1,17 @@
 """The log read back for the page: timelines, dead letters, stories, past states, windows of decisions.
 
 Each works on a bounded part of the log, one at a time and on a thread of its own: a page must not read Kafka for
-everybody at once, nor hold up those who only look at what is there.
+everybody at once, nor hold up those who only look at what is there. A question that nobody waits for any more ends.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import tempfile
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -40,6 +41,30 @@ _SHOWN_BYTES: Final = 4_096
 T = TypeVar("T")
 
 
+async def apart(work: Coroutine[Any, Any, T]) -> T:
+    """Run on a thread with an event loop of its own; cancelled here, it is cancelled there and waited for."""
+    running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[T]]] = []
+    over = False
+
+    async def watched() -> T:
+        task = asyncio.ensure_future(work)
+        running.append((asyncio.get_running_loop(), task))
+        if over:
+            task.cancel()
+        return await task
+
+    thread = asyncio.ensure_future(asyncio.to_thread(asyncio.run, watched()))
+    try:
+        return await asyncio.shield(thread)
+    except asyncio.CancelledError:
+        over = True
+        for loop, task in running:
+            with contextlib.suppress(RuntimeError):  # it ended just now, and its loop with it
+                loop.call_soon_threadsafe(task.cancel)
+        await asyncio.wait([thread])
+        raise
+
+
 class Past:
     """Questions to the log; one is answered at a time, the others wait.
 
@@ -61,7 +86,7 @@ class Past:
                 return await work(reader)
 
         async with self._turn:
-            return await asyncio.to_thread(asyncio.run, with_reader())
+            return await apart(with_reader())
 
     async def span(self) -> dict[str, float]:
         """Return the times of the first record on the log and of now, ms since the epoch; 0 for an empty log."""

@@ -99,7 +99,7 @@ class ConsoleService:
         app.router.add_get("/{name:[a-z]+\\.(?:js|css|svg)}", self._static)
         for method, path, handler in self._api.routes():
             app.router.add_route(method, path, handler)
-        self._runner = web.AppRunner(app, access_log=None)
+        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
         await self._runner.setup()
         host, _, port = self._settings.listen.rpartition(":")
         try:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ def show(page: Page, running: Running, view: str) -> None:
         expect(page.get_by_role("heading", name="Now")).to_be_visible()
     if view == "what-if":
         page.click("button.do")
-        expect(page.locator("td", has_text="shared")).to_be_visible()
+        expect(page.locator("tbody th", has_text="shared")).to_be_visible()
         expect(page.get_by_role("heading", name="Time to first token")).to_be_visible()
     if view in ("fleet", "decisions"):
         expect(page.locator("tbody td").nth(1)).to_be_visible()
@@ -147,7 +148,7 @@ def show(page: Page, running: Running, view: str) -> None:
 def cells(page: Page) -> list[list[str]]:
     """Return the texts of the first table's rows."""
     rows = page.locator("table").first.locator("tbody tr")
-    return [rows.nth(at).locator("td").all_inner_texts() for at in range(rows.count())]
+    return [rows.nth(at).locator("th, td").all_inner_texts() for at in range(rows.count())]
 
 
 def asked(running: Running, path: str, body: Any = None) -> Any:
@@ -252,8 +253,8 @@ def test_a_past_moment_stands_beside_now(running: Running, page: Page) -> None:
 def test_decisions_and_prefixes_come_from_the_reported_requests(running: Running, page: Page) -> None:
     """Each reported request is a row, with the story that `kvatlas why` tells; prompts' common text is shown."""
     show(page, running, "decisions")
-    expect(page.locator("td", has_text=re.compile(r"^r-7$"))).to_be_visible()
-    assert {row[1] for row in cells(page)} == {f"r-{number}" for number in range(8)}
+    expect(page.locator("tbody th", has_text=re.compile(r"^r-7$"))).to_be_visible()
+    assert {row[0] for row in cells(page)} == {f"r-{number}" for number in range(8)}
     page.fill("input[type=search]", "r-3")
     expect(page.get_by_role("region", name="Decisions").locator("tbody tr")).to_have_count(1)
     page.get_by_role("button", name="r-3").click()
@@ -379,40 +380,53 @@ def test_the_demonstration_is_kept_with_its_console(tmp_path: Path, browser: Bro
             demo.kill()
 
 
-@pytest.mark.soak
 def test_a_thousand_pods_and_a_hundred_decisions_a_second_keep_the_page_quick(running: Running, page: Page) -> None:
-    """Half of the frames of the busiest views take less than 100 ms while everything changes."""
-    pods = [
-        {"pod": f"pod-{n}", "state": "live", "model": "m", "epoch": 1, "sequence": n, "messages_per_second": 1.5,
-         "age_ms": 10.0, "lost": 0, "first_lost": -1, "last_lost": -1, "blocks": {"gpu": n},
-         "load": {"running": 3, "waiting": 1, "cache_usage": 0.5}, "coverage": "whole"}
-        for n in range(1000)
-    ]  # fmt: skip
-    picture = {"version": 1, "pods": pods, "workers": [], "scorers": [], "stores": {}, "unserved": []}
+    """Taking in an answer costs the page's thread less than 100 ms of processor time, so no frame waits for longer.
+
+    How long frames take by the clock is the machine's matter too: a busy one has them late whatever the page does.
+    """
     numbers = itertools.count(1)
     row = {"model": "m", "pod": "pod-1", "policy": "pick", "blocks": 9, "block_size_tokens": 16, "outcome": ""}
     row |= {"predicted_tokens": 9, "scores": {}, "degraded": "", "served": None}
+    answers = Counter[str]()
+
+    def picture(route: Any) -> None:
+        answers["fleet"] += 1
+        made = [a_pod(number, answers["fleet"]) for number in range(1000)]
+        route.fulfill(json={"version": 1, "pods": made, "workers": [], "scorers": [], "stores": {}, "unserved": []})
 
     def decisions(route: Any) -> None:
+        answers["decisions"] += 1
         made = [
             {**row, "number": at, "request_id": f"q-{at}", "decided_ms": at} for at in itertools.islice(numbers, 100)
         ]
         route.fulfill(json={"log": "one", "rows": made, "unreadable": 0})
 
-    page.route("**/api/picture", lambda route: route.fulfill(json=picture))
+    page.route("**/api/picture", picture)
     page.route("**/api/decisions*", decisions)
+    inside = page.context.new_cdp_session(page)
+    inside.send("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def worked() -> float:
+        found = {one["name"]: one["value"] for one in inside.send("Performance.getMetrics")["metrics"]}
+        return 1000 * float(found["TaskDuration"])
+
     for view in ("fleet", "decisions"):
         page.goto(f"{running.address}#{view}")
-        expect(page.locator("tbody tr").nth(400)).to_be_attached()
-        frames = page.evaluate(
-            """() => new Promise((done) => {
-                const times = []; let last = performance.now(); const end = last + 8000;
-                function frame(now) {
-                    times.push(now - last);
-                    last = now;
-                    now < end ? requestAnimationFrame(frame) : done(times);
-                }
-                requestAnimationFrame(frame);
-            })"""
-        )
-        assert sorted(frames)[len(frames) // 2] < 100, view
+        expect(page.locator(".more")).to_contain_text("100 of")
+        known, before = answers[view], worked()
+        deadline = time.monotonic() + 90
+        while answers[view] < known + 5 and time.monotonic() < deadline:
+            page.wait_for_timeout(200)
+        each = (worked() - before) / (answers[view] - known)
+        assert 0 < each < 100, f"{view}: {each:.0f} ms"
+
+
+def a_pod(number: int, look: int) -> dict[str, Any]:
+    """A pod of which each look tells something else."""
+    load = {"running": look % 7, "waiting": number % 3, "cache_usage": (number + look) % 100 / 100}
+    return {
+        "pod": f"pod-{number}", "state": "live", "model": "m", "epoch": 1, "sequence": look, "age_ms": 10.0 * look,
+        "messages_per_second": 1.5 + look, "lost": 0, "first_lost": -1, "last_lost": -1,
+        "blocks": {"gpu": number + look}, "load": load, "coverage": "whole",
+    }  # fmt: skip

@@ -15,7 +15,10 @@ FOLDER = Path(__file__).parents[3] / "deploy" / "console"
 
 def test_the_bundle_is_made_of_the_sources() -> None:
     """`make console` bundles the page anew after a change of its sources."""
-    sources = [FOLDER / "web" / "package.json", *sorted((FOLDER / "web" / "src").glob("*.js"))]
+    sources = [
+        *(FOLDER / "web" / name for name in ("package.json", "package-lock.json")),
+        *sorted((FOLDER / "web" / "src").glob("*.js")),
+    ]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     assert (FOLDER / "static" / "sources.sha256").read_text().strip() == digest
 

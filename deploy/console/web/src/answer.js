@@ -23,6 +23,7 @@ export function Scores({ title, scores, walks }) {
 export function Blocks({ blocks }) {
   const pods = [...new Set(blocks.flatMap((block) => block.holders.map((holder) => holder.pod)))].sort();
   const shown = blocks.slice(0, SHOWN);
+  if (pods.length === 0) return null;
   return html`<ul class="legend" aria-label="Colours">${[...TIERS, "suspect", "speculative"].map((name) => html`<li><span class=${`cell ${name}`}></span>${name}</li>`)}<li><span class="cell"></span>not held</li></ul>
     ${pods.map((pod) => {
       const cells = shown.map((block) => best(block.holders.filter((holder) => holder.pod === pod)));

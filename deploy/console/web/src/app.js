@@ -1,7 +1,7 @@
 // The page: one view at a time, named in the address.
 import { html, render } from "htm/preact";
 import { useEffect, useState } from "preact/hooks";
-import { call, setToken, takeToken } from "./api.js";
+import { abandon, call, hasToken, setToken, takeToken } from "./api.js";
 import { Ask } from "./ask.js";
 import { Decisions } from "./decisions.js";
 import { Fleet } from "./fleet.js";
@@ -16,7 +16,11 @@ function App() {
   const [view, setView] = useState(named());
   const [locked, setLocked] = useState(false);
   useEffect(() => {
-    const moved = () => setView(named());
+    const moved = () => {
+      abandon();
+      setView(named());
+      document.getElementById("main")?.focus(); // what is new is read next
+    };
     window.addEventListener("hashchange", moved);
     call("picture").catch((error) => setLocked(error.status === 401));
     return () => window.removeEventListener("hashchange", moved);
@@ -26,13 +30,13 @@ function App() {
   }, [view]);
   if (locked) return html`<${Unlock} done=${() => setLocked(false)} />`;
   return html`<header><h1>kvatlas</h1><nav aria-label="Views">${Object.entries(VIEWS).map(([name, [title]]) => html`<a href=${`#${name}`} aria-current=${name === view ? "page" : null}>${title}</a>`)}</nav><${Access} /></header>
-    <main id="main">${html`<${VIEWS[view][1]} key=${view} />`}</main>`;
+    <main id="main" tabindex="-1">${html`<${VIEWS[view][1]} key=${view} />`}</main>`;
 }
 
 function Access() {
   return html`<details class="access"><summary>Access</summary><form onSubmit=${(event) => event.preventDefault()}>
-    <label>Scorer token <input type="password" autocomplete="off" onInput=${(event) => setToken("scorer", event.target.value)} /><small>where the scorer asks for one: what you see is what it may</small></label>
-    <label>Cache salt <input autocomplete="off" onInput=${(event) => setToken("salt", event.target.value)} /><small>of a tenant, whose requests are then shown alone</small></label>
+    <label>Scorer token <input type="password" autocomplete="off" placeholder=${hasToken("scorer") ? "set" : ""} onInput=${(event) => setToken("scorer", event.target.value)} /><small>where the scorer asks for one: what you see is what it may</small></label>
+    <label>Cache salt <input autocomplete="off" placeholder=${hasToken("salt") ? "set" : ""} onInput=${(event) => setToken("salt", event.target.value)} /><small>of a tenant, whose requests are then shown alone</small></label>
   </form></details>`;
 }
 

@@ -2,7 +2,7 @@
 import { html } from "htm/preact";
 import { useRef, useState } from "preact/hooks";
 import { call, query } from "./api.js";
-import { clock, Figures, Problem, show, Table, usePoll } from "./parts.js";
+import { clock, Figures, Opened, Problem, Reading, show, Table, usePoll } from "./parts.js";
 
 const MOST = 500;
 
@@ -11,7 +11,8 @@ export function Decisions() {
   const last = useRef({ log: "", number: 0 });
   const [filter, setFilter] = useState("");
   const [one, setOne] = useState("");
-  const { data, problem } = usePoll(async () => {
+  const [live, setLive] = useState(true);
+  const { data, problem, at } = usePoll(async () => {
     let answer = await call(`decisions?after=${last.current.number}`);
     if (answer.log !== last.current.log) {
       known.current.clear(); // the console was started again and counts anew
@@ -25,7 +26,7 @@ export function Decisions() {
     }
     while (known.current.size > MOST) known.current.delete(known.current.keys().next().value);
     return { rows: [...known.current.values()].sort((a, b) => b.decided_ms - a.decided_ms || b.number - a.number), unreadable: answer.unreadable };
-  }, 1, []);
+  }, live ? 1 : 0, [live]);
   const rows = data ? data.rows : [];
   const wanted = filter.toLowerCase();
   const shown = rows.filter((row) => !wanted || [row.request_id, row.pod, row.model, row.policy].some((text) => text.toLowerCase().includes(wanted)));
@@ -33,19 +34,20 @@ export function Decisions() {
   const exact = told.filter((row) => row.served.cached_tokens === row.predicted_tokens).length;
   const chosen = rows.find((row) => row.request_id === one);
   return html`<h2>Decisions</h2>
-    <${Problem} error=${problem} />
-    <${Figures} figures=${[
+    <${Problem} error=${problem} at=${at} />
+    ${data ? html`<${Figures} figures=${[
       ["newest requests", show(rows.length)],
       ["with the engine's word", show(told.length)],
       ["predicted exactly", told.length ? `${show((100 * exact) / told.length)} %` : "–"],
-      ["records unreadable", show(data ? data.unreadable : 0)],
-    ]} />
-    <label>Filter <input type="search" value=${filter} onInput=${(event) => setFilter(event.target.value)} /><small>part of a request id, pod, model or reason</small></label>
-    ${chosen ? html`<${Story} row=${chosen} close=${() => setOne("")} />` : null}
-    <h3>${shown.length} requests, newest first</h3>
-    <${Table} label="Decisions" tall rows=${shown} empty="no decision yet: the picker writes them, and routers report them" columns=${[
-      ["Time", (row) => clock(row.decided_ms)],
+      ["records unreadable", show(data.unreadable)],
+    ]} />` : problem ? null : html`<${Reading} />`}
+    <div class="row"><label class="grow">Filter <input type="search" value=${filter} onInput=${(event) => setFilter(event.target.value)} /><small>part of a request id, pod, model or reason</small></label>
+      <label class="box"><input type="checkbox" checked=${live} onChange=${(event) => setLive(event.target.checked)} /> live</label></div>
+    ${chosen ? html`<${Story} key=${one} row=${chosen} close=${() => setOne("")} />` : null}
+    <h3>${show(shown.length)} requests, newest first</h3>
+    <${Table} label="Decisions" tall rows=${shown} empty=${!data ? "reading …" : wanted ? "none with this" : "no decision yet: the picker writes them, and routers report them"} columns=${[
       ["Request", (row) => html`<button class="link" onClick=${() => setOne(row.request_id)}>${row.request_id}</button>`],
+      ["Time", (row) => clock(row.decided_ms)],
       ["Pod", (row) => row.pod],
       ["Predicted tokens", (row) => show(row.predicted_tokens), { number: true }],
       ["Cached tokens", (row) => (row.served ? show(row.served.cached_tokens) : "–"), { number: true }],
@@ -58,7 +60,7 @@ export function Decisions() {
 function Story({ row, close }) {
   const scores = Object.entries(row.scores).map(([pod, [score, blocks]]) => ({ key: pod, pod, score, blocks }));
   return html`<section aria-label=${`Request ${row.request_id}`}>
-    <h3>${row.request_id} <button class="link" onClick=${close}>close</button></h3>
+    <${Opened}>${row.request_id}<//> <button class="link" onClick=${close}>close</button>
     <${Figures} figures=${[
       ["went to", row.pod],
       ["model", row.model || "–"],

@@ -2,25 +2,26 @@
 import { html } from "htm/preact";
 import { useState } from "preact/hooks";
 import { call, query } from "./api.js";
-import { age, clock, Figures, Problem, ranges, show, Since, Table, usePoll } from "./parts.js";
+import { age, clock, Figures, Opened, Problem, ranges, Reading, show, Since, Table, usePoll } from "./parts.js";
 
 export function Flow() {
-  const { data, problem } = usePoll(() => call("picture"), 2, []);
+  const { data, problem, at } = usePoll(() => call("picture"), 2, []);
   const workers = data ? data.workers : [];
   const restoring = workers.reduce((sum, row) => sum + row.restoring.length, 0);
+  if (!data) return html`<h2>Flow</h2>${problem ? html`<${Problem} error=${problem} />` : html`<${Reading} />`}`;
   return html`<h2>Flow</h2>
-    <${Problem} error=${problem} />
-    ${data && data.unserved.length ? html`<p class="problem" role="alert">no worker answers for partitions ${ranges(data.unserved)}</p>` : null}
+    <${Problem} error=${problem} at=${at} />
+    ${data.unserved.length ? html`<p class="problem" role="alert">no worker answers for partitions ${ranges(data.unserved)}</p>` : null}
     <${Figures} figures=${[
       ["workers", show(workers.length)],
       ["records/s applied", show(workers.reduce((sum, row) => sum + row.records_per_second, 0))],
       ["records behind", show(workers.reduce((sum, row) => sum + row.lag_records, 0))],
       ["partitions restoring", show(restoring)],
     ]} />
-    <${Bridge} pods=${data ? data.pods : []} />
+    <${Bridge} pods=${data.pods} />
     <${Topics} />
     <h3>Workers</h3>
-    <${Table} label="Workers" rows=${workers.map((row) => ({ ...row, key: row.worker }))} columns=${[
+    <${Table} label="Workers" rows=${workers.map((row) => ({ ...row, key: row.worker }))} empty="no worker has been heard of" columns=${[
       ["Worker", (row) => `${row.worker}${row.expired ? " (silent)" : ""}`],
       ["Endpoint", (row) => row.endpoint],
       ["Serves", (row) => ranges(row.partitions)],
@@ -29,8 +30,8 @@ export function Flow() {
       ["Behind", (row) => show(row.lag_records, "records"), { number: true }],
       ["Applied", (row) => show(row.records_per_second, "records/s"), { number: true }],
     ]} />
-    <${Partitions} workers=${workers} unserved=${data ? data.unserved : []} />
-    ${data && data.scorers.length
+    <${Partitions} workers=${workers} unserved=${data.unserved} />
+    ${data.scorers.length
       ? html`<h3>Scorers</h3>
           <${Table} label="Scorers" rows=${data.scorers.map((row) => ({ ...row, key: row.scorer }))} columns=${[
             ["Scorer", (row) => (row.up ? row.scorer : `${row.scorer} does not answer`)],
@@ -56,10 +57,10 @@ function Bridge({ pods }) {
 }
 
 function Topics() {
-  const { data, problem } = usePoll(() => call("topics"), 2, []);
-  return html`<h3>Topics</h3><${Problem} error=${problem} />
+  const { data, problem, at } = usePoll(() => call("topics"), 2, []);
+  return html`<h3>Topics</h3><${Problem} error=${problem} at=${at} />
     ${data && data.restarts ? html`<p class="note">This console was started again: ${data.restarts}</p>` : null}
-    <${Table} label="Topics" rows=${(data ? data.topics : []).map((row) => ({ ...row, key: row.topic }))} columns=${[
+    <${Table} label="Topics" rows=${(data ? data.topics : []).map((row) => ({ ...row, key: row.topic }))} empty="reading …" columns=${[
       ["Topic", (row) => row.topic],
       ["Partitions", (row) => (row.error ? row.error : show(row.partitions)), { number: true }],
       ["Kept", (row) => show(row.records, "records"), { number: true }],
@@ -102,7 +103,7 @@ function Letters() {
   return html`<h3>Dead letters</h3>
     <${Problem} error=${problem} />
     <div class="row"><${Since} label="Read since" value=${since} set=${setSince} none="not read" />
-    ${rows.length ? html`<button class="do" onClick=${save}>Export ${rows.length} as JSON lines</button>` : null}</div>
+    ${rows.length ? html`<button class="do" onClick=${save}>Export ${show(rows.length)} as JSON lines</button>` : null}</div>
     ${since ? html`<${Table} label="Dead letters" tall rows=${rows} empty=${data ? "none" : "reading the log …"} columns=${[
       ["Time", (row) => clock(row.at_ms)],
       ["Pod", (row) => row.pod],
@@ -111,8 +112,8 @@ function Letters() {
       ["Size", (row) => show(row.bytes, "bytes"), { number: true }],
       ["Value", (row) => html`<button class="link" aria-expanded=${open === row.key} onClick=${() => setOpen(open === row.key ? "" : row.key)}>${open === row.key ? "hide" : "show"}</button>`],
     ]} />` : null}
-    ${rows.filter((row) => row.key === open).map((row) => html`<section aria-label="Value"><h3>Value of ${row.key}</h3>
-      ${row.decoded ? html`<pre class="text">${row.decoded}</pre>` : null}
-      <pre class="text">${row.hex.replace(/(..)/g, "$1 ")}</pre>
+    ${rows.filter((row) => row.key === open).map((row) => html`<section key=${row.key} aria-label="Value"><${Opened}>Value of ${row.key}<//>
+      ${row.decoded ? html`<pre class="text" tabindex="0">${row.decoded}</pre>` : null}
+      <pre class="text" tabindex="0">${row.hex.replace(/(..)/g, "$1 ")}</pre>
       ${row.bytes * 2 > row.hex.length ? html`<p class="note">the first ${show(row.hex.length / 2)} of ${show(row.bytes)} bytes</p>` : null}</section>`)}`;
 }

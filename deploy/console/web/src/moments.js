@@ -34,10 +34,10 @@ export function Moments({ moments, set }) {
   const slider = (number, label) => html`<label>${label} <output>${clock(moments[number])}, ${age(span.now_ms - moments[number])} ago</output>
     <input type="range" name=${`moment-${number}`} min=${Math.ceil(span.first_ms)} max=${Math.floor(span.now_ms)} step="1" value=${moments[number]} onChange=${move(number)} aria-valuetext=${clock(moments[number])} /></label>`;
   return html`<fieldset><legend>Time</legend>
-    <label class="row"><input type="checkbox" name="past" checked=${span !== null} onChange=${toggle} /> beside a past moment</label>
+    <label class="box"><input type="checkbox" name="past" checked=${span !== null} onChange=${toggle} /> beside a past moment</label>
     <${Problem} error=${problem} />
     ${span ? html`${slider(0, "Then")}
-      <label class="row"><input type="checkbox" name="second" checked=${moments.length > 1} onChange=${(event) => set(event.target.checked ? [moments[0], span.now_ms] : moments.slice(0, 1))} /> and a second one</label>
+      <label class="box"><input type="checkbox" name="second" checked=${moments.length > 1} onChange=${(event) => set(event.target.checked ? [moments[0], span.now_ms] : moments.slice(0, 1))} /> and a second one</label>
       ${moments.length > 1 ? slider(1, "Later") : null}
       <small>The log begins at ${clock(span.first_ms)}.</small>` : null}
   </fieldset>`;

@@ -2,7 +2,7 @@
 import { html } from "htm/preact";
 import { useState } from "preact/hooks";
 import { call, query } from "./api.js";
-import { Figures, Problem, show, Table, usePoll } from "./parts.js";
+import { Figures, Opened, Problem, Reading, show, Table, usePoll } from "./parts.js";
 
 const HEATS = 5;
 const LISTED = 50;
@@ -18,19 +18,19 @@ const pods = (count) => `${show(count)} ${count === 1 ? "pod" : "pods"}`;
 export function Prefixes() {
   const [minutes, setMinutes] = useState(15);
   const [chosen, choose] = useState("");
-  const { data, problem } = usePoll(() => call(`prefixes?minutes=${minutes}`), 5, [minutes]);
+  const { data, problem, at } = usePoll(() => call(`prefixes?minutes=${minutes}`), 5, [minutes]);
   const tree = data ? data.tree : [];
   const all = flat(tree).sort((a, b) => b.saved_tokens - a.saved_tokens || b.asked - a.asked);
   const most = all.length ? all[0].saved_tokens : 0;
   const one = all.find((node) => node.key === chosen);
   return html`<h2>Shared prefixes</h2>
-    <${Problem} error=${problem} />
+    <${Problem} error=${problem} at=${at} />
     <div class="row"><label>Asked in the last <select value=${minutes} onChange=${(event) => setMinutes(Number(event.target.value))}>${[5, 15, 60, 360].map((n) => html`<option value=${n}>${n} minutes</option>`)}</select></label></div>
     ${data ? html`<${Figures} figures=${[
       ["requests with a decision", show(data.requests)],
       ["of them with a shared prefix", show(tree.reduce((sum, node) => sum + node.asked, 0))],
       ["prefill saved", show(all.reduce((sum, node) => sum + node.saved_tokens, 0), "tokens")],
-    ]} />` : html`<p class="note">reading …</p>`}
+    ]} />` : problem ? null : html`<${Reading} />`}
     ${data && tree.length === 0 ? html`<p class="note">No prefix is shared. Decisions come from the picker, or from routers through ReportDecision.</p>` : null}
     ${tree.length ? html`<p class="note">From the prompts' beginning downwards: as wide as requests ask for it, as dark as prefill it saved.</p>
       <div class="scroll" role="group" aria-label="Icicle"><${Level} nodes=${tree} asked=${data.requests} all=${data.requests} most=${most} chosen=${chosen} choose=${choose} /></div>` : null}
@@ -68,7 +68,7 @@ function Stretch({ node, minutes, close }) {
   }
   const went = Object.entries(node.pods);
   const tiers = read && read.holders ? Object.entries(read.holders) : [];
-  return html`<section aria-label="Stretch"><h3>${part(node)} <button class="link" onClick=${close}>close</button></h3>
+  return html`<section aria-label="Stretch"><${Opened}>${part(node)}<//> <button class="link" onClick=${close}>close</button>
     <${Figures} figures=${[
       ["blocks", show(node.blocks)],
       ["asked", `${show(node.asked)} times`],

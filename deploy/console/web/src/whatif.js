@@ -2,7 +2,7 @@
 import { html } from "htm/preact";
 import { useState } from "preact/hooks";
 import { call } from "./api.js";
-import { Problem, show, Since, Table } from "./parts.js";
+import { Bar, Problem, show, Since, Table } from "./parts.js";
 
 const POLICIES = ["recorded", "precise:1", "precise:4", "approximate:1", "round-robin", "random", "shared"];
 const QUEUEING = ["kvatlas:1", "kvatlas:4", "load-only", "approximate", "dynamo:1", "llm-d:1", "round-robin", "random"];
@@ -31,7 +31,7 @@ export function WhatIf() {
       set({ busy: false, answer: null, problem });
     }
   }
-  const boxes = (title, all, from, setFrom) => html`<fieldset class="row"><legend>${title}</legend>${all.map((name) => html`<label class="row"><input type="checkbox" checked=${from.has(name)} onChange=${() => setFrom(toggled(from, name))} /> ${name}</label>`)}</fieldset>`;
+  const boxes = (title, all, from, setFrom) => html`<fieldset class="row"><legend>${title}</legend>${all.map((name) => html`<label class="box"><input type="checkbox" checked=${from.has(name)} onChange=${() => setFrom(toggled(from, name))} /> ${name}</label>`)}</fieldset>`;
   const { answer } = state;
   return html`<h2>What if</h2>
     <form onSubmit=${run}>
@@ -39,7 +39,7 @@ export function WhatIf() {
       ${boxes("Time to first token, in a fleet with queues, of", QUEUEING, queued, setQueued)}
       <div class="row">
         <${Since} label="Requests since" value=${since} set=${setSince} />
-        <label>until <select value=${until} onChange=${(event) => setUntil(event.target.value)}>${["latest", "-5m", "-15m", "-1h", "-6h"].map((text) => html`<option value=${text}>${text === "latest" ? "now" : `${text.slice(1)} ago`}</option>`)}</select></label>
+        <label>Until <select value=${until} onChange=${(event) => setUntil(event.target.value)}>${["latest", "-5m", "-15m", "-1h", "-6h"].map((text) => html`<option value=${text}>${text === "latest" ? "now" : `${text.slice(1)} ago`}</option>`)}</select></label>
         <label>Blocks in a pod's cache <input type="number" min="1" value=${blocks} onInput=${(event) => setBlocks(Number(event.target.value))} /></label>
       </div>
       <button class="do" disabled=${state.busy || chosen.size + queued.size === 0}>${state.busy ? "Simulating …" : "Simulate"}</button>
@@ -49,13 +49,13 @@ export function WhatIf() {
       ${answer.rows.length ? html`<h3>Hit ratio</h3><${Table} label="Policies" rows=${answer.rows.map((row) => ({ ...row, key: row.policy }))} columns=${[
         ["Policy", (row) => row.policy],
         ["Requests", (row) => show(row.requests), { number: true }],
-        ["Hit ratio", (row) => `${show(100 * row.hit_ratio)} %`, { number: true }],
+        ["Hit ratio", (row) => html`<${Bar} share=${row.hit_ratio} text=${`${show(100 * row.hit_ratio)} %`} />`, { number: true }],
         ["Balance", (row) => show(row.balance), { number: true }],
         ["Recomputed", (row) => show(row.recomputed_tokens, "tokens"), { number: true }],
       ]} />` : null}
       ${answer.first_tokens.length ? html`<h3>Time to first token</h3><${Table} label="First tokens" rows=${answer.first_tokens.map((row) => ({ ...row, key: `${row.policy}:${row.replicas}` }))} columns=${[
         ["Policy", (row) => row.key],
-        ["Mean", (row) => show(row.mean_ms, "ms"), { number: true }],
+        ["Mean", (row) => html`<${Bar} share=${row.mean_ms / Math.max(...answer.first_tokens.map((one) => one.mean_ms))} text=${show(row.mean_ms, "ms")} />`, { number: true }],
         ["p50", (row) => show(row.p50_ms, "ms"), { number: true }],
         ["p90", (row) => show(row.p90_ms, "ms"), { number: true }],
         ["p99", (row) => show(row.p99_ms, "ms"), { number: true }],
