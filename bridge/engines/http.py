@@ -130,12 +130,15 @@ async def ask_engine(url: str, timeout_seconds: float = TIMEOUT_SECONDS, *, figu
     if len(errors) == len(answers) or models is None:
         reason = errors[0] if errors else "/v1/models is no model list"
         raise UnresolvedError(f"engine {url}: {reason}; give the address of its OpenAI API, http://HOST:PORT")
+    told = answers[_SERVER_INFO]
+    if isinstance(told, Exception) and not figures:  # what it said before must not come and go
+        raise UnresolvedError(f"engine {url}: /server_info: {told}")
     return vllm_facts(
         url,
         sources=_json(answers["/kv_event_sources"]),
         models=models,
         version=_json(answers["/version"]),
-        info=_json(answers[_SERVER_INFO]),
+        info=_json(told),
         metrics=page,
     )
 

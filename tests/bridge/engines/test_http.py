@@ -52,6 +52,20 @@ async def test_vllm_in_development_mode_tells_how_it_speculates(
         assert (await specs_over_http(f"{url},speculation=none"))[0].headers() == []
 
 
+async def test_what_an_engine_said_of_its_speculation_does_not_come_and_go(tmp_path: Path) -> None:
+    """Once it does not get to answering, its endpoints stay as they were."""
+    answers = vllm(**{"/server_info": {"vllm_config": {"speculative_config": {"method": "mtp"}}}})
+    known: dict[str, Any] = {}
+    with fake_engine(answers) as url:
+        settings = BridgeSettings(engines=[url])
+        (spec,) = await discover(settings, known)
+        answers["/server_info"] = object()  # no JSON: the connection is closed without an answer
+        assert await discover(settings, known) == [spec]
+        assert (await ask_engine(url)).speculation == ""
+        del answers["/server_info"]
+        assert [one.speculation for one in await discover(settings, known)] == [""]
+
+
 @pytest.mark.parametrize("case", sorted(GOLDEN))
 async def test_sglang_tells_its_ranks(case: str) -> None:
     """Every recorded form of `kv_events` gives one endpoint per rank, both ports plus the rank."""
