@@ -269,10 +269,11 @@ def _tls(options: GatewayOptions) -> dict[str, Any]:
             "@type": _TYPE + "envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext",
             "sni": name,
             "common_tls_context": {
+                "alpn_protocols": ["h2"],  # gRPC closes a connection that has not agreed on it
                 "validation_context": {
                     "trusted_ca": {"filename": options.cafile},
                     "match_typed_subject_alt_names": [{"san_type": "DNS", "matcher": {"exact": name}}],
-                }
+                },
             },
         },
     }

@@ -44,6 +44,11 @@ REGRET: Final = Histogram(
 )
 SERVED: Final = Counter("kvatlas_picker_served", "Responses by whether the picked pod answered.", ["by"])
 FOREIGN: Final = Counter("kvatlas_picker_foreign_decisions", "Decisions of other pickers taken into account.")
+SHARING: Final = Histogram(
+    "kvatlas_picker_sharing_seconds",
+    "From another picker's decision, by its clock, until it counts here.",
+    buckets=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5),
+)
 
 
 def cached_share(cached: int, prompt: int) -> str:

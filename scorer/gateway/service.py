@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import socket
+import ssl
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -286,4 +287,10 @@ def _credentials(settings: PickerSettings) -> grpc.ServerCredentials:
         chain = Path(settings.tls_certfile).read_bytes()
     except OSError as error:
         raise SettingsError(f"[picker] cannot read {error.filename}: {error.strerror}") from error
+    try:  # gRPC says no more than that it cannot bind
+        checked = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        checked.load_cert_chain(settings.tls_certfile, settings.tls_keyfile, password=lambda: b"")
+    except ssl.SSLError as error:
+        pair = f"tls_certfile {settings.tls_certfile} and tls_keyfile {settings.tls_keyfile}"
+        raise SettingsError(f"[picker] {pair} are no certificate and its key (PEM, no passphrase): {error}") from error
     return grpc.ssl_server_credentials([(key, chain)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -96,6 +97,7 @@ class PickerState:
             self.close(record.request_id)
         elif record.kind == DECISION and record.endpoint:
             metrics.FOREIGN.inc()
+            metrics.SHARING.observe(max(0.0, (time.time_ns() - record.decided_ns) / 1e9))
             prediction = Prediction(
                 record.endpoint,
                 record.pod,
