@@ -248,36 +248,47 @@ class DemoGateway:
                     history.append({"role": "user", "content": text(self._rng, 400)})
                 streams = [(turn + number) % 2 == 0 for number in range(conversations)]
                 names = [f"demo-{turn}-{number}" for number in range(conversations)]
-                for number, answer in enumerate(pool.map(self._ask, names, histories, streams)):
+                for number, answer in enumerate(pool.map(self.ask, names, histories, streams)):
                     yield Turn(number, turn, homes[number], answer)
                     homes[number] = answer.pod
                     histories[number].append({"role": "assistant", "content": answer.text})
-                self._drain(stop)
+                self.drain(stop)
                 if stop.is_set():
                     return
 
-    def _drain(self, stop: threading.Event) -> None:
-        """Wait until the scorer knows every message that was published."""
+    def drain(self, stop: threading.Event) -> None:
+        """Wait until the scorer knows every message that was published.
+
+        Raises:
+            DemoGatewayError: it does not catch up.
+        """
+        deadline = time.monotonic() + _DRAIN_SECONDS
+        while not stop.is_set():
+            known = self.known_pods()
+            if all(known.get(pod.pod, -1) >= pod.sequence for pod in self._fleet.status()):
+                return
+            self._check()
+            if time.monotonic() > deadline:
+                raise DemoGatewayError(f"the index did not catch up in {_DRAIN_SECONDS:g} s")
+            stop.wait(_POLL_SECONDS)
+
+    def known_pods(self) -> dict[str, int]:
+        """Return the pods that the scorer knows, with the last sequence of each."""
         import grpc  # noqa: PLC0415 - what the scorer speaks
 
         from kvatlas.scorer.v1 import scorer_pb2, scorer_pb2_grpc  # noqa: PLC0415
 
         assert self._launcher is not None
-        deadline = time.monotonic() + _DRAIN_SECONDS
         with grpc.insecure_channel(self._launcher.scorer) as channel:
             stub = scorer_pb2_grpc.ScorerStub(channel)
-            while not stop.is_set():
-                known = {
-                    pod.pod: pod.last_sequence for pod in stub.ListPods(scorer_pb2.ListPodsRequest(), timeout=5).pods
-                }
-                if all(known.get(pod.pod, -1) >= pod.sequence for pod in self._fleet.status()):
-                    return
-                self._check()
-                if time.monotonic() > deadline:
-                    raise DemoGatewayError(f"the index did not catch up in {_DRAIN_SECONDS:g} s")
-                stop.wait(_POLL_SECONDS)
+            return {pod.pod: pod.last_sequence for pod in stub.ListPods(scorer_pb2.ListPodsRequest(), timeout=5).pods}
 
-    def _ask(self, name: str, messages: list[dict[str, str]], stream: bool) -> Answer:
+    def ask(self, name: str, messages: list[dict[str, str]], stream: bool) -> Answer:
+        """Send a chat through Envoy, under a request id.
+
+        Raises:
+            DemoGatewayError: there was no answer.
+        """
         assert self._envoy is not None
         body: dict[str, Any] = {"model": self._sim.model, "messages": messages, "max_tokens": 24, "stream": stream}
         if stream:
