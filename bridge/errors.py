@@ -11,6 +11,7 @@
     ├── EngineError              an engine's socket does not do what its protocol says
     ├── LogError                 Kafka refused or did not answer (retriable)
     ├── RightsError              the account may not do on Kafka what the service needs
+    ├── OverloadedError          more is asked for than can be done in time (retriable)
     └── TaskEndedError           a background task that runs for ever has ended (retriable)
 """
 
@@ -70,6 +71,20 @@ class RightsError(KvatlasError):
     """The Kafka account lacks a right; the text names topic or group, and operation where Kafka says it."""
 
     restart_helps = False
+
+
+class OverloadedError(KvatlasError):
+    """More is asked for than can be done in time, so this was refused at once.
+
+    Attributes:
+        retry_seconds: after how long asking again makes sense.
+    """
+
+    retriable = True
+
+    def __init__(self, text: str, retry_seconds: float = 1.0) -> None:
+        super().__init__(text)
+        self.retry_seconds = retry_seconds
 
 
 class TaskEndedError(KvatlasError):

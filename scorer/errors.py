@@ -11,7 +11,7 @@
         ├── UnknownRequestError  no prompt is remembered under this request id
         ├── AuthError            no token, or one that nobody issued
         ├── ForbiddenError       the token's roles do not include this operation
-        ├── BusyError            at the limit of concurrent requests (retriable)
+        ├── BusyError            at a limit of what is worked on at once (retriable)
         ├── DeadlineError        the request's deadline passed before there was an answer (retriable)
         └── NotReadyError        pods or workers are not known yet (retriable)
     ClientError                  what a scorer answered to the client, with its gRPC code
@@ -19,7 +19,7 @@
 
 from __future__ import annotations
 
-from kvatlas.bridge.errors import KvatlasError
+from kvatlas.bridge.errors import KvatlasError, OverloadedError
 
 
 class ScorerError(KvatlasError):
@@ -54,8 +54,8 @@ class ForbiddenError(ScorerError):
     """The caller is known and may not do this."""
 
 
-class BusyError(ScorerError):
-    """The scorer is at its limit of concurrent requests."""
+class BusyError(ScorerError, OverloadedError):
+    """The scorer is at a limit of what it works on at once."""
 
     retriable = True
 

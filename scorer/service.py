@@ -232,9 +232,9 @@ class ScorerService:
         settings = self._settings
         # An interceptor costs every call, so there is one only where tokens are asked for.
         interceptors = [llmd.GuardTokenization(self._guard)] if settings.tokens_file else []
-        server = rpc_server(settings.max_message_bytes, interceptors)
         named = self._tracing.named if self._tracing is not None else lambda _model: None
         calls = Calls(self.core, settings, self._guard, named)
+        server = rpc_server(settings.max_message_bytes, interceptors, calls.refusal)
         inflight = Inflight()
         front = ScorerFront(calls, inflight, self._tracing)
         names = [SERVICE, health.SERVICE_NAME]

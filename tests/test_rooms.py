@@ -98,6 +98,7 @@ R6_EXCEPTIONS: Final[frozenset[str]] = frozenset(
         "bridge.kafka.lease: _coordinator",
         "bridge.runtime.rpc: _MethodResolver",
         "bridge.runtime.rpc: _handle_rpc",
+        "bridge.runtime.rpc: _schedule_rpc_coro",
         "scorer.library.indexer: _options",
         "scorer.library.indexer: _pods",
         "scorer.library.indexer: _set_block_size",

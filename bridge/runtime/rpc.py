@@ -3,50 +3,118 @@
 gRPC's server on asyncio decodes the method's name of every call that is none of its registered methods, in the loop
 that takes calls: a name that is no UTF-8 ended that loop, and with it the server, for every caller. So methods are
 registered, and the others are taken by a loop of our own, which answers UNIMPLEMENTED whatever the name.
+
+It also takes one call of a method per pass of the event loop, so that under overload most calls end in a queue that
+nobody sees. Here several are taken at a time, and those that there is no time for are refused by their headers alone.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import importlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final
 
 import grpc.aio
 
-from kvatlas.bridge.errors import TaskEndedError
+from kvatlas.bridge.errors import OverloadedError, TaskEndedError
 
 #: Has no types.
 cygrpc: Any = importlib.import_module("grpc._cython.cygrpc")
 
 #: gRPC tells the error of a server's loop only when a wait for its end has run out: calls in progress hold that up.
 _LOOK_SECONDS: Final = 1.0
+#: Trailing metadata that gRPC clients with a retry policy obey: milliseconds until they may ask again.
+PUSHBACK: Final = "grpc-retry-pushback-ms"
+#: Calls of a method that are taken in one pass of the event loop.
+_TAKERS: Final = 16
+
+#: The place of the interceptors in what gRPC makes a server of.
+_INTERCEPTORS: Final = 3
+
+#: Is told a method; returns why a call of it is refused whatever it asks for, or None.
+Overload = Callable[[str], OverloadedError | None]
+
+
+def pushback(error: Exception) -> tuple[tuple[str, str], ...]:
+    """Return the trailing metadata of a refusal: when to ask again, where that is known."""
+    if not isinstance(error, OverloadedError):
+        return ()
+    return ((PUSHBACK, str(math.ceil(error.retry_seconds * 1e3))),)
 
 
 class _Calls(cygrpc.AioServer):  # type: ignore[misc]
     """The part of gRPC's server that takes calls."""
 
-    def _make_request_call_future(self, method: bytes | None) -> asyncio.Task[Any]:
-        """Return a task that ends with the next call of a method; None stands for all that are not registered."""
+    def __init__(self, overload: Overload | None, *given: Any) -> None:
+        super().__init__(*given)
+        self._overload = overload
+        self._interceptors_given = tuple(given[_INTERCEPTORS] or ())
+        self._handlers: dict[str, Any] = {}
+        self._loop_here = asyncio.get_running_loop()
+        self._resolver: Any = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def add_registered_method_handlers(self, handlers: dict[str, Any]) -> None:
+        """Take handlers by the names of their methods."""
+        super().add_registered_method_handlers(handlers)
+        self._handlers.update(handlers)
+
+    def _make_request_call_future(self, method: bytes | None) -> asyncio.Future[Any]:
+        """Return what ends when calls of a method cannot be taken; None stands for all that are not registered."""
+        if self._resolver is None:
+            self._resolver = cygrpc._MethodResolver([], self._handlers)
         if method is None:
-            return asyncio.get_running_loop().create_task(self._refuse_others())
-        task: asyncio.Task[Any] = super()._make_request_call_future(method)
-        return task
+            return self._loop_here.create_task(self._refuse_others())
+        takers = [self._loop_here.create_task(self._take(method)) for _ in range(_TAKERS)]
+        return asyncio.gather(*takers)
+
+    async def _take(self, method: bytes) -> None:
+        """Take calls of a method, until the server stops."""
+        name = method.decode()
+        watched = self._overload if not name.startswith("/grpc.") else None  # health is asked for above all then
+        while True:
+            call = await self._request_registered_call(method)
+            error = watched(name) if watched is not None else None
+            if error is not None:
+                # Beside this loop: an answer waits for a peer that does not read.
+                self._keep(_refuse(call, error, self._loop_here))
+                continue
+            work = cygrpc._handle_rpc(name, self._resolver, self._interceptors_given, call, self._loop_here, False)
+            self._keep(cygrpc._schedule_rpc_coro(work, call, self._loop_here, name))
 
     async def _refuse_others(self) -> None:
         """Answer calls of unknown methods, until the server stops."""
-        loop = asyncio.get_running_loop()
         nothing = cygrpc._MethodResolver([], {})
-        answers: set[asyncio.Task[None]] = set()
         while True:
             call = await self._request_call()
-            # Beside this loop: an answer waits for a peer that does not read.
-            answer = loop.create_task(cygrpc._handle_rpc("", nothing, (), call, loop, False))
-            answers.add(answer)
-            answer.add_done_callback(answers.discard)
+            self._keep(cygrpc._handle_rpc("", nothing, (), call, self._loop_here, False))
+
+    def _keep(self, work: Coroutine[Any, Any, Any]) -> None:
+        task = self._loop_here.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
 
-def rpc_server(max_message_bytes: int, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()) -> grpc.aio.Server:
+async def _refuse(call: Any, error: OverloadedError, loop: asyncio.AbstractEventLoop) -> None:
+    """Answer a call by its headers alone."""
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+    answer = (
+        cygrpc.SendInitialMetadataOperation((), 0),
+        cygrpc.SendStatusFromServerOperation(pushback(error), code, str(error), 0),
+    )
+    with contextlib.suppress(cygrpc.ExecuteBatchError):  # the caller is gone
+        await cygrpc.execute_batch(call, answer, loop)
+
+
+def rpc_server(
+    max_message_bytes: int,
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    overload: Overload | None = None,
+) -> grpc.aio.Server:
     """Make a server; its methods are added with ``add_registered_method_handlers``, as generated code does.
 
     Handlers added by ``add_generic_rpc_handlers`` are never called.
@@ -54,9 +122,10 @@ def rpc_server(max_message_bytes: int, interceptors: Sequence[grpc.aio.ServerInt
     Args:
         max_message_bytes: largest message that is taken.
         interceptors: see every call.
+        overload: says which calls are refused before they are read; None takes all.
     """
     theirs = cygrpc.AioServer
-    cygrpc.AioServer = _Calls
+    cygrpc.AioServer = functools.partial(_Calls, overload)
     try:
         return grpc.aio.server(
             interceptors=interceptors,

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final, cast
 
 from kvatlas.bridge.errors import KvatlasError
@@ -125,6 +126,7 @@ def _in_process(states: Mapping[int, PartitionState]) -> Lookup:
 
 
 def _in_worker(states: Mapping[int, PartitionState]) -> Lookup:
+    patient = SimpleNamespace(time_remaining=lambda: None)  # a caller without a deadline
     service = LookupService(
         "bench",
         partition_count=len(states),
@@ -136,7 +138,7 @@ def _in_worker(states: Mapping[int, PartitionState]) -> Lookup:
     )
 
     async def lookup(keys: Sequence[bytes]) -> Sequence[bytes | None]:
-        answer = await service.Lookup(pb.LookupRequest(keys=b"".join(keys), partition_count=len(states)), None)
+        answer = await service.Lookup(pb.LookupRequest(keys=b"".join(keys), partition_count=len(states)), patient)
         distinct = [b"", *answer.values]
         return [distinct[number] for number in memoryview(answer.index).cast("I")]
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import grpc
 
-from kvatlas.bridge.errors import KvatlasError
+from kvatlas.bridge.errors import KvatlasError, OverloadedError
 from kvatlas.scorer.api import metrics
 from kvatlas.scorer.api.bounds import check_batch, check_request
 from kvatlas.scorer.api.core import Core
@@ -71,6 +71,17 @@ class Calls:
             "ListPods": self._list,
         }
 
+    def refusal(self, name: str) -> OverloadedError | None:
+        """Return why an RPC would be refused now whatever it says, and count that; None when it would not.
+
+        Args:
+            name: of the RPC; what comes before a slash does not count.
+        """
+        error = self.core.admission.refusal()
+        if error is not None:
+            metrics.REQUESTS.labels(name.rpartition("/")[2], code_of(error).name).inc()
+        return error
+
     async def call(
         self, name: str, metadata: Any, data: Callable[[], Awaitable[bytes]], form: str, deadline: Callable[[], float]
     ) -> Any:
@@ -88,9 +99,11 @@ class Calls:
         """
 
         async def work(caller: Caller) -> Any:
-            message = await self.core.intake.message(MESSAGE_OF[name], await data(), form)
-            with self.core.gate:
-                return await self._work[name](message, caller, deadline())
+            given = await data()
+            until = deadline()
+            async with self.core.admission.turn(until):
+                message = await self.core.intake.message(MESSAGE_OF[name], given, form)
+                return await self._work[name](message, caller, until)
 
         return await self.guarded(name, ROLE_OF[name], metadata, work)
 
@@ -104,12 +117,14 @@ class Calls:
         """
 
         async def work(caller: Caller) -> list[Any]:
-            prompts: list[requests.EngineRequest] = await self.core.intake.prompts(path, await data())
-            with self.core.gate:
+            given = await data()
+            until = deadline()
+            async with self.core.admission.turn(until):
+                prompts: list[requests.EngineRequest] = await self.core.intake.prompts(path, given)
                 opened = self.core.intake.open_prompts(prompts)
                 self._check(caller, opened)
                 one = self._scored if name == "Score" else self._tokenized
-                return [await one(prompt, deadline()) for prompt in opened]
+                return [await one(prompt, until) for prompt in opened]
 
         found: list[Any] = await self.guarded(name, ROLE_OF[name], metadata, work)
         return found

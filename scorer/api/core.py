@@ -10,9 +10,9 @@ from typing import Final
 from kvatlas.bridge.errors import KvatlasError
 from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.model.records import GONE, DecisionRecord, PodRecord
+from kvatlas.bridge.runtime.admission import Admission
 from kvatlas.scorer.api import inputs
 from kvatlas.scorer.api.bounds import check_batch
-from kvatlas.scorer.api.gate import Gate
 from kvatlas.scorer.api.intake import Intake
 from kvatlas.scorer.api.replies import explained_reply, pick_query, pick_reply, pod_info, reply_of
 from kvatlas.scorer.api.status import code_of
@@ -44,7 +44,7 @@ class Core:
     Attributes:
         decisions: open decisions, which hold blocks speculatively.
         intake: reads what callers send.
-        gate: holds what is worked on, over all fronts, to ``max_concurrent``.
+        admission: holds what is worked on, over all fronts, to ``max_concurrent`` and to what can be done in time.
         watchers: holds the open streams of pods, over all fronts, to :data:`MAX_WATCHERS`.
     """
 
@@ -78,8 +78,8 @@ class Core:
         self._pool = pool
         self._clock_ns = clock_ns
         self._answered = answered
-        self.gate = Gate(settings.max_concurrent, "requests are worked on (max_concurrent)")
-        self.watchers = Gate(MAX_WATCHERS, "streams are open")
+        self.admission = Admission(settings.max_concurrent, "requests are worked on (max_concurrent)")
+        self.watchers = Admission(MAX_WATCHERS, "streams are open")
         self.intake = Intake(settings, pool, lambda: self._index.pods)
         self._weighing = Weighing.from_settings(settings)
         self._chunks = chunks

@@ -16,6 +16,7 @@ import grpc
 import grpc.aio
 
 from kvatlas.bridge.errors import KvatlasError
+from kvatlas.bridge.runtime.rpc import pushback
 from kvatlas.scorer.api.bodies import Inflight
 from kvatlas.scorer.api.calls import MESSAGE_OF, Calls
 from kvatlas.scorer.api.status import ROLE_OF, code_of
@@ -60,7 +61,7 @@ class ScorerFront:
                         lambda: within(context, self._calls.settings),
                     )
             except KvatlasError as error:
-                await context.abort(code_of(error), str(error))
+                await context.abort(code_of(error), str(error), pushback(error))
 
         return call if self._tracing is None else self._tracing.grpc(SERVICE, name, call)
 
@@ -69,12 +70,11 @@ class ScorerFront:
         try:
             calls.guard.admit(context.invocation_metadata(), ROLE_OF["WatchPods"])
             request = calls.listing(await calls.core.intake.message("ListPodsRequest", data, "binary"))
-            with calls.core.watchers:
-                async with contextlib.aclosing(calls.core.watch_pods(request)) as infos:
-                    async for info in infos:
-                        yield info
+            async with calls.core.watchers.turn(), contextlib.aclosing(calls.core.watch_pods(request)) as infos:
+                async for info in infos:
+                    yield info
         except KvatlasError as error:
-            await context.abort(code_of(error), str(error))
+            await context.abort(code_of(error), str(error), pushback(error))
 
 
 def within(context: Any, settings: ScorerSettings) -> float:

@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import ssl
 import time
 from collections.abc import Awaitable, Callable
@@ -32,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Final
 from aiohttp import web
 from google.protobuf.json_format import MessageToDict
 
-from kvatlas.bridge.errors import KvatlasError, SettingsError
+from kvatlas.bridge.errors import KvatlasError, OverloadedError, SettingsError
 from kvatlas.scorer.api.bodies import HttpBody, Inflight
 from kvatlas.scorer.api.calls import Calls
 from kvatlas.scorer.api.status import ROLE_OF, code_of
@@ -138,7 +139,7 @@ class HttpFront:
         async def answer(request: web.Request, body: HttpBody) -> Any:
             return _fields(await self._calls.call(name, _metadata(request), body.read, "json", self._deadline))
 
-        return self._handler(path, answer)
+        return self._handler(path, name, answer)
 
     def _engine_body(self, path: str, name: str, shape: str) -> _Handler:
         async def answer(request: web.Request, body: HttpBody) -> Any:
@@ -146,10 +147,13 @@ class HttpFront:
             shown = [_fields(one) if name == "Score" else _tokens(one) for one in found]
             return shown[0] if len(shown) == 1 else {"responses": shown}
 
-        return self._handler(path, answer)
+        return self._handler(path, name, answer)
 
-    def _handler(self, path: str, answer: Callable[[web.Request, HttpBody], Awaitable[Any]]) -> _Handler:
+    def _handler(self, path: str, name: str, answer: Callable[[web.Request, HttpBody], Awaitable[Any]]) -> _Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
+            # Before the body, which most of a refusal's cost would be.
+            if (refused := self._calls.refusal(name)) is not None:
+                return _failed(refused)
             try:
                 with HttpBody(request, self._settings, self._inflight) as body:
                     return web.json_response(await answer(request, body))
@@ -179,7 +183,7 @@ class HttpFront:
         try:
             calls.guard.admit(_metadata(request), ROLE_OF["WatchPods"])
             wanted = calls.listing(_query(request))
-            with calls.core.watchers:
+            async with calls.core.watchers.turn():
                 answer = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
                 await answer.prepare(request)
                 async with contextlib.aclosing(calls.core.watch_pods(wanted)) as infos:
@@ -213,4 +217,5 @@ def _tokens(message: pb.Tokenized) -> dict[str, Any]:
 def _failed(error: KvatlasError) -> web.Response:
     code = code_of(error).name
     status = 413 if isinstance(error, TooLargeError) else _STATUS.get(code, 500)
-    return web.json_response({"error": str(error), "code": code}, status=status)
+    headers = {"Retry-After": str(math.ceil(error.retry_seconds))} if isinstance(error, OverloadedError) else None
+    return web.json_response({"error": str(error), "code": code}, status=status, headers=headers)

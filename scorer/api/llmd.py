@@ -8,6 +8,7 @@ import grpc
 import grpc.aio
 
 from kvatlas.bridge.errors import KvatlasError
+from kvatlas.bridge.runtime.rpc import pushback
 from kvatlas.scorer.api.bounds import check_names
 from kvatlas.scorer.api.calls import Calls
 from kvatlas.scorer.api.grpc_server import within
@@ -46,6 +47,11 @@ class IndexerServicer(indexer_pb2_grpc.IndexerServiceServicer):
         core = calls.core
 
         async def work(caller: Caller) -> tuple[pb.ScoreResponse, dict[str, str]]:
+            until = within(context, calls.settings)
+            async with core.admission.turn(until):
+                return await scored_of(caller, until)
+
+        async def scored_of(caller: Caller, until: float) -> tuple[pb.ScoreResponse, dict[str, str]]:
             check_names(request.pod_identifiers, len(request.pod_identifiers), "pod_identifiers")
             wanted = pb.ScoreRequest(model=request.model_name, prompt=request.prompt)
             opened = (await core.intake.open_request(wanted))[0].request
@@ -53,13 +59,12 @@ class IndexerServicer(indexer_pb2_grpc.IndexerServiceServicer):
             names = ranks_of(request.pod_identifiers, known)
             opened.pods.extend(names if request.pod_identifiers else ())
             calls.check(caller, opened)
-            with core.gate:
-                return await core.score(opened, within(context, calls.settings)), names
+            return await core.score(opened, until), names
 
         try:
             scored, names = await calls.guarded("GetPodScores", "score", context.invocation_metadata(), work)
         except KvatlasError as error:
-            await context.abort(code_of(error), str(error))
+            await context.abort(code_of(error), str(error), pushback(error))
             raise
         # Its answer has no place for this, and a score that is too low must not look like any other.
         flags = {PARTIAL: scored.freshness.partial, STANDBY: scored.freshness.standby}
@@ -103,6 +108,6 @@ def add_to(server: Any, calls: Calls, pool: TokenizerPool, *, tracing: Tracing |
         indexer.GetPodScores = tracing.grpc(INDEXER, "GetPodScores", indexer.GetPodScores)
     indexer_pb2_grpc.add_IndexerServiceServicer_to_server(indexer, server)
     tokenization_pb2_grpc.add_TokenizationServiceServicer_to_server(
-        TokenizationServicer(pool, core.gate, core.intake.named_model), server
+        TokenizationServicer(pool, core.admission.turn, core.intake.named_model), server
     )
     return [INDEXER, TOKENIZATION]

@@ -6,7 +6,7 @@ from typing import Final
 
 import grpc
 
-from kvatlas.bridge.errors import KvatlasError
+from kvatlas.bridge.errors import KvatlasError, OverloadedError
 from kvatlas.scorer import errors
 
 #: Operation -> role that a bearer token needs for it.
@@ -29,7 +29,7 @@ _CODES: Final[tuple[tuple[type[KvatlasError], grpc.StatusCode], ...]] = (
     (errors.UnknownRequestError, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.AuthError, grpc.StatusCode.UNAUTHENTICATED),
     (errors.ForbiddenError, grpc.StatusCode.PERMISSION_DENIED),
-    (errors.BusyError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (OverloadedError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED),
     (errors.NotReadyError, grpc.StatusCode.UNAVAILABLE),
 )

@@ -7,7 +7,7 @@ import logging
 import time
 from typing import Final, NamedTuple
 
-from kvatlas.bridge.errors import KvatlasError
+from kvatlas.bridge.errors import KvatlasError, OverloadedError
 from kvatlas.scorer.errors import DeadlineError, InputError, NotReadyError, TooLargeError, UnknownModelError
 from kvatlas.scorer.gateway.body import Body, read_body
 from kvatlas.scorer.gateway.prefixes import Prefixes, Prompt
@@ -26,6 +26,7 @@ _CAUSES: Final[tuple[tuple[type[BaseException], str], ...]] = (
     (TooLargeError, UNREADABLE),
     (UnknownModelError, "no-tokenizer"),
     (NotReadyError, "index"),
+    (OverloadedError, "overloaded"),
     (KvatlasError, "scorer"),
 )
 

@@ -60,7 +60,12 @@ class CorePrefixes:
 
         Raises:
             ScorerError: the body is none that an engine takes, or its prompt cannot be scored now.
+            OverloadedError: there are more prompts than time to score them.
         """
+        async with self._core.admission.turn(deadline):
+            return await self._scored(shape, body, deadline)
+
+    async def _scored(self, shape: requests.Shape, body: Mapping[str, Any], deadline: float) -> Prompt:
         request = requests.read(shape, body)[0]
         model, lora = self._core.intake.names.resolve(request.model, request.lora)
         encoded = await self._pool.tokens_of(model, request)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any
 
 from kvatlas.bridge.errors import KvatlasError
@@ -31,24 +31,24 @@ class TokenizationServicer(tokenization_pb2_grpc.TokenizationServiceServicer):
     def __init__(
         self,
         pool: TokenizerPool,
-        gate: AbstractContextManager[Any] | None = None,
+        turn: Callable[[], AbstractAsyncContextManager[Any]] = nullcontext,
         named: Callable[[str], str] = lambda model: model,
     ) -> None:
         """Take the pool, and what callers are bound by.
 
         Args:
             pool: the tokenizers.
-            gate: refuses calls where too many are worked on; None: nothing does.
+            turn: makes what a call enters first; refuses where too many are worked on.
             named: turns the name that a caller uses into the one a model is known by; refuses names that are no such.
         """
         self._pool = pool
-        self._gate = gate or nullcontext()
+        self._turn = turn
         self._named = named
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:  # noqa: N802
         """Text to token ids, with each token's place in the text."""
         try:
-            with self._gate:
+            async with self._turn():
                 encoded = await self._pool.encode(
                     self._named(request.model_name),
                     request.input,
@@ -65,7 +65,7 @@ class TokenizationServicer(tokenization_pb2_grpc.TokenizationServiceServicer):
     ) -> pb.ChatTemplateResponse:
         """A chat to text."""
         try:
-            with self._gate:
+            async with self._turn():
                 rendered = await self._pool.render_chat(
                     self._named(request.model_name), convert.chat_of_template_request(request)
                 )
@@ -78,7 +78,7 @@ class TokenizationServicer(tokenization_pb2_grpc.TokenizationServiceServicer):
     ) -> pb.InitializeTokenizerResponse:
         """Load a model now; how chats are rendered is said with each chat."""
         try:
-            with self._gate:
+            async with self._turn():
                 await self._pool.load(self._named(request.model_name))
         except KvatlasError as error:
             return pb.InitializeTokenizerResponse(error_message=_told(error, context))
@@ -89,7 +89,7 @@ class TokenizationServicer(tokenization_pb2_grpc.TokenizationServiceServicer):
     ) -> pb.RenderChatCompletionResponse:
         """A chat to token ids."""
         try:
-            with self._gate:
+            async with self._turn():
                 encoded: Encoded = await self._pool.encode_chat(
                     self._named(request.model_name), convert.chat_of_completion(request)
                 )
@@ -104,7 +104,7 @@ class TokenizationServicer(tokenization_pb2_grpc.TokenizationServiceServicer):
     ) -> pb.RenderCompletionResponse:
         """A prompt to token ids, special tokens added."""
         try:
-            with self._gate:
+            async with self._turn():
                 encoded = await self._pool.encode(self._named(request.model_name), request.prompt)
         except KvatlasError as error:
             return pb.RenderCompletionResponse(error_message=_told(error, context))

@@ -7,6 +7,7 @@ need the interpreter's lock, and a partition could be closed under its feet.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -15,9 +16,11 @@ import grpc
 import numpy as np
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from kvatlas.bridge.errors import OverloadedError
 from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.model.workers import WorkerDirectory
-from kvatlas.bridge.runtime.rpc import rpc_server, serving
+from kvatlas.bridge.runtime.admission import Admission
+from kvatlas.bridge.runtime.rpc import pushback, rpc_server, serving
 from kvatlas.streams import metrics
 from kvatlas.streams.index.columns import answer_columns
 from kvatlas.streams.serving.answers import fill, read_all
@@ -26,6 +29,8 @@ from kvatlas.streams.v1 import block_index_pb2 as pb
 from kvatlas.streams.v1 import block_index_pb2_grpc as pb_grpc
 
 SERVICE: Final = "kvatlas.v1.BlockIndex"
+#: Far more than wait their time out; a bound of memory.
+_MOST_LOOKUPS: Final = 4_096
 _ROLES: Final = {
     Role.ACTIVE: pb.PartitionState.ACTIVE,
     Role.STANDBY: pb.PartitionState.STANDBY,
@@ -67,13 +72,32 @@ class LookupService(pb_grpc.BlockIndexServicer):
         self._state_of = state_of
         self._lag_of = lag_of
         self._others = others
+        self._admission = Admission(_MOST_LOOKUPS, "lookups are worked on")
 
     async def Lookup(self, request: pb.LookupRequest, context: Any) -> pb.LookupResponse:  # noqa: N802 # gRPC's name
         """Return the holders of a batch of keys.
 
-        Aborts with INVALID_ARGUMENT (keys of a wrong length), RESOURCE_EXHAUSTED (too many keys) or
-        FAILED_PRECONDITION (the caller counts other partitions).
+        Aborts with INVALID_ARGUMENT (keys of a wrong length), RESOURCE_EXHAUSTED (too many keys, or more lookups than
+        time) or FAILED_PRECONDITION (the caller counts other partitions).
         """
+        remaining = context.time_remaining()
+        until = math.inf if remaining is None else time.monotonic() + remaining
+        try:
+            async with self._admission.turn(until):
+                return await self._lookup(request, context)
+        except OverloadedError as error:
+            metrics.LOOKUPS.labels("overloaded").inc()
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), pushback(error))
+            raise
+
+    def refusal(self, _method: str) -> OverloadedError | None:
+        """Return why a lookup would be refused now whatever it asks for, None when it would not."""
+        error = self._admission.refusal()
+        if error is not None:
+            metrics.LOOKUPS.labels("overloaded").inc()
+        return error
+
+    async def _lookup(self, request: pb.LookupRequest, context: Any) -> pb.LookupResponse:
         began = time.perf_counter()
         packed = request.keys
         if len(packed) % KEY_BYTES:
@@ -159,7 +183,7 @@ class LookupServer:
 
     def __init__(self, service: LookupService, listen: str, *, max_keys: int) -> None:
         self._listen = listen
-        self._server = rpc_server(max_keys * KEY_BYTES + 1024)
+        self._server = rpc_server(max_keys * KEY_BYTES + 1024, overload=service.refusal)
         self._health = health.aio.HealthServicer()
         pb_grpc.add_BlockIndexServicer_to_server(service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from kvatlas.bridge.errors import TaskEndedError
+from kvatlas.bridge.errors import OverloadedError, TaskEndedError
 from kvatlas.bridge.runtime.rpc import rpc_server, serving
 from kvatlas.bridge.runtime.tasks import Background
 
@@ -206,3 +206,65 @@ def test_every_server_is_made_here() -> None:
         and "_pb2" not in path.name
     }
     assert makes == {"bridge/runtime/rpc.py"}
+
+
+class Overloaded:
+    """Refuses methods while it is told to."""
+
+    def __init__(self) -> None:
+        self.on = True
+        self.asked: list[str] = []
+
+    def __call__(self, method: str) -> OverloadedError | None:
+        self.asked.append(method)
+        return OverloadedError("more work than time", 0.25) if self.on else None
+
+
+async def test_under_overload_a_call_is_refused_unread_with_a_hint_and_health_is_answered() -> None:
+    """A refusal needs no message, says when to ask again as gRPC's clients read it, and passes with the overload."""
+    overload = Overloaded()
+    server = rpc_server(1_000_000, overload=overload)
+    server.add_registered_method_handlers("test.Echo", {"Say": grpc.unary_unary_rpc_method_handler(_say)})
+    server.add_registered_method_handlers("grpc.Health", {"Check": grpc.unary_unary_rpc_method_handler(_say)})
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        say: Any = channel.unary_unary(METHOD)
+        unsent: Any = channel.stream_unary(METHOD)()  # its message never comes
+        for call in (unsent, *(say(b"x" * 500_000, timeout=90) for _ in range(50))):
+            with pytest.raises(grpc.aio.AioRpcError, match="more work than time") as refused:
+                await call
+            assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert dict(refused.value.trailing_metadata() or ())["grpc-retry-pushback-ms"] == "250"
+        check: Any = channel.unary_unary("/grpc.Health/Check")
+        assert await check(b"well?", timeout=90) == b"well?"
+        assert set(overload.asked) == {METHOD}
+        overload.on = False
+        assert await asyncio.gather(*(say(b"hello", timeout=90) for _ in range(50))) == [b"hello"] * 50
+    await asyncio.wait_for(server.stop(None), 90)
+    await asyncio.wait_for(serving(server, "of a test"), 90)
+
+
+async def test_a_call_that_is_given_up_ends_its_handler() -> None:
+    """A caller's cancellation reaches the handler, as with gRPC's own loop."""
+    begun, ended = asyncio.Event(), asyncio.Event()
+
+    async def wait(_request: bytes, _context: Any) -> bytes:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+        return b""
+
+    server = rpc_server(1_000)
+    server.add_registered_method_handlers("test.Echo", {"Say": grpc.unary_unary_rpc_method_handler(wait)})
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        say: Any = channel.unary_unary(METHOD)
+        call = say(b"hello", timeout=90)
+        await asyncio.wait_for(begun.wait(), 90)
+        call.cancel()
+        await asyncio.wait_for(ended.wait(), 90)
+    await asyncio.wait_for(server.stop(None), 90)

@@ -23,12 +23,14 @@ class Curl:
 
     def __init__(self, rig: Rig, address: str, session: aiohttp.ClientSession) -> None:
         self.rig, self._address, self._session = rig, address, session
+        self.retry_after: str | None = None
 
     async def post(self, path: str, body: Any, **options: Any) -> tuple[int, Any]:
         """POST a body; anything but bytes as JSON."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         async with self._session.post(f"http://{self._address}/v1/{path}", data=data, **options) as reply:
             assert reply.content_type == "application/json"
+            self.retry_after = reply.headers.get("Retry-After")
             return reply.status, await reply.json()
 
     async def get(self, path: str) -> tuple[int, Any]:
@@ -208,6 +210,9 @@ async def test_one_request_too_many_is_refused(curl: Curl) -> None:
         while entered < 2:
             await asyncio.sleep(0.01)
     status, found = await curl.post("score", ONE)
+    assert (status, found["code"], curl.retry_after) == (429, "RESOURCE_EXHAUSTED", "1")
+    # Before it is read: what is no request at all is refused as well.
+    status, found = await curl.post("score/chat/completions", b"{")
     assert (status, found["code"]) == (429, "RESOURCE_EXHAUSTED")
     go.set()
     assert [(await one)[0] for one in waiting] == [200, 200]

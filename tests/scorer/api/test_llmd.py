@@ -306,12 +306,13 @@ async def test_scores_that_may_be_too_low_are_flagged(router: Router) -> None:
 
 async def test_the_limit_of_concurrency_holds_for_all_fronts_together(router: Router) -> None:
     """With as much at work as allowed, scores are refused by status and tokenizing in the answer."""
-    with contextlib.ExitStack() as full:
+    async with contextlib.AsyncExitStack() as full:
         for _ in range(router.rig.settings.max_concurrent):
-            full.enter_context(router.rig.core.gate)
+            await full.enter_async_context(router.rig.core.admission.turn())
         with pytest.raises(grpc.aio.AioRpcError, match="max_concurrent") as caught:
             await router.scores(prompt=PROMPT, model_name="m")
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert int(dict(caught.value.trailing_metadata() or ())["grpc-retry-pushback-ms"]) > 0
         refused = await router.tokenization("RenderCompletion", model_name="m", prompt=PROMPT)
         assert (refused.success, "max_concurrent" in refused.error_message) == (False, True)
     assert (await router.tokenization("RenderCompletion", model_name="m", prompt=PROMPT)).success

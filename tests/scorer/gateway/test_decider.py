@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from kvatlas.bridge.errors import OverloadedError
 from kvatlas.bridge.model.records import DecisionRecord
 from kvatlas.scorer.errors import NotReadyError, UnknownModelError
 from kvatlas.scorer.gateway import metrics
@@ -105,6 +106,7 @@ async def test_one_address_where_the_data_plane_takes_one() -> None:
     [
         (NotReadyError("no worker"), "index"),
         (UnknownModelError("no tokenizer"), "no-tokenizer"),
+        (OverloadedError("more work than time"), "overloaded"),
         (ZeroDivisionError("SECRET"), "fault"),
         (TimeoutError(), "deadline"),
     ],
