@@ -21,7 +21,7 @@ from grpc_reflection.v1alpha import reflection
 
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.kafka.fetching import producer_tasks
+from kvatlas.bridge.kafka.fetching import producer_tasks, start_client
 from kvatlas.bridge.kafka.follower import TopicFollower
 from kvatlas.bridge.model import records, topics
 from kvatlas.bridge.model.workers import WorkerDirectory
@@ -361,7 +361,7 @@ class ScorerService:
                     linger_ms=_GATHER_MS,
                 )
                 try:
-                    await producer.start()
+                    await start_client(producer)
                 except BaseException:
                     self._away_until = time.monotonic() + _AWAY_SECONDS
                     await producer.stop()

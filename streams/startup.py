@@ -14,7 +14,7 @@ from aiokafka import AIOKafkaConsumer
 from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.kafka.fetching import partitions_of
+from kvatlas.bridge.kafka.fetching import partitions_of, start_client
 from kvatlas.bridge.model import topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.streams.errors import StateFolderError, TopicsError
@@ -66,7 +66,7 @@ async def discover(settings: WorkerSettings, kafka: KafkaSettings, client_id: st
 async def _until_reachable(consumer: Any, deadline: float) -> None:
     while True:
         try:
-            await consumer.start()
+            await start_client(consumer)
         except KafkaError as error:
             if time.monotonic() > deadline:
                 raise TopicsError(f"Kafka is not reachable: {error!r}") from error

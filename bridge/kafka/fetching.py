@@ -15,8 +15,26 @@ from typing import Any, Final, NamedTuple
 
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.consumer.fetcher import FetchResult
+from aiokafka.errors import KafkaConnectionError
 
 from kvatlas.bridge.errors import TaskEndedError
+
+#: Longer than any answer of a broker is waited for.
+_START_SECONDS: Final = 60.0
+
+
+async def start_client(client: Any) -> None:
+    """Start a consumer, producer or admin client.
+
+    Raises:
+        KafkaError: Kafka cannot be reached, or did not say in time what there is: a client whose metadata's task ends
+            while it starts waits for it for ever.
+    """
+    try:
+        async with asyncio.timeout(_START_SECONDS):
+            await client.start()
+    except TimeoutError as error:
+        raise KafkaConnectionError(f"the client did not start in {_START_SECONDS:g} s") from error
 
 
 def fetcher_task(consumer: Any) -> asyncio.Task[None]:

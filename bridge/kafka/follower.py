@@ -13,7 +13,7 @@ from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.errors import LogError
 from kvatlas.bridge.kafka.config import client_config, is_loopback
-from kvatlas.bridge.kafka.fetching import fetch
+from kvatlas.bridge.kafka.fetching import fetch, start_client
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.bridge.runtime.tasks import end_tasks
 
@@ -23,6 +23,8 @@ _POLL_MS: Final = 200
 # The embedded broker answers a fetch over several partitions only when this is over.
 _FETCH_WAIT_MS: Final = 20
 _RECORDS_PER_TURN: Final = 2_000
+#: A client whose metadata's task has ended waits for ever for a leader.
+_PLACE_SECONDS: Final = 120.0
 _BACKOFF_SECONDS: Final = (0.2, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -137,10 +139,11 @@ class TopicFollower:
             fetch_max_wait_ms=_FETCH_WAIT_MS if is_loopback(self._kafka) else 100,
             metadata_max_age_ms=30_000,
         )
-        await consumer.start()
         try:
-            partitions = await self._place(consumer)
-            ends = await consumer.end_offsets(partitions)
+            await start_client(consumer)
+            async with asyncio.timeout(_PLACE_SECONDS):
+                partitions = await self._place(consumer)
+                ends = await consumer.end_offsets(partitions)
             behind = {tp for tp in partitions if self._positions[tp] < ends[tp]}
             while True:
                 if not behind:

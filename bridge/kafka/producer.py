@@ -26,7 +26,7 @@ from aiokafka.errors import KafkaError, MessageSizeTooLargeError, ProducerClosed
 
 from kvatlas.bridge.errors import KvatlasError, LogError
 from kvatlas.bridge.kafka.config import client_config, pace_metadata
-from kvatlas.bridge.kafka.fetching import metadata_error, metadata_task, sender_task
+from kvatlas.bridge.kafka.fetching import metadata_error, metadata_task, sender_task, start_client
 from kvatlas.bridge.kafka.rights import lost_right
 from kvatlas.bridge.model.sink import QueuedRecord
 from kvatlas.bridge.runtime.histogram import Buckets
@@ -158,7 +158,7 @@ class RecordProducer:
         pace_metadata(producer.client)
         started = False
         try:
-            await producer.start()
+            await start_client(producer)
         except KafkaError as error:
             raise LogError(f"cannot reach Kafka at {self._settings.brokers}: {error}") from error
         else:

@@ -21,7 +21,7 @@ from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.errors import LogError
 from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.kafka.fetching import fetch
+from kvatlas.bridge.kafka.fetching import fetch, start_client
 from kvatlas.bridge.kafka.lease import Lease
 from kvatlas.bridge.kafka.rights import lost_right
 from kvatlas.bridge.model import topics
@@ -86,7 +86,7 @@ class Ownership(ConsumerRebalanceListener):  # type: ignore[misc]
         )
         self._consumer.subscribe([self._kafka.topic(topics.EVENTS)], listener=self)
         try:
-            await self._consumer.start()
+            await start_client(self._consumer)
         except KafkaError as error:
             raise lost_right(error, self._kafka) or self._unjoined(error) from error
         self._lease.renew_with_heartbeats(self._consumer)

@@ -11,7 +11,7 @@ from aiokafka.errors import KafkaError
 from kvatlas.bridge.errors import LogError, WireError
 from kvatlas.bridge.ingest.recovered import Recovered, fold
 from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.kafka.fetching import fetch
+from kvatlas.bridge.kafka.fetching import fetch, start_client
 from kvatlas.bridge.kafka.rights import lost_right
 from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.records import PodRecord
@@ -45,7 +45,7 @@ async def recover(settings: KafkaSettings, partitions: list[int], *, known_block
     pods: dict[str, Recovered] = {}
     newest: dict[int, int] = {}
     try:
-        await consumer.start()
+        await start_client(consumer)
         heads = [TopicPartition(settings.topic(topics.PODS), number) for number in partitions]
         async for message in _to_end(consumer, heads, {}):
             # The last one on the log, not the latest by its clock, which may have been put back since.

@@ -18,6 +18,7 @@ from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 
 from kvatlas.bridge.errors import LogError
 from kvatlas.bridge.kafka.config import client_config
+from kvatlas.bridge.kafka.fetching import start_client
 from kvatlas.bridge.model.topics import Topic
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers import embedded
@@ -96,7 +97,7 @@ async def _admin(settings: KafkaSettings) -> AsyncIterator[AIOKafkaAdminClient]:
     admin = AIOKafkaAdminClient(**client_config(settings, "kvatlas-topics"))
     try:
         try:
-            await admin.start()
+            await start_client(admin)
         except KafkaError as error:
             raise BrokerUnavailableError(
                 f"no broker answers at {settings.brokers} ({error!r}); check the address and the security settings, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any, Final
 
@@ -32,6 +33,8 @@ class TopicRates:
         Raises:
             LogError: Kafka does not answer.
         """
+        if self._reader is not None and self._reader.failed() is not None:
+            await self.close()
         if self._reader is None:
             self._reader = await LogReader(self._kafka, "kvatlas-console").__aenter__()
         return [await self._row(self._reader, topic) for topic in _LOOKED]
@@ -55,5 +58,7 @@ class TopicRates:
 
     async def close(self) -> None:
         """Disconnect."""
-        if self._reader is not None:
-            await self._reader.__aexit__()
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            with contextlib.suppress(Exception):  # closing raises what ended the client
+                await reader.__aexit__()

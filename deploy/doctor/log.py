@@ -16,6 +16,7 @@ from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.errors import KvatlasError, LogError, RightsError
 from kvatlas.bridge.kafka.config import client_config
+from kvatlas.bridge.kafka.fetching import start_client
 from kvatlas.bridge.model import pod_ids, topics
 from kvatlas.bridge.model.epochs import incarnation_of
 from kvatlas.bridge.model.records import GONE, PodRecord, WorkerRecord
@@ -129,7 +130,7 @@ async def _bounds(kafka: KafkaSettings, topic: str, count: int) -> tuple[dict[in
     parts = [TopicPartition(kafka.topic(topic), number) for number in range(count)]
     consumer = AIOKafkaConsumer(**client_config(kafka, "kvatlas-doctor"), enable_auto_commit=False)
     try:
-        await consumer.start()
+        await start_client(consumer)
         starts, ends = await consumer.beginning_offsets(parts), await consumer.end_offsets(parts)
     except KafkaError as error:
         raise LogError(f"{kafka.brokers} does not say how long {topic} is: {error!r}") from error

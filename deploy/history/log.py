@@ -13,6 +13,7 @@ from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.errors import KvatlasError, LogError
 from kvatlas.bridge.kafka.config import client_config
+from kvatlas.bridge.kafka.fetching import metadata_error, metadata_task, start_client
 from kvatlas.bridge.kafka.rights import lost_right
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.rights import account, contact
@@ -75,7 +76,7 @@ class LogReader:
         """
         try:
             (await contact(self._kafka)).close()  # its errors say which setting is refused, the consumer's do not
-            await self._consumer.start()
+            await start_client(self._consumer)
             await asyncio.sleep(0)  # stopped before its tasks have begun, aiokafka would raise their cancellation
         except KvatlasError:
             await self._consumer.stop()
@@ -88,6 +89,10 @@ class LogReader:
     async def __aexit__(self, *exc: object) -> None:
         """Disconnect."""
         await self._consumer.stop()
+
+    def failed(self) -> BaseException | None:
+        """Return why it finds no new leaders any more, None while it does."""
+        return metadata_error(metadata_task(self._consumer))
 
     async def partitions(self, topic: str) -> list[TopicPartition]:
         """Return the partitions of a topic.

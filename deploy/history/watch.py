@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
@@ -12,7 +13,7 @@ from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.errors import LogError
 from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.kafka.fetching import check_metadata
+from kvatlas.bridge.kafka.fetching import check_metadata, metadata_error, metadata_task, start_client
 from kvatlas.bridge.kafka.rights import lost_right
 from kvatlas.bridge.model import records, topics
 from kvatlas.bridge.model.loads import load_age_seconds
@@ -121,7 +122,7 @@ class Watch:
         """
         try:
             await self._versions.start(_READ_SECONDS)
-            await self._consumer.start()
+            await start_client(self._consumer)
         except BaseException:
             await self.__aexit__()
             raise
@@ -130,7 +131,8 @@ class Watch:
     async def __aexit__(self, *exc: object) -> None:
         """Disconnect."""
         await self._versions.stop()
-        await self._consumer.stop()
+        with contextlib.suppress(Exception):  # closing raises what ended the client, which was told
+            await self._consumer.stop()
 
     @property
     def pods(self) -> Mapping[str, records.PodRecord]:
@@ -138,9 +140,9 @@ class Watch:
         return self._pods.merged
 
     def failed(self) -> BaseException | None:
-        """Return what ended the reading of a topic, None while it goes on."""
-        readers = self._versions.readers.values()
-        return next((error for reader in readers if (error := reader.failed()) is not None), None)
+        """Return what ended the reading of a topic or the look at its ends, None while both go on."""
+        errors = (reader.failed() for reader in self._versions.readers.values())
+        return metadata_error(metadata_task(self._consumer)) or next(filter(None, errors), None)
 
     async def look(self) -> Picture:
         """Return the state now; rates are since the look before, 0 at the first.

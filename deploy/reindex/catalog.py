@@ -18,6 +18,7 @@ from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError, for_code
 
 from kvatlas.bridge.errors import LogError
 from kvatlas.bridge.kafka.config import client_config
+from kvatlas.bridge.kafka.fetching import start_client
 from kvatlas.bridge.kafka.follower import TopicFollower
 from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.records import CATALOG_KEY, IndexCatalog, IndexVersion
@@ -149,7 +150,7 @@ async def _send(kafka: KafkaSettings, topic: str, values: dict[bytes, bytes | No
     count = await _partitions(kafka, topic)
     producer = AIOKafkaProducer(**client_config(kafka, _CLIENT_ID), acks="all")
     try:
-        await producer.start()
+        await start_client(producer)
         for key, value in values.items():
             place = key.decode(errors="replace").rpartition("|")[2]
             partition = pod_ids.pod_partition(place, count)
@@ -197,7 +198,7 @@ async def admin_of(kafka: KafkaSettings) -> AsyncIterator[Any]:
     """
     admin = AIOKafkaAdminClient(**client_config(kafka, _CLIENT_ID))
     try:
-        await admin.start()
+        await start_client(admin)
         yield admin
     except (KafkaError, OSError) as error:
         raise LogError(f"the brokers at {kafka.brokers} did not answer: {error!r}") from error

@@ -12,6 +12,7 @@ from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.errors import LogError
 from kvatlas.bridge.kafka.config import client_config
+from kvatlas.bridge.kafka.fetching import start_client
 from kvatlas.bridge.kafka.follower import TopicFollower
 from kvatlas.bridge.model import records, topics
 from kvatlas.bridge.model.workers import WorkerDirectory
@@ -81,7 +82,7 @@ class ProgressReader:
         self._follower.start()
         try:
             await self._follower.wait(_READ_SECONDS)
-            await self._consumer.start()
+            await start_client(self._consumer)
         except (KafkaError, OSError) as error:
             await self.__aexit__()
             raise LogError(f"cannot reach Kafka at {self._kafka.brokers}: {error!r}") from error

@@ -27,7 +27,7 @@ from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.errors import LogError, SettingsError, WireError
 from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.kafka.fetching import partitions_of
+from kvatlas.bridge.kafka.fetching import partitions_of, start_client
 from kvatlas.bridge.kafka.follower import TopicFollower
 from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.block_key import KEY_BYTES, partition_of
@@ -268,7 +268,7 @@ class Replica:
         topic = self._kafka.topic(name)
         consumer = AIOKafkaConsumer(**client_config(self._kafka, _CLIENT_ID))
         try:
-            await consumer.start()
+            await start_client(consumer)
             found = await partitions_of(consumer, topic)
             places = [TopicPartition(topic, number) for number in sorted(found)]
             begins = await consumer.beginning_offsets(places) if places else {}

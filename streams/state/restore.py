@@ -19,7 +19,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.kafka.fetching import Entries, fetch, only_entries
+from kvatlas.bridge.kafka.fetching import Entries, fetch, only_entries, start_client
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.bridge.runtime.tasks import end_tasks
 from kvatlas.streams import metrics
@@ -109,7 +109,7 @@ class BulkReader:
             return Progress(0, 0, 0.0)
         consumer = self._consumer()
         try:
-            await consumer.start()
+            await start_client(consumer)
             only_entries(consumer)
             entries = await self._restore(consumer, states, began)
         except KafkaError as error:
@@ -137,7 +137,7 @@ class BulkReader:
         while True:
             consumer = self._consumer()
             try:
-                await consumer.start()
+                await start_client(consumer)
                 only_entries(consumer)
                 ends = await self._seek(consumer, states)
                 await self._follow(consumer, states, ends, on_caught_up)
@@ -264,7 +264,7 @@ class BulkReader:
         found: list[tuple[bytes, bytes | None]] = []
         deadline = time.monotonic() + _BETWEEN_SECONDS
         try:
-            await consumer.start()
+            await start_client(consumer)
             consumer.assign([at])
             consumer.seek(at, first)
             while await consumer.position(at) <= last:

@@ -13,8 +13,12 @@ from kvatlas.bridge.model.records import DecisionRecord
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.relay.service import BridgeService
 from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.deploy.console.options import ConsoleSettings
+from kvatlas.deploy.console.server import ConsoleService
+from kvatlas.scorer.gateway.options import PickerSettings
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.service import ScorerService
+from kvatlas.streams.options import WorkerSettings
 from tests.integration.streams_support import make_topics
 
 _WAIT_SECONDS = 90.0
@@ -40,6 +44,12 @@ async def _scorer(kafka: KafkaSettings) -> ScorerService:
     return scorer
 
 
+async def _console(kafka: KafkaSettings) -> ConsoleService:
+    console = ConsoleService(ConsoleSettings(listen="127.0.0.1:0"), kafka, WorkerSettings(), PickerSettings())
+    await console.start()
+    return console
+
+
 def _metadata_tasks() -> list[Task]:
     """Return the tasks of this loop's clients, in the order of their starts."""
     found = [task for task in asyncio.all_tasks() if "_md_synchronizer" in str(task.get_coro())]
@@ -53,7 +63,9 @@ async def _break(task: Task) -> None:
     waiter.set_exception(BrokenError())
 
 
-@pytest.mark.parametrize(("start", "clients"), [(_bridge, 2), (_scorer, 4)], ids=["bridge", "scorer"])
+@pytest.mark.parametrize(
+    ("start", "clients"), [(_bridge, 2), (_scorer, 4), (_console, 4)], ids=["bridge", "scorer", "console"]
+)
 async def test_a_service_ends_when_one_of_its_clients_keeps_no_metadata(
     start: Start, clients: int, brokers: str, topic_prefix: str
 ) -> None:

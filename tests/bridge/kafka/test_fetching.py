@@ -12,12 +12,12 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.client import AIOKafkaClient
 from aiokafka.consumer.fetcher import Fetcher, FetchResult, PartitionRecords
 from aiokafka.consumer.subscription_state import SubscriptionState
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaConnectionError, KafkaError
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 from aiokafka.record.memory_records import MemoryRecords
 
 from kvatlas.bridge.errors import TaskEndedError
-from kvatlas.bridge.kafka.fetching import fetch, fetcher_task, metadata_error, metadata_task, only_entries
+from kvatlas.bridge.kafka.fetching import fetch, fetcher_task, metadata_error, metadata_task, only_entries, start_client
 
 AT = TopicPartition("t", 0)
 
@@ -165,3 +165,19 @@ async def test_entries_come_in_lots_and_the_position_moves_with_each() -> None:
         assert (reached, consumer.state.position) == (last, last + 1)
     assert [key for key, _ in found] == [b"%d" % number for number in range(at)]
     assert await consumer.lots() == []
+
+
+async def test_a_client_whose_metadata_ends_while_it_starts_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would wait for ever for what nobody asks for any more; the caller learns it as of a Kafka out of reach."""
+    monkeypatch.setattr("kvatlas.bridge.kafka.fetching._START_SECONDS", 0.05)
+    consumer = AIOKafkaConsumer("t", bootstrap_servers="127.0.0.1:1")
+
+    async def bootstrapped() -> None:
+        consumer._client._sync_task = asyncio.ensure_future(asyncio.sleep(0))
+
+    monkeypatch.setattr(consumer._client, "bootstrap", bootstrapped)
+    monkeypatch.setattr(consumer._client, "_maybe_wait_metadata", asyncio.Event().wait)
+    monkeypatch.setattr(consumer._client, "_wait_on_metadata", lambda _topic: asyncio.Event().wait())
+    with pytest.raises(KafkaConnectionError, match="did not start in"):
+        await asyncio.wait_for(start_client(consumer), 90)
+    await consumer.stop()
