@@ -41,12 +41,16 @@ async def _scorer(kafka: KafkaSettings) -> ScorerService:
     scorer = ScorerService(ScorerSettings(listen="127.0.0.1:0", telemetry_listen=""), kafka)
     await scorer.start()
     scorer.publish(DecisionRecord(request_id="one", pod="a", scorer="s"))  # its producer starts with the first
+    await scorer._decided.wait(_WAIT_SECONDS)  # a client that is starting is given up and replaced instead
+    while scorer._producer is None:
+        await asyncio.sleep(0.05)
     return scorer
 
 
 async def _console(kafka: KafkaSettings) -> ConsoleService:
     console = ConsoleService(ConsoleSettings(listen="127.0.0.1:0"), kafka, WorkerSettings(), PickerSettings())
     await console.start()
+    await console._follower.wait(_WAIT_SECONDS)
     return console
 
 
