@@ -136,7 +136,9 @@ async def test_load_read_off_an_engine_is_what_a_pick_counts(brokers: str, topic
     idle = msgspec.structs.replace(record, pod="idle", load={})
     for late_seconds, reason in ((0, "2 waiting and 3 running"), (LOAD_STALE_SECONDS + 1, "a stale load")):
         now_ns = record.load_ns + int(late_seconds * 1e9)
-        assert choose(PickQuery(model="model-y"), _UNSCORED, [record, idle], full=1.0, now_ns=now_ns).pod == "idle"
+        busy = msgspec.structs.replace(record, pod="busy", load={"running": 9.0}, load_ns=now_ns)
+        asked = PickQuery(model="model-y")
+        assert choose(asked, _UNSCORED, [record, idle, busy], full=1.0, now_ns=now_ns).pod == "idle"
         assert reason in choose(PickQuery(model="model-y"), _UNSCORED, [record], full=1.0, now_ns=now_ns).reason
 
 
