@@ -315,6 +315,7 @@ class ServedFleet:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sim-serving", daemon=True)
         self._served: dict[str, ServedPod] = {}
+        self._gone: dict[str, str] = {}  # where pods were that went away
         self._pool: TokenizerPool | None = None
 
     @property
@@ -339,14 +340,25 @@ class ServedFleet:
     async def _start(self) -> None:
         settings = self._fleet.settings
         self._pool = TokenizerPool(self._tokenizer)
-        for number, (name, pod) in enumerate(self._fleet.pods.items()):
-            served = ServedPod(pod, settings, self._pool)
-            await served.start(settings.host, settings.serve_port + number if settings.serve_port else 0)
-            self._served[name] = served
+        for number, name in enumerate(self._fleet.pods):
+            await self._start_pod(name, settings.host, settings.serve_port + number if settings.serve_port else 0)
+
+    async def _start_pod(self, name: str, host: str, port: int) -> None:
+        assert self._pool is not None
+        served = ServedPod(self._fleet.pods[name], self._fleet.settings, self._pool)
+        await served.start(host, port)
+        self._served[name] = served
 
     def stop_pod(self, name: str) -> None:
         """Let a pod go away, with what it is answering."""
+        self._gone[name] = self._served[name].address
         self._do(self._served.pop(name).stop())
+
+    def restart_pod(self, name: str) -> None:
+        """Let a pod that went away come back where it was, as a new process would: with nothing cached."""
+        self._fleet.pods[name].restart()
+        host, _, port = self._gone.pop(name).rpartition(":")
+        self._do(self._start_pod(name, host, int(port)))
 
     def close(self) -> None:
         """Stop everything."""

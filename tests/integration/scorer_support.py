@@ -33,6 +33,11 @@ class ScoringFleet:
         self._keep = keep
         self._fleet = LogFleet(kafka, kafka.partitions, options)
 
+    @property
+    def pods(self) -> list[str]:
+        """Names of the pods."""
+        return list(self._fleet.pods)
+
     async def serve(self, producer: AIOKafkaProducer, count: int) -> None:
         """Run requests and put their events on the log."""
         self.prompts = [*self.prompts, *self._fleet.serve(count)][-self._keep :]

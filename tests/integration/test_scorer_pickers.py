@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import itertools
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 
 import pytest
 from prometheus_client import REGISTRY
@@ -18,7 +19,10 @@ from kvatlas.deploy.processes.picking import ScorerWithPicker
 from kvatlas.scorer.gateway.options import PickerSettings
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.picker.route import Destination, Incoming
+from kvatlas.scorer.picker.verdict import Prediction
 from kvatlas.scorer.tokenization.options import TokenizerSettings
+from tests.integration.scorer_support import ScoringFleet
+from tests.integration.streams_support import WorkerProcess, make_topics, producing
 
 ADDRESSES = ["10.0.0.1:8000", "10.0.0.2:8000"]
 PROMPT = {"model": "m", "prompt": "word " * 4_000}
@@ -109,6 +113,80 @@ async def test_what_one_picker_gives_out_counts_at_the_other_until_anybody_sees_
     await first.stop()
     assert await picked(second, "after") in ADDRESSES
     assert loads.address_of("left") == left
+
+
+@pytest.fixture
+def workers() -> Iterator[list[WorkerProcess]]:
+    """Put every worker here; whatever still runs at the end is ended."""
+    made: list[WorkerProcess] = []
+    yield made
+    for worker in made:
+        worker.close()
+
+
+def degraded(*causes: str) -> float:
+    """Requests decided without a whole index, by these causes."""
+    name = "kvatlas_picker_degraded_total"
+    return sum(REGISTRY.get_sample_value(name, {"cause": cause}) or 0.0 for cause in causes)
+
+
+async def test_a_killed_worker_and_a_restarted_engine_cost_predictions_and_no_request(
+    brokers: str, topic_prefix: str, tmp_path: Path, workers: list[WorkerProcess]
+) -> None:
+    """Every request is decided; what is predicted is what the index can vouch for at that moment, and says so."""
+    kafka = await make_topics(brokers, topic_prefix)
+    fleet = ScoringFleet(kafka, pods=2, lora_share=0.0, salted_share=0.0)
+    workers.append(WorkerProcess(kafka, tmp_path / "w"))
+    await workers[0].ready()
+    endpoints = [f"10.0.0.{number}:8000,pod={name},model={fleet.model}" for number, name in enumerate(fleet.pods)]
+    settings = PickerSettings(
+        name="A", listen="127.0.0.1:0", endpoints=endpoints, scrape_seconds=0.0, drain_seconds=0.0
+    )
+    one = ScorerWithPicker(settings, kafka, ScorerSettings(name="A"), TokenizerSettings())
+    await one.start()
+    requests = itertools.count()
+
+    async def predicted() -> Prediction:
+        """Let a request for the prompt be decided; returns what was predicted."""
+        name = f"r{next(requests)}"
+        body = json.dumps({"model": fleet.model, "prompt": fleet.prompts[-1].tokens}).encode()
+        decision = await one.picker.decider.decide(Incoming({":path": "/v1/completions"}, body, None, name))
+        assert isinstance(decision, Destination)
+        assert decision.addresses
+        made = one.picker.state.close(name)
+        assert made is not None
+        return made.prediction
+
+    async def until_predicted(true: Callable[[Prediction], bool]) -> None:
+        async with asyncio.timeout(150):
+            while not true(await predicted()):
+                await asyncio.sleep(0.1)
+
+    def known(made: Prediction) -> bool:
+        return made.cached_tokens > made.speculative_tokens and not made.degraded and not made.partial
+
+    try:
+        async with producing(kafka) as producer:
+            await fleet.serve(producer, 20)
+            await until_predicted(known)
+            before = degraded("partial", "index", "deadline")
+            workers[0].kill()
+            await until_predicted(lambda made: bool(made.partial or made.degraded))
+            assert degraded("partial", "index", "deadline") > before
+            workers.append(WorkerProcess(kafka, tmp_path / "w"))
+            await workers[1].ready()
+            await until_predicted(known)
+            prompt = fleet.prompts[-1]
+            while fleet.expected(prompt):
+                fleet.disturb(0.0, 1.0)
+            for _ in fleet.pods:  # a new process is known by its first message
+                await fleet.serve(producer, 4)
+            fleet.prompts.append(prompt)
+            expected = fleet.expected(prompt)
+            most = max((tokens for _, tokens, _ in expected.values()), default=0)
+            await until_predicted(lambda made: made.cached_tokens - made.speculative_tokens <= most)
+    finally:
+        await one.stop()
 
 
 def sharing(name: str) -> float:

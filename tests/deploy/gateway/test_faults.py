@@ -147,7 +147,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
 
 
 def test_everything_may_fail_and_clients_see_answers(site: Site) -> None:
-    """Kafka away, an engine gone, the picker killed under a stream and back, Envoy restarted: no request is lost."""
+    """Kafka away, engine gone and restarted, picker killed under a stream and back, Envoy restarted: no request is lost."""
     # Kafka is away from the start: load alone decides, and spreads requests over the engines.
     assert {site.ask()[1] for _ in range(12)} == set(site.served.addresses)
     assert site.picked() >= 12
@@ -157,6 +157,10 @@ def test_everything_may_fail_and_clients_see_answers(site: Site) -> None:
     answers = [site.ask() for _ in range(12)]
     assert {status for status, _, _ in answers} == {200}
     assert {pod for _, pod, _ in answers} == {"pod-0", "pod-2"}
+
+    # It is restarted where it was, and gets requests again.
+    site.served.restart_pod("pod-1")
+    until(lambda: site.ask()[1] == "pod-1")
 
     # The picker is killed under a token stream: the stream goes on to its end.
     got: list[tuple[int, str, bytes]] = []

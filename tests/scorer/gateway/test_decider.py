@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import selectors
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -135,6 +137,47 @@ async def test_slow_tokenizer_is_not_waited_for() -> None:
     assert await desk.picked()
     assert time.monotonic() - began < 90
     assert degraded("deadline") == before + 1
+
+
+class SkippingSelector(selectors.DefaultSelector):
+    """Waits for nothing: where there is nothing to do until a time, it is that time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        found = super().select(0)
+        self.now += 0.0 if found else timeout or 0.0
+        return found
+
+
+class SkippingLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock moves by what is waited for alone, however busy the machine is."""
+
+    def __init__(self) -> None:
+        self._skipping = SkippingSelector()
+        super().__init__(self._skipping)
+
+    def time(self) -> float:
+        return self._skipping.now
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.1, 0.5, 3_600.0])
+def test_what_hangs_degrades_to_load_alone_within_200_ms_by_default(seconds: float) -> None:
+    """A tokenizer, a worker or an index that is slow or does not answer: the picker's own deadline decides."""
+    stub = Stub({"b": Held(900, {"gpu": 900})})
+    stub.seconds = seconds
+    desk, before = Desk(stub), degraded("deadline")
+    with contextlib.closing(SkippingLoop()) as loop:
+        assert isinstance(loop.run_until_complete(desk.decide()), Destination)
+        taken = loop.time()
+    late = seconds > taken
+    assert taken == pytest.approx(min(seconds, PickerSettings().deadline_ms / 1e3))
+    assert taken <= 0.2
+    assert degraded("deadline") == before + late
+    assert desk.made[0].prediction.cached_tokens == (0 if late else 900)
+    assert desk.made[0].prediction.degraded == ("deadline" if late else "")
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b"\xff", b"{" * 100_000, b"SECRET"])
