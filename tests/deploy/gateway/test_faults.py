@@ -147,7 +147,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
 
 
 def test_everything_may_fail_and_clients_see_answers(site: Site) -> None:
-    """Kafka away, engine gone and restarted, picker killed under a stream and back, Envoy restarted: no request is lost."""
+    """Kafka away, engine gone and back, picker killed under a stream and back, Envoy restarted: no request is lost."""
     # Kafka is away from the start: load alone decides, and spreads requests over the engines.
     assert {site.ask()[1] for _ in range(12)} == set(site.served.addresses)
     assert site.picked() >= 12
