@@ -35,8 +35,8 @@ from kvatlas.scorer.gateway.options import PickerSettings
 from kvatlas.scorer.picker.names import REQUEST_ID
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 
-_READY_SECONDS: Final = 60.0
-_DRAIN_SECONDS: Final = 20.0
+_READY_SECONDS: Final = 180.0
+_DRAIN_SECONDS: Final = 90.0
 _POLL_SECONDS: Final = 0.05
 _REQUEST_SECONDS: Final = 60.0
 #: Requests at a time; vLLM shares two cores with everything else.
