@@ -107,8 +107,8 @@ class _Grown:
         """Store new blocks at a pod; returns the CPU seconds of it, without those of making them up."""
         keys: np.ndarray[Any, Any] = self._load.keys(blocks)
         made = self._load.records(keys, pod)
-        walk = keys[:_LOOKUP].tobytes()
-        self._walks.append(walk)
+        if blocks >= _LOOKUP:
+            self._walks.append(keys[:_LOOKUP].tobytes())
         began = time.process_time()
         for number, value in made:
             state = self._states[number]
@@ -129,7 +129,7 @@ class _Grown:
         state.overlay.committed(changes)
 
     def lookups(self) -> list[float]:
-        """Return the sorted CPU seconds of lookups: prompts stored at any time, on which few keys are cached."""
+        """Return the sorted CPU seconds of lookups: prompts stored at any time, of which part is cached."""
         found = []
         for number in range(_LOOKUPS):
             walk = self._walks[number * 7919 % len(self._walks)]
