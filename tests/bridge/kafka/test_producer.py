@@ -102,15 +102,21 @@ async def test_records_go_out_in_order_and_in_batches() -> None:
     await publisher.stop()
 
 
+async def _sent(producer: Any, batches: int) -> None:
+    async with asyncio.timeout(90):
+        while len(producer.batches) < batches:
+            await asyncio.sleep(0.001)
+
+
 async def test_batches_for_one_broker_go_together() -> None:
     """While a request is in flight, records gather for its broker alone, and then go in one request."""
     publisher, producer = _publisher()
     producer.leaders, producer.hold = {0: 1, 1: 1, 2: 2}, asyncio.Event()
     publisher.send("t", 0, QueuedRecord(b"k", b"first", [], None))
-    await asyncio.sleep(0.02)
+    await _sent(producer, 1)
     for partition in (0, 1, 2, 1):
         publisher.send("t", partition, QueuedRecord(b"k", b"later", [], None))
-        await asyncio.sleep(0.01)
+    await _sent(producer, 2)
     assert producer.batches == [("t", 0, [b"first"]), ("t", 2, [b"later"])]
     producer.hold.set()
     assert await publisher.flush(5.0)

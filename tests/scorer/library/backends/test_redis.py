@@ -35,7 +35,7 @@ async def test_a_killed_and_restarted_server_loses_nothing_that_was_acknowledged
 
 async def test_a_short_outage_is_bridged_by_retries(own_redis):
     """A restart within the retries' patience is not seen by the caller."""
-    backend = RedisBackend(own_redis.url, retries=8, lookup_seconds=60)
+    backend = RedisBackend(own_redis.url, retries=100, lookup_seconds=90)
     await backend.start()
     own_redis.kill()
     asked = asyncio.create_task(backend.lookup([key(1)]))
