@@ -163,7 +163,10 @@ class Api:
         read: pb.TokenizeResponse = await self._readers.call(reader, "Tokenize", asked)
         text = read.prompts[0].text
         why = "" if text else "the scorer has no tokenizer of this model at hand"
-        return _json({"text": text[:_TEXT], "why": why, "holders": _holders(told)})
+        question = None  # a salt is not put on the page, so what has one cannot be asked from there
+        if not found.cache_salt:
+            question = {"model": found.model, "tokens": found.tokens, **({"lora": found.lora} if found.lora else {})}
+        return _json({"text": text[:_TEXT], "why": why, "holders": _holders(told), "question": question})
 
     async def _get_why(self, request: web.Request) -> web.Response:
         await self._readers.check_all(_reader(request))

@@ -6,6 +6,7 @@ import ipaddress
 import secrets
 from pathlib import Path
 from typing import Annotated, NamedTuple
+from urllib.parse import urlsplit
 
 from msgspec import Meta
 
@@ -47,12 +48,16 @@ def token_of(settings: ConsoleSettings) -> tuple[str, bool]:
         if not token:
             raise SettingsError(f"console.page_token_file {settings.page_token_file} is empty")
         return token, False
-    host = settings.listen.rpartition(":")[0].strip("[]")
+    return ("", False) if is_loopback(settings.listen) else (secrets.token_urlsafe(24), True)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether a ``host[:port]`` names this machine alone."""
     try:
-        alone = host == "localhost" or ipaddress.ip_address(host).is_loopback
+        host = urlsplit(f"//{address}").hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
-        alone = False
-    return ("", False) if alone else (secrets.token_urlsafe(24), True)
+        return False
 
 
 class ScorerAddress(NamedTuple):

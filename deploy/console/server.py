@@ -23,7 +23,7 @@ from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.bridge.runtime.tasks import Background
 from kvatlas.deploy.console.api import Api, Handler
 from kvatlas.deploy.console.flow import TopicRates
-from kvatlas.deploy.console.options import ConsoleSettings, ScorerAddress, token_of
+from kvatlas.deploy.console.options import ConsoleSettings, ScorerAddress, is_loopback, token_of
 from kvatlas.deploy.console.past import Past
 from kvatlas.deploy.console.readers import NotForReaderError, Readers
 from kvatlas.deploy.history.watch import Watch
@@ -145,6 +145,8 @@ class ConsoleService:
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Ask for the token, put the headers of safety on every answer, and make errors JSON."""
         try:
+            if not self._token and not is_loopback(request.host):  # a page elsewhere whose name leads here
+                return _error(403, "without a token the page answers to names of this machine alone")
             if request.path.startswith("/api/"):
                 given = request.headers.get("authorization", "").removeprefix("Bearer ")
                 if self._token and not hmac.compare_digest(given.encode(), self._token.encode()):

@@ -37,7 +37,10 @@ def test_the_page_needs_nothing_from_elsewhere() -> None:
 
 @pytest.mark.parametrize(
     ("listen", "told"),
-    [("127.0.0.1:0", False), ("localhost:1", False), ("[::1]:1", False), ("0.0.0.0:1", True), ("console:1", True)],
+    [
+        *((listen, False) for listen in ("127.0.0.1:0", "localhost:1", "[::1]:1")),
+        *((listen, True) for listen in ("0.0.0.0:1", "[::]:1", "console:1", ":1", "[::1", "localhost.example:1")),
+    ],
 )
 def test_a_page_that_others_can_reach_asks_for_a_token(listen: str, told: bool) -> None:
     """On loopback alone there is none; elsewhere one is made, and told once."""

@@ -13,8 +13,8 @@ export function Scores({ title, scores, walks }) {
   return html`<${Table} label=${`Scores ${title}`} rows=${rows} empty="no pod holds the first block" columns=${[
     ["Pod", (row) => row.pod],
     ["Score", (row) => show(row.score), { number: true }],
-    ["Matched tokens", (row) => show(row.matched_tokens), { number: true }],
-    ["Matched blocks", (row) => show(row.matched_blocks), { number: true }],
+    ["Tokens", (row) => show(row.matched_tokens), { number: true }],
+    ["Blocks", (row) => show(row.matched_blocks), { number: true }],
     ["Suspect", (row) => show(row.suspect_blocks || 0), { number: true }],
     ["Why it ends there", (row) => walks[row.pod]?.reason ?? walks[row.pod] ?? "–", { wide: true }],
   ]} />`;

@@ -17,7 +17,7 @@ function App() {
   const [locked, setLocked] = useState(false);
   useEffect(() => {
     const moved = () => {
-      abandon();
+      if (document.getElementById("main")) abandon(); // not while it is locked: then the token is being tried
       setView(named());
       document.getElementById("main")?.focus(); // what is new is read next
     };

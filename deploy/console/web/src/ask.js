@@ -1,6 +1,6 @@
 // Ask: a prompt, a chat or token ids; the score per pod, block by block, now and as of past moments.
 import { html } from "htm/preact";
-import { useState } from "preact/hooks";
+import { useEffect, useState } from "preact/hooks";
 import { call, query } from "./api.js";
 import { Blocks, Costs, Scores } from "./answer.js";
 import { Moments, textOf } from "./moments.js";
@@ -16,11 +16,17 @@ function bodyOf(text, model) {
   return { ...body, model: model || body.model };
 }
 
+// What another view hands over to be asked here.
+export const handed = { text: "" };
+
 const NOTHING = { problem: null, now: null, past: [] };
 
 export function Ask() {
   const [model, setModel] = useState("");
-  const [text, setText] = useState("");
+  const [text, setText] = useState(handed.text);
+  useEffect(() => {
+    handed.text = "";
+  }, []);
   const [moments, setMoments] = useState([]);
   const [busy, setBusy] = useState(false);
   const [state, set] = useState(NOTHING);

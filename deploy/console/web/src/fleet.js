@@ -38,7 +38,7 @@ export function Fleet() {
       ["Pod", (row) => html`<button class="link" onClick=${() => setPod(row.pod)}>${row.pod}</button>`, { by: (row) => row.pod }],
       ["State", (row) => html`<span class=${`state-${row.state}`}>${row.state}</span>`],
       ["Model", (row) => row.model],
-      ...Object.entries(TIERS).map(([tier, title]) => [`${title} blocks`, (row) => show(row.blocks[tier] || 0), { number: true, by: (row) => row.blocks[tier] || 0 }]),
+      ...Object.entries(TIERS).map(([tier, title]) => [`${title[0].toUpperCase()}${title.slice(1)} blocks`, (row) => show(row.blocks[tier] || 0), { number: true, by: (row) => row.blocks[tier] || 0 }]),
       ["Running", (row) => show(load(row, "running")), { number: true, by: (row) => load(row, "running") }],
       ["Waiting", (row) => show(load(row, "waiting")), { number: true, by: (row) => load(row, "waiting") }],
       ["Cache in use", (row) => (load(row, "cache_usage") < 0 ? "–" : html`<${Bar} share=${load(row, "cache_usage")} text=${`${show(100 * load(row, "cache_usage"))} %`} />`), { number: true, by: (row) => load(row, "cache_usage") }],

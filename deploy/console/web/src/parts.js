@@ -66,7 +66,7 @@ export function Opened({ level = "h3", children }) {
   useEffect(() => {
     const opener = document.activeElement;
     place.current.focus();
-    return () => opener?.isConnected && opener.focus();
+    return () => (opener?.isConnected ? opener : document.getElementById("main"))?.focus();
   }, []);
   return html`<${level} tabindex="-1" ref=${place}>${children}<//>`;
 }
@@ -87,7 +87,7 @@ export function Table({ label, columns, rows, empty = "nothing yet", tall = fals
   const head = ([title, , options], at) => {
     if (!options?.by) return html`<th scope="col" class=${kind(options)}>${title}</th>`;
     const now = order.at === at ? (order.up ? "ascending" : "descending") : null;
-    return html`<th scope="col" class=${kind(options)} aria-sort=${now}><button onClick=${() => setOrder({ at, up: now === "descending" })}>${title}<span aria-hidden="true">${now ? (order.up ? " ▴" : " ▾") : " ▿"}</span></button></th>`;
+    return html`<th scope="col" class=${kind(options)} aria-sort=${now}><button onClick=${() => setOrder({ at, up: now === "descending" })}>${title}<span aria-hidden="true">${now ? (order.up ? " ▴" : " ▾") : ""}</span></button></th>`;
   };
   const cell = (row) => ([, value, options], at) => (at ? html`<td class=${kind(options)}>${value(row)}</td>` : html`<th scope="row" class=${kind(options)}>${value(row)}</th>`);
   return html`<div class=${tall ? "scroll tall" : "scroll"} role="region" aria-label=${label} tabindex="0">

@@ -2,6 +2,7 @@
 import { html } from "htm/preact";
 import { useState } from "preact/hooks";
 import { call, query } from "./api.js";
+import { handed } from "./ask.js";
 import { Figures, Opened, Problem, Reading, show, Table, usePoll } from "./parts.js";
 
 const HEATS = 5;
@@ -61,10 +62,14 @@ function Stretch({ node, minutes, close }) {
     set({ text: "reading the log …", holders: null });
     try {
       const found = await query("stretch", { key: node.key, first: node.first, since: `-${2 * minutes}m` });
-      set({ text: found.text || `not shown: ${found.why}`, holders: found.holders });
+      set({ text: found.text || `not shown: ${found.why}`, holders: found.holders, question: found.question });
     } catch (error) {
       set({ text: `not shown: ${error.message}`, holders: null });
     }
+  }
+  function ask() {
+    handed.text = JSON.stringify(read.question);
+    window.location.hash = "ask";
   }
   const went = Object.entries(node.pods);
   const tiers = read && read.holders ? Object.entries(read.holders) : [];
@@ -76,6 +81,7 @@ function Stretch({ node, minutes, close }) {
       ...tiers.map(([tier, count]) => [`hold all of it on ${tier} now`, pods(count)]),
     ]} />
     <p class="note">Requests went to ${went.slice(0, 12).map(([pod, n]) => `${pod} (${show(n)})`).join(", ")}${went.length > 12 ? ` and ${went.length - 12} more` : ""}.</p>
+    ${read && read.question ? html`<p><button class="do" onClick=${ask}>Ask about it</button></p>` : null}
     ${read ? html`<pre class="text" tabindex="0">${read.text}</pre>` : html`<p><button class="do" onClick=${look}>Its text, and who holds it now</button></p>`}
   </section>`;
 }
