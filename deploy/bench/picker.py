@@ -44,7 +44,9 @@ HELP: Final = "latency, throughput and CPU that the picker adds to Envoy alone"
 
 _MODEL: Final = "sim-model"
 _HEALTHY: Final = "cluster.picker.membership_healthy"
-_CASES: Final = ("open-100", "closed-8", "large", "stream")
+_CASES: Final = ("open-100", "closed-8", "large", "stream", "shared")
+#: So soon every picker is to know what another has given out.
+_SHARED_SECONDS: Final = 0.05
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 
 
@@ -84,6 +86,7 @@ class _Stand:
         self._pods = [FastPod() for _ in self._fleet.pods]
         self._launcher: Launcher | None = None
         self._picker: Child | None = None
+        self._parts: dict[str, Any] = {}
         self._envoys: dict[str, Envoy] = {}
         self._telemetry = ""
         self._rng = random.Random(7)  # noqa: S311 - text, not secrets
@@ -132,18 +135,19 @@ class _Stand:
         names = [
             f"{pod.address},pod={name},model={_MODEL}" for name, pod in zip(self._fleet.pods, self._pods, strict=True)
         ]
+        picker = PickerSettings(listen="127.0.0.1:0", endpoints=names, scrape_seconds=0.0, drain_seconds=0.0)
+        self._parts = {**sections, "kafka": self._launcher.kafka, "picker": picker}
+        self._picker, self._telemetry = self._start_picker()
+
+    def _start_picker(self) -> tuple[Child, str]:
+        """Start a picker; returns it with the address of its metrics."""
         with socket.create_server(("127.0.0.1", 0)) as free:
-            self._telemetry = f"127.0.0.1:{free.getsockname()[1]}"
-        picker = PickerSettings(
-            listen="127.0.0.1:0",
-            telemetry_listen=self._telemetry,
-            endpoints=names,
-            scrape_seconds=0.0,
-            drain_seconds=0.0,
-        )
-        parts = {**sections, "kafka": self._launcher.kafka, "picker": picker}
-        self._picker = Child("picker", child.document("picker", parts), self._folder / "picker.log")
-        self._until(self._picker.ready.is_set, "the picker is ready")
+            telemetry = f"127.0.0.1:{free.getsockname()[1]}"
+        picker = msgspec.structs.replace(self._parts["picker"], telemetry_listen=telemetry)
+        document_ = child.document("picker", {**self._parts, "picker": picker})
+        started = Child("picker", document_, self._folder / "picker.log")
+        self._until(started.ready.is_set, "the picker is ready")
+        return started, telemetry
 
     def _prompt(self, characters: int) -> str:
         return text(self._rng, characters)
@@ -201,6 +205,9 @@ class _Stand:
         if case == "stream":
             yield from self._stream()
             return
+        if case == "shared":
+            yield from self._shared()
+            return
         prompts = self._large if case == "large" else self._prompts
         bodies = [json.dumps({"model": _MODEL, "prompt": prompt, "max_tokens": 1}).encode() for prompt in prompts]
         requests = [post("/v1/completions", body) for body in bodies]
@@ -257,9 +264,34 @@ class _Stand:
                 "unit": "ms/chunk",
             }
 
-    def _counted(self, name: str) -> float:
-        """Return the sum of a metric of the picker."""
-        with urllib.request.urlopen(f"http://{self._telemetry}/metrics", timeout=5) as answer:
+    def _shared(self) -> Iterator[dict[str, Any]]:
+        """How late the decisions of a picker under 100 requests/s count at a second one."""
+        second, telemetry = self._start_picker()
+        bodies = [json.dumps({"model": _MODEL, "prompt": prompt, "max_tokens": 1}).encode() for prompt in self._prompts]
+        requests = [post("/v1/completions", body) for body in bodies]
+        name = "kvatlas_picker_sharing_seconds"
+        try:
+
+            def heard() -> bool:
+                self._send("open-100", "picker", requests, 1.0)
+                return self._counted(f"{name}_count", telemetry) > 0
+
+            self._until(heard, "the second picker hears of the first one's decisions")
+            known = (f"{name}_count", f"{name}_sum", f'{name}_bucket{{le="{_SHARED_SECONDS}"}}')
+            before = [self._counted(one, telemetry) for one in known]
+            self._send("open-100", "picker", requests, self._args.seconds)
+            time.sleep(1.0)  # the last ones are on their way
+            count, total, soon = (self._counted(one, telemetry) - at for one, at in zip(known, before, strict=True))
+        finally:
+            second.terminate()
+            second.wait(time.monotonic() + 10)
+        yield _figure("shared", total / max(count, 1.0) * 1e3, "ms on average")
+        yield _figure("shared-in-50-ms", soon / max(count, 1.0), "share of decisions")
+        yield _figure("shared-heard", count, "decisions")
+
+    def _counted(self, name: str, telemetry: str = "") -> float:
+        """Return the sum of a metric of the picker, or of the one whose metrics are there."""
+        with urllib.request.urlopen(f"http://{telemetry or self._telemetry}/metrics", timeout=5) as answer:
             lines = answer.read().decode().splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
 
