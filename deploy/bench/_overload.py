@@ -102,10 +102,8 @@ async def _open(address: str, rate: float, seconds: float) -> tuple[_Counted, fl
         running: set[asyncio.Task[None]] = set()
         began = time.monotonic()
         for number in range(int(rate * seconds)):
-            if (wait := began + number / rate - time.monotonic()) > 0:
-                await asyncio.sleep(wait)
-            elif not number % 8:  # late: answers are to be read all the same
-                await asyncio.sleep(0)
+            # Also where it is late: answers are to be read all the same.
+            await asyncio.sleep(max(began + number / rate - time.monotonic(), 0))
             task = asyncio.create_task(counted.ask())
             running.add(task)
             task.add_done_callback(running.discard)
