@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING, Any, Final
 import grpc
 import grpc.aio
 import msgspec
-from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaConnectionError, KafkaError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from kvatlas.bridge.errors import SettingsError
-from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.kafka.fetching import producer_tasks, start_client
+from kvatlas.bridge.errors import LogError, SettingsError
+from kvatlas.bridge.kafka.fetching import producer_tasks
 from kvatlas.bridge.kafka.follower import TopicFollower
+from kvatlas.bridge.kafka.sending import send_record, started_producer
 from kvatlas.bridge.model import records, topics
 from kvatlas.bridge.model.workers import WorkerDirectory
 from kvatlas.bridge.runtime.restarts import Restarts
@@ -157,7 +155,7 @@ class ScorerService:
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
         self._http: Any = None
-        self._producer: AIOKafkaProducer | None = None
+        self._producer: Any = None
         self._producer_lock = asyncio.Lock()
         self._sending = 0
         self._away_until = 0.0
@@ -341,33 +339,29 @@ class ScorerService:
         try:
             producer = await self._started_producer()
             # With its acknowledgement: what Kafka refuses later is lost as well, and counted.
-            await producer.send_and_wait(
-                self._kafka.topic(topics.DECISIONS), value=records.encode(record), key=record.request_id.encode()
+            await send_record(
+                producer, self._kafka.topic(topics.DECISIONS), record.request_id.encode(), records.encode(record)
             )
-        except (KafkaError, OSError) as error:
+        except LogError as error:
             metrics.DECISIONS_LOST.inc()
             log.warning("decision %s was not published: %s", record.request_id, error)
         finally:
             self._sending -= 1
 
-    async def _started_producer(self) -> AIOKafkaProducer:
+    async def _started_producer(self) -> Any:
         async with self._producer_lock:
             if self._producer is None:
                 if time.monotonic() < self._away_until:
-                    raise KafkaConnectionError("Kafka was away a moment ago")
-                producer = AIOKafkaProducer(
-                    **client_config(self._kafka, f"kvatlas-scorer-{self._settings.name}"),
-                    max_request_size=32 * 1024 * 1024,
-                    linger_ms=_GATHER_MS,
-                )
+                    raise LogError("Kafka was away a moment ago")
+                client_id = f"kvatlas-scorer-{self._settings.name}"
                 try:
-                    await start_client(producer)
+                    self._producer = await started_producer(
+                        self._kafka, client_id, max_request_size=32 * 1024 * 1024, linger_ms=_GATHER_MS
+                    )
                 except BaseException:
                     self._away_until = time.monotonic() + _AWAY_SECONDS
-                    await producer.stop()
                     raise
-                self._producer = producer
-                self._background.watch(*producer_tasks(producer))
+                self._background.watch(*producer_tasks(self._producer))
             return self._producer
 
     async def run_until(self, stop: asyncio.Event) -> None:

@@ -14,8 +14,6 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from faust.types import TP
-
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.kafka.fetching import producer_tasks
 from kvatlas.bridge.kafka.follower import TopicFollower
@@ -390,5 +388,5 @@ async def _crash_of(app: WorkerApp) -> None:
 
 def source_lag(app: WorkerApp, topic: str, partition: int, applied: int) -> int:
     """Return how many source records a partition is behind the end that was seen last; -1 when none was."""
-    end = app.source_end(TP(topic, partition))
+    end = app.source_end(topic, partition)
     return -1 if end is None else max(end - applied - 1, 0)

@@ -67,23 +67,12 @@ INIT_PARAMETERS: Final = 8
 # --- exceptions, by name; each list only shrinks -------------------------------------------------------------------
 
 R2_EXCEPTIONS: Final[frozenset[tuple[str, str]]] = frozenset({})
-R3_EXCEPTIONS: Final[frozenset[tuple[str, str]]] = frozenset(
-    {
-        ("connector.files.layout", "os"),
-    }
-)
+R3_EXCEPTIONS: Final[frozenset[tuple[str, str]]] = frozenset()
 R4_EXCEPTIONS: Final[frozenset[tuple[str, str]]] = frozenset(
     {
         ("scorer.library.replica", "aiokafka"),
-        ("scorer.library.saved_state", "rocksdict"),
-        ("scorer.service", "aiokafka"),
         ("streams.mirror.changes", "aiokafka"),
-        ("streams.service", "faust"),
-        ("streams.serving.announcer", "aiokafka"),
         ("streams.startup", "aiokafka"),
-        ("streams.upkeep.gauges", "faust"),
-        ("streams.upkeep.keeper", "aiokafka"),
-        ("streams.upkeep.sweeper", "aiokafka"),
     }
 )
 R5_EXCEPTIONS: Final[frozenset[frozenset[str]]] = frozenset()
@@ -99,20 +88,11 @@ R6_EXCEPTIONS: Final[frozenset[str]] = frozenset(
         "bridge.runtime.rpc: _MethodResolver",
         "bridge.runtime.rpc: _handle_rpc",
         "bridge.runtime.rpc: _schedule_rpc_coro",
-        "scorer.library.indexer: _options",
-        "scorer.library.indexer: _pods",
-        "scorer.library.indexer: _set_block_size",
     }
 )
 R7_EXCEPTIONS: Final[frozenset[str]] = frozenset()
 R8_LONG: Final[frozenset[str]] = frozenset()
-R8_INIT: Final[frozenset[str]] = frozenset(
-    {
-        "bridge.engines.publisher.EnginePublisher",
-        "connector.files.segments.SegmentFiles",
-        "streams.resolve.updates.BlockUpdates",
-    }
-)
+R8_INIT: Final[frozenset[str]] = frozenset()
 
 
 @functools.cache

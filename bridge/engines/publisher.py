@@ -9,8 +9,7 @@ Frames of the live stream::
 
 Replay, as the ROUTER sees it: request ``[identity, b"", start]``; answers ``[identity, b"", topic, sequence,
 payload]`` for every buffered batch from ``start`` on, then ``[identity, b"", b"", ff*8, b""]``. Engines before 0.26
-leave the topic frame out (``replay_layout="bare"``), and up to 0.32 their replay socket drops what does not fit its
-high-water mark (``replay_hwm``); both can be asked for, so that readers can be tested against them.
+leave the topic frame out (``replay_layout="bare"``), which can be asked for, so that readers can be tested against it.
 """
 
 from __future__ import annotations
@@ -71,7 +70,6 @@ class EnginePublisher:
         wire: Literal["map", "array"] = "map",
         bind: bool | None = None,
         replay_layout: Literal["topic", "bare"] = "topic",
-        replay_hwm: int = 0,
     ) -> None:
         """Describe the publisher; nothing is opened before :meth:`start`.
 
@@ -84,7 +82,6 @@ class EnginePublisher:
             wire: events as maps (since 0.24) or arrays (before).
             bind: whether to bind ``endpoint``; None follows :func:`binds`.
             replay_layout: ``topic`` since 0.26, ``bare`` before.
-            replay_hwm: replies queued per reader before replay drops; 0 never drops.
         """
         self.endpoint = endpoint
         self.replay_endpoint = replay_endpoint
@@ -93,7 +90,6 @@ class EnginePublisher:
         self._hwm = hwm
         self._wire = wire
         self._bare = replay_layout == "bare"
-        self._replay_hwm = replay_hwm
         self._buffer: deque[tuple[int, bytes]] = deque(maxlen=buffer_steps)
         self._sequence = self._subscribed = 0
         self._lock = threading.Lock()
@@ -123,7 +119,7 @@ class EnginePublisher:
             self.endpoint = _open(self._pub, self.endpoint, bind=self._bind)
             if self.replay_endpoint is not None:
                 router = self._context.socket(zmq.ROUTER)
-                router.setsockopt(zmq.SNDHWM, self._replay_hwm)
+                router.setsockopt(zmq.SNDHWM, 0)  # drops nothing
                 self.replay_endpoint = _open(router, self.replay_endpoint, bind=True)
                 self._thread = threading.Thread(target=self._serve, args=(router,), name="replay", daemon=True)
                 self._thread.start()

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from kvatlas.connector.files.fs import ALIGNMENT, Buffer
-from kvatlas.connector.files.layout import round_up
+from kvatlas.connector.files.fs import Buffer
+from kvatlas.connector.files.layout import ALIGNMENT, round_up
 
 
 def is_aligned(buffer: Buffer) -> bool:

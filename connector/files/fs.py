@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
-#: Alignment of addresses, offsets and lengths that direct I/O needs everywhere we know of (bytes).
-ALIGNMENT: Final = 4096
+from kvatlas.connector.files.layout import ALIGNMENT
+
 #: Buffers that one call takes on Linux; more are an error there, not a short transfer.
 IOV_MAX: Final = 1024
 O_DIRECT: Final = getattr(os, "O_DIRECT", 0)

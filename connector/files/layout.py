@@ -35,8 +35,9 @@ from typing import Any, Final, NamedTuple
 import xxhash
 
 from kvatlas.connector.errors import LayoutError
-from kvatlas.connector.files.fs import ALIGNMENT
 
+#: Alignment of addresses, offsets and lengths that direct I/O needs everywhere we know of (bytes).
+ALIGNMENT: Final = 4096
 LAYOUT_VERSION: Final = 1
 MAGIC: Final = b"KVATLAS\x01"
 KEY_MAX_BYTES: Final = 62

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Final
@@ -17,9 +17,9 @@ from kvatlas.connector.errors import LayoutError
 from kvatlas.connector.files import layout
 from kvatlas.connector.files.blocks import BlockBuffers, Corrupt, Missing, Written, copy_in, copy_out, payload_sum
 from kvatlas.connector.files.buffers import AlignedPool, is_aligned
-from kvatlas.connector.files.fs import ALIGNMENT, IOV_MAX, O_DIRECT, Buffer, FileSystem, read_full, write_full
+from kvatlas.connector.files.fs import IOV_MAX, O_DIRECT, Buffer, FileSystem, read_full, write_full
 from kvatlas.connector.files.gate import IoGate
-from kvatlas.connector.files.layout import Header, Slot, round_up
+from kvatlas.connector.files.layout import ALIGNMENT, Header, Slot, round_up
 
 #: Bytes that are read at a time where only a checksum is wanted.
 _VERIFY_BYTES: Final = 1 << 20
@@ -37,7 +37,6 @@ class SegmentFiles:
         pool: aligned memory for headers and for payloads that direct I/O cannot take as they lie.
         gate: how many transfers may be in I/O at once; checksums are computed outside it.
         writer: makes temporary names unique among processes that share the directory.
-        random_bytes: source of segment ids.
     """
 
     def __init__(
@@ -51,7 +50,6 @@ class SegmentFiles:
         pool: AlignedPool,
         gate: IoGate,
         writer: str,
-        random_bytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self._fs = fs
         self._blocks = f"{directory}/"
@@ -64,7 +62,6 @@ class SegmentFiles:
         self._pool = pool
         self._gate = gate
         self._writer = writer
-        self._random = random_bytes
         self._numbers = itertools.count()
         self._made: set[str] = set()
 
@@ -85,7 +82,7 @@ class SegmentFiles:
         """
         slot_bytes = round_up(max(block.size_bytes for block in blocks))
         slots = [Slot(block.key, block.size_bytes, payload_sum(block.parts)) for block in blocks]
-        header = layout.encode_header(self._fingerprint, self._random(16), slot_bytes, slots)
+        header = layout.encode_header(self._fingerprint, os.urandom(16), slot_bytes, slots)
         self._ensure(self._staging)
         temporary = f"{self._staging}/{self._writer}-{next(self._numbers)}.tmp"
         size = len(header) + slot_bytes * len(blocks)

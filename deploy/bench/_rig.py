@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 from aiokafka import AIOKafkaProducer
 
-from kvatlas.bridge.kafka.config import client_config
+from kvatlas.bridge.kafka.sending import started_producer
 from kvatlas.bridge.model import epochs, pod_ids, topics
 from kvatlas.bridge.model.events import Tier
 from kvatlas.bridge.runtime.interpreter import tune_interpreter
@@ -79,8 +79,7 @@ async def worker(kafka: KafkaSettings, folder: Path, **settings: Any) -> AsyncIt
 @contextlib.asynccontextmanager
 async def producer(kafka: KafkaSettings) -> AsyncIterator[AIOKafkaProducer]:
     """Give a started producer."""
-    made = AIOKafkaProducer(**client_config(kafka, "kvatlas-bench"), max_request_size=32 * 1024 * 1024, linger_ms=5)
-    await made.start()
+    made = await started_producer(kafka, "kvatlas-bench", max_request_size=32 * 1024 * 1024, linger_ms=5)
     try:
         yield made
     finally:

@@ -12,7 +12,6 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import msgspec
-from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError, for_code
 
@@ -20,6 +19,7 @@ from kvatlas.bridge.errors import LogError
 from kvatlas.bridge.kafka.config import client_config
 from kvatlas.bridge.kafka.fetching import start_client
 from kvatlas.bridge.kafka.follower import TopicFollower
+from kvatlas.bridge.kafka.sending import send_record, started_producer
 from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.records import CATALOG_KEY, IndexCatalog, IndexVersion
 from kvatlas.bridge.model.topics import BASE_VERSION
@@ -148,15 +148,11 @@ async def _forget_pods(kafka: KafkaSettings, writer: str) -> None:
 async def _send(kafka: KafkaSettings, topic: str, values: dict[bytes, bytes | None] | dict[bytes, bytes]) -> None:
     """Write records of a by-pod topic: the key after its writer places them."""
     count = await _partitions(kafka, topic)
-    producer = AIOKafkaProducer(**client_config(kafka, _CLIENT_ID), acks="all")
+    producer = await started_producer(kafka, _CLIENT_ID, acks="all")
     try:
-        await start_client(producer)
         for key, value in values.items():
             place = key.decode(errors="replace").rpartition("|")[2]
-            partition = pod_ids.pod_partition(place, count)
-            await producer.send_and_wait(kafka.topic(topic), value, key=key, partition=partition)
-    except (KafkaError, OSError) as error:
-        raise LogError(f"{kafka.topic(topic)} on {kafka.brokers} was not written: {error!r}") from error
+            await send_record(producer, kafka.topic(topic), key, value, pod_ids.pod_partition(place, count))
     finally:
         await producer.stop()
 

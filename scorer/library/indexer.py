@@ -12,6 +12,7 @@ constructor: :meth:`Indexer.from_kafka` follows what the workers wrote and keeps
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -109,18 +110,7 @@ class Indexer(Scores):
         has lost a part that was not read yet, scores are partial.
         """
         indexer = cls(backend, options, tokenizers=tokenizers, clock=clock, observe=observe)
-
-        async def follow() -> Source:
-            from kvatlas.scorer.library.replica import Replica  # noqa: PLC0415 - Kafka's client only where it is used
-
-            replica = Replica(
-                kafka, indexer.backend, indexer._pods, indexer._set_block_size, indexer.approximate.forgotten
-            )
-            indexer._source = replica  # stopped with the indexer, also when its start fails
-            await replica.start(indexer._options.start_timeout_seconds)
-            return replica
-
-        indexer._open = follow
+        indexer._open = functools.partial(indexer._follow_log, kafka)
         return indexer
 
     @classmethod
@@ -143,16 +133,7 @@ class Indexer(Scores):
             observe: as for the constructor.
         """
         indexer = cls(mirror, options, tokenizers=tokenizers, clock=clock, observe=observe)
-
-        async def follow() -> Source:
-            from kvatlas.scorer.library.backends.mirror import MirrorFollower  # noqa: PLC0415 - Redis only where it is used
-
-            follower = MirrorFollower(mirror, indexer._pods, indexer._set_block_size)
-            indexer._source = follower
-            await follower.start()
-            return follower
-
-        indexer._open = follow
+        indexer._open = functools.partial(indexer._follow_mirror, mirror)
         return indexer
 
     # --- life -----------------------------------------------------------------------------------------------------
@@ -190,6 +171,22 @@ class Indexer(Scores):
         for text in self._engines:
             await self.add_engine(text)
         return feed
+
+    async def _follow_log(self, kafka: KafkaSettings) -> Source:
+        from kvatlas.scorer.library.replica import Replica  # noqa: PLC0415 - Kafka's client only where it is used
+
+        replica = Replica(kafka, self.backend, self._pods, self._set_block_size, self.approximate.forgotten)
+        self._source = replica  # stopped with the indexer, also when its start fails
+        await replica.start(self._options.start_timeout_seconds)
+        return replica
+
+    async def _follow_mirror(self, mirror: MirrorBackend) -> Source:
+        from kvatlas.scorer.library.backends.mirror import MirrorFollower  # noqa: PLC0415 - Redis only where it is used
+
+        follower = MirrorFollower(mirror, self._pods, self._set_block_size)
+        self._source = follower
+        await follower.start()
+        return follower
 
     _feed: Any = None
 

@@ -15,7 +15,7 @@ from kvatlas.streams.resolve.effects import PodUpdates
 from kvatlas.streams.resolve.engine_blocks import PodState
 from kvatlas.streams.resolve.links import LinkedBlocks
 from kvatlas.streams.resolve.resolver import ResolveOptions
-from kvatlas.streams.resolve.updates import oldest_of_all
+from kvatlas.streams.resolve.updates import BlockLimits, oldest_of_all
 
 _RECORD_UPDATES: Final = 8_192
 
@@ -66,17 +66,8 @@ def restated(pod: str, view: DictView, options: ResolveOptions) -> list[BlocksRe
 
 def _updates(ref: int, view: DictView, state: PodState, options: ResolveOptions) -> PodUpdates:
     updates = PodUpdates(ref, state.epoch, max(state.last_sequence, 0))
-    held = _Held(
-        view,
-        ref,
-        state,
-        updates,
-        Counter(),
-        store_ref=pod_ids.store_ref(state.store or options.store),
-        announcements=options.announcements,
-        canonical_tokens=options.block_size_tokens,
-        orphan_blocks=0,
-    )
+    held = _Held(view, ref, state, updates, Counter(), limits=BlockLimits(options.block_size_tokens, 0))
+    held.begin(updates, store_ref=pod_ids.store_ref(state.store or options.store), announcements=options.announcements)
     blocks = ref.to_bytes(8, "big") + eb.KIND_BLOCK
     held.restate([key for key in view.values if key.startswith(blocks)])
     return updates

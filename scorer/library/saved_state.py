@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Final, Protocol, runtime_checkable
 
 import msgspec
-import rocksdict
 
 from kvatlas.bridge.ingest.recovered import Recovered
 from kvatlas.bridge.model import pod_ids, records
@@ -29,7 +28,7 @@ from kvatlas.bridge.model.records import PodRecord
 from kvatlas.scorer.library.backends.errors import BackendError
 from kvatlas.streams.errors import StoreError
 from kvatlas.streams.index.view import DictView
-from kvatlas.streams.state.database import RocksBudget, open_database
+from kvatlas.streams.state.database import RocksBudget, open_database, write_batch
 
 _CACHE_BYTES: Final = 32 * 1024 * 1024
 _MARK: Final = b"m"
@@ -108,7 +107,7 @@ class FeedState:
         mark = database.get(_MARK)
         if mark is not None and mark == await backend.read_mark():
             return self._read()
-        batch = rocksdict.WriteBatch(raw_mode=True)
+        batch = write_batch()
         for key in database.keys():  # noqa: SIM118 # a database, not a dict
             batch.delete(key)
         mark = secrets.token_bytes(_MARK_BYTES)
@@ -130,7 +129,7 @@ class FeedState:
 
     def write(self, views: Iterable[KeptView], pods: Iterable[Kept]) -> None:
         """Write what changed, all of it or nothing."""
-        batch = rocksdict.WriteBatch(raw_mode=True)
+        batch = write_batch()
         for view in views:
             prefix = b"v" + _ref(view.pod)
             for key in view.changed:
@@ -146,7 +145,7 @@ class FeedState:
 
     def drop(self, pod: str, view: DictView | None) -> None:
         """Forget a pod that left."""
-        batch = rocksdict.WriteBatch(raw_mode=True)
+        batch = write_batch()
         for key in view.values if view is not None else ():
             batch.delete(b"v" + _ref(pod) + key)
         batch.delete(b"p" + _ref(pod))

@@ -111,10 +111,10 @@ class WorkerApp(faust.App):
                 if (wanted := tasks.waiting(partition)) is not None:
                     yield IdleSource(TP(topic, partition), wanted)
 
-    def source_end(self, tp: TP) -> int | None:
+    def source_end(self, topic: str, partition: int) -> int | None:
         """Return the end of a source partition as seen last, None when unknown."""
         try:
-            end = self.consumer.highwater(tp)
+            end = self.consumer.highwater(TP(topic, partition))
         except Exception:  # noqa: BLE001 # not assigned, or not fetched yet: Faust and aiokafka raise many kinds
             return None
         return None if end is None else int(end)

@@ -240,7 +240,7 @@ class Watchdog:
 
     Args:
         waiting: yields the partitions whose tasks wait.
-        end_of: partition -> end of its topic as seen last, None when unknown.
+        end_of: topic, partition -> its end as seen last, None when unknown.
         rewind: reads a partition again from an offset.
         clock: monotonic, seconds.
 
@@ -251,7 +251,7 @@ class Watchdog:
     def __init__(
         self,
         waiting: Callable[[], Iterator[IdleSource]],
-        end_of: Callable[[TP], int | None],
+        end_of: Callable[[str, int], int | None],
         rewind: Callable[[TP, int], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -273,7 +273,7 @@ class Watchdog:
         now = self._clock()
         since: dict[TP, tuple[int, float]] = {}
         for tp, wanted in self._waiting():
-            end = self._end_of(tp)
+            end = self._end_of(*tp)
             if end is None or end <= wanted:
                 continue
             before, began = self._since.get(tp, (wanted, now))

@@ -29,6 +29,7 @@ from kvatlas.streams.resolve.slice import (
     wanted_keys,
 )
 from kvatlas.streams.resolve.stripped import KeyedEvent, check_stripped, removed_of, stored_of, stripped_parts
+from kvatlas.streams.resolve.updates import BlockLimits
 
 __all__ = ["Message", "ResolveOptions", "Resolver", "parse_message", "pod_record"]
 
@@ -243,19 +244,11 @@ class Resolver:
         announcements = message.announcements or options.announcements
         blocks = session.blocks
         if blocks is None:
+            limits = BlockLimits(options.block_size_tokens, options.orphan_blocks)
             blocks = session.blocks = PodBlocks(
-                part.view,
-                session.number,
-                state,
-                updates,
-                part.effects.counts,
-                store_ref=store_ref,
-                announcements=announcements,
-                canonical_tokens=options.block_size_tokens,
-                orphan_blocks=options.orphan_blocks,
+                part.view, session.number, state, updates, part.effects.counts, limits=limits
             )
-        else:
-            blocks.begin(updates, store_ref=store_ref, announcements=announcements)
+        blocks.begin(updates, store_ref=store_ref, announcements=announcements)
         return blocks
 
     def _batch(self, part: Slice, message: Message, state: PodState, blocks: PodBlocks) -> Iterator[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import NamedTuple
 
 from kvatlas.bridge.model.block_key import KEY_BYTES, TOKEN_BYTES
 from kvatlas.bridge.model.chain import split_keys
@@ -16,8 +17,15 @@ from kvatlas.streams.resolve.effects import PodUpdates
 from kvatlas.streams.resolve.engine_blocks import Owner, PodState
 
 
+class BlockLimits(NamedTuple):
+    """Sizes of blocks: tokens of a canonical one, and how many of a pod may wait for their parents."""
+
+    canonical_tokens: int
+    orphan_blocks: int
+
+
 class BlockUpdates:
-    """A pod during one message, and what the index is told of its blocks.
+    """A pod during one message, from :meth:`begin` on, and what the index is told of its blocks.
 
     Args:
         view: the pod's partition of ``engine_blocks``.
@@ -25,11 +33,7 @@ class BlockUpdates:
         state: the pod's state; counters in it change.
         updates: where block updates go.
         counts: what happened, by name.
-        store_ref: reference of the shared store that the pod mounts.
-        announcements: ``copies``, ``presence`` or ``auto``, as in
-            :class:`~kvatlas.streams.resolve.resolver.ResolveOptions`.
-        canonical_tokens: canonical block size.
-        orphan_blocks: blocks that may wait for their parents.
+        limits: of blocks, for all pods.
 
     Attributes:
         report: the store that comes next reports what is there already.
@@ -43,10 +47,7 @@ class BlockUpdates:
         updates: PodUpdates,
         counts: Counter[str],
         *,
-        store_ref: int,
-        announcements: str,
-        canonical_tokens: int,
-        orphan_blocks: int,
+        limits: BlockLimits,
     ) -> None:
         self._view = view
         self._ref = ref
@@ -54,16 +55,14 @@ class BlockUpdates:
         self._state = state
         self._updates = updates
         self._counts = counts
-        self._store_ref = store_ref
-        self._copies = announcements != "presence"
-        self._auto = announcements == "auto"
-        self.report = False
-        self._guessed = False
+        self._store_ref = 0
+        self._copies, self._auto = True, False
+        self.report = self._guessed = False
         #: Blocks of this message that were announced again where they were.
         self.again = 0
-        self._canonical = canonical_tokens
-        self._step = canonical_tokens * TOKEN_BYTES
-        self._orphan_blocks = orphan_blocks
+        self._canonical = limits.canonical_tokens
+        self._step = limits.canonical_tokens * TOKEN_BYTES
+        self._orphan_blocks = limits.orphan_blocks
         self._epoch = state.epoch
         self._group = 0
         self._prefix = eb.block_prefix(self._ref_bytes, 0)
@@ -71,7 +70,14 @@ class BlockUpdates:
         self._keyless: list[tuple[int, bytes]] = []
 
     def begin(self, updates: PodUpdates, *, store_ref: int, announcements: str) -> None:
-        """Go on with another message of the pod."""
+        """Take what a message of the pod says of itself.
+
+        Args:
+            updates: where block updates go.
+            store_ref: reference of the shared store that the pod mounts.
+            announcements: ``copies``, ``presence`` or ``auto``, as in
+                :class:`~kvatlas.streams.resolve.resolver.ResolveOptions`.
+        """
         if store_ref != self._store_ref:
             self._store_ref = store_ref
             self._holders.clear()

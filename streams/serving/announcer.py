@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
-from aiokafka.errors import KafkaError
 
+from kvatlas.bridge.errors import LogError
+from kvatlas.bridge.kafka.sending import send_record
 from kvatlas.bridge.model import pod_ids, records
 from kvatlas.bridge.model.records import WorkerRecord
 
@@ -58,7 +59,7 @@ class Announcer:
             self._changed.clear()
             try:
                 await self.announce()
-            except (KafkaError, OSError) as error:
+            except LogError as error:
                 logger.warning("kv-workers: not announced, tried again: %s", error)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), self._interval)
@@ -67,7 +68,7 @@ class Announcer:
         """Write the record now.
 
         Raises:
-            KafkaError: not acknowledged.
+            LogError: not acknowledged.
         """
         now = self._clock()
         record = msgspec.structs.replace(self._describe(), updated_ns=now, expires_ns=now + self._expiry_ns)
@@ -77,10 +78,10 @@ class Announcer:
         """Write a tombstone: this worker left.
 
         Raises:
-            KafkaError: not acknowledged.
+            LogError: not acknowledged.
         """
         await self._send(self._describe().worker, None)
 
     async def _send(self, worker: str, value: bytes | None) -> None:
         partition = pod_ids.pod_partition(worker, self._partitions)
-        await (await self._producer().send(self._topic, value, key=worker.encode(), partition=partition))
+        await send_record(self._producer(), self._topic, worker.encode(), value, partition)

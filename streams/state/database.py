@@ -73,6 +73,11 @@ class RocksBudget:
         return options
 
 
+def write_batch() -> Any:
+    """Return an empty batch of writes that a database takes as a whole."""
+    return rocksdict.WriteBatch(raw_mode=True)
+
+
 def open_database(path: Path, budget: RocksBudget, *, replace_damaged: bool = False) -> Any:
     """Open a partition's database, waiting a little for a former owner to let go of its lock.
 

@@ -6,9 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import rocksdict
-
-from kvatlas.streams.state.database import RocksBudget, open_database
+from kvatlas.streams.state.database import RocksBudget, open_database, write_batch
 
 _FLUSH_ENTRIES: Final = 200_000
 _CACHE_ENTRIES: Final = 1_000_000
@@ -66,7 +64,7 @@ class LocalTable:
         # What fits in memory is not written before it must be: much of it is written over, or never kept.
         if not force and len(self._pending) < (_CACHE_ENTRIES if self._whole else _FLUSH_ENTRIES):
             return
-        batch = rocksdict.WriteBatch(raw_mode=True)
+        batch = write_batch()
         for key, value in self._pending.items():
             if value is None:
                 batch.delete(key)

@@ -19,15 +19,13 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import rocksdict
-
 from kvatlas.bridge.errors import VersionError
 from kvatlas.streams import metrics
 from kvatlas.streams.errors import GoneError
 from kvatlas.streams.state.cache import BytesCache
 from kvatlas.streams.state.changelog import META_KEY, Meta, decode_meta, encode_meta
 from kvatlas.streams.state.claims import Filter
-from kvatlas.streams.state.database import Database, RocksBudget
+from kvatlas.streams.state.database import Database, RocksBudget, write_batch
 from kvatlas.streams.state.overlay import Overlay
 
 logger = logging.getLogger(__name__)
@@ -383,7 +381,7 @@ def _batch_of(writes: Mapping[bytes, bytes | None]) -> Any:
 
     In key order: a memtable takes a key behind the last one at half the price of a key anywhere.
     """
-    batch = rocksdict.WriteBatch(raw_mode=True)
+    batch = write_batch()
     put, delete = batch.put, batch.delete
     for key in sorted(writes):
         value = writes[key]

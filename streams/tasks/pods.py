@@ -10,6 +10,7 @@ from typing import Any
 
 from aiokafka.errors import KafkaError
 
+from kvatlas.bridge.kafka.sending import send_record
 from kvatlas.bridge.model import pod_ids, records
 from kvatlas.bridge.model.records import PodRecord
 
@@ -87,13 +88,13 @@ class PodPublisher:
         """Remove the record of a pod that is forgotten, with a tombstone.
 
         Raises:
-            KafkaError: not acknowledged.
+            LogError: not acknowledged.
         """
         self._waiting.pop(pod, None)
         self._sent_at.pop(pod, None)
         partition = pod_ids.pod_partition(pod, self._partitions)
         key = pod_ids.pod_key(self._writer, pod)
-        await (await self._producer().send(self._topic, None, key=key, partition=partition))
+        await send_record(self._producer(), self._topic, key, None, partition)
 
     def forget(self) -> None:
         """Drop what waits: the pods' partitions went to another worker."""

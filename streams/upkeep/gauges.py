@@ -6,12 +6,10 @@ import asyncio
 import time
 from typing import Final
 
-from faust.types import TP
-
 from kvatlas.streams import metrics
 from kvatlas.streams.faust_app.app import WorkerApp
 from kvatlas.streams.faust_app.table import BulkTable
-from kvatlas.streams.state.partition import Reflected, Role
+from kvatlas.streams.state.partition import PartitionState, Role
 
 _INTERVAL_SECONDS: Final = 2.0
 
@@ -44,7 +42,7 @@ class Gauges:
                 if state.role is Role.ACTIVE:
                     shown.add((tasks.name, table.name, state.partition))
                     metrics.APPLIED_OFFSET.labels(table.name, state.partition).set(state.meta.source_offset)
-                    self._lag(tasks.name, TP(topic, state.partition), state.reflected)
+                    self._lag(tasks.name, topic, state)
         for agent, name, partition in self._shown - shown:  # another worker shows them now
             metrics.APPLIED_OFFSET.remove(name, partition)
             metrics.LAG_RECORDS.remove(agent, partition)
@@ -62,9 +60,10 @@ class Gauges:
         metrics.TABLE_BYTES.labels(table.name).set(sum(state.size_bytes() for state in states))
         metrics.TABLE_KEYS.labels(table.name).set(sum(state.entries() for state in states))
 
-    def _lag(self, agent: str, tp: TP, reflected: Reflected) -> None:
-        end = self._app.source_end(tp)
+    def _lag(self, agent: str, topic: str, state: PartitionState) -> None:
+        reflected = state.reflected
+        end = self._app.source_end(topic, state.partition)
         lag = 0 if end is None else max(end - reflected.source_offset - 1, 0)
-        metrics.LAG_RECORDS.labels(agent, tp.partition).set(lag)
+        metrics.LAG_RECORDS.labels(agent, state.partition).set(lag)
         age_ms = (time.time_ns() - reflected.receive_ns) / 1e6 if lag > 0 and reflected.receive_ns else 0.0
-        metrics.LAG_MS.labels(agent, tp.partition).set(max(age_ms, 0.0))
+        metrics.LAG_MS.labels(agent, state.partition).set(max(age_ms, 0.0))

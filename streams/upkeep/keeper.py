@@ -13,8 +13,6 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from aiokafka.errors import KafkaError
-
 from kvatlas.bridge.errors import KvatlasError
 from kvatlas.streams.faust_app.table import BulkTable
 from kvatlas.streams.state.overlay import ChangeSet
@@ -59,8 +57,8 @@ class Keeper:
             await asyncio.sleep(self._interval / 12)
             try:
                 await self.look()
-            except (KvatlasError, KafkaError) as error:
-                if isinstance(error, KvatlasError) and not error.retriable:
+            except KvatlasError as error:
+                if not error.retriable:
                     raise
                 logger.warning("idle changelogs cannot be written, tried again: %s", error)
 

@@ -12,8 +12,6 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final, Protocol
 
-from aiokafka.errors import KafkaError
-
 from kvatlas.bridge.errors import KvatlasError
 from kvatlas.streams import metrics
 from kvatlas.streams.faust_app.table import BulkTable
@@ -75,8 +73,8 @@ class Sweeper:
             for partition in list(self._table.store.states):
                 try:
                     await self.sweep_partition(partition)
-                except (KvatlasError, KafkaError) as error:
-                    if isinstance(error, KvatlasError) and not error.retriable:
+                except KvatlasError as error:
+                    if not error.retriable:
                         raise
                     logger.warning("sweep of %s/%d: %s; goes on next time", self._table.name, partition, error)
 

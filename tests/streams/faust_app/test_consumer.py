@@ -20,7 +20,7 @@ class Source:
         self.now = 100.0
         self.rewound: list[tuple[TP, int]] = []
         self.dog = Watchdog(
-            self.waiting, lambda _: self.end, lambda tp, at: self.rewound.append((tp, at)), lambda: self.now
+            self.waiting, lambda *_: self.end, lambda tp, at: self.rewound.append((tp, at)), lambda: self.now
         )
 
     def waiting(self) -> Iterator[IdleSource]:
