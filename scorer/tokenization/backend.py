@@ -32,6 +32,9 @@ class LoadedTokenizer(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool, truncation: Truncation | None, offsets: bool) -> Encoded:
         """Tokenize one text."""
 
+    def known(self, text: str, *, add_special_tokens: bool, truncation: Truncation | None) -> Encoded | None:
+        """Return the tokens of a text that is known as a whole, None where finding them takes time."""
+
     def render(self, chat: ChatInput) -> str:
         """Render a chat as text."""
 
@@ -106,6 +109,10 @@ class FolderEngine:
     def encode(self, text: str, *, add_special_tokens: bool, truncation: Truncation | None, offsets: bool) -> Encoded:
         """Tokenize one text."""
         return self._encoder.encode(text, add_special_tokens=add_special_tokens, truncation=truncation, offsets=offsets)
+
+    def known(self, text: str, *, add_special_tokens: bool, truncation: Truncation | None) -> Encoded | None:
+        """Return the tokens of a text that is known as a whole."""
+        return self._encoder.known(text, add_special_tokens=add_special_tokens, truncation=truncation)
 
     def text(self, ids: bytes) -> str:
         """Return the text of token ids."""

@@ -73,12 +73,24 @@ class Encoder:
             raise TokenizeInputError(f"truncation to {truncation.tokens} tokens: give a number from 0 on")
         if offsets or (add_special_tokens and self._frame is None):
             return self._encode_whole(text, add_special_tokens, truncation, offsets)
-        ids, known_bytes = self._content(text)
+        return self._framed(*self._content(text), add_special_tokens, truncation)
+
+    def known(self, text: str, *, add_special_tokens: bool, truncation: Truncation | None) -> Encoded | None:
+        """Return what :meth:`encode` returns for a text that is known as a whole; None for any other, at once."""
+        short = not self._cache.enabled or len(text) < cuts.MIN_CHARS
+        if short or (add_special_tokens and self._frame is None) or (truncation is not None and truncation.tokens < 0):
+            return None
+        found = self._cache.get(self._owner, self.cut_rule.parts(text))
+        if None in found:
+            return None
+        return self._framed(b"".join(found), len(text), add_special_tokens, truncation)  # type: ignore[arg-type]
+
+    def _framed(self, ids: bytes, known_chars: int, add_special_tokens: bool, truncation: Truncation | None) -> Encoded:
         before, after = self._frame if add_special_tokens and self._frame is not None else (b"", b"")
         if truncation is not None and truncation.side is None:
             room = max(0, truncation.tokens - (len(before) + len(after)) // 4)
             ids = _slice(ids, room, left=self._left)
-        return Encoded(ids=_truncated(before + ids + after, truncation, left=self._left), known_bytes=known_bytes)
+        return Encoded(ids=_truncated(before + ids + after, truncation, left=self._left), known_chars=known_chars)
 
     def text(self, ids: bytes) -> str:
         """Return the text that token ids stand for, special tokens included; unknown ids leave nothing."""
@@ -97,20 +109,20 @@ class Encoder:
         self._cache.drop(self._owner)
 
     def _content(self, text: str) -> tuple[bytes, int]:
-        """Return the tokens of a text without special tokens around, and how many of its bytes were known."""
+        """Return the tokens of a text without special tokens around, and how many of its characters were known."""
         if not self._cache.enabled or len(text) < cuts.MIN_CHARS:
             return _packed(self._batch([text])[0]), 0
         parts = self.cut_rule.parts(text)
         found = self._cache.get(self._owner, parts)
         missing = [number for number, tokens in enumerate(found) if tokens is None]
         if not missing:
-            return b"".join(found), len(text.encode())  # type: ignore[arg-type]  # none is missing
+            return b"".join(found), len(text)  # type: ignore[arg-type]  # none is missing
         fresh = self._batch([parts[number] for number in missing])
         for number, encoding in zip(missing, fresh, strict=True):
             found[number] = _packed(encoding)
         self._cache.put(self._owner, ((parts[number], found[number] or b"") for number in missing))
-        unknown_bytes = sum(len(parts[number].encode()) for number in missing)
-        return b"".join(tokens or b"" for tokens in found), len(text.encode()) - unknown_bytes
+        unknown = sum(len(parts[number]) for number in missing)
+        return b"".join(tokens or b"" for tokens in found), len(text) - unknown
 
     def _batch(self, texts: Sequence[str]) -> list[Encoding]:
         try:

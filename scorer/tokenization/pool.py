@@ -41,6 +41,8 @@ from kvatlas.scorer.tokenization.text_cache import TextCache
 #: Loads and calls that wait for a network; they cost no processor time here.
 _WAITING_THREADS: Final = 32
 _LOADING_THREADS: Final = 4
+#: Longer texts are not even looked up in the caller's thread, where every request waits for it.
+_AT_ONCE_CHARS: Final = 65_536
 #: Requests with templates of their own that wait for a process; more are refused.
 _WAITING_TEMPLATES: Final = 8
 
@@ -130,8 +132,12 @@ class TokenizerPool:
         def work(engine: LoadedTokenizer) -> Encoded:
             return engine.encode(prompt, add_special_tokens=add_special_tokens, truncation=truncate, offsets=offsets)
 
-        encoded, backend = await self._ask(model, work)
-        return Encoded(encoded.ids, backend, encoded.offsets, encoded.known_bytes)
+        def known(engine: LoadedTokenizer) -> Encoded | None:
+            return engine.known(prompt, add_special_tokens=add_special_tokens, truncation=truncate)
+
+        at_once = known if len(prompt) <= _AT_ONCE_CHARS and not offsets else None
+        encoded, backend = await self._ask(model, work, at_once=at_once)
+        return Encoded(encoded.ids, backend, encoded.offsets, encoded.known_chars)
 
     async def render_chat(self, model: str, chat: ChatInput) -> Rendered:
         """Render a chat as text, as the engine does.
@@ -156,7 +162,7 @@ class TokenizerPool:
         """
         with self._template_place(chat) as executor:
             encoded, backend = await self._ask(model, lambda engine: engine.encode_chat(chat, truncate), executor)
-        return Encoded(encoded.ids, backend, encoded.offsets, encoded.known_bytes)
+        return Encoded(encoded.ids, backend, encoded.offsets, encoded.known_chars)
 
     async def tokens_of(self, model: str, request: EngineRequest) -> Encoded:
         """Return the token ids that the engine makes of a request's prompt; ``backend`` is empty for given ids.
@@ -252,9 +258,16 @@ class TokenizerPool:
             self._waiting_templates -= 1
 
     async def _ask(
-        self, model: str, work: Callable[[LoadedTokenizer], T], executor: Executor | None = None
+        self,
+        model: str,
+        work: Callable[[LoadedTokenizer], T],
+        executor: Executor | None = None,
+        at_once: Callable[[LoadedTokenizer], T | None] | None = None,
     ) -> tuple[T, str]:
-        """Run work on the first backend that can do it; returns its result and the backend's name."""
+        """Run work on the first backend that can do it; returns its result and the backend's name.
+
+        What ``at_once`` finds without a thread is taken instead: a change of threads costs more than a look.
+        """
         if not model:
             raise TokenizeInputError("no model is named: tokenizing needs to know whose tokenizer")
         failures: list[tuple[str, UnknownModelError | BadModelError | TokenizerBackendError]] = []
@@ -263,6 +276,8 @@ class TokenizerPool:
         ):
             try:
                 engine = await _waited(self._loaded.get(backend, name))
+                if at_once is not None and (found := at_once(engine)) is not None:
+                    return found, backend.name
                 threads = executor or (self._waiting if backend.waits else self._working)
                 # Not shielded: work that nobody waits for any more need not begin.
                 return await asyncio.wrap_future(threads.submit(work, engine)), backend.name
@@ -313,6 +328,8 @@ def _folders(entries: Sequence[str]) -> dict[str, Path]:
 
 async def _waited(future: Future[T]) -> T:
     """Wait for a future of a thread; being cancelled here neither stops it nor takes it from others who wait."""
+    if future.done() and not future.cancelled():
+        return future.result()
     return await asyncio.shield(asyncio.wrap_future(future))
 
 

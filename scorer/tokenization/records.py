@@ -46,13 +46,13 @@ class Encoded:
         ids: token ids, packed little-endian u32.
         backend: which backend answered: ``local``, ``hub`` or ``remote``.
         offsets: start and end of each token in the text, in characters, or ``None`` when not asked for.
-        known_bytes: UTF-8 bytes of the text whose tokens were known before (prefix cache).
+        known_chars: characters of the text whose tokens were known before (prefix cache).
     """
 
     ids: bytes
     backend: str = ""
     offsets: Sequence[tuple[int, int]] | None = None
-    known_bytes: int = 0
+    known_chars: int = 0
 
     def __len__(self) -> int:
         return len(self.ids) // 4

@@ -40,6 +40,9 @@ class RemoteEngine:
         cut = _cut(truncation)
         return Encoded(_packed(answer.input_ids[cut]), offsets=places[cut] if places is not None else None)
 
+    def known(self, text: str, *, add_special_tokens: bool, truncation: Truncation | None) -> Encoded | None:
+        """Nothing is known without asking."""
+
     def render(self, chat: ChatInput) -> str:
         """Render a chat as text."""
         request = pb.ChatTemplateRequest(

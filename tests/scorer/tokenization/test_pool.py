@@ -77,8 +77,26 @@ async def test_tokens_are_those_of_the_tokenizer() -> None:
             encoded = await pool.encode("m", TEXT, add_special_tokens=special)
             assert encoded.list() == PLAIN.encode(TEXT, add_special_tokens=special).ids
         assert encoded.backend == "local"
-        assert encoded.known_bytes > 0
+        assert encoded.known_chars > 0
         assert (await pool.encode("m", "")).list() == PLAIN.encode("").ids
+
+
+def test_text_seen_before_is_known_without_a_thread() -> None:
+    """What is known as a whole is the same as what was tokenized, however it is framed or cut."""
+    engine = FolderEngine(FOLDER, _making(TokenizerSettings()))
+    text = TEXT * 3
+    assert engine.known(text, add_special_tokens=True, truncation=None) is None
+    engine.encode(text, add_special_tokens=False, truncation=None, offsets=False)
+    for special in (True, False):
+        for truncation in (None, Truncation(5, None), Truncation(7, "left"), Truncation(9, "right")):
+            known = engine.known(text, add_special_tokens=special, truncation=truncation)
+            again = engine.encode(text, add_special_tokens=special, truncation=truncation, offsets=False)
+            assert known == again
+            assert again.known_chars == len(text)
+    with pytest.raises(TokenizeInputError):
+        engine.encode(text, add_special_tokens=True, truncation=Truncation(-1, None), offsets=False)
+    assert engine.known(text, add_special_tokens=True, truncation=Truncation(-1, None)) is None
+    assert engine.known(text + " and more", add_special_tokens=True, truncation=None) is None
 
 
 async def test_offsets_point_into_the_text() -> None:
