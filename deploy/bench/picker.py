@@ -1,7 +1,8 @@
 """``kvatlas bench picker``: what the picker adds to a request, beside Envoy alone in the same run.
 
 The pipeline runs on the embedded broker, simulated pods have published the prompts' blocks, and the requests end at
-pods that cost nothing. Both Envoys stand side by side and are measured in turns; compare figures of one run only.
+pods that cost nothing. The Envoys stand side by side and are measured in turns; compare figures of one run only.
+``floor`` is Envoy with our external processor whose decision is always the same: what no picker on it goes below.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import json
 import os
 import random
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -87,6 +90,7 @@ class _Stand:
         self._launcher: Launcher | None = None
         self._picker: Child | None = None
         self._parts: dict[str, Any] = {}
+        self._floor: subprocess.Popen[str] | None = None
         self._envoys: dict[str, Envoy] = {}
         self._telemetry = ""
         self._rng = random.Random(7)  # noqa: S311 - text, not secrets
@@ -108,12 +112,28 @@ class _Stand:
         assert self._picker is not None
         options = GatewayOptions(kind=self._args.kind, pickers=[self._picker.address("picker")], pods=addresses)
         observed = msgspec.structs.replace(options, observe=True, response_headers=False)
-        for name, made in (("alone", plain(options)), ("picker", document(options)), ("observed", document(observed))):
+        floor = msgspec.structs.replace(options, pickers=[self._start_floor(addresses[0])])
+        documents = {
+            "alone": plain(options),
+            "floor": document(floor),
+            "picker": document(options),
+            "observed": document(observed),
+        }
+        for name, made in documents.items():
             folder = self._folder / name
             folder.mkdir()
             self._envoys[name] = Envoy(made, folder)
             self._envoys[name].start()
-        self._until(lambda: all(self._healthy(name) for name in ("picker", "observed")), "Envoy sees the picker")
+        self._until(lambda: all(self._healthy(name) for name in documents if name != "alone"), "Envoy sees the picker")
+
+    def _start_floor(self, pod: str) -> str:
+        """Start the processor that decides nothing; returns its address."""
+        command = [sys.executable, "-m", "kvatlas.deploy.bench._floor", pod]
+        self._floor = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603
+        assert self._floor.stdout is not None
+        if not (address := self._floor.stdout.readline().strip()):
+            raise KvatlasError(f"the floor's processor ended with code {self._floor.wait()}")
+        return address
 
     def _healthy(self, name: str) -> bool:
         return (
@@ -191,6 +211,8 @@ class _Stand:
         if self._picker is not None:
             self._picker.terminate()
             self._picker.wait(time.monotonic() + 10)
+        if self._floor is not None:
+            self._floor.communicate()
         if self._launcher is not None:
             self._launcher.stop()
         for pod in self._pods:
@@ -211,35 +233,31 @@ class _Stand:
         prompts = self._large if case == "large" else self._prompts
         bodies = [json.dumps({"model": _MODEL, "prompt": prompt, "max_tokens": 1}).encode() for prompt in prompts]
         requests = [post("/v1/completions", body) for body in bodies]
-        for name in ("picker", "alone"):  # what is measured later has been seen, and connections are open
+        for name in ("picker", "floor", "alone"):  # what is measured later has been seen, and connections are open
             self._send(case, name, requests, 1.0)
-        taken: dict[str, list[list[float]]] = {"alone": [], "picker": []}
-        cpu = count = 0.0
+        taken: dict[str, list[list[float]]] = {"alone": [], "floor": [], "picker": []}
+        spent = dict.fromkeys(taken, 0.0)
         for _ in range(self._args.rounds):
             for name, rounds in taken.items():
-                before = self._cpu()
+                before = self._cpu(name)
                 rounds.append(self._send(case, name, requests, self._args.seconds))
-                if name == "picker":
-                    cpu += self._cpu() - before
-                    count += len(rounds[-1])
+                spent[name] += self._cpu(name) - before
         figures = {name: _figures(rounds, self._args.seconds) for name, rounds in taken.items()}
+        alone = figures["alone"]
         for name, found in figures.items():
-            yield {
-                "bench": "picker",
-                "case": f"{case}-{name}",
-                "value": found["rate"],
-                "unit": "requests/s",
-                **_ms(found),
-            }
-        alone, ours = figures["alone"], figures["picker"]
-        yield _figure(f"{case}-p50-ratio", ours["p50"] / alone["p50"], "times")
-        yield _figure(f"{case}-p99-ratio", ours["p99"] / alone["p99"], "times")
+            figure = _figure(f"{case}-{name}", found["rate"], "requests/s")
+            yield {**figure, "p50": found["p50"] * 1e3, "p99": found["p99"] * 1e3}
+            if name != "alone":
+                of = "" if name == "picker" else f"{name}-"
+                yield _figure(f"{case}-{of}p50-ratio", found["p50"] / alone["p50"], "times")
+                yield _figure(f"{case}-{of}p99-ratio", found["p99"] / alone["p99"], "times")
+                count = sum(len(one) for one in taken[name])
+                yield _figure(f"{case}-{of}cpu", spent[name] / max(count, 1) * 1e3, "ms/request")
         scored = self._counted("kvatlas_picker_decisions_total") or 1.0
         yield _figure(f"{case}-degraded", self._counted("kvatlas_picker_degraded_total") / scored, "share so far")
         decided = self._counted("kvatlas_picker_decision_seconds_count") or 1.0
-        spent = self._counted("kvatlas_picker_decision_seconds_sum")
-        yield _figure(f"{case}-decision", spent / decided * 1e3, "ms on average so far")
-        yield _figure(f"{case}-cpu", cpu / max(count, 1) * 1e3, "ms/request")
+        seconds = self._counted("kvatlas_picker_decision_seconds_sum")
+        yield _figure(f"{case}-decision", seconds / decided * 1e3, "ms on average so far")
 
     def _send(self, case: str, name: str, requests: Sequence[bytes], seconds: float) -> list[float]:
         address = self._envoys[name].address
@@ -295,10 +313,14 @@ class _Stand:
             lines = answer.read().decode().splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
 
-    def _cpu(self) -> float:
-        """Seconds of CPU that the picker has used."""
+    def _cpu(self, name: str = "picker") -> float:
+        """Seconds of CPU that the process behind an Envoy has used; none for the one alone."""
         assert self._picker is not None
-        fields = Path(f"/proc/{self._picker.process.pid}/stat").read_text(encoding="ascii").rpartition(") ")[2].split()
+        assert self._floor is not None
+        if name == "alone":
+            return 0.0
+        process = self._floor if name == "floor" else self._picker.process
+        fields = Path(f"/proc/{process.pid}/stat").read_text(encoding="ascii").rpartition(") ")[2].split()
         return (int(fields[11]) + int(fields[12])) / _TICKS
 
 
@@ -318,7 +340,3 @@ def _figures(rounds: Sequence[Sequence[float]], seconds: float) -> dict[str, flo
         "p50": median([one[len(one) // 2] for one in ordered]),
         "p99": median([one[min(int(len(one) * 0.99), len(one) - 1)] for one in ordered]),
     }
-
-
-def _ms(found: dict[str, float]) -> dict[str, float]:
-    return {"p50": found["p50"] * 1e3, "p99": found["p99"] * 1e3}

@@ -95,7 +95,7 @@ def run(
     """
     ending = _Ending(name, tell)
     # Errors are told by whoever sees them first; those of what is left at the loop's end are of no use.
-    with contextlib.suppress(Exception), asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with contextlib.suppress(Exception), asyncio.Runner(loop_factory=loop_factory()) as runner:
         runner.run(_serve(_Start(parts[name], sections, prepared, restarts or Restarts(), orphaned), ending))
         ending.within(_LEAVE_SECONDS)
     return ending.code
@@ -211,7 +211,8 @@ def _ours(trace: TracebackType | None) -> bool:
     return False
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return what makes event loops, None for Python's own."""
     try:
         import uvloop  # noqa: PLC0415 - faster where it is installed
     except ImportError:

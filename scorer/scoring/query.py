@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
@@ -64,8 +64,8 @@ class ScoreQuery(msgspec.Struct, frozen=True, kw_only=True):
     usable_only: bool = False
 
 
-def keys_of(query: ScoreQuery, block_size_tokens: int) -> list[bytes]:
-    """Return the block keys that can matter to any pod, first block first.
+def keys_of(query: ScoreQuery, block_size_tokens: int, hashed: Callable[..., list[bytes]] = block_keys) -> list[bytes]:
+    """Return the block keys that can matter to any pod, first block first; ``hashed`` is, or does as, ``block_keys``.
 
     Raises:
         InputError: no model, or a multimodal item lies outside the prompt.
@@ -81,7 +81,7 @@ def keys_of(query: ScoreQuery, block_size_tokens: int) -> list[bytes]:
         _check_items(query.items, prompt.tokens)
     if query.items or prompt.wide:
         extra = multimodal_extra(query.items, block_size_tokens, blocks, prompt.wide)
-    return block_keys(root, prompt.packed[: blocks * block_size_tokens * TOKEN_BYTES], block_size_tokens, extra)
+    return hashed(root, prompt.packed[: blocks * block_size_tokens * TOKEN_BYTES], block_size_tokens, extra)
 
 
 def _check_items(items: Sequence[PlacedItem], tokens: int) -> None:

@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 from kvatlas.bridge.model.records import PodRecord
 from kvatlas.scorer.scoring.answers import Explained, PodFreshness, PodScore, Scored
 from kvatlas.scorer.scoring.explain import explain
+from kvatlas.scorer.scoring.known_keys import KnownKeys
 from kvatlas.scorer.scoring.lookup import HolderOverlay, IndexView, Lookups, Seen
 from kvatlas.scorer.scoring.pairs import paired
 from kvatlas.scorer.scoring.query import ScoreQuery, keys_of
@@ -158,6 +159,7 @@ class Scorer:
         """
         self.weighing = weighing
         self._view = view
+        self._known = KnownKeys()
         self._chunks = chunks or Chunks()
         self._overlay = overlay
         self._clock_ns = clock_ns
@@ -200,7 +202,7 @@ class Scorer:
             view = self._view()
         fleet = view.fleet
         strategy, weights = self.weighing.of(query.model, query.strategy)
-        keys = keys_of(query, fleet.block_size_tokens)
+        keys = keys_of(query, fleet.block_size_tokens, self._known.of)
         hashed = timer()
         prompt = query.prompt
         steps = Walk(
