@@ -437,7 +437,7 @@ def test_the_demonstration_is_kept_with_its_console(tmp_path: Path, browser: Bro
                     page.goto(f"{address[1]}#{view}")
                 if view == "what-if":
                     page.get_by_role("button", name="Simulate").click()
-                expect(page.locator("tbody tr").nth(6)).to_be_attached()
+                expect(page.locator("tbody tr").nth(5)).to_be_attached()
                 page.screenshot(path=Path(PICTURES or tmp_path) / f"console-demo-{view}.png")
             page.close()
             demo.send_signal(signal.SIGTERM)

@@ -10,7 +10,7 @@ export function Decisions() {
   const known = useRef(new Map());
   const last = useRef({ log: "", number: 0 });
   const [filter, setFilter] = useState("");
-  const [one, setOne] = useState("");
+  const [one, setOne] = useState(null);
   const [live, setLive] = useState(true);
   const { data, problem, at } = usePoll(async () => {
     let answer = await call(`decisions?after=${last.current.number}`);
@@ -32,7 +32,7 @@ export function Decisions() {
   const shown = rows.filter((row) => !wanted || [row.request_id, row.pod, row.model, row.policy].some((text) => text.toLowerCase().includes(wanted)));
   const told = rows.filter((row) => row.served && row.served.cached_tokens >= 0);
   const exact = told.filter((row) => row.served.cached_tokens === row.predicted_tokens).length;
-  const chosen = rows.find((row) => row.request_id === one);
+  const chosen = one && (rows.find((row) => row.request_id === one.request_id) || one); // it stays when newer ones push it out
   return html`<h2>Decisions</h2>
     <${Problem} error=${problem} at=${at} />
     ${data ? html`<${Figures} figures=${[
@@ -43,10 +43,10 @@ export function Decisions() {
     ]} />` : problem ? null : html`<${Reading} />`}
     <div class="row"><label class="grow">Filter <input type="search" value=${filter} onInput=${(event) => setFilter(event.target.value)} /><small>part of a request id, pod, model or reason</small></label>
       <label class="box"><input type="checkbox" checked=${live} onChange=${(event) => setLive(event.target.checked)} /> live</label></div>
-    ${chosen ? html`<${Story} key=${one} row=${chosen} close=${() => setOne("")} />` : null}
+    ${chosen ? html`<${Story} key=${one.request_id} row=${chosen} close=${() => setOne(null)} />` : null}
     <h3>${show(shown.length)} requests, newest first</h3>
     <${Table} label="Decisions" tall rows=${shown} empty=${!data ? "reading …" : wanted ? "none with this" : "no decision yet: the picker writes them, and routers report them"} columns=${[
-      ["Request", (row) => html`<button class="link" onClick=${() => setOne(row.request_id)}>${row.request_id}</button>`],
+      ["Request", (row) => html`<button class="link" onClick=${() => setOne(row)}>${row.request_id}</button>`],
       ["Time", (row) => clock(row.decided_ms)],
       ["Pod", (row) => row.pod],
       ["Predicted tokens", (row) => show(row.predicted_tokens), { number: true }],

@@ -1,6 +1,6 @@
 // Prefix heat: the prefixes that recent requests share, as an icicle; from the decisions that routers report.
 import { html } from "htm/preact";
-import { useState } from "preact/hooks";
+import { useRef, useState } from "preact/hooks";
 import { call, query } from "./api.js";
 import { handed } from "./ask.js";
 import { Figures, Opened, Problem, Reading, show, Table, usePoll } from "./parts.js";
@@ -23,7 +23,9 @@ export function Prefixes() {
   const tree = data ? data.tree : [];
   const all = flat(tree).sort((a, b) => b.saved_tokens - a.saved_tokens || b.asked - a.asked);
   const most = all.length ? all[0].saved_tokens : 0;
-  const one = all.find((node) => node.key === chosen);
+  const opened = useRef(null); // stays open as it was when newer requests part it
+  opened.current = all.find((node) => node.key === chosen) || opened.current;
+  const one = chosen && opened.current;
   return html`<h2>Shared prefixes</h2>
     <${Problem} error=${problem} at=${at} />
     <div class="row"><label>Asked in the last <select value=${minutes} onChange=${(event) => setMinutes(Number(event.target.value))}>${[5, 15, 60, 360].map((n) => html`<option value=${n}>${n} minutes</option>`)}</select></label></div>
