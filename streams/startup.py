@@ -8,13 +8,10 @@ import socket
 import time
 import uuid
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from aiokafka import AIOKafkaConsumer
-from aiokafka.errors import KafkaError
-
-from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.kafka.fetching import partitions_of, start_client
+from kvatlas.bridge.errors import LogError
+from kvatlas.bridge.kafka.ranges import RangeReader
 from kvatlas.bridge.model import topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.streams.errors import StateFolderError, TopicsError
@@ -36,15 +33,14 @@ async def discover(settings: WorkerSettings, kafka: KafkaSettings, client_id: st
     changelogs = {topic.name: topic for topic in topics.changelog_topics(settings.versioned_app)}
     blocks = settings.blocks_topic
     names = [t.name for t in topics.TOPICS if t.name != topics.BLOCKS] + [blocks, *changelogs]
-    consumer = AIOKafkaConsumer(**client_config(kafka, client_id))
     counts: dict[str, int] = {}
     deadline = time.monotonic() + _TOPICS_WAIT_SECONDS
+    reader = await _reachable(kafka, client_id, deadline)
     try:
-        await _until_reachable(consumer, deadline)
         while True:
             for name in names:
                 if not counts.get(name):
-                    counts[name] = len(await partitions_of(consumer, kafka.topic(name)))
+                    counts[name] = len(await reader.partitions(kafka.topic(name)))
             missing = [kafka.topic(name) for name, count in counts.items() if not count]
             if not missing:
                 break
@@ -52,7 +48,7 @@ async def discover(settings: WorkerSettings, kafka: KafkaSettings, client_id: st
                 raise TopicsError(f"topics {', '.join(missing)} do not exist; create them with `kvatlas topics`")
             await asyncio.sleep(0.5)
     finally:
-        await consumer.stop()
+        await reader.__aexit__()
     engine, index = changelogs
     for source, changelog in ((topics.EVENTS, engine), (blocks, index)):
         if counts[source] != counts[changelog]:
@@ -63,17 +59,15 @@ async def discover(settings: WorkerSettings, kafka: KafkaSettings, client_id: st
     return counts
 
 
-async def _until_reachable(consumer: Any, deadline: float) -> None:
+async def _reachable(kafka: KafkaSettings, client_id: str, deadline: float) -> RangeReader:
     while True:
         try:
-            await start_client(consumer)
-        except KafkaError as error:
+            return await RangeReader(kafka, client_id).__aenter__()
+        except LogError as error:
             if time.monotonic() > deadline:
-                raise TopicsError(f"Kafka is not reachable: {error!r}") from error
+                raise TopicsError(f"Kafka is not reachable: {error}") from error
             logger.warning("Kafka is not reachable yet: %s", error)
             await asyncio.sleep(1.0)
-        else:
-            return
 
 
 def worker_id(folder: Path) -> str:

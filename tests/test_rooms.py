@@ -68,13 +68,7 @@ INIT_PARAMETERS: Final = 8
 
 R2_EXCEPTIONS: Final[frozenset[tuple[str, str]]] = frozenset({})
 R3_EXCEPTIONS: Final[frozenset[tuple[str, str]]] = frozenset()
-R4_EXCEPTIONS: Final[frozenset[tuple[str, str]]] = frozenset(
-    {
-        ("scorer.library.replica", "aiokafka"),
-        ("streams.mirror.changes", "aiokafka"),
-        ("streams.startup", "aiokafka"),
-    }
-)
+R4_EXCEPTIONS: Final[frozenset[tuple[str, str]]] = frozenset()
 R5_EXCEPTIONS: Final[frozenset[frozenset[str]]] = frozenset()
 R6_EXCEPTIONS: Final[frozenset[str]] = frozenset(
     {

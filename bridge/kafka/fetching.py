@@ -143,14 +143,3 @@ def _entries(fetched: Any) -> Iterator[Entries]:
 def only_entries(consumer: Any) -> None:
     """Have a started consumer without partitions hand out :class:`Entries` from now on; checksums are not looked at."""
     consumer._fetcher._records = _EntriesOnly()
-
-
-async def partitions_of(client: Any, topic: str) -> set[int]:
-    """Return the partitions of a topic as the brokers know them now; empty when there is no such topic."""
-    cluster = client._client.cluster
-    found = cluster.partitions_for_topic(topic)
-    if not found:
-        client._client.add_topic(topic)
-        await client._client.force_metadata_update()
-        found = cluster.partitions_for_topic(topic)
-    return set(found or ())

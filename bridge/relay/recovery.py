@@ -5,14 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any, Final
 
-from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.errors import KafkaError
-
-from kvatlas.bridge.errors import LogError, WireError
+from kvatlas.bridge.errors import WireError
 from kvatlas.bridge.ingest.recovered import Recovered, fold
-from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.kafka.fetching import fetch, start_client
-from kvatlas.bridge.kafka.rights import lost_right
+from kvatlas.bridge.kafka.ranges import Edges, RangeReader
 from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.records import PodRecord
 from kvatlas.bridge.runtime.settings import KafkaSettings
@@ -35,41 +30,30 @@ async def recover(settings: KafkaSettings, partitions: list[int], *, known_block
         LogError: Kafka does not answer.
         RightsError: the account may not read a topic.
     """
-    consumer = AIOKafkaConsumer(
-        **client_config(settings, "kvatlas-bridge-recovery"),
-        auto_offset_reset="earliest",
-        enable_auto_commit=False,
-        fetch_max_wait_ms=50,
-        max_partition_fetch_bytes=4 * 1024 * 1024,
-    )
+    heads, events = settings.topic(topics.PODS), settings.topic(topics.EVENTS)
     pods: dict[str, Recovered] = {}
     newest: dict[int, int] = {}
-    try:
-        await start_client(consumer)
-        heads = [TopicPartition(settings.topic(topics.PODS), number) for number in partitions]
-        async for message in _to_end(consumer, heads, {}):
-            # The last one on the log, not the latest by its clock, which may have been put back since.
-            newest[message.partition] = take_record(pods, message) or newest.get(message.partition, 0)
-        starts = await _starts(consumer, settings.topic(topics.EVENTS), partitions, pods, newest)
-        if known_blocks and starts:
-            for place, end in (await consumer.end_offsets(list(starts))).items():
-                starts[place] = max(min(starts[place], end - _KNOWN_RECORDS), 0)
-        async for message in _to_end(consumer, list(starts), starts):
-            if message.key is not None:
-                place = (message.partition, message.offset)
-                fold(pods, message.key, message.value or b"", dict(message.headers), place, known_blocks=known_blocks)
-    except KafkaError as error:
-        raise lost_right(error, settings) or LogError(
-            f"cannot read pod positions from {settings.brokers}: {error}"
-        ) from error
-    finally:
-        await consumer.stop()
+    async with RangeReader(settings, "kvatlas-bridge-recovery") as reader:
+        async for number, batch in reader.read(heads, await reader.edges(heads, partitions)):
+            for message in batch:
+                # The last one on the log, not the latest by its clock, which may have been put back since.
+                newest[number] = take_record(pods, message) or newest.get(number, 0)
+        edges = await reader.edges(events, partitions)
+        starts = await _starts(reader, events, edges, pods, newest)
+        if known_blocks:
+            starts = {number: min(start, edges[number].end - _KNOWN_RECORDS) for number, start in starts.items()}
+        bounds = {number: (max(start, edges[number].first), edges[number].end) for number, start in starts.items()}
+        async for number, batch in reader.read(events, bounds):
+            for message in batch:
+                if message.key is not None:
+                    place, headers = (number, message.offset), dict(message.headers)
+                    fold(pods, message.key, message.value or b"", headers, place, known_blocks=known_blocks)
     return pods
 
 
 async def _starts(
-    consumer: Any, topic: str, partitions: list[int], pods: dict[str, Recovered], newest: dict[int, int]
-) -> dict[TopicPartition, int]:
+    reader: RangeReader, topic: str, edges: dict[int, Edges], pods: dict[str, Recovered], newest: dict[int, int]
+) -> dict[int, int]:
     """Return where to read ``kv-events`` from.
 
     A bridge writes the records of all its pods that changed about once a second, each behind the events that it is
@@ -77,38 +61,28 @@ async def _starts(
     nothing for hours costs no reading of hours.
 
     Args:
-        consumer: a started consumer.
+        reader: of ranges.
         topic: full name of ``kv-events``.
-        partitions: its partitions.
+        edges: where its partitions begin and end.
         pods: as ``kv-pods`` tells of them.
         newest: partition -> when its newest record was written, ns.
     """
     starts = {}
-    for number in partitions:
+    for number in edges:
         offsets = [p.record.events_offset for p in pods.values() if p.record.events_partition == number]
         # The last message itself is read again: its bytes tell whether the engine is still the same.
-        starts[TopicPartition(topic, number)] = max(min(offsets), 0) if offsets else 0
+        starts[number] = max(min(offsets), 0) if offsets else 0
     settled = {
-        place: int(newest[place.partition] / 1e6 - _SETTLED_SECONDS * 1000)
-        for place in starts
-        if newest.get(place.partition, 0) > _SETTLED_SECONDS * 1e9
+        number: int(newest[number] / 1e6 - _SETTLED_SECONDS * 1000)
+        for number in starts
+        if newest.get(number, 0) > _SETTLED_SECONDS * 1e9
     }
-    for place, offset in (await _first_since(consumer, settled)).items():
-        starts[place] = max(starts[place], offset)
-    return starts
-
-
-async def _first_since(consumer: Any, moments: dict[TopicPartition, int]) -> dict[TopicPartition, int]:
-    """Return the first offset since a moment (ms) by partition; without those of a broker that knows no moments."""
-    if not moments:
-        return {}
-    ends = await consumer.end_offsets(list(moments))
-    found = await consumer.offsets_for_times(moments)
+    found = await reader.since(topic, settled)
     # Nothing since then is what a broker that knows no moments says of every one, of the first as well.
-    silent = [place for place, at in found.items() if at is None]
-    first = await consumer.offsets_for_times(dict.fromkeys(silent, 0)) if silent else {}
-    known = {place: at.offset for place, at in found.items() if at is not None}
-    return known | {place: ends[place] for place, at in first.items() if at is not None}
+    first = await reader.since(topic, {number: 0 for number, at in found.items() if at is None})
+    known = {number: at for number, at in found.items() if at is not None}
+    known |= {number: edges[number].end for number, at in first.items() if at is not None}
+    return {number: max(start, known.get(number, 0)) for number, start in starts.items()}
 
 
 def take_record(pods: dict[str, Recovered], message: Any) -> int:
@@ -126,21 +100,3 @@ def take_record(pods: dict[str, Recovered], message: Any) -> int:
         return 0
     pods[pod] = Recovered(record)
     return min(record.updated_ns, time.time_ns())  # a clock that is ahead must not hide the events of today
-
-
-async def _to_end(consumer: Any, places: list[TopicPartition], starts: dict[TopicPartition, int]) -> Any:
-    if not places:
-        return
-    consumer.assign(places)
-    ends = await consumer.end_offsets(places)
-    first = await consumer.beginning_offsets(places)
-    for place in places:
-        consumer.seek(place, min(max(starts.get(place, 0), first[place]), ends[place]))
-    open_places = {place for place in places if await consumer.position(place) < ends[place]}
-    while open_places:
-        for messages in (await fetch(consumer, timeout_ms=200)).values():
-            for message in messages:
-                yield message
-        for place in list(open_places):
-            if await consumer.position(place) >= ends[place]:
-                open_places.discard(place)

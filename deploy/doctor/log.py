@@ -11,12 +11,9 @@ from collections.abc import Mapping
 from typing import Final
 
 import msgspec
-from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.errors import KvatlasError, LogError, RightsError
-from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.kafka.fetching import start_client
+from kvatlas.bridge.kafka.ranges import RangeReader
 from kvatlas.bridge.model import pod_ids, topics
 from kvatlas.bridge.model.epochs import incarnation_of
 from kvatlas.bridge.model.records import GONE, PodRecord, WorkerRecord
@@ -108,7 +105,11 @@ async def _follow(kafka: KafkaSettings, seen: LogSeen, wait_seconds: float) -> N
         seen.workers = used.workers
         if used.workers.layout is None or used.workers.uncovered():
             return
-        starts, ends = await _bounds(kafka, topics.blocks_topic(used.name), used.workers.layout.partition_count)
+        blocks = kafka.topic(topics.blocks_topic(used.name))
+        async with RangeReader(kafka, "kvatlas-doctor") as reader:
+            edges = await reader.edges(blocks, range(used.workers.layout.partition_count))
+        starts = {number: edge.first for number, edge in edges.items()}
+        ends = {number: edge.end for number, edge in edges.items()}
         sent = _said(used.pods)
         began = time.monotonic()
         seen.behind = seen.still = _behind(used.pods, sent, used.workers, (starts, ends))
@@ -119,24 +120,6 @@ async def _follow(kafka: KafkaSettings, seen: LogSeen, wait_seconds: float) -> N
         seen.waited_seconds = time.monotonic() - began
     finally:
         await versions.stop()
-
-
-async def _bounds(kafka: KafkaSettings, topic: str, count: int) -> tuple[dict[int, int], dict[int, int]]:
-    """Return where each partition of a topic begins, and where it ends.
-
-    Raises:
-        LogError: Kafka does not say.
-    """
-    parts = [TopicPartition(kafka.topic(topic), number) for number in range(count)]
-    consumer = AIOKafkaConsumer(**client_config(kafka, "kvatlas-doctor"), enable_auto_commit=False)
-    try:
-        await start_client(consumer)
-        starts, ends = await consumer.beginning_offsets(parts), await consumer.end_offsets(parts)
-    except KafkaError as error:
-        raise LogError(f"{kafka.brokers} does not say how long {topic} is: {error!r}") from error
-    finally:
-        await consumer.stop()
-    return {tp.partition: at for tp, at in starts.items()}, {tp.partition: at for tp, at in ends.items()}
 
 
 def _said(pods: PodTable) -> dict[str, PodRecord]:

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import heapq
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any, NamedTuple
 
-from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.errors import KafkaError
-
-from kvatlas.bridge.errors import KvatlasError, LogError
-from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.kafka.fetching import metadata_error, metadata_task, start_client
-from kvatlas.bridge.kafka.rights import lost_right
+from kvatlas.bridge.errors import LogError
+from kvatlas.bridge.kafka.ranges import RangeReader, within
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.rights import account, contact
-from kvatlas.deploy.history.fetch import RangeFetcher, RecordBatch
-from kvatlas.deploy.history.moment import EARLIEST, Moment, offsets_at
+from kvatlas.deploy.history.moment import Moment, offsets_at
 
 
 class Record(NamedTuple):
@@ -54,18 +47,11 @@ class Range(NamedTuple):
 
 
 class LogReader:
-    """A consumer of ranges: no group, no commits, nothing that others could notice.
-
-    Use as ``async with``.
-    """
+    """A reader of ranges of the deployment's topics, named without its prefix. Use as ``async with``."""
 
     def __init__(self, kafka: KafkaSettings, client_id: str = "kvatlas-history") -> None:
         self._kafka = kafka
-        self._consumer = AIOKafkaConsumer(
-            **client_config(kafka, client_id),
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-        )
+        self._ranges = RangeReader(kafka, client_id)
 
     async def __aenter__(self) -> LogReader:
         """Connect.
@@ -74,43 +60,31 @@ class LogReader:
             SettingsError: TLS or SASL settings are refused.
             LogError: Kafka cannot be reached.
         """
-        try:
-            (await contact(self._kafka)).close()  # its errors say which setting is refused, the consumer's do not
-            await start_client(self._consumer)
-            await asyncio.sleep(0)  # stopped before its tasks have begun, aiokafka would raise their cancellation
-        except KvatlasError:
-            await self._consumer.stop()
-            raise
-        except (KafkaError, OSError) as error:
-            await self._consumer.stop()
-            raise LogError(f"cannot reach Kafka at {self._kafka.brokers}: {error}; check --brokers") from error
+        (await contact(self._kafka)).close()  # its errors say which setting is refused, the consumer's do not
+        await self._ranges.__aenter__()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         """Disconnect."""
-        await self._consumer.stop()
+        await self._ranges.__aexit__()
 
     def failed(self) -> BaseException | None:
         """Return why it finds no new leaders any more, None while it does."""
-        return metadata_error(metadata_task(self._consumer))
+        return self._ranges.failed()
 
-    async def partitions(self, topic: str) -> list[TopicPartition]:
+    async def partitions(self, topic: str) -> list[int]:
         """Return the partitions of a topic.
 
         Raises:
-            LogError: the topic does not exist.
+            LogError: the topic does not exist, or Kafka does not answer.
         """
         name = self._kafka.topic(topic)
-        # All topics are asked for, since asking for one by name may create it.
-        client = self._consumer._client
-        found = (await client.fetch_all_metadata()).partitions_for_topic(name)
-        if not found:
+        if not (found := await self._ranges.partitions(name)):
             raise LogError(
                 f"topic {name} does not exist on {self._kafka.brokers}, or {account(self._kafka)} may not see it; "
                 "`kvatlas topics` creates it, docs/security.md lists the rights"
             )
-        await client.add_topic(name)  # what was read before may be all that the client keeps track of
-        return [TopicPartition(name, partition) for partition in sorted(found)]
+        return found
 
     async def range(self, topic: str, since: Moment, until: Moment, only: Collection[int] | None = None) -> Range:
         """Turn two moments into offsets, as the log stands now.
@@ -124,40 +98,36 @@ class LogReader:
         Raises:
             LogError: Kafka does not answer, or the topic does not exist.
         """
-        try:
-            tps = [tp for tp in await self.partitions(topic) if only is None or tp.partition in only]
-            starts = await self._offsets(topic, tps, since)
-            ends = await self._offsets(topic, tps, until)
-        except KafkaError as error:
-            raise lost_right(error, self._kafka) or LogError(f"cannot find offsets of {topic}: {error}") from error
-        return Range(topic, {tp.partition: (starts[tp], max(starts[tp], ends[tp])) for tp in tps})
+        numbers = [number for number in await self.partitions(topic) if only is None or number in only]
+        starts = await self._offsets(topic, numbers, since)
+        ends = await self._offsets(topic, numbers, until)
+        return Range(topic, {number: (starts[number], max(starts[number], ends[number])) for number in numbers})
 
-    async def _offsets(self, topic: str, tps: list[TopicPartition], moment: Moment) -> dict[TopicPartition, int]:
+    async def _offsets(self, topic: str, numbers: list[int], moment: Moment) -> dict[int, int]:
         """Return the offsets of a moment, also where the broker knows none by time, as the embedded one does.
 
         Such a broker says that nothing came after any time. That it is so is seen by the record before the offset it
         names, and then the log, which is in its memory, is read through.
         """
-        found = await offsets_at(self._consumer, tps, moment)
+        name = self._kafka.topic(topic)
+        edges = await self._ranges.edges(name, numbers)
+        known = {} if moment.time_ms is None else await self._ranges.since(name, dict.fromkeys(numbers, moment.time_ms))
+        found = offsets_at(edges, moment, known)
         if moment.time_ms is None:
             return found
-        first = await offsets_at(self._consumer, tps, EARLIEST)
-        before = {tp: (end - 1, end) for tp, end in found.items() if end > first[tp]}
-        if not await self._first_since(topic, before, moment):
+        before = {number: (end - 1, end) for number, end in found.items() if end > edges[number].first}
+        if not await self._first_since(topic, before, moment.time_ms):
             return found
-        return found | await self._first_since(topic, {tp: (first[tp], end) for tp, end in found.items()}, moment)
+        spans = {number: (edges[number].first, end) for number, end in found.items()}
+        return found | await self._first_since(topic, spans, moment.time_ms)
 
-    async def _first_since(
-        self, topic: str, bounds: dict[TopicPartition, tuple[int, int]], moment: Moment
-    ) -> dict[TopicPartition, int]:
+    async def _first_since(self, topic: str, bounds: dict[int, tuple[int, int]], time_ms: int) -> dict[int, int]:
         """Return the offset of the first record at or after a time of each partition that has one."""
-        names = {tp.partition: tp for tp in bounds}
-        found: dict[TopicPartition, int] = {}
-        span = Range(topic, {tp.partition: bound for tp, bound in bounds.items()})
-        async for chunk in self.read(span):
+        found: dict[int, int] = {}
+        async for partition, chunk in self._ranges.read(self._kafka.topic(topic), bounds):
             for record in chunk:
-                if record.timestamp_ms >= (moment.time_ms or 0):
-                    found.setdefault(names[record.partition], record.offset)
+                if record.timestamp >= time_ms:
+                    found.setdefault(partition, record.offset)
         return found
 
     async def read(self, span: Range) -> AsyncIterator[list[Record]]:
@@ -166,10 +136,8 @@ class LogReader:
         Raises:
             LogError: Kafka stopped answering.
         """
-        client, name = await self._client(span.topic)
-        async for partition, batches in RangeFetcher(client, name, span.bounds).batches():
-            if chunk := _chunk(span, partition, batches):
-                yield chunk
+        async for partition, chunk in self._ranges.read(self._kafka.topic(span.topic), span.bounds):
+            yield _records(span.topic, partition, chunk)
 
     async def read_in_time(self, span: Range) -> AsyncIterator[Record]:
         """Yield the records of a range in the order of their time, each partition's own order kept.
@@ -177,18 +145,11 @@ class LogReader:
         Raises:
             LogError: Kafka stopped answering.
         """
-        client, name = await self._client(span.topic)
-        async for record in in_time(client, name, span):
+        async for record in in_time(self._ranges, self._kafka.topic(span.topic), span):
             yield record
 
-    async def _client(self, topic: str) -> tuple[Any, str]:
-        client: Any = self._consumer._client
-        name = self._kafka.topic(topic)
-        await client.add_topic(name)
-        return client, name
 
-
-async def in_time(client: Any, topic: str, span: Range) -> AsyncIterator[Record]:
+async def in_time(ranges: RangeReader, topic: str, span: Range) -> AsyncIterator[Record]:
     """Merge the partitions of a range by time.
 
     About two fetches of each partition are held: brokers fill an answer partition by partition, so without a limit the
@@ -200,10 +161,10 @@ async def in_time(client: Any, topic: str, span: Range) -> AsyncIterator[Record]
     heads: list[tuple[int, int]] = []  # (time, partition) of every queue that has records
     awaited = set(queues)  # nothing can be given out before these have shown what they have
     fetched = dict.fromkeys(queues, 0)  # records of each partition's last fetch
-    fetcher = RangeFetcher(client, topic, span.bounds, lambda partition: len(queues[partition]) <= fetched[partition])
+    fetcher = await ranges.fetcher(topic, span.bounds, lambda partition: len(queues[partition]) <= fetched[partition])
     async for partition, batches in fetcher.batches():
         queue = queues[partition]
-        if chunk := _chunk(span, partition, batches):
+        if chunk := _records(span.topic, partition, within(batches, span.bounds[partition])):
             if not queue:
                 heapq.heappush(heads, (chunk[0].timestamp_ms, partition))
             queue.extend(chunk)
@@ -224,19 +185,10 @@ async def in_time(client: Any, topic: str, span: Range) -> AsyncIterator[Record]
         yield record
 
 
-def _chunk(span: Range, partition: int, batches: list[RecordBatch]) -> list[Record]:
-    """Return the records of batches that lie in the range: the first and the last batch may reach out of it."""
-    first, end = span.bounds[partition]
-    chunk = [record for batch in batches for record in _records(span.topic, partition, batch)]
-    if chunk and not (first <= chunk[0].offset and chunk[-1].offset < end):
-        chunk = [record for record in chunk if first <= record.offset < end]
-    return chunk
-
-
-def _records(topic: str, partition: int, batch: RecordBatch) -> list[Record]:
+def _records(topic: str, partition: int, chunk: list[Any]) -> list[Record]:
     return [
         Record(topic, partition, found.offset, found.timestamp, found.key, found.value, tuple(found.headers))
-        for found in batch
+        for found in chunk
     ]
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import datetime as dt
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Final
 
 import msgspec
-from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from kvatlas.bridge.errors import SettingsError
+from kvatlas.bridge.kafka.ranges import Edges
 
 FORMS: Final = (
     "earliest, latest, a time (2026-11-24T10:00:00Z, @1795464237.5, or -15m before now), offset:N (every partition), "
@@ -90,27 +90,31 @@ def _offsets(text: str, rest: str) -> Moment:
     return Moment(offsets={int(partition): int(offset) for partition, offset in pairs})
 
 
-async def offsets_at(
-    consumer: AIOKafkaConsumer, partitions: Sequence[TopicPartition], moment: Moment
-) -> dict[TopicPartition, int]:
-    """Return the offset of each partition at a moment: the first record at or after it.
+def offsets_at(edges: Mapping[int, Edges], moment: Moment, known: Mapping[int, int | None]) -> dict[int, int]:
+    """Return the offset of each partition at a moment: the first record at or after it. Pure.
 
     Offsets outside what the log still holds are moved to its nearest edge.
+
+    Args:
+        edges: partition -> where it begins and ends.
+        moment: the moment.
+        known: of a moment by time: partition -> first offset since, as the broker says.
 
     Raises:
         SettingsError: the moment names a sequence, which only a pod's records can be searched for.
     """
-    first = await consumer.beginning_offsets(list(partitions))
-    last = await consumer.end_offsets(list(partitions))
     if moment.sequence is not None:
         raise SettingsError("a moment by sequence needs --pod")
-    if moment.time_ms is not None:
-        found = await consumer.offsets_for_times(dict.fromkeys(partitions, moment.time_ms))
-        wanted = {tp: found[tp].offset if found.get(tp) else last[tp] for tp in partitions}
-    elif moment.offsets is not None:
-        wanted = {tp: moment.offsets.get(tp.partition, last[tp]) for tp in partitions}
-    elif moment.offset is not None:
-        wanted = dict.fromkeys(partitions, moment.offset)
-    else:
-        wanted = {tp: (first if moment.edge == "earliest" else last)[tp] for tp in partitions}
-    return {tp: min(max(wanted[tp], first[tp]), last[tp]) for tp in partitions}
+
+    def wanted(number: int) -> int:
+        if moment.time_ms is not None:
+            at = known.get(number)
+        elif moment.offsets is not None:
+            at = moment.offsets.get(number)
+        elif moment.offset is not None:
+            at = moment.offset
+        else:
+            at = edges[number].first if moment.edge == "earliest" else None
+        return edges[number].end if at is None else at
+
+    return {number: min(max(wanted(number), edge.first), edge.end) for number, edge in edges.items()}

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 import msgspec
-from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.errors import KafkaError
 
-from kvatlas.bridge.errors import LogError
-from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.kafka.fetching import check_metadata, metadata_error, metadata_task, start_client
-from kvatlas.bridge.kafka.rights import lost_right
+from kvatlas.bridge.kafka.ranges import RangeReader
 from kvatlas.bridge.model import records, topics
 from kvatlas.bridge.model.loads import load_age_seconds
 from kvatlas.bridge.model.workers import WorkerDirectory
@@ -111,7 +105,7 @@ class Watch:
         self._versions = Versions(
             lambda name: VersionReader(name, kafka, client_id="kvatlas-top", clock_ns=clock_ns), "", lambda _used: None
         )
-        self._consumer: Any = AIOKafkaConsumer(**client_config(kafka, "kvatlas-top"), enable_auto_commit=False)
+        self._ranges = RangeReader(kafka, "kvatlas-top")
         self._before: tuple[float, dict[str, int], dict[str, int]] = (time.monotonic(), {}, {})
 
     async def __aenter__(self) -> Watch:
@@ -122,17 +116,16 @@ class Watch:
         """
         try:
             await self._versions.start(_READ_SECONDS)
-            await start_client(self._consumer)
+            await self._ranges.__aenter__()
         except BaseException:
-            await self.__aexit__()
+            await self._versions.stop()
             raise
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         """Disconnect."""
         await self._versions.stop()
-        with contextlib.suppress(Exception):  # closing raises what ended the client, which was told
-            await self._consumer.stop()
+        await self._ranges.__aexit__()
 
     @property
     def pods(self) -> Mapping[str, records.PodRecord]:
@@ -142,7 +135,7 @@ class Watch:
     def failed(self) -> BaseException | None:
         """Return what ended the reading of a topic or the look at its ends, None while both go on."""
         errors = (reader.failed() for reader in self._versions.readers.values())
-        return metadata_error(metadata_task(self._consumer)) or next(filter(None, errors), None)
+        return self._ranges.failed() or next(filter(None, errors), None)
 
     async def look(self) -> Picture:
         """Return the state now; rates are since the look before, 0 at the first.
@@ -202,16 +195,8 @@ class Watch:
         if layout is None:
             return {}
         topic = self._kafka.topic(topics.blocks_topic(self._versions.used.name))
-        check_metadata(self._consumer)
-        try:
-            found = await self._consumer.end_offsets(
-                [TopicPartition(topic, part) for part in range(layout.partition_count)]
-            )
-        except KafkaError as error:
-            raise lost_right(error, self._kafka) or LogError(
-                f"{self._kafka.brokers} does not say how long {topic} is: {error!r}"
-            ) from error
-        return {tp.partition: offset for tp, offset in found.items()}
+        edges = await self._ranges.edges(topic, range(layout.partition_count))
+        return {number: edge.end for number, edge in edges.items()}
 
     @staticmethod
     def _pod(

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import msgspec
-from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka import TopicPartition
 
-from kvatlas.bridge.errors import LogError
-from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.kafka.fetching import start_client
 from kvatlas.bridge.kafka.follower import TopicFollower
+from kvatlas.bridge.kafka.ranges import RangeReader
 from kvatlas.bridge.model import records, topics
 from kvatlas.bridge.model.workers import WorkerDirectory
 from kvatlas.bridge.runtime.settings import KafkaSettings
@@ -71,7 +68,7 @@ class ProgressReader:
         self._tables: dict[str, WorkerDirectory] = {}
         self._newest: dict[bytes | None, bytes | None] = {}
         self._follower = TopicFollower(kafka, topics.WORKERS, self._apply, client_id=_CLIENT_ID)
-        self._consumer: Any = AIOKafkaConsumer(**client_config(kafka, _CLIENT_ID), enable_auto_commit=False)
+        self._ranges = RangeReader(kafka, _CLIENT_ID)
 
     async def __aenter__(self) -> ProgressReader:
         """Read what is there.
@@ -82,19 +79,16 @@ class ProgressReader:
         self._follower.start()
         try:
             await self._follower.wait(_READ_SECONDS)
-            await start_client(self._consumer)
-        except (KafkaError, OSError) as error:
-            await self.__aexit__()
-            raise LogError(f"cannot reach Kafka at {self._kafka.brokers}: {error!r}") from error
-        except LogError:
-            await self.__aexit__()
+            await self._ranges.__aenter__()
+        except BaseException:
+            await self._follower.stop()
             raise
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         """Disconnect."""
         await self._follower.stop()
-        await self._consumer.stop()
+        await self._ranges.__aexit__()
 
     def _apply(self, key: bytes | None, value: bytes | None) -> None:
         self._newest[key] = value
@@ -144,19 +138,14 @@ class ProgressReader:
         A worker commits about once a second, so this is at most a second's records too high and never too low.
         """
         name = self._kafka.topic(topic)
-        try:
-            numbers = (await self._consumer._client.fetch_all_metadata()).partitions_for_topic(name) or ()
-            partitions = [TopicPartition(name, number) for number in sorted(numbers)]
-            starts = await self._consumer.beginning_offsets(partitions)
-            ends = await self._consumer.end_offsets(partitions)
-        except KafkaError as error:
-            raise LogError(f"offsets of {name} cannot be read: {error!r}") from error
-        done = dict(starts)
+        edges = await self._ranges.edges(name, await self._ranges.partitions(name))
+        done = {number: edge.first for number, edge in edges.items()}
         async with admin_of(self._kafka) as admin:
             for group in groups:
                 found = await admin.list_consumer_group_offsets(self._kafka.topic(group))
-                for partition in partitions:
-                    if (meta := found.get(partition)) is not None:
-                        done[partition] = max(done[partition], meta.offset)
-        end = sum(ends[p] for p in partitions)
-        return end, end - sum(starts[p] for p in partitions), sum(max(ends[p] - done[p], 0) for p in partitions)
+                for number in edges:
+                    if (meta := found.get(TopicPartition(name, number))) is not None:
+                        done[number] = max(done[number], meta.offset)
+        end = sum(edge.end for edge in edges.values())
+        left = sum(max(edge.end - done[number], 0) for number, edge in edges.items())
+        return end, end - sum(edge.first for edge in edges.values()), left

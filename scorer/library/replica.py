@@ -22,13 +22,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, Protocol
 
-from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.errors import KafkaError
-
 from kvatlas.bridge.errors import LogError, SettingsError, WireError
-from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.kafka.fetching import partitions_of, start_client
 from kvatlas.bridge.kafka.follower import TopicFollower
+from kvatlas.bridge.kafka.ranges import RangeReader
 from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.block_key import KEY_BYTES, partition_of
 from kvatlas.bridge.model.records import PodRecord
@@ -266,19 +262,11 @@ class Replica:
     async def _begins(self, name: str) -> dict[int, int]:
         """Return the first offset of every partition of a topic."""
         topic = self._kafka.topic(name)
-        consumer = AIOKafkaConsumer(**client_config(self._kafka, _CLIENT_ID))
-        try:
-            await start_client(consumer)
-            found = await partitions_of(consumer, topic)
-            places = [TopicPartition(topic, number) for number in sorted(found)]
-            begins = await consumer.beginning_offsets(places) if places else {}
-        except (KafkaError, OSError) as error:
-            raise LogError(f"cannot reach Kafka at {self._kafka.brokers}: {error}") from error
-        finally:
-            await consumer.stop()
-        if not begins:
+        async with RangeReader(self._kafka, _CLIENT_ID) as reader:
+            edges = await reader.edges(topic, await reader.partitions(topic))
+        if not edges:
             raise LogError(f"topic {topic} does not exist on {self._kafka.brokers}; create it with `kvatlas topics`")
-        return {place.partition: begin for place, begin in begins.items()}
+        return {number: edge.first for number, edge in edges.items()}
 
     async def stop(self) -> None:
         """Stop following."""

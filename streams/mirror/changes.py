@@ -7,11 +7,8 @@ import logging
 import time
 from typing import Final
 
-from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.errors import KafkaError
-
-from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.kafka.fetching import fetch
+from kvatlas.bridge.errors import KvatlasError
+from kvatlas.bridge.kafka.ranges import RangeReader
 from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.streams.mirror.layout import MirrorPosition
@@ -19,8 +16,6 @@ from kvatlas.streams.mirror.layout import MirrorPosition
 logger = logging.getLogger(__name__)
 
 _SECONDS: Final = 20.0
-_POLL_MS: Final = 200
-_RECORDS: Final = 20_000
 
 
 async def changed_keys(
@@ -48,27 +43,18 @@ async def changed_keys(
     """
     if time.time_ns() - after.committed_ns > max_age_seconds * 1e9 or through - after.changelog_offset > most:
         return None
-    place = TopicPartition(changelog, partition)
-    consumer = AIOKafkaConsumer(**client_config(kafka, client_id), enable_auto_commit=False)
+    first = after.changelog_offset + 1
     found: dict[bytes, None] = {}
     try:
-        async with asyncio.timeout(_SECONDS):
-            await consumer.start()
-            consumer.assign([place])
-            start = after.changelog_offset + 1
-            if (await consumer.beginning_offsets([place]))[place] > start:
+        async with asyncio.timeout(_SECONDS), RangeReader(kafka, client_id) as reader:
+            edge = (await reader.edges(changelog, [partition]))[partition]
+            if edge.first > first or edge.end <= through:
                 return None
-            if (await consumer.end_offsets([place]))[place] <= through:
-                return None
-            consumer.seek(place, start)
-            while await consumer.position(place) <= through:
-                for batch in (await fetch(consumer, place, timeout_ms=_POLL_MS, max_records=_RECORDS)).values():
-                    found.update(dict.fromkeys(record.key for record in batch if len(record.key or b"") == KEY_BYTES))
-    except (KafkaError, TimeoutError) as error:
+            async for _, batch in reader.read(changelog, {partition: (first, through + 1)}):
+                found.update(dict.fromkeys(record.key for record in batch if len(record.key or b"") == KEY_BYTES))
+    except (KvatlasError, TimeoutError) as error:
         logger.warning(
             "%s/%d: changes cannot be read, the mirror copies the partition: %r", changelog, partition, error
         )
         return None
-    finally:
-        await consumer.stop()
     return list(found)

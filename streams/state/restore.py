@@ -18,8 +18,10 @@ from typing import Any, Final, NamedTuple
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
+from kvatlas.bridge.errors import KvatlasError
 from kvatlas.bridge.kafka.config import client_config
 from kvatlas.bridge.kafka.fetching import Entries, fetch, only_entries, start_client
+from kvatlas.bridge.kafka.ranges import RangeReader
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.bridge.runtime.tasks import end_tasks
 from kvatlas.streams import metrics
@@ -260,24 +262,17 @@ class BulkReader:
         Raises:
             RestoreError: they cannot be read.
         """
-        consumer = self._consumer()
         found: list[tuple[bytes, bytes | None]] = []
-        deadline = time.monotonic() + _BETWEEN_SECONDS
         try:
-            await start_client(consumer)
-            consumer.assign([at])
-            consumer.seek(at, first)
-            while await consumer.position(at) <= last:
-                if time.monotonic() > deadline:
-                    raise RestoreError(f"changelog {at.topic}/{at.partition}: records {first} to {last} do not come")
-                for batch in (await fetch(consumer, timeout_ms=_POLL_MS)).values():
-                    found += [(record.key, record.value) for record in batch if record.offset <= last]
-        except KafkaError as error:
-            raise RestoreError(
-                f"changelog {at.topic}/{at.partition}: cannot be read: {error!r}; tried again"
-            ) from error
-        finally:
-            await consumer.stop()
+            async with asyncio.timeout(_BETWEEN_SECONDS), RangeReader(self._kafka, self._client_id) as reader:
+                edge = (await reader.edges(at.topic, [at.partition]))[at.partition]
+                bounds = {at.partition: (max(first, edge.first), last + 1)}
+                async for _, batch in reader.read(at.topic, bounds):
+                    found += [(record.key, record.value) for record in batch]
+        except TimeoutError:
+            raise RestoreError(f"changelog {at.topic}/{at.partition}: records {first} to {last} do not come") from None
+        except KvatlasError as error:
+            raise RestoreError(f"changelog {at.topic}/{at.partition}: {error}; tried again") from error
         return found
 
     @staticmethod

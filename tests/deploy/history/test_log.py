@@ -8,6 +8,7 @@ from typing import Any
 
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
+from kvatlas.bridge.kafka.ranges import RangeFetcher
 from kvatlas.bridge.model import topics
 from kvatlas.deploy.history.log import Range, in_time
 
@@ -24,6 +25,10 @@ class FullAnswers:
     def __init__(self) -> None:
         self.given: Counter[int] = Counter()
         self.cluster = SimpleNamespace(leader_for_partition=lambda _: 0)
+
+    async def fetcher(self, topic: str, bounds: Any, wants: Any) -> RangeFetcher:
+        """Return what fetches a range from here."""
+        return RangeFetcher(self, topic, bounds, wants)
 
     async def send(self, node: int, request: Any) -> Any:
         """Answer a fetch."""
