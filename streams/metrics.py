@@ -77,13 +77,12 @@ SWEPT: Final = Counter("kvatlas_worker_sweep_entries_total", "Entries the sweep 
 SWEEP_DROPPED: Final = Counter("kvatlas_worker_sweep_dropped_total", "Dead holders the sweep removed", ["table"])
 SWEEPS: Final = Counter("kvatlas_worker_sweeps_total", "Complete sweeps of a partition", ["table"])
 REBALANCES: Final = Counter("kvatlas_worker_rebalances_total", "Assignments received")
-MIRROR_LAG_SECONDS: Final = Gauge("kvatlas_worker_mirror_lag_seconds", "Age of the oldest change not in the mirror yet")
-MIRROR_PENDING: Final = Gauge("kvatlas_worker_mirror_pending_keys", "Changed keys that wait for the mirror")
+MIRROR_LAG_SECONDS: Final = Gauge(
+    "kvatlas_worker_mirror_lag_seconds", "Time since all changes of a partition were in the mirror"
+)
+MIRROR_PENDING: Final = Gauge("kvatlas_worker_mirror_pending_keys", "Changelog records that are not in the mirror yet")
 MIRROR_KEYS: Final = Counter("kvatlas_worker_mirror_keys_total", "Entries sent to the mirror")
 MIRROR_COPIES: Final = Counter("kvatlas_worker_mirror_copies_total", "Partitions copied to the mirror as a whole")
-MIRROR_OVERFLOWS: Final = Counter(
-    "kvatlas_worker_mirror_overflows_total", "Times more changes waited than may, so that a partition is copied again"
-)
 MIRROR_REFUSED: Final = Counter(
     "kvatlas_worker_mirror_refused_total", "Times the mirror was left alone because another worker has claimed it"
 )

@@ -14,6 +14,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
+
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.kafka.fetching import producer_tasks
 from kvatlas.bridge.kafka.follower import TopicFollower
@@ -255,27 +257,15 @@ class WorkerService:
             await publisher.withdraw(pod)
 
     def _start_mirror(self, app: WorkerApp) -> None:
-        table = app.bulk_table(BLOCK_INDEX)
-        if not self._settings.mirror or table is None:
+        if not self._settings.mirror or app.bulk_table(BLOCK_INDEX) is None:
             return
         try:
-            from kvatlas.streams.mirror.worker import worker_mirror  # noqa: PLC0415 # Redis's client only where it is used
+            from kvatlas.streams.mirror.service import MirrorService  # noqa: PLC0415 # Redis's client only where it is used
         except ImportError as error:
             raise SettingsError("[worker] mirror: needs Redis's client; install kvatlas[redis]") from error
 
-        mirror = worker_mirror(
-            self._settings,
-            self._kafka,
-            worker=self.worker_id,
-            partitions=self._partitions[self._settings.blocks_topic],
-            table=table,
-            generation=lambda: app.consumer_generation_id,
-            pods=self.pods,
-            pods_known=self._followers[0].caught_up.is_set,
-        )
-        table.on_committed = mirror.note
-        self.pods.on_changed = lambda pod, _before, _after: mirror.note_pod(pod)
-        self._watch(mirror.run())
+        settings = msgspec.structs.replace(self._settings, telemetry_listen="")  # the worker's own tells of it too
+        self._watch(MirrorService(settings, self._kafka, name=self.worker_id).run())
 
     def _watch(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         return self._background.start(work)

@@ -40,7 +40,7 @@ class Lease:
     def renew_with_heartbeats(self, consumer: Any) -> None:
         """Renew with each heartbeat of a started consumer that its group accepts, from when it was sent.
 
-        The one place that reaches into aiokafka's coordinator: it tells nobody of its heartbeats.
+        It reaches into aiokafka's coordinator, which tells nobody of its heartbeats.
         """
         coordinator = consumer._coordinator
         heartbeat = coordinator._do_heartbeat
@@ -53,3 +53,9 @@ class Lease:
             return accepted
 
         coordinator._do_heartbeat = heartbeat_and_renew
+
+
+def generation_of(consumer: Any) -> int:
+    """Return the number of a group's assignment that a started consumer is in."""
+    number: int = consumer._coordinator.generation
+    return number

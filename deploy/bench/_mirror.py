@@ -1,42 +1,66 @@
-"""How fast changes of the index reach its mirror: the mirror's own code over a table in memory."""
+"""How fast changes of the index reach its mirror: the mirror's own code over a changelog in memory."""
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, Final, cast
+from collections.abc import Collection
+from typing import Any, Final, NamedTuple, cast
 
 from kvatlas.bridge.errors import KvatlasError
+from kvatlas.bridge.kafka.member import Assignment, GroupMember
+from kvatlas.bridge.kafka.ranges import Edges
+from kvatlas.bridge.model.directory import PodDirectory
 from kvatlas.streams.index.holders import HOLDER_BYTES
-from kvatlas.streams.mirror.layout import MirrorLayout, MirrorPosition, Names
+from kvatlas.streams.mirror.layout import MirrorLayout, Names
 from kvatlas.streams.mirror.mirror import Mirror
-from kvatlas.streams.mirror.part import MirrorSource
 from kvatlas.streams.mirror.redis_link import connect
 from kvatlas.streams.mirror.server import MirrorServer
-from kvatlas.streams.state.changelog import Meta
-from kvatlas.streams.state.partition import PartitionState, Role
 
 _FLUSH: Final = 8_192
 _PREFIX: Final = "kvatlas-bench"
 
 
-class _State:
-    """A partition in memory, as far as the mirror reads it."""
+class _Record(NamedTuple):
+    offset: int
+    key: bytes
+    value: bytes
+
+
+class _Log:
+    """A changelog partition in memory, as far as the mirror reads it."""
 
     def __init__(self) -> None:
-        self.values: dict[bytes, bytes] = {}
-        self.changelog_offset = -1
-        self.meta = Meta()
-        self.role = Role.ACTIVE
+        self.flush: list[_Record] = []
+        self.length = 0
 
-    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        return [self.values.get(key) for key in keys]
+    def append(self, keys: list[bytes], value: bytes) -> None:
+        self.flush = [_Record(self.length + number, key, value) for number, key in enumerate(keys)]
+        self.length += len(keys)
 
-    fetch = get_many
+    async def assignment(self) -> Assignment:
+        return Assignment(1, 1, frozenset({0}))
 
-    def items(self, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
-        return iter(sorted(item for item in self.values.items() if item[0] >= start))
+    async def edge(self, _partition: int) -> Edges:
+        return Edges(0, self.length)
+
+    def go_on(self, _partition: int, _offset: int) -> None:
+        self.flush = []
+
+    async def position(self, _partition: int) -> int:
+        return self.length
+
+    def end(self, _partition: int) -> int:
+        return self.length
+
+    async def fetch(self, partitions: Collection[int], **_: int) -> dict[int, list[_Record]]:
+        await asyncio.sleep(0)
+        found, self.flush = self.flush, []
+        return {0: found} if found and partitions else {}
+
+    async def leave(self) -> None:
+        """Nothing is left behind."""
 
 
 async def mirror_rate(url: str, entries: int) -> tuple[float, float]:
@@ -46,37 +70,27 @@ async def mirror_rate(url: str, entries: int) -> tuple[float, float]:
         KvatlasError: the mirror is not what the table is.
     """
     rng = random.Random(4)  # noqa: S311 # the same keys every time
-    state, client = _State(), connect(url)
-
-    async def changed(_number: int, _after: MirrorPosition, _through: int) -> list[bytes] | None:
-        return None
-
+    log, client, known = _Log(), connect(url), asyncio.Event()
+    known.set()
     mirror = Mirror(
         MirrorServer(client, _PREFIX),
-        worker="bench",
+        cast("GroupMember", log),
+        pods=PodDirectory(),
+        pods_known=known,
+        name="bench",
         layout=MirrorLayout(partitions=1, block_size_tokens=16, index_version="base"),
-        source=MirrorSource(
-            states=lambda: {0: cast("PartitionState", state)},
-            generation=lambda: 1,
-            pod=lambda _pod: None,
-            pods=list,
-            pods_known=lambda: True,
-            changed=changed,
-        ),
+        max_age_seconds=3600.0,
     )
     await mirror.turn()
     flushes = [[rng.randbytes(16) for _ in range(_FLUSH)] for _ in range(max(entries // _FLUSH, 1))]
     value = rng.randbytes(2 * HOLDER_BYTES)
     began, spent = time.perf_counter(), time.process_time()
     for keys in flushes:
-        before = state.changelog_offset
-        state.values.update(dict.fromkeys(keys, value))
-        state.changelog_offset += _FLUSH
-        mirror.note(0, keys, before, state.changelog_offset)
+        log.append(keys, value)
         await mirror.turn()
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - spent
     names: Any = [Names(_PREFIX).blocks + key for key in flushes[-1]]
-    if await client.mget(names) != [value] * _FLUSH or await client.dbsize() < len(state.values):
+    if await client.mget(names) != [value] * _FLUSH or await client.dbsize() < log.length:
         raise KvatlasError("the mirror is not what the table is")
     await client.aclose()
-    return len(state.values) / seconds, len(state.values) / cpu_seconds
+    return log.length / seconds, log.length / cpu_seconds

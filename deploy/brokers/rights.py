@@ -75,6 +75,7 @@ TOPIC_RIGHTS: Final[dict[str, dict[str, tuple[str, ...]]]] = {
         "block_index": ("Read", "Write"),
     },
     "scorer": {topics.PODS: ("Read",), topics.WORKERS: ("Read",), topics.DECISIONS: ("Read", "Write")},
+    "mirror": {topics.PODS: ("Read",), "block_index": ("Read",)},
     "top": {topics.PODS: ("Read",), topics.WORKERS: ("Read",), topics.BLOCKS: ("Describe",)},
     "audit": {
         topics.EVENTS: ("Read",),
@@ -125,7 +126,7 @@ def rights_of(
 
 def default_groups(who: str, app: str = "kvatlas") -> list[str]:
     """Return the consumer groups that a service joins unless its settings name others."""
-    return {"bridge": ["kvatlas-bridge"], "worker": [app]}.get(who, [])
+    return {"bridge": ["kvatlas-bridge"], "worker": [app], "mirror": [f"{app}-mirror-kvatlas"]}.get(who, [])
 
 
 async def check_rights(kafka: KafkaSettings, rights: Iterable[Right], *, wait_seconds: float = 0.0) -> None:

@@ -23,6 +23,7 @@ COMMANDS: Final = {
     "demo-gateway": "send chats through a real Envoy and check that they arrive where their prefix is",
     "bridge": "subscribe to engines and put their events on Kafka",
     "worker": "materialise the block index and answer lookups",
+    "mirror": "copy the index to Redis or Valkey, beside the workers",
     "scorer": "answer which pod holds a prompt's prefix",
     "picker": "pick the pod for a gateway's next request (Envoy, Gateway API)",
     "gateway": "run a real Envoy before a picker, or print its configuration",

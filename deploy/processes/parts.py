@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
+from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.runtime.restarts import Restarts
 from kvatlas.deploy.cli import common
 
@@ -99,6 +100,10 @@ async def _worker_settings(
     if prepared:
         return settings
     version, groups = settings.index_version, [group_of(settings)]
+    if settings.mirror:
+        from kvatlas.streams.mirror.service import group_of_mirrors  # noqa: PLC0415
+
+        groups.append(group_of_mirrors(settings))
     rights = rights_of("worker", kafka, app=settings.app, version=version, groups=groups)
     if scores:
         rights += rights_of("scorer", kafka)
@@ -165,6 +170,24 @@ async def _console(sections: Mapping[str, Any], stop: asyncio.Event, prepared: b
     return service if await common.unless_stopped(stop, check_rights(kafka, rights_of("console", kafka))) else None
 
 
+async def _mirror(sections: Mapping[str, Any], stop: asyncio.Event, prepared: bool) -> Service | None:
+    from kvatlas.deploy.brokers.rights import START_SECONDS, check_rights, rights_of  # noqa: PLC0415
+
+    try:
+        from kvatlas.streams.mirror.service import MirrorService, group_of_mirrors  # noqa: PLC0415
+    except ImportError as error:
+        raise SettingsError("the mirror needs Redis's client; install kvatlas[redis]") from error
+    settings, kafka = sections["worker"], sections["kafka"]
+    service = MirrorService(settings, kafka)
+    if prepared:
+        return service
+    groups = [group_of_mirrors(settings)]
+    rights = rights_of("mirror", kafka, app=settings.app, version=settings.index_version, groups=groups)
+    return (
+        service if await common.unless_stopped(stop, check_rights(kafka, rights, wait_seconds=START_SECONDS)) else None
+    )
+
+
 def _addresses(**names: str) -> Callable[[Any], str]:
     """Return what makes the ready line: a name -> attribute with the address; those without an address are left out."""
 
@@ -193,5 +216,6 @@ PARTS: Final[Mapping[str, Part]] = {
         (*_SCORING, "picker"), _scorer_with_picker, _addresses(picker="address", scorer="scorer_address")
     ),
     "picker": Part((*_SCORING, "picker"), _picker, _addresses(picker="address", metrics="telemetry_address")),
+    "mirror": Part(("kafka", "log", "worker"), _mirror, _addresses(mirror="address")),
     "console": Part(("kafka", "log", "console", "worker", "picker"), _console, _addresses(console="address")),
 }

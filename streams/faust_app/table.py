@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import faust
@@ -39,12 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class BulkTable(faust.Table[bytes, bytes]):
-    """A table on :class:`BulkStore`; see the module's text for the order of a commit.
-
-    Attributes:
-        on_committed: told of every commit here, without waiting: partition, table keys written or removed, changelog
-            offset before and after.
-    """
+    """A table on :class:`BulkStore`; see the module's text for the order of a commit."""
 
     def __init__(
         self, app: Any, *, budget: RocksBudget, cache_bytes: int, changelog: str, valid: Valid, **kwargs: Any
@@ -53,7 +47,6 @@ class BulkTable(faust.Table[bytes, bytes]):
         self._budget = budget
         self._cache_bytes = cache_bytes
         self._changelog = changelog
-        self.on_committed: Callable[[int, Iterable[bytes], int | None, int], None] | None = None
         super().__init__(
             app, key_type=bytes, value_type=bytes, store="rocksdb://", **{"recovery_buffer_size": 4096, **kwargs}
         )
@@ -123,8 +116,6 @@ class BulkTable(faust.Table[bytes, bytes]):
             state.foreign |= examine(between, old, f"changelog {self._changelog}/{partition}")
         await state.write_apart(changes.writes, placed.last, meta)
         state.overlay.committed(changes)
-        if self.on_committed is not None:
-            self.on_committed(partition, changes.writes, before, placed.last)
         if state.foreign:
             await self._write_again(state)
 

@@ -60,7 +60,7 @@ class Service:
     def ready(self, timeout: float = 150.0) -> str:
         """Wait for the ready line; returns the address in it."""
         line = self.line = self._lines.get(timeout=timeout)
-        found = re.match(r"ready \S*?(?:scorer|worker|metrics)=(\S*)|ready bridge metrics=(\S*)", line)
+        found = re.match(r"ready \S*?(?:scorer|worker|metrics|mirror)=(\S*)|ready bridge metrics=(\S*)", line)
         assert found, f"no ready line but {line!r}; log:\n{self.tail()}"
         return found[1] or found[2] or ""
 

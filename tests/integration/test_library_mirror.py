@@ -19,6 +19,7 @@ from kvatlas.scorer import Indexer
 from kvatlas.scorer.library.backends.errors import BackendError, ReadOnlyError
 from kvatlas.scorer.library.backends.mirror import MirrorBackend
 from kvatlas.streams.mirror.layout import Names
+from tests.integration.pipeline_support import Service
 from tests.integration.redis_support import RedisServer
 from tests.integration.streams_support import WorkerProcess, assert_true, fleet_of, make_topics, producing, until_true
 
@@ -106,14 +107,17 @@ async def test_the_mirror_is_the_index_through_crashes(
 
 
 async def test_readers_score_from_the_mirror(brokers: str, topic_prefix: str, tmp_path: Path, server: RedisServer):
-    """An indexer over the mirror gives the pods' own answers, refuses writes, and says when nobody keeps it."""
+    """An indexer over what a `kvatlas mirror` writes is right, refuses writes, and says when it ends."""
     with pytest.raises(BackendError, match="--mirror"):
         await Indexer.from_mirror(MirrorBackend(server.url)).start()
     kafka = await make_topics(brokers, topic_prefix)
     fleet = fleet_of(kafka, pods=3, blocks=512)
-    worker = WorkerProcess(kafka, tmp_path / "a", f"--mirror={server.url}")
+    worker = WorkerProcess(kafka, tmp_path / "a")
+    log = f"--brokers={kafka.brokers}", f"--topic-prefix={topic_prefix}"
+    mirror = Service(tmp_path / "mirror.log", "mirror", *log, f"--mirror={server.url}")
     try:
         await worker.ready()
+        await asyncio.to_thread(mirror.ready, 150)
         async with producing(kafka) as producer:
             served = fleet.serve(60)
             await fleet.flush(producer)
@@ -143,4 +147,5 @@ async def test_readers_score_from_the_mirror(brokers: str, topic_prefix: str, tm
             server.kill()
             assert (await indexer.score_tokens(served[0].tokens, MODEL)).partial
     finally:
+        mirror.close()
         worker.close()

@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Iterator, Sequence
+import random
+from collections.abc import AsyncIterator, Collection, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
+from kvatlas.bridge.errors import LogError
+from kvatlas.bridge.kafka.member import Assignment
+from kvatlas.bridge.kafka.ranges import Edges
 from kvatlas.bridge.model import block_key, epochs, pod_ids, records
+from kvatlas.bridge.model.directory import PodDirectory
 from kvatlas.bridge.model.records import PodRecord
+from kvatlas.streams.index.holders import HOLDER_BYTES
 from kvatlas.streams.mirror.layout import MirrorLayout, MirrorPosition, Names, position_of
 from kvatlas.streams.mirror.mirror import Mirror
-from kvatlas.streams.mirror.part import MirrorSource
 from kvatlas.streams.mirror.redis_link import connect
 from kvatlas.streams.mirror.server import MirrorServer
-from kvatlas.streams.state.changelog import Meta
-from kvatlas.streams.state.partition import Role
+from kvatlas.streams.state.changelog import META_KEY, Meta, encode_meta
 from tests.integration.redis_support import RedisServer
 
 PARTITIONS = 2
 NAMES = Names("test")
 LAYOUT = MirrorLayout(partitions=PARTITIONS, block_size_tokens=16, index_version="base")
+#: Far from now, so that no position is too old for the changelog.
+NOW_NS = 4_000_000_000_000_000_000
 _numbers = itertools.count()
+
+
+def value(text: str) -> bytes:
+    """An entry's value: holders of the right size."""
+    return text.encode().ljust(HOLDER_BYTES, b".")
 
 
 def keys_of(partition: int, count: int) -> list[bytes]:
@@ -37,75 +48,132 @@ def keys_of(partition: int, count: int) -> list[bytes]:
     return made
 
 
-class Table:
-    """One partition of a table and its changelog, in memory, shared by the workers of a test."""
+class Record(NamedTuple):
+    """A record of a changelog."""
+
+    offset: int
+    key: bytes | None
+    value: bytes | None
+
+
+class Changelog:
+    """One partition of the changelog, in memory, shared by the mirrors of a test."""
 
     def __init__(self) -> None:
-        self.values: dict[bytes, bytes] = {}
-        self.changes: list[bytes] = []
+        self.records: list[Record] = []
+        self.first = 0
+        self.end = 0
+        self.meta = Meta(epoch=1, owner=1, written_ns=NOW_NS)
+
+    def put(self, key: bytes | None, data: bytes | None) -> None:
+        """Append a record."""
+        self.records.append(Record(self.end, key, data))
+        self.end += 1
+
+    def commit(self, writes: dict[bytes, bytes | None], meta: Meta | None = None) -> None:
+        """Commit a flush as the table does; with ``meta``, as another writer."""
+        before = meta or self.meta
+        after = before._replace(source_offset=before.source_offset + 10, receive_ns=7)
+        self.put(META_KEY, encode_meta(before))
+        for key, data in writes.items():
+            self.put(key, data)
+        self.put(META_KEY, encode_meta(after))
+        if meta is None:
+            self.meta = after
+
+    def compact(self) -> None:
+        """Keep the newest record of each key alone, and forget what was removed."""
+        newest = {record.key: record for record in self.records}
+        self.records = [record for record in newest.values() if record.value is not None]
+        self.records.sort()
+
+    def entries(self) -> dict[bytes, bytes]:
+        """What the table has, with nobody replaced."""
+        found: dict[bytes, bytes] = {}
+        for _, key, data in self.records:
+            if key is not None and key != META_KEY:
+                found.pop(key, None) if data is None else found.update({key: data})
+        return found
 
 
-class State:
-    """What the mirror reads of a partition's local state."""
+class Member:
+    """A member of the mirrors' group, as the mirror uses it."""
 
-    def __init__(self, table: Table) -> None:
-        self.table, self.role = table, Role.ACTIVE
-        self.offset = len(table.changes) - 1
+    def __init__(self, logs: dict[int, Changelog], generation: int) -> None:
+        self.logs = logs
+        self.given = Assignment(1, generation, frozenset(logs))
+        self.positions: dict[int, int] = {}
+        self.left = 0
+        self.fails = False
 
-    @property
-    def changelog_offset(self) -> int | None:
-        return self.offset if self.offset >= 0 else None
+    async def assignment(self) -> Assignment:
+        return self.given
 
-    @property
-    def meta(self) -> Meta:
-        return Meta(self.offset * 10, 7, 8)
+    async def edge(self, partition: int) -> Edges:
+        return Edges(self.logs[partition].first, self.logs[partition].end)
 
-    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        return [self.table.values.get(key) for key in keys]
+    def go_on(self, partition: int, offset: int) -> None:
+        self.positions[partition] = offset
 
-    fetch = get_many
+    async def position(self, partition: int) -> int:
+        return self.positions[partition]
 
-    def items(self, start: bytes = b"") -> Iterator[tuple[bytes, bytes]]:
-        return iter(sorted(item for item in self.table.values.items() if item[0] >= start))
+    def end(self, partition: int) -> int:
+        return self.logs[partition].end
+
+    async def fetch(self, partitions: Collection[int], *, timeout_ms: int, max_records: int) -> dict[int, list[Record]]:
+        del timeout_ms
+        await asyncio.sleep(0)
+        if self.fails:
+            raise LogError("away")
+        found = {}
+        for number in partitions:
+            log = self.logs[number]
+            if not log.first <= self.positions[number] <= log.end:  # as Kafka's client does
+                self.positions[number] = log.first
+            batch = [one for one in log.records if one.offset >= self.positions[number]][:max_records]
+            self.positions[number] = batch[-1].offset + 1 if batch else log.end
+            if batch:
+                found[number] = batch
+        return found
+
+    async def leave(self) -> None:
+        self.left += 1
 
 
 class Worker:
-    """A worker with a mirror: partitions of tables, a generation, pods."""
+    """A mirror with its member of the group and its pods."""
 
-    def __init__(self, url: str, tables: dict[int, Table], name: str, generation: int, **options: Any) -> None:
-        self.states = {number: State(table) for number, table in tables.items()}
-        self.generation = generation
-        self.pods: dict[str, PodRecord] = {}
-        self.asked: list[MirrorPosition] = []
-        self.tells = True
+    def __init__(self, url: str, logs: dict[int, Changelog], name: str, generation: int, **options: Any) -> None:
+        self.member = Member(logs, generation)
+        self.pods = PodDirectory()
         self.client = connect(url, retries=0)
-        source = MirrorSource(
-            states=lambda: self.states,  # type: ignore[arg-type, return-value]
-            generation=lambda: self.generation,
-            pod=self.pods.get,
-            pods=self.pods.values,
-            pods_known=lambda: True,
-            changed=self.changed,
+        known = asyncio.Event()
+        known.set()
+        self.mirror = Mirror(
+            MirrorServer(self.client, "test"),
+            self.member,  # type: ignore[arg-type]
+            pods=self.pods,
+            pods_known=known,
+            name=name,
+            layout=options.pop("layout", LAYOUT),
+            max_age_seconds=options.pop("max_age_seconds", 3600.0),
         )
-        layout = options.pop("layout", LAYOUT)
-        self.mirror = Mirror(MirrorServer(self.client, "test"), worker=name, layout=layout, source=source, **options)
 
-    async def changed(self, partition: int, after: MirrorPosition, through: int) -> list[bytes] | None:
-        self.asked.append(after)
-        changes = self.states[partition].table.changes
-        return changes[after.changelog_offset + 1 : through + 1] if self.tells else None
+    def put(self, pod: PodRecord | None, name: str) -> None:
+        """Have ``kv-pods`` say something of a pod."""
+        key = pod_ids.pod_key(pod_ids.WRITER_BRIDGE, name)
+        self.pods.apply(key, None if pod is None else records.encode(pod))
 
-    def commit(self, partition: int, writes: dict[bytes, bytes | None]) -> None:
-        """Commit a flush as the table does."""
-        state = self.states[partition]
-        for key, value in writes.items():
-            state.table.changes.append(key)
-            if value is None:
-                state.table.values.pop(key, None)
-            else:
-                state.table.values[key] = value
-        before, state.offset = state.changelog_offset, len(state.table.changes) - 1
-        self.mirror.note(partition, writes, before, state.offset)
+    def reassign(self) -> None:
+        """Have the group share out again."""
+        number, generation, partitions = self.member.given
+        self.member.given = Assignment(number + 1, generation + 1, partitions)
+
+    async def turns(self, count: int = 3) -> None:
+        """Claim, send, and see that nothing is left."""
+        for _ in range(count):
+            await self.mirror.turn()
 
 
 async def mirrored(worker: Worker) -> dict[bytes, bytes]:
@@ -126,15 +194,15 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 async def rig(server: RedisServer) -> AsyncIterator[SimpleNamespace]:
-    """An empty server, two tables, and workers that are closed in the end."""
-    tables = {number: Table() for number in range(PARTITIONS)}
+    """An empty server, two changelogs, and mirrors that are closed in the end."""
+    logs = {number: Changelog() for number in range(PARTITIONS)}
     workers: list[Worker] = []
 
     def worker(name: str = "a", generation: int = 1, **options: Any) -> Worker:
-        workers.append(Worker(server.url, tables, name, generation, **options))
+        workers.append(Worker(server.url, logs, name, generation, **options))
         return workers[-1]
 
-    made = SimpleNamespace(tables=tables, worker=worker, server=server)
+    made = SimpleNamespace(logs=logs, worker=worker, server=server)
     await worker().client.flushall()
     yield made
     for each in workers:
@@ -143,153 +211,234 @@ async def rig(server: RedisServer) -> AsyncIterator[SimpleNamespace]:
 
 def everything(rig: SimpleNamespace) -> dict[bytes, bytes]:
     """What the tables have."""
-    return {key: value for table in rig.tables.values() for key, value in table.values.items()}
+    return {key: data for log in rig.logs.values() for key, data in log.entries().items()}
 
 
-async def test_commits_arrive_and_positions_say_so(rig: SimpleNamespace):
-    """Entries are set and removed; the position is the table's; what is no block key stays out."""
-    worker = rig.worker()
+async def test_commits_arrive_and_positions_say_so(rig: SimpleNamespace) -> None:
+    """Entries are set and removed; the position is the changelog's; what is no entry stays out."""
+    worker, log = rig.worker(), rig.logs[0]
     one, two = keys_of(0, 2)
-    worker.commit(0, {one: b"h1", two: b"h2", b"\0pod12345678": b"x"})
-    await worker.mirror.turn()
-    assert await mirrored(worker) == {one: b"h1", two: b"h2"}
-    worker.commit(0, {one: b"h3", two: None})
-    await worker.mirror.turn()
-    assert await mirrored(worker) == {one: b"h3"}
+    log.commit({one: value("h1"), two: value("h2"), b"\0pod12345678": b"x"})
+    log.put(keys_of(0, 1)[0], b"no holders")
+    log.put(None, b"x")
+    await worker.turns()
+    assert await mirrored(worker) == {one: value("h1"), two: value("h2")}
+    log.commit({one: value("h3"), two: None})
+    await worker.turns(1)
+    assert await mirrored(worker) == {one: value("h3")}
     position = position_of(await worker.client.get(NAMES.position(0)))
-    assert position == MirrorPosition(4, 40, 7, 8)
+    assert position == MirrorPosition(log.end - 1, 19, 7, NOW_NS)
 
 
-async def test_a_partition_that_moved_goes_on_and_its_first_writer_can_write_no_more(rig: SimpleNamespace):
-    """The later generation takes over with what the changelog says; the earlier one's values never come back."""
+async def test_what_replaced_writers_wrote_is_dropped(rig: SimpleNamespace) -> None:
+    """A writer of a lower epoch changes nothing, nor does its position; also right after a start."""
+    worker, log, (key, other) = rig.worker(), rig.logs[0], keys_of(0, 2)
+    log.commit({key: value("old")})
+    late = log.meta
+    log.meta = log.meta._replace(epoch=2, owner=2)
+    log.commit({key: value("new")})
+    await worker.turns()
+    log.commit({key: value("ghost"), other: value("ghost")}, late)
+    await worker.turns(1)
+    fresh = rig.worker("b", 2)
+    await fresh.turns()
+    assert await mirrored(fresh) == {key: value("new")}
+    log.commit({other: value("mine")})
+    await fresh.turns(1)
+    assert await mirrored(fresh) == {key: value("new"), other: value("mine")}
+
+
+async def test_a_partition_that_moved_goes_on_and_its_first_writer_can_write_no_more(rig: SimpleNamespace) -> None:
+    """The later generation goes on behind the position; the earlier one's values never come back."""
     first, keys = rig.worker("a", 1), keys_of(0, 3)
-    first.commit(0, dict.fromkeys(keys, b"old"))
-    await first.mirror.turn()
-    # It stands still here: its table keeps the old values, and it still holds itself for the owner.
-    frozen = Table()
-    frozen.values, frozen.changes = dict(rig.tables[0].values), list(rig.tables[0].changes)
-    first.states[0].table = frozen
-    rig.tables[0].changes.append(keys[2])  # committed by it, and not mirrored any more
-    rig.tables[0].values[keys[2]] = b"last"
+    rig.logs[0].commit(dict.fromkeys(keys, value("old")))
+    await first.turns()
+    # It stands still here: what it is given next is what came then, and it still holds itself for the owner.
+    frozen = Changelog()
+    frozen.records, frozen.end, frozen.meta = list(rig.logs[0].records), rig.logs[0].end, rig.logs[0].meta
+    rig.logs[0].commit({keys[2]: value("last")})
     second = rig.worker("b", 2)
-    second.commit(0, {keys[0]: b"new"})
-    await second.mirror.turn()
-    assert len(second.asked) == 1
-    assert await mirrored(second) == {keys[0]: b"new", keys[1]: b"old", keys[2]: b"last"}
-    first.commit(0, {keys[0]: b"ghost", keys[1]: b"ghost"})
-    await first.mirror.turn()
-    await first.mirror.turn()
-    assert await mirrored(second) == {keys[0]: b"new", keys[1]: b"old", keys[2]: b"last"}
+    await second.turns()
+    rig.logs[0].commit({keys[0]: value("new")})
+    await second.turns(1)
+    first.member.logs = {**rig.logs, 0: frozen}
+    frozen.commit({keys[0]: value("ghost"), keys[1]: value("ghost")})
+    await first.turns()
+    assert await mirrored(second) == {keys[0]: value("new"), keys[1]: value("old"), keys[2]: value("last")}
 
 
-async def test_a_server_that_lost_everything_is_filled_again(rig: SimpleNamespace):
+async def test_a_server_that_lost_everything_is_filled_again(rig: SimpleNamespace) -> None:
     """Also when nothing is committed meanwhile, and for more entries than one slice has."""
     worker = rig.worker()
     for number in range(PARTITIONS):
-        worker.commit(number, dict.fromkeys(keys_of(number, 2500), b"h"))
-    await worker.mirror.turn()
+        rig.logs[number].commit(dict.fromkeys(keys_of(number, 2500), value("h")))
+    await worker.turns()
     await worker.client.flushall()
     worker.mirror._laid_out = False
     for part in worker.mirror._parts.values():
         part.claimed_at -= 60  # the next look at the server is due
-    await worker.mirror.turn()
+    await worker.turns()
     assert await mirrored(worker) == everything(rig)
     assert len(everything(rig)) == 5000
 
 
-@pytest.mark.parametrize("tells", [True, False])
-async def test_a_server_that_went_back_catches_up(rig: SimpleNamespace, tells: bool):
+@pytest.mark.parametrize("how", ["tells", "too old", "retention", "made anew"])
+async def test_a_server_that_went_back_catches_up(rig: SimpleNamespace, how: str) -> None:
     """From the changelog where it can tell, else by a copy that also removes what the table has not."""
-    worker, keys = rig.worker(), keys_of(0, 20)
-    worker.tells = tells
-    worker.commit(0, dict.fromkeys(keys[:10], b"h"))
-    await worker.mirror.turn()
+    worker, keys, log = rig.worker(max_age_seconds=-1e18 if how == "too old" else 3600.0), keys_of(0, 20), rig.logs[0]
+    log.commit(dict.fromkeys(keys[:10], value("h")))
+    await worker.turns()
     back = await worker.client.get(NAMES.position(0))
-    worker.commit(0, {keys[0]: None, keys[10]: b"h"})
-    await worker.mirror.turn()
+    log.commit({keys[0]: None, keys[10]: value("h")})
+    await worker.turns()
     await worker.client.set(NAMES.position(0), back)  # as a server restarted from an older file would be
-    await worker.client.set(NAMES.blocks + keys[0], b"h")
+    await worker.client.set(NAMES.blocks + keys[0], value("h"))
     await worker.client.delete(NAMES.blocks + keys[10])
-    worker.commit(0, {keys[1]: b"x"})
-    for _ in range(3):
-        await worker.mirror.turn()
-    assert [at.changelog_offset for at in worker.asked] == [9]
+    if how in ("too old", "retention"):
+        log.compact()
+        log.first = log.records[0].offset + 15 if how == "retention" else 0
+        log.records = [record for record in log.records if record.offset >= log.first]
+    if how == "made anew":
+        log.records, log.end = [], 0
+        log.commit({keys[4]: value("other")})
+    else:
+        log.commit({keys[1]: value("x")})
+    copies = metric("copies")
+    await worker.turns(4)
     assert await mirrored(worker) == everything(rig)
+    assert (metric("copies") > copies) == (how != "tells")
 
 
-async def test_too_many_changes_are_made_good_by_a_copy(rig: SimpleNamespace):
-    """What waits is bounded; nothing is missing afterwards."""
-    worker = rig.worker(pending_keys=100)
-    await worker.mirror.turn()
-    for part in range(5):
-        worker.commit(part % 2, dict.fromkeys(keys_of(part % 2, 60), b"h"))
-        assert worker.mirror._pending <= 100
-    await worker.mirror.turn()
-    assert await mirrored(worker) == everything(rig)
+def metric(name: str) -> float:
+    """Value of one of the mirror's counters."""
+    from kvatlas.streams import metrics  # noqa: PLC0415
+
+    return float(getattr(metrics, f"MIRROR_{name.upper()}")._value.get())
 
 
-async def test_commits_during_a_copy_are_not_lost(rig: SimpleNamespace):
-    """Entries written and removed behind the copy's back are right in the end."""
-    seed, keys = rig.worker("a", 1), keys_of(0, 6000)
-    seed.commit(0, dict.fromkeys(keys, b"h"))
-    worker = rig.worker("b", 2)
-
-    async def disturb() -> None:
-        for number in range(0, 6000, 3):
-            worker.commit(0, {keys[number]: None if number % 2 else b"new"})
-            if number % 90 == 0:
-                await asyncio.sleep(0)
-
-    await asyncio.gather(worker.mirror.turn(), disturb())
-    await worker.mirror.turn()
-    assert await mirrored(worker) == everything(rig)
+async def test_a_copy_ends_where_compaction_left_nothing(rig: SimpleNamespace) -> None:
+    """A partition without a record, and one whose last record is gone, get their positions."""
+    worker, log, (key,) = rig.worker(), rig.logs[0], keys_of(0, 1)
+    log.commit({key: value("h")})
+    log.end += 5
+    await worker.turns()
+    assert await mirrored(worker) == {key: value("h")}
+    assert position_of(await worker.client.get(NAMES.position(0)))[0] == log.end - 1  # type: ignore[index]
+    assert position_of(await worker.client.get(NAMES.position(1)))[0] == -1  # type: ignore[index]
+    rig.logs[1].commit({(other := keys_of(1, 1)[0]): value("i")})
+    await worker.turns(1)
+    assert await mirrored(worker) == {key: value("h"), other: value("i")}
 
 
-async def test_pods_come_with_their_epochs_and_leave(rig: SimpleNamespace):
+async def test_errors_of_kafka_and_of_the_server_are_tried_again(rig: SimpleNamespace) -> None:
+    """The group is joined anew after Kafka's; what was committed meanwhile arrives."""
+    worker, (one, two) = rig.worker(), keys_of(0, 2)
+    rig.logs[0].commit({one: value("1")})
+    task = asyncio.create_task(worker.mirror.run())
+
+    async def until(wanted: dict[bytes, bytes]) -> None:
+        reader = rig.worker("reader")
+        async with asyncio.timeout(90):
+            while await mirrored(reader) != wanted:
+                await asyncio.sleep(0.02)
+
+    await until({one: value("1")})
+    worker.member.fails = True
+    async with asyncio.timeout(90):
+        while not worker.member.left:
+            await asyncio.sleep(0.02)
+    rig.logs[0].commit({two: value("2")})
+    worker.member.fails = False
+    await until({one: value("1"), two: value("2")})
+    await worker.client.connection_pool.disconnect()
+    rig.logs[0].commit({one: None})
+    await until({two: value("2")})
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+WHAT_HAPPENS = ("commit", "commit", "commit", "turn", "turn", "move", "reassign", "lose", "compact", "other")
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_whatever_happens_the_mirror_becomes_the_table(rig: SimpleNamespace, seed: int) -> None:
+    """Commits, compaction, moves, servers that go back or lose all, replaced writers, in any order."""
+    chance = random.Random(seed)
+    keys = {number: keys_of(number, 40) for number in range(PARTITIONS)}
+    workers = [rig.worker("a", 1)]
+    for step in range(60):
+        number = chance.randrange(PARTITIONS)
+        log, worker = rig.logs[number], workers[-1]
+        match chance.choice(WHAT_HAPPENS):
+            case "commit":
+                some = chance.sample(keys[number], chance.randrange(1, 9))
+                log.commit({key: None if chance.random() < 0.3 else value(f"{step}") for key in some})
+            case "turn":
+                await chance.choice(workers).turns(chance.randrange(1, 3))
+            case "move":
+                workers.append(rig.worker(f"w{step}", worker.member.given.generation + 1))
+            case "reassign":
+                worker.reassign()
+            case "lose":
+                await worker.client.flushall()
+                for each in workers:
+                    each.mirror._laid_out = False
+            case "compact":
+                await worker.turns(2)
+                if worker.mirror._parts[number].held:
+                    log.compact()
+            case "other":
+                log.meta = log.meta._replace(epoch=log.meta.epoch + 1, owner=step + 2)
+    last = workers[-1]
+    for part in last.mirror._parts.values():
+        part.claimed_at -= 60
+    await last.turns(4)
+    assert await mirrored(last) == everything(rig)
+
+
+async def test_pods_come_with_their_epochs_and_leave(rig: SimpleNamespace) -> None:
     """Records are there by pod, follow changes, and disappear with the pod."""
     worker = rig.worker()
     name = next(f"pod-{n}" for n in range(99) if pod_ids.pod_partition(f"pod-{n}", PARTITIONS) == 1)
-    worker.pods[name] = PodRecord(pod=name, writer="streams", epoch=epochs.epoch_of(5))
-    await worker.mirror.turn()
+    worker.put(PodRecord(pod=name, writer="bridge", epoch=epochs.epoch_of(5)), name)
+    await worker.turns(1)
 
     async def there() -> dict[bytes, bytes]:
         return await worker.client.hgetall(NAMES.pods(1))
 
     assert records.decode(PodRecord, (await there())[name.encode()]).epoch == epochs.epoch_of(5)
-    worker.pods[name] = PodRecord(pod=name, writer="streams", epoch=epochs.epoch_of(6))
-    worker.mirror.note_pod(name)
-    await worker.mirror.turn()
+    worker.put(PodRecord(pod=name, writer="bridge", epoch=epochs.epoch_of(6)), name)
+    await worker.turns(1)
     assert records.decode(PodRecord, (await there())[name.encode()]).epoch == epochs.epoch_of(6)
-    del worker.pods[name]
-    worker.mirror.note_pod(name)
-    await worker.mirror.turn()
+    worker.put(None, name)
+    await worker.turns(1)
     assert await there() == {}
 
 
-async def test_another_layout_waits_until_nobody_writes_under_the_first(rig: SimpleNamespace):
-    """Workers of another index version leave a kept mirror alone, and take it over once its claims have ended."""
+async def test_another_layout_waits_until_nobody_writes_under_the_first(rig: SimpleNamespace) -> None:
+    """Mirrors of another index version leave a kept mirror alone, and take it over once its claims have ended."""
     worker, (key,) = rig.worker(), keys_of(0, 1)
-    worker.commit(0, {key: b"h"})
-    await worker.mirror.turn()
+    rig.logs[0].commit({key: value("h")})
+    await worker.turns()
     other = rig.worker("b", 9, layout=MirrorLayout(partitions=PARTITIONS, block_size_tokens=32, index_version="v2"))
-    rig.tables[0].values.clear()
-    await other.mirror.turn()
-    assert await mirrored(worker) == {key: b"h"}
+    other.member.logs = {number: Changelog() for number in range(PARTITIONS)}
+    await other.turns()
+    assert await mirrored(worker) == {key: value("h")}
     for number in range(PARTITIONS):
         await worker.client.delete(NAMES.claim(number))
-    await other.mirror.turn()
+    await other.turns()
     assert await mirrored(worker) == {}
 
 
-async def test_a_worker_needs_its_prefix_alone(rig: SimpleNamespace):
+async def test_a_mirror_needs_its_prefix_alone(rig: SimpleNamespace) -> None:
     """A user with all commands on the prefix's keys, and no others, is enough, also for a copy."""
     admin, (key,) = rig.worker().client, keys_of(0, 1)
     await admin.acl_setuser("writer", enabled=True, passwords=["+s3cret"], keys=["test:*"], categories=["+@all"])
     try:
-        worker = Worker(f"redis://writer:s3cret@127.0.0.1:{rig.server.port}/0", rig.tables, "w", 1)
-        worker.commit(0, {key: b"h"})
-        await worker.mirror.turn()
-        assert await mirrored(worker) == {key: b"h"}
+        worker = Worker(f"redis://writer:s3cret@127.0.0.1:{rig.server.port}/0", rig.logs, "w", 1)
+        rig.logs[0].commit({key: value("h")})
+        await worker.turns()
+        assert await mirrored(worker) == {key: value("h")}
         await worker.client.aclose()
     finally:
         await admin.acl_deluser("writer")
