@@ -79,14 +79,14 @@ class GroupMember(ConsumerRebalanceListener):  # type: ignore[misc]
         if self._joined is None:
             consumer: Any = AIOKafkaConsumer(**self._options)
             consumer.subscribe([self._topic], listener=self)
+            self._joined = consumer  # the first assignment may come before it has started
             try:
                 await consumer.start()
             except BaseException as error:
-                await consumer.stop()
+                await self.leave()
                 if isinstance(error, KafkaError):
                     raise self._error(error) from error
                 raise
-            self._joined = consumer
         return self._given
 
     async def leave(self) -> None:
