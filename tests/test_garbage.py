@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from kvatlas.bridge.errors import WireError
 from kvatlas.bridge.ingest.recovered import Recovered, fold
 from kvatlas.bridge.model import records, topics
+from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.model.directory import PodDirectory
 from kvatlas.bridge.model.validity import Validity
 from kvatlas.bridge.model.workers import WorkerDirectory
@@ -44,10 +45,10 @@ from kvatlas.streams.errors import FencedError
 from kvatlas.streams.index.apply import apply_blocks, live_holders, sweep_index
 from kvatlas.streams.index.apply import is_entry as index_entry
 from kvatlas.streams.index.blocks_record import OP_ADD, Run, decode_blocks, encode_blocks
-from kvatlas.streams.index.holders import holders, pack_holder
+from kvatlas.streams.index.holders import HOLDER_BYTES, holders, pack_holder
 from kvatlas.streams.index.view import DictView
-from kvatlas.streams.mirror import changes
-from kvatlas.streams.mirror.layout import MirrorPosition, position_of
+from kvatlas.streams.mirror.layout import MirrorLayout
+from kvatlas.streams.mirror.mirror import Mirror
 from kvatlas.streams.resolve import engine_blocks
 from kvatlas.streams.resolve.effects import Effects
 from kvatlas.streams.resolve.entries import is_entry as engine_entry
@@ -58,6 +59,7 @@ from kvatlas.streams.state.changelog import META_KEY, Meta, decode_meta, encode_
 from kvatlas.streams.state.claims import examine
 from kvatlas.streams.state.database import RocksBudget
 from kvatlas.streams.state.partition import OFFSET_KEY, PartitionState, Valid
+from tests.streams.mirror.rig import Changelog, Member
 
 Value = bytes | None
 
@@ -370,54 +372,56 @@ def test_a_replica_takes_any_pod_worker_and_block(found: list[tuple[Value, Value
     asyncio.run(work())
 
 
-class _Changelog:
-    """A consumer of one partition; only what is read of it."""
+class _Server:
+    """A mirror's server in memory, as the mirror uses it."""
 
-    def __init__(self, found: list[tuple[Value, Value, Any]]) -> None:
-        self._found, self._at = found, 0
-        self.start = self.stop = self._nothing
+    def __init__(self, position: bytes) -> None:
+        self.positions, self.entries = {0: position}, {}  # type: ignore[var-annotated]
 
-    async def _nothing(self) -> None:
-        return
+    async def agree(self, _layout: Any) -> str:
+        return ""
 
-    def assign(self, _places: Any) -> None:
-        return
+    async def claim(self, number: int, _token: bytes) -> tuple[bool, bytes]:
+        return True, self.positions[number]
 
-    async def beginning_offsets(self, places: Any) -> Any:
-        return dict.fromkeys(places, 0)
+    async def scan(self, _cursor: int) -> tuple[int, list[bytes]]:
+        return 0, list(self.entries)
 
-    async def end_offsets(self, places: Any) -> Any:
-        return dict.fromkeys(places, len(self._found))
+    async def pod_names(self, _number: int) -> list[bytes]:
+        return []
 
-    def seek(self, _place: Any, offset: int) -> None:
-        self._at = offset
-
-    async def position(self, _place: Any) -> int:
-        return self._at
-
-    async def fetch(self, _consumer: Any, place: Any, **_: Any) -> Any:
-        part = self._found[self._at : self._at + 2]
-        self._at += len(part)
-        return {place: [SimpleNamespace(key=key, value=value, headers=more) for key, value, more in part]}
+    async def write(self, held: Any, chunks: Any, after: bytes = b"") -> None:
+        for names, found in chunks:
+            for name, value in zip(names, found, strict=True):
+                self.entries[name] = value
+        if after:
+            self.positions[held.number] = b"" if after == b"-" else after
 
 
 @settings(fuzzed, max_examples=100)
-@given(found=st.lists(st.tuples(keys, values, headers), max_size=8), position=st.binary(max_size=40))
-def test_a_mirror_takes_any_changelog_and_position(found: list[tuple[Value, Value, Any]], position: bytes) -> None:
-    """What changed are the block keys of a stretch, or nobody can tell; positions are read or are none."""
-    log, size = _Changelog(found), len(found)
+@given(found=st.lists(st.tuples(keys, values), max_size=8), position=st.binary(max_size=40))
+def test_a_mirror_takes_any_changelog_and_position(found: list[tuple[Value, Value]], position: bytes) -> None:
+    """Only block keys with holders, or removed ones, get into it; whatever the server's position is."""
 
-    async def changed(after: MirrorPosition) -> list[bytes] | None:
-        how = {"most": 100, "max_age_seconds": 1e12, "client_id": "c"}
-        return await changes.changed_keys(KafkaSettings(), "log", 0, after=after, through=size - 1, **how)  # type: ignore[arg-type]
+    async def work() -> None:
+        log, server, known = Changelog(), _Server(position), asyncio.Event()
+        for key, value in found:
+            log.put(key, value)
+        mirror = Mirror(
+            server,  # type: ignore[arg-type]
+            Member({0: log}, 1),  # type: ignore[arg-type]
+            pods=PodDirectory(),
+            pods_known=known,
+            name="m",
+            layout=MirrorLayout(partitions=1, block_size_tokens=16, index_version="base"),
+            max_age_seconds=1e12,
+        )
+        for _ in range(4):
+            await mirror.turn()
+        assert all(len(key) == KEY_BYTES for key in server.entries)
+        assert all(value is None or len(value) % HOLDER_BYTES == 0 for value in server.entries.values())
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(changes, "AIOKafkaConsumer", lambda **_: log)
-        patch.setattr(changes, "fetch", log.fetch)
-        blocks = dict.fromkeys(key for key, _, _ in found if key is not None and len(key) == 16)
-        assert asyncio.run(changed(MirrorPosition(-1, -1, 0, 0))) == list(blocks)
-        if (known := position_of(position)) is not None:
-            asyncio.run(changed(known))
+    asyncio.run(work())
 
 
 @settings(fuzzed, max_examples=100)
