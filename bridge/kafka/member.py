@@ -14,7 +14,7 @@ from aiokafka.errors import IllegalStateError, KafkaError
 
 from kvatlas.bridge.errors import KvatlasError, LogError
 from kvatlas.bridge.kafka.config import client_config, is_loopback
-from kvatlas.bridge.kafka.fetching import fetch
+from kvatlas.bridge.kafka.fetching import fetch, start_client
 from kvatlas.bridge.kafka.lease import generation_of
 from kvatlas.bridge.kafka.ranges import Edges
 from kvatlas.bridge.kafka.rights import lost_right
@@ -81,7 +81,7 @@ class GroupMember(ConsumerRebalanceListener):  # type: ignore[misc]
             consumer.subscribe([self._topic], listener=self)
             self._joined = consumer  # the first assignment may come before it has started
             try:
-                await consumer.start()
+                await start_client(consumer)
             except BaseException as error:
                 await self.leave()
                 if isinstance(error, KafkaError):
