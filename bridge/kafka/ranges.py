@@ -8,6 +8,7 @@ from the batches by their reader.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from typing import Any, Final, NamedTuple, Self
@@ -19,7 +20,7 @@ from aiokafka.record.memory_records import MemoryRecords
 
 from kvatlas.bridge.errors import KvatlasError, LogError
 from kvatlas.bridge.kafka.config import client_config, is_loopback
-from kvatlas.bridge.kafka.fetching import check_metadata, metadata_error, metadata_task, start_client
+from kvatlas.bridge.kafka.fetching import metadata_error, metadata_task, start_client
 from kvatlas.bridge.kafka.rights import lost_right
 from kvatlas.bridge.runtime.settings import KafkaSettings
 
@@ -49,32 +50,42 @@ class RangeReader:
     """
 
     def __init__(self, kafka: KafkaSettings, client_id: str) -> None:
-        self._kafka = kafka
-        self._consumer: Any = AIOKafkaConsumer(**client_config(kafka, client_id), enable_auto_commit=False)
+        self._kafka, self._client_id = kafka, client_id
+        self._started: Any = None
 
     async def __aenter__(self) -> Self:
         """Connect.
 
         Raises:
+            SettingsError: TLS or SASL settings are refused.
             LogError: Kafka cannot be reached.
         """
+        consumer = AIOKafkaConsumer(**client_config(self._kafka, self._client_id), enable_auto_commit=False)
         try:
-            await start_client(self._consumer)
+            await start_client(consumer)
             await asyncio.sleep(0)  # stopped before its tasks have begun, aiokafka would raise their cancellation
         except BaseException as error:
-            await self._consumer.stop()
+            await consumer.stop()
             if isinstance(error, KafkaError | OSError):
                 raise LogError(f"cannot reach Kafka at {self._kafka.brokers}: {error}; check --brokers") from error
             raise
+        self._started = consumer
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         """Disconnect."""
-        await self._consumer.stop()
+        if self._started is not None:
+            with contextlib.suppress(Exception):  # closing raises what ended the client, which was told
+                await self._started.stop()
+
+    @property
+    def _consumer(self) -> Any:
+        assert self._started is not None, "use it as `async with`"
+        return self._started
 
     def failed(self) -> BaseException | None:
         """Return why it finds no new leaders any more, None while it does."""
-        return metadata_error(metadata_task(self._consumer))
+        return None if self._started is None else metadata_error(metadata_task(self._started))
 
     async def partitions(self, topic: str) -> list[int]:
         """Return the partitions of a topic as the brokers know them now; none when there is no such topic.
@@ -98,12 +109,12 @@ class RangeReader:
         Raises:
             LogError: Kafka does not answer.
             RightsError: the account may not read the topic.
-            TaskEndedError: the client keeps its metadata no more.
         """
         places = [TopicPartition(topic, number) for number in partitions]
         if not places:
             return {}
-        check_metadata(self._consumer)
+        if (ended := self.failed()) is not None:
+            raise LogError(f"{topic} at {self._kafka.brokers} cannot be read: {ended}") from ended
         try:
             first = await self._consumer.beginning_offsets(places)
             ends = await self._consumer.end_offsets(places)
