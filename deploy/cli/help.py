@@ -94,6 +94,10 @@ EXAMPLES: Final[dict[str, tuple[str, ...]]] = {
         "kvatlas reindex status",
         "kvatlas reindex switch v2",
     ),
+    "mirror": (
+        "kvatlas mirror --brokers kafka:9092 --mirror redis://redis:6379/0",
+        "kvatlas mirror --brokers kafka:9092 --mirror rediss://kvatlas@redis:6379/0 --mirror-password-file secret",
+    ),
     "evictor": ("kvatlas evictor /mnt/kv --max-bytes 2t --interval 60",),
     "bench": ("kvatlas bench replay --json",),
     "config": ("kvatlas config --markdown",),
