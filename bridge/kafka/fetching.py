@@ -15,9 +15,10 @@ from typing import Any, Final, NamedTuple
 
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.consumer.fetcher import FetchResult
-from aiokafka.errors import KafkaConnectionError
+from aiokafka.errors import KafkaConnectionError, KafkaError
 
-from kvatlas.bridge.errors import TaskEndedError
+from kvatlas.bridge.errors import LogError, TaskEndedError
+from kvatlas.bridge.runtime.settings import KafkaSettings
 
 #: Longer than any answer of a broker is waited for.
 _START_SECONDS: Final = 60.0
@@ -35,6 +36,22 @@ async def start_client(client: Any) -> None:
             await client.start()
     except TimeoutError as error:
         raise KafkaConnectionError(f"the client did not start in {_START_SECONDS:g} s") from error
+
+
+async def connect(client: Any, kafka: KafkaSettings) -> None:
+    """Start a client; nothing of it stays open where that fails.
+
+    Raises:
+        LogError: it cannot reach the brokers.
+    """
+    try:
+        await start_client(client)
+        await asyncio.sleep(0)  # stopped before its tasks have begun, aiokafka would raise their cancellation
+    except BaseException as error:
+        await client.stop()
+        if isinstance(error, KafkaError | OSError):
+            raise LogError(f"cannot reach Kafka at {kafka.brokers}: {error}; check --brokers") from error
+        raise
 
 
 def fetcher_task(consumer: Any) -> asyncio.Task[None]:

@@ -16,7 +16,7 @@ from kvatlas.bridge.errors import KvatlasError, LogError
 from kvatlas.bridge.kafka.config import client_config, is_loopback
 from kvatlas.bridge.kafka.fetching import fetch, start_client
 from kvatlas.bridge.kafka.lease import generation_of
-from kvatlas.bridge.kafka.ranges import Edges
+from kvatlas.bridge.kafka.ranges import Edges, edges_of
 from kvatlas.bridge.kafka.rights import lost_right
 from kvatlas.bridge.runtime.settings import KafkaSettings
 
@@ -127,13 +127,10 @@ class GroupMember(ConsumerRebalanceListener):  # type: ignore[misc]
         Raises:
             LogError: Kafka does not answer.
         """
-        place = TopicPartition(self._topic, partition)
         try:
-            first = await self._consumer.beginning_offsets([place])
-            end = await self._consumer.end_offsets([place])
+            return (await edges_of(self._consumer, self._topic, [partition]))[partition]
         except KafkaError as error:
             raise self._error(error) from error
-        return Edges(first[place], end[place])
 
     async def position(self, partition: int) -> int:
         """Return the offset of the next record; -1 when the partition is not ours any more.

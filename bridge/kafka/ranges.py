@@ -20,7 +20,7 @@ from aiokafka.record.memory_records import MemoryRecords
 
 from kvatlas.bridge.errors import KvatlasError, LogError
 from kvatlas.bridge.kafka.config import client_config, is_loopback
-from kvatlas.bridge.kafka.fetching import metadata_error, metadata_task, start_client
+from kvatlas.bridge.kafka.fetching import connect, metadata_error, metadata_task
 from kvatlas.bridge.kafka.rights import lost_right
 from kvatlas.bridge.runtime.settings import KafkaSettings
 
@@ -43,6 +43,19 @@ class Edges(NamedTuple):
     end: int
 
 
+async def edges_of(consumer: Any, topic: str, partitions: Iterable[int]) -> dict[int, Edges]:
+    """Return where partitions begin and end now.
+
+    Raises:
+        KafkaError: Kafka does not answer.
+    """
+    places = [TopicPartition(topic, number) for number in partitions]
+    if not places:
+        return {}
+    first, ends = await consumer.beginning_offsets(places), await consumer.end_offsets(places)
+    return {place.partition: Edges(first[place], ends[place]) for place in places}
+
+
 class RangeReader:
     """A client that reads ranges: no group, no commits, nothing that others could notice. Use as ``async with``.
 
@@ -61,14 +74,7 @@ class RangeReader:
             LogError: Kafka cannot be reached.
         """
         consumer = AIOKafkaConsumer(**client_config(self._kafka, self._client_id), enable_auto_commit=False)
-        try:
-            await start_client(consumer)
-            await asyncio.sleep(0)  # stopped before its tasks have begun, aiokafka would raise their cancellation
-        except BaseException as error:
-            await consumer.stop()
-            if isinstance(error, KafkaError | OSError):
-                raise LogError(f"cannot reach Kafka at {self._kafka.brokers}: {error}; check --brokers") from error
-            raise
+        await connect(consumer, self._kafka)
         self._started = consumer
         return self
 
@@ -110,17 +116,12 @@ class RangeReader:
             LogError: Kafka does not answer.
             RightsError: the account may not read the topic.
         """
-        places = [TopicPartition(topic, number) for number in partitions]
-        if not places:
-            return {}
         if (ended := self.failed()) is not None:
             raise LogError(f"{topic} at {self._kafka.brokers} cannot be read: {ended}") from ended
         try:
-            first = await self._consumer.beginning_offsets(places)
-            ends = await self._consumer.end_offsets(places)
+            return await edges_of(self._consumer, topic, partitions)
         except KafkaError as error:
             raise self._error(topic, error) from error
-        return {place.partition: Edges(first[place], ends[place]) for place in places}
 
     async def since(self, topic: str, moments_ms: Mapping[int, int]) -> dict[int, int | None]:
         """Return the first offset at or after a time of each partition; None where the broker knows of none.

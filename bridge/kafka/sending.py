@@ -9,7 +9,7 @@ from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.errors import LogError
 from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.kafka.fetching import start_client
+from kvatlas.bridge.kafka.fetching import connect
 from kvatlas.bridge.runtime.settings import KafkaSettings
 
 
@@ -20,13 +20,7 @@ async def started_producer(kafka: KafkaSettings, client_id: str, **options: Any)
         LogError: it cannot reach them; nothing stays open.
     """
     producer = AIOKafkaProducer(**client_config(kafka, client_id), **options)
-    try:
-        await start_client(producer)
-    except BaseException as error:
-        await producer.stop()
-        if isinstance(error, KafkaError | OSError):
-            raise LogError(f"cannot reach Kafka at {kafka.brokers}: {error}; check --brokers") from error
-        raise
+    await connect(producer, kafka)
     return producer
 
 
