@@ -188,6 +188,12 @@ class WorkerDirectory:
         return {record.endpoint for record in self.records.values() if record.endpoint}
 
     @property
+    def stale(self) -> bool:
+        """Whether no announcement holds any more: Kafka or all workers are away, and what is known only ages."""
+        now = self._clock_ns()
+        return self._layout is not None and not any(record.expires_ns > now for record in self.records.values())
+
+    @property
     def covered(self) -> bool:
         """Whether every partition has an owner that answers for it now."""
         return self._layout is not None and not self.uncovered()

@@ -99,6 +99,11 @@ class Core:
         return self._index.unready()
 
     @property
+    def stale(self) -> bool:
+        """Whether nobody keeps the index up to date at present: what it has only ages."""
+        return self._index.lookups.stale
+
+    @property
     def pods(self) -> PodTable:
         """The pods as ``kv-pods`` tells them."""
         return self._index.pods

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from kvatlas.scorer.api.core import Core
+from kvatlas.scorer.errors import NotReadyError
 from kvatlas.scorer.picker.endpoints import Held, held_of
 from kvatlas.scorer.scoring.query import PromptTokens, ScoreQuery
 from kvatlas.scorer.scoring.remembered import Remembered, remember
@@ -62,6 +63,8 @@ class CorePrefixes:
             ScorerError: the body is none that an engine takes, or its prompt cannot be scored now.
             OverloadedError: there are more prompts than time to score them.
         """
+        if self._core.stale:
+            raise NotReadyError("no worker has announced itself lately: what the index says is not kept up to date")
         async with self._core.admission.turn(deadline):
             return await self._scored(shape, body, deadline)
 

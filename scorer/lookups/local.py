@@ -51,7 +51,6 @@ class TableLookups:
     """
 
     first_blocks = _FIRST_BLOCKS
-    stale = False
 
     def __init__(
         self,
@@ -67,6 +66,11 @@ class TableLookups:
         self._state_of = tables.state_of
         self._tables = tables
         self._remote = remote
+
+    @property
+    def stale(self) -> bool:
+        """Whether no worker has said of late that it keeps the index up to date, this one included."""
+        return self._remote is not None and self._remote.stale
 
     async def lookup(self, keys: Sequence[bytes], deadline: float) -> Answers:
         """Look keys up, here as far as possible."""

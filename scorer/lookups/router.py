@@ -70,7 +70,6 @@ class PartitionRouter:
     """Lookups at the workers that own the partitions; see the module's text."""
 
     first_blocks = 0
-    stale = False
 
     def __init__(
         self,
@@ -93,6 +92,11 @@ class PartitionRouter:
         self._credentials = credentials
         self._on_event = on_event
         self._calls: dict[str, tuple[grpc.aio.Channel, Any]] = {}
+
+    @property
+    def stale(self) -> bool:
+        """Whether no worker has said of late that it keeps the index up to date."""
+        return self._workers.stale
 
     def unready(self) -> str | None:
         """Return why no lookup can be answered now, None when it can."""

@@ -14,6 +14,7 @@ from prometheus_client import REGISTRY
 
 from kvatlas.bridge.model.topics import TOPICS
 from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.deploy.brokers.kafka import KafkaNode
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.deploy.processes.picking import ScorerWithPicker
 from kvatlas.scorer.gateway import metrics
@@ -131,52 +132,67 @@ def degraded() -> float:
     return sum(sample.value for sample in samples if sample.name.endswith("_total"))
 
 
+class Site:
+    """One worker process, and a picker in this process that is asked for one prompt over and over."""
+
+    def __init__(self, kafka: KafkaSettings, folder: Path, workers: list[WorkerProcess]) -> None:
+        self.fleet = ScoringFleet(kafka, pods=2, lora_share=0.0, salted_share=0.0)
+        endpoints = [
+            f"10.0.0.{number}:8000,pod={name},model={self.fleet.model}" for number, name in enumerate(self.fleet.pods)
+        ]
+        settings = PickerSettings(
+            name="A", listen="127.0.0.1:0", endpoints=endpoints, scrape_seconds=0.0, drain_seconds=0.0
+        )
+        self.one = ScorerWithPicker(settings, kafka, ScorerSettings(name="A"), TokenizerSettings())
+        self._kafka, self._folder, self._workers = kafka, folder, workers
+        self._requests = itertools.count()
+
+    async def start_worker(self) -> None:
+        self._workers.append(WorkerProcess(self._kafka, self._folder / "w"))
+        await self._workers[-1].ready()
+
+    async def predicted(self) -> Prediction:
+        """Let a request for the prompt be decided; returns what was predicted."""
+        name = f"r{next(self._requests)}"
+        body = json.dumps({"model": self.fleet.model, "prompt": self.fleet.prompts[-1].tokens}).encode()
+        decision = await self.one.picker.decider.decide(Incoming({":path": "/v1/completions"}, body, None, name))
+        assert isinstance(decision, Destination)
+        assert decision.addresses
+        made = self.one.picker.state.close(name)
+        assert made is not None
+        return made.prediction
+
+    async def until(self, true: Callable[[Prediction], bool]) -> None:
+        """Ask until a prediction is so."""
+        async with asyncio.timeout(150):
+            while not true(await self.predicted()):
+                await asyncio.sleep(0.1)
+
+
+def known(made: Prediction) -> bool:
+    """Whether a prediction is by what events have shown."""
+    return made.cached_tokens > made.speculative_tokens and not made.degraded and not made.partial
+
+
 async def test_a_killed_worker_and_a_restarted_engine_cost_predictions_and_no_request(
     brokers: str, topic_prefix: str, tmp_path: Path, workers: list[WorkerProcess]
 ) -> None:
     """Every request is decided; what is predicted is what the index can vouch for at that moment, and says so."""
     kafka = await make_topics(brokers, topic_prefix)
-    fleet = ScoringFleet(kafka, pods=2, lora_share=0.0, salted_share=0.0)
-    workers.append(WorkerProcess(kafka, tmp_path / "w"))
-    await workers[0].ready()
-    endpoints = [f"10.0.0.{number}:8000,pod={name},model={fleet.model}" for number, name in enumerate(fleet.pods)]
-    settings = PickerSettings(
-        name="A", listen="127.0.0.1:0", endpoints=endpoints, scrape_seconds=0.0, drain_seconds=0.0
-    )
-    one = ScorerWithPicker(settings, kafka, ScorerSettings(name="A"), TokenizerSettings())
-    await one.start()
-    requests = itertools.count()
-
-    async def predicted() -> Prediction:
-        """Let a request for the prompt be decided; returns what was predicted."""
-        name = f"r{next(requests)}"
-        body = json.dumps({"model": fleet.model, "prompt": fleet.prompts[-1].tokens}).encode()
-        decision = await one.picker.decider.decide(Incoming({":path": "/v1/completions"}, body, None, name))
-        assert isinstance(decision, Destination)
-        assert decision.addresses
-        made = one.picker.state.close(name)
-        assert made is not None
-        return made.prediction
-
-    async def until_predicted(true: Callable[[Prediction], bool]) -> None:
-        async with asyncio.timeout(150):
-            while not true(await predicted()):
-                await asyncio.sleep(0.1)
-
-    def known(made: Prediction) -> bool:
-        return made.cached_tokens > made.speculative_tokens and not made.degraded and not made.partial
-
+    site = Site(kafka, tmp_path, workers)
+    fleet = site.fleet
+    await site.start_worker()
+    await site.one.start()
     try:
         async with producing(kafka) as producer:
             await fleet.serve(producer, 20)
-            await until_predicted(known)
+            await site.until(known)
             before = degraded()
             workers[0].kill()
-            await until_predicted(lambda made: bool(made.partial or made.degraded))
+            await site.until(lambda made: bool(made.partial or made.degraded))
             assert degraded() > before
-            workers.append(WorkerProcess(kafka, tmp_path / "w"))
-            await workers[1].ready()
-            await until_predicted(known)
+            await site.start_worker()
+            await site.until(known)
             prompt = fleet.prompts[-1]
             while fleet.expected(prompt):
                 fleet.disturb(0.0, 1.0)
@@ -185,9 +201,32 @@ async def test_a_killed_worker_and_a_restarted_engine_cost_predictions_and_no_re
             fleet.prompts.append(prompt)
             expected = fleet.expected(prompt)
             most = max((tokens for _, tokens, _ in expected.values()), default=0)
-            await until_predicted(lambda made: made.cached_tokens - made.speculative_tokens <= most)
+            await site.until(lambda made: made.cached_tokens - made.speculative_tokens <= most)
     finally:
-        await one.stop()
+        await site.one.stop()
+
+
+async def test_kafka_that_goes_away_leaves_load_alone_until_it_is_back(
+    own_kafka: KafkaNode, tmp_path: Path, workers: list[WorkerProcess]
+) -> None:
+    """The worker still answers, but cannot know any more what pods hold: that is said, and no request waits for it."""
+    kafka = await make_topics(own_kafka.bootstrap, "away-")
+    site = Site(kafka, tmp_path, workers)
+    await site.start_worker()
+    await site.one.start()
+    try:
+        async with producing(kafka) as producer:
+            await site.fleet.serve(producer, 20)
+            await site.until(known)
+        without_index = metrics.DEGRADED.labels("index")._value.get()
+        await asyncio.to_thread(own_kafka.stop)
+        await site.until(lambda made: made.degraded == "index")
+        assert metrics.DEGRADED.labels("index")._value.get() > without_index
+        assert (await site.predicted()).cached_tokens == 0
+        await asyncio.to_thread(own_kafka.start)
+        await site.until(known)
+    finally:
+        await site.one.stop()
 
 
 def sharing(name: str) -> float:

@@ -42,6 +42,16 @@ def test_what_ran_out_or_is_our_own_names_nobody() -> None:
     assert book.owner(1, besides="me") == ""
 
 
+def test_stale_is_an_index_that_nobody_says_he_keeps() -> None:
+    """One valid announcement is enough; before the first there is nothing to be stale."""
+    assert not book_of().stale
+    assert book_of(claim("away", 7, 500, expires_ns=NOW), claim("killed", 6, 900, expires_ns=NOW)).stale
+    assert not book_of(claim("away", 7, 500, expires_ns=NOW), claim("kept", 6, 900)).stale
+    left = book_of(claim("left", 7, 500))
+    left.apply(b"left", None)
+    assert left.stale
+
+
 def test_redirects_and_routes_name_the_same_owner() -> None:
     """Whoever a worker sends a scorer to is whom the scorer asks first; one that restores only where nobody has it."""
     restoring = WorkerRecord(
