@@ -234,8 +234,8 @@ class _Stream:
             return await self._buffered()
         return await self._collected()
 
-    async def _decide(self, body: bytes | None) -> Decision:
-        incoming = Incoming(self._headers, body, self._subset, self._request_id)
+    async def _decide(self, body: bytes | None, *, whole: bool = True) -> Decision:
+        incoming = Incoming(self._headers, body, self._subset, self._request_id, whole)
         try:
             decision = await self._decider.decide(incoming)
         except Exception:
@@ -268,7 +268,7 @@ class _Stream:
             return True
         body = message.request_body.body
         partial = self._mode == messages.BUFFERED_PARTIAL and not message.request_body.end_of_stream
-        decision = self._too_large(len(body)) or await self._decide(body)
+        decision = self._too_large(len(body)) or await self._decide(body, whole=not partial)
         if partial and isinstance(decision, Destination) and decision.body is not None:
             decision = decision._replace(body=None)  # the rest of the old one follows
         return await self._send(decision, messages.body_answer)

@@ -52,9 +52,12 @@ def read_body(data: bytes) -> Body | None:
     )
 
 
-def with_source(document: Mapping[str, Any], address: str, tokens: int) -> bytes:
-    """Return a body that names a pod to pull cached blocks from, beside what it says of transfers already."""
+def with_source(document: Mapping[str, Any], host: str, port: int, request_id: str) -> bytes:
+    """Return a body that names a pod to pull cached blocks from, as vLLM's p2p tier takes it.
+
+    What the body says of transfers already stays. The pod is asked what it has, so a wrong guess costs a question.
+    """
     before = document.get("kv_transfer_params")
     params = dict(before) if isinstance(before, dict) else {}
-    params["kv_cache_source"] = {"endpoint": address, "tokens": tokens}
+    params["remote_kv_source"] = {"kv_request_id": request_id, "remote_host": host, "remote_port": port}
     return msgspec.json.encode({**document, "kv_transfer_params": params})

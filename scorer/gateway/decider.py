@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
+from kvatlas.bridge.model.pod_ids import rank_of
 from kvatlas.scorer.gateway import metrics
 from kvatlas.scorer.gateway.body import with_source
 from kvatlas.scorer.gateway.look import UNREADABLE, Known, Looker
@@ -116,16 +117,19 @@ class PickerDecider:
             metrics.DEGRADED.labels(known.degraded).inc()
         elif known.prompt is not None and known.prompt.partial:
             metrics.DEGRADED.labels("partial").inc()
-        if known.degraded == UNREADABLE and self._settings.unreadable == "refuse":
+        if known.degraded == UNREADABLE and incoming.whole and self._settings.unreadable == "refuse":
             return self._refuse(400, "the request's body cannot be read as what its path takes", UNREADABLE)
         now = self._clock()
         session = session_of(incoming.headers, known.body.session if known.body is not None else "")
         ask = _ask(incoming, known, self._state.sessions.get(session, now) if session else "")
-        answering = eligible(self._state.endpoints, ask.model, _ANSWERING, incoming.subset)
+        answering = self._eligible(ask.model, _ANSWERING, incoming.subset)
         choice = self._chooser.choose(ask, answering, self._loads(now))
         if not choice.candidates:
             return self._none(choice, ask.model)
         return self._route(_Case(incoming, known, ask, session, now), choice)
+
+    def _eligible(self, model: str, roles: tuple[str, ...], subset: frozenset[str] | None) -> list[Endpoint]:
+        return eligible(self._state.endpoints, self._state.served(model), roles, subset)
 
     def _loads(self, now: float) -> Callable[[str], Load]:
         return lambda address: self._state.loads.load(address, now)
@@ -137,7 +141,7 @@ class PickerDecider:
             text = f"all {choice.saturated} endpoints are past their limits; try again"
             return self._refuse(429, text, "rejected-saturated")
         served = any(one.ready for one in self._state.endpoints)
-        if model and served and not eligible(self._state.endpoints, model, _ANSWERING, None):
+        if model and served and not self._eligible(model, _ANSWERING, None):
             return self._refuse(503, "no endpoint serves this model", "rejected-no-endpoints")
         return self._refuse(503, "no endpoint can serve this request", "rejected-no-endpoints")
 
@@ -157,9 +161,12 @@ class PickerDecider:
             headers.append((names.PREFILL, prefill.endpoint.address))
         body = None
         if known.prompt is not None and (source := self._source(choice, computing)) is not None:
-            headers += [(names.PEER_SOURCE, source.address), (names.PEER_TOKENS, str(source.tokens))]
-            if self._settings.peer_in_body and known.body is not None:
-                body = with_source(known.body.document, source.address, source.tokens)
+            address = source.endpoint.address
+            headers += [(names.PEER_SOURCE, address), (names.PEER_TOKENS, str(source.tokens))]
+            if self._settings.peer_port and known.body is not None:
+                host, port = address.rpartition(":")[0].strip("[]"), self._settings.peer_port
+                port += rank_of(source.endpoint.pod) or 0
+                body = with_source(known.body.document, host, port, request_id)
         metrics.DECISIONS.labels("routed", choice.rule).inc()
         if known.inference:
             self._note(case, choice, computing, request_id)
@@ -168,7 +175,7 @@ class PickerDecider:
 
     def _prefill(self, case: _Case, decode: Candidate) -> Candidate | None:
         """Return the pod that computes the prompt, None where the one that decodes does it."""
-        pods = eligible(self._state.endpoints, case.ask.model, _COMPUTING, case.incoming.subset)
+        pods = self._eligible(case.ask.model, _COMPUTING, case.incoming.subset)
         if not pods or not is_split(case.ask.prompt_tokens, decode, self._role_rules):
             return None
         choice = self._chooser.choose(case.ask, pods, self._loads(case.now))

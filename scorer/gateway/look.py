@@ -68,6 +68,8 @@ class Looker:
         if body is None:
             return Known(None, None, UNREADABLE, inference=True)
         prompt, degraded = await self._scored(shape, body)
+        if prompt is None and self._prefixes is not None:
+            body = body._replace(model=self._prefixes.named(body.model))
         return Known(body, prompt, degraded, inference=True)
 
     async def _scored(self, shape: Shape, body: Body) -> tuple[Prompt | None, str]:

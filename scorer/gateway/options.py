@@ -121,9 +121,15 @@ class PickerSettings(Section, frozen=True, kw_only=True):
     peer_tokens: Annotated[
         int, Meta(description="name a pod to pull blocks from when that gains so many tokens; 0: never", ge=0)
     ] = 0
-    peer_in_body: Annotated[
-        bool, Meta(description="name it in the body's kv_transfer_params as well as in the header")
-    ] = False
+    peer_port: Annotated[
+        int,
+        Meta(
+            description="port of vLLM's p2p tier (VLLM_P2P_SIDE_CHANNEL_PORT): the body's kv_transfer_params name the "
+            "pod too, rank r on PORT+r; 0: the header alone",
+            ge=0,
+            le=65_535,
+        ),
+    ] = 0
     share: Annotated[bool, Meta(description="tell decisions to other pickers and scorers through kv-decisions")] = True
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from kvatlas.scorer.api.core import Core
-from kvatlas.scorer.errors import NotReadyError
+from kvatlas.scorer.errors import InputError, NotReadyError
 from kvatlas.scorer.picker.endpoints import Held, held_of
 from kvatlas.scorer.scoring.query import PromptTokens, ScoreQuery
 from kvatlas.scorer.scoring.remembered import Remembered, remember
@@ -36,6 +36,9 @@ class Prompt(NamedTuple):
 class Prefixes(Protocol):
     """Answers which pods hold how much of a prompt."""
 
+    def named(self, model: str) -> str:
+        """Return a model as its engines call it, for a client's name of it or of an adapter."""
+
     async def of(self, shape: requests.Shape, body: Mapping[str, Any], deadline: float) -> Prompt:
         """Score a request's prompt; ``deadline`` in monotonic seconds.
 
@@ -55,6 +58,13 @@ class CorePrefixes:
     def __init__(self, core: Core, pool: TokenizerPool) -> None:
         self._core = core
         self._pool = pool
+
+    def named(self, model: str) -> str:
+        """Return a model as its engines call it; a name that says nothing, or several things, stays what it is."""
+        try:
+            return self._core.intake.names.resolve(model, "")[0]
+        except InputError:
+            return model
 
     async def of(self, shape: requests.Shape, body: Mapping[str, Any], deadline: float) -> Prompt:
         """Score the first prompt of a body; a batch of prompts goes where its first one goes.

@@ -61,6 +61,7 @@ class PickerState:
         self.sessions = Sessions()
         self._clock = clock
         self._own = settings.name
+        self._models: frozenset[str] = frozenset()
         self._open: OrderedDict[str, OpenDecision] = OrderedDict()
 
     def use(self, endpoints: Sequence[Endpoint]) -> None:
@@ -69,6 +70,11 @@ class PickerState:
             return
         self.endpoints = tuple(endpoints)
         self.loads.keep(frozenset(one.address for one in endpoints))
+        self._models = frozenset(one.model for one in endpoints)
+
+    def served(self, model: str) -> str:
+        """Return a model's name where endpoints go by it, else none: an adapter's, or one that their engines know."""
+        return model if model in self._models else ""
 
     def decided(self, request_id: str, decision: OpenDecision, compute_tokens: float, session: str = "") -> None:
         """Take a decision into account, of this picker or another."""

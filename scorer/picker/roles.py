@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from kvatlas.scorer.picker.choose import Candidate
+from kvatlas.scorer.picker.endpoints import Endpoint
 
 
 class RoleRules(NamedTuple):
@@ -25,7 +26,7 @@ class RoleRules(NamedTuple):
 class PeerSource(NamedTuple):
     """A pod to pull blocks from, and the tokens that this gains."""
 
-    address: str
+    endpoint: Endpoint
     tokens: int
 
 
@@ -41,4 +42,4 @@ def source_of(computing: Candidate, others: Sequence[Candidate], rules: RoleRule
         return None
     best = max(others, key=lambda one: (one.held.tokens - one.held.speculative, -one.load.requests))
     gained = best.held.tokens - best.held.speculative - computing.held.tokens
-    return PeerSource(best.endpoint.address, gained) if gained >= rules.gained_tokens else None
+    return PeerSource(best.endpoint, gained) if gained >= rules.gained_tokens else None

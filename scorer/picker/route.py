@@ -14,12 +14,14 @@ class Incoming(NamedTuple):
         body: the whole body; None where none is sent to the picker.
         subset: addresses to choose among, None where the gateway gives no hint.
         request_id: of the client or the gateway, empty for none.
+        whole: whether the body is all there is; of one that is too long for its buffer a gateway shows the beginning.
     """
 
     headers: Mapping[str, str]
     body: bytes | None
     subset: frozenset[str] | None
     request_id: str
+    whole: bool = True
 
 
 class Destination(NamedTuple):

@@ -109,15 +109,25 @@ def usage_of(document: dict[str, Any]) -> Usage | None:
     if not isinstance(usage, dict):
         return None
     details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
-    cached = _number(details.get("cached_tokens")) if isinstance(details, dict) else -1
-    prompt = _number(usage.get("prompt_tokens"))
-    if prompt < 0:
-        prompt = _number(usage.get("input_tokens"))
-    if cached < 0 and (read := _number(usage.get("cache_read_input_tokens"))) >= 0:
+    if isinstance(details, dict):
+        cached, prompt = _first_turn(details, "cached_tokens"), _first_turn(details, "input_tokens")
+    else:
+        cached = prompt = -1
+    for name in ("prompt_tokens", "input_tokens"):
+        if prompt < 0:
+            prompt = _number(usage.get(name))
+    if cached < 0 and prompt >= 0 and (read := _number(usage.get("cache_read_input_tokens"))) >= 0:
+        # Anthropic's input tokens are those that were neither read from a cache nor written to one.
         cached = read
-        prompt += read if prompt >= 0 else 0  # Anthropic's input tokens are those that were not cached
+        prompt += read + max(_number(usage.get("cache_creation_input_tokens")), 0)
     output = _number(usage.get("completion_tokens"))
     return Usage(prompt, cached, output if output >= 0 else _number(usage.get("output_tokens")))
+
+
+def _first_turn(details: dict[str, Any], name: str) -> int:
+    """Return a count of the prompt that was sent: an engine that calls tools prompts itself again, and sums up."""
+    turns = details.get(f"{name}_per_turn")
+    return _number(turns[0] if isinstance(turns, list) and turns else details.get(name))
 
 
 def _number(value: Any) -> int:

@@ -42,6 +42,9 @@ class Stub:
         self.seconds = 0.0
         self.partial = False
 
+    def named(self, model: str) -> str:
+        return {"alias": "m"}.get(model, model)
+
     async def of(self, shape: str, body: Mapping[str, Any], deadline: float) -> Prompt:
         if self.seconds:
             await asyncio.sleep(self.seconds)
@@ -189,6 +192,8 @@ async def test_unreadable_body_goes_by_load_or_is_refused(body: bytes, caplog: p
     refusal = await Desk(Stub(), unreadable="refuse").decide(body=body)
     assert isinstance(refusal, Refusal)
     assert refusal.status == 400
+    incoming = Incoming({":path": "/v1/completions"}, body, None, "r1", whole=False)  # the rest may make it right
+    assert isinstance(await Desk(Stub(), unreadable="refuse").decider.decide(incoming), Destination)
     assert "SECRET" not in caplog.text + refusal.text
 
 
@@ -206,6 +211,24 @@ async def test_subset_and_model_without_endpoint_are_503() -> None:
         assert (decision.status, decision.reason) == (503, "rejected-no-endpoints")
     desk.state.use([])
     assert isinstance(await desk.decide(), Refusal)
+
+
+async def test_name_that_no_endpoint_goes_by_may_be_an_adapter_of_any() -> None:
+    """Engines take requests for adapters from the first one on, of which no event can have told; others they refuse."""
+    stub = Stub()
+    desk = Desk(stub)
+    desk.state.use([*desk.state.endpoints, *parse_endpoint("10.0.0.4:8000,pod=d,model=n")])
+    stub.error = UnknownModelError("no tokenizer")
+    assert {await desk.picked(body={**BODY, "model": "new-adapter"}) for _ in range(8)} == {
+        one.address for one in desk.state.endpoints
+    }
+    assert {await desk.picked(body={**BODY, "model": "n"}) for _ in range(4)} == {"10.0.0.4:8000"}
+    # By load alone, too, a client's name of a model means those that serve it.
+    assert "10.0.0.4:8000" not in {await desk.picked(body={**BODY, "model": "alias"}) for _ in range(8)}
+    desk.state.use([one._replace(ready=one.model != "n") for one in desk.state.endpoints])
+    refused = await desk.decide(body={**BODY, "model": "n"})
+    assert isinstance(refused, Refusal)
+    assert (refused.status, refused.text) == (503, "no endpoint serves this model")
 
 
 async def test_all_past_their_limit_is_429() -> None:
@@ -243,18 +266,38 @@ async def test_prefill_pod_is_chosen_unless_decode_holds_the_prefix() -> None:
 
 async def test_peer_source_is_off_by_default_and_names_the_best_other_holder() -> None:
     stub = Stub({"a": Held(900, {"gpu": 900})})
-    desk = Desk(stub, peer_tokens=128, peer_in_body=True)
+    desk = Desk(stub, peer_tokens=128, peer_port=5710)
     desk.state.loads.given("x", "10.0.0.1:8000", 500_000, desk.now)
     decision = await desk.decide()
     assert isinstance(decision, Destination)
     assert decision.addresses[0] != "10.0.0.1:8000"
     assert dict(decision.headers) == {names.PEER_SOURCE: "10.0.0.1:8000", names.PEER_TOKENS: "900"}
     changed = json.loads(decision.body or b"")
-    assert changed.pop("kv_transfer_params") == {"kv_cache_source": {"endpoint": "10.0.0.1:8000", "tokens": 900}}
+    source = {"kv_request_id": "r1", "remote_host": "10.0.0.1", "remote_port": 5710}
+    assert changed.pop("kv_transfer_params") == {"remote_kv_source": source}
     assert changed == BODY
+    decision = await desk.decide({**BODY, "kv_transfer_params": {"do_remote_decode": True}})
+    assert isinstance(decision, Destination)
+    assert json.loads(decision.body or b"")["kv_transfer_params"] == {
+        "do_remote_decode": True,
+        "remote_kv_source": source,
+    }
     plain = await Desk(stub).decide()
     assert isinstance(plain, Destination)
     assert (plain.headers, plain.body) == ((), None)
+
+
+async def test_peer_source_of_a_rank_has_its_port() -> None:
+    """Rank r of a pod listens for other pods on the port of the settings and r more; IPv6 goes without brackets."""
+    stub = Stub({"a@dp1": Held(900, {"gpu": 900})})
+    desk = Desk(stub, peer_tokens=128, peer_port=5710)
+    desk.state.use(parse_endpoint("[fd00::1]:8000,pod=a,ranks=2") + parse_endpoint("10.0.0.9:8000"))
+    desk.state.loads.given("x", "[fd00::1]:8001", 500_000, desk.now)
+    decision = await desk.decide()
+    assert isinstance(decision, Destination)
+    assert decision.addresses[0] != "[fd00::1]:8001"
+    source = json.loads(decision.body or b"")["kv_transfer_params"]["remote_kv_source"]
+    assert source == {"kv_request_id": "r1", "remote_host": "fd00::1", "remote_port": 5711}
 
 
 async def test_engines_word_is_joined_with_the_decision() -> None:

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from kvatlas.bridge.errors import OverloadedError
-from kvatlas.bridge.model.records import encode
+from kvatlas.bridge.model.records import PodRecord, encode
 from kvatlas.bridge.runtime.admission import Admission
 from kvatlas.scorer.errors import NotReadyError
 from kvatlas.scorer.gateway.prefixes import CorePrefixes
@@ -47,3 +47,17 @@ async def test_an_index_that_nobody_keeps_up_to_date_is_not_asked() -> None:
         assert worker.asked == asked
         rig.workers.apply(b"w", encode(announced))
         assert (await prefixes.of("completions", body, math.inf)).held == found.held
+
+
+def test_a_name_of_clients_is_turned_into_the_engines_own() -> None:
+    """Also where nothing can be scored; an adapter of several models stays what it is."""
+    rig = Rig(aliases=["nick=m"])
+    nobody: Any = None
+    prefixes = CorePrefixes(rig.core, nobody)
+    for pod, model in (("a", "m"), ("b", "n")):
+        adapters = ["both", f"of-{model}"]
+        record = PodRecord(pod=pod, writer="streams", model=model, adapters=adapters)
+        rig.pods.apply(f"streams|{pod}".encode(), encode(record))
+    wanted = {"nick": "m", "m": "m", "of-n": "n", "both": "both", "unheard": "unheard", "": ""}
+    assert {name: prefixes.named(name) for name in wanted} == wanted
+    rig.core.intake.close()

@@ -15,6 +15,10 @@ USAGE = {"prompt_tokens": 40, "completion_tokens": 5, "prompt_tokens_details": {
 CHAT = {"choices": [{"message": {"content": 'say "usage"'}}], "usage": USAGE}
 RESPONSES = {"usage": {"input_tokens": 40, "output_tokens": 5, "input_tokens_details": {"cached_tokens": 32}}}
 MESSAGES = {"usage": {"input_tokens": 8, "cache_read_input_tokens": 32, "output_tokens": 5}}
+#: Anthropic's three kinds of input tokens are apart: read, written, and neither.
+WRITTEN = {"input_tokens": 3, "cache_creation_input_tokens": 5, "cache_read_input_tokens": 32, "output_tokens": 5}
+#: With tools of its own the engine prompts itself again: the sums are over all turns, the decision was about the first.
+TURNS = {"cached_tokens": 100, "cached_tokens_per_turn": [32, 68], "input_tokens_per_turn": [40, 70]}
 
 
 def events(*documents: object) -> bytes:
@@ -31,6 +35,13 @@ MESSAGES_STREAM = events(
     {"type": "message_start", "message": {"usage": {"input_tokens": 8, "cache_read_input_tokens": 32}}},
     {"type": "message_delta", "usage": {"output_tokens": 5}},
 )
+#: vLLM's: the first event may come before the cache is known, and has all input tokens then.
+VLLM_MESSAGES_STREAM = events(
+    {"type": "message_start", "message": {"usage": {"input_tokens": 40, "output_tokens": 0}}},
+    {"type": "content_block_delta", "delta": {"type": "text_delta", "text": '"usage"'}},
+    {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": WRITTEN},
+    {"type": "message_stop"},
+)
 
 
 def read(kind: str, pieces: list[bytes]) -> Usage:
@@ -40,12 +51,22 @@ def read(kind: str, pieces: list[bytes]) -> Usage:
     return reader.close()
 
 
-@pytest.mark.parametrize("document", [CHAT, RESPONSES, MESSAGES])
+@pytest.mark.parametrize(
+    "document",
+    [
+        CHAT,
+        RESPONSES,
+        MESSAGES,
+        {"usage": WRITTEN},
+        {"usage": {"input_tokens": 110, "output_tokens": 5, "input_tokens_details": TURNS}},
+        {"usage": {**RESPONSES["usage"], "input_tokens_details": {"cached_tokens": 32, "cached_tokens_per_turn": []}}},
+    ],
+)
 def test_json_answers_of_every_api(document: object) -> None:
     assert read("application/json; charset=utf-8", [json.dumps(document).encode()]) == Usage(40, 32, 5)
 
 
-@pytest.mark.parametrize("stream", [STREAM, RESPONSES_STREAM, MESSAGES_STREAM])
+@pytest.mark.parametrize("stream", [STREAM, RESPONSES_STREAM, MESSAGES_STREAM, VLLM_MESSAGES_STREAM])
 @given(cuts=st.lists(st.integers(0, 400), max_size=12))
 def test_streams_cut_anywhere(stream: bytes, cuts: list[int]) -> None:
     ends = sorted({min(cut, len(stream)) for cut in cuts} | {len(stream)})
@@ -56,6 +77,7 @@ def test_streams_cut_anywhere(stream: bytes, cuts: list[int]) -> None:
 def test_absent_is_not_zero() -> None:
     assert read("application/json", [b'{"usage": {"prompt_tokens": 4}}']) == Usage(4, -1, -1)
     assert read("application/json", [b"{}"]) == Usage()
+    assert read("application/json", [b'{"usage": {"input_tokens": 4, "output_tokens": 1}}']) == Usage(4, -1, 1)
     assert read("text/html", [b'{"usage": {"prompt_tokens": 4}}']) == Usage()
 
 
