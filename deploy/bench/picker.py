@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each, in turns (default %(default)s)")
     parser.add_argument("--kind", choices=KINDS, default="override", help="of the gateway (default %(default)s)")
+    parser.add_argument("--within-worker", action="store_true", help="picker and scorer in the worker's process")
     parser.add_argument("--prompts", type=int, default=64, help="different prompts (default %(default)s)")
 
 
@@ -110,14 +111,16 @@ class _Stand:
         self._publish([*self._prompts, *self._large])
         addresses = [pod.address for pod in self._pods]
         assert self._picker is not None
-        options = GatewayOptions(kind=self._args.kind, pickers=[self._picker.address("picker")], pods=addresses)
-        observed = msgspec.structs.replace(options, observe=True, response_headers=False)
+        # As `kvatlas gateway` writes it.
+        options = GatewayOptions(
+            kind=self._args.kind, pickers=[self._picker.address("picker")], pods=addresses, observe=True
+        )
         floor = msgspec.structs.replace(options, pickers=[self._start_floor(addresses[0])])
         documents = {
             "alone": plain(options),
             "floor": document(floor),
             "picker": document(options),
-            "observed": document(observed),
+            "unobserved": document(msgspec.structs.replace(options, observe=False)),
         }
         for name, made in documents.items():
             folder = self._folder / name
@@ -150,19 +153,24 @@ class _Stand:
             "scorer": scorer,
             "tokenizer": tokenizer,
         }
-        self._launcher = Launcher(sections, self._folder, use_embedded=True)
-        self._launcher.start(threading.Event())
         names = [
             f"{pod.address},pod={name},model={_MODEL}" for name, pod in zip(self._fleet.pods, self._pods, strict=True)
         ]
         picker = PickerSettings(listen="127.0.0.1:0", endpoints=names, scrape_seconds=0.0, drain_seconds=0.0)
+        within = self._args.within_worker
+        self._telemetry = _free_address()
+        sections["picker"] = msgspec.structs.replace(picker, telemetry_listen=self._telemetry if within else "")
+        self._launcher = Launcher(sections, self._folder, use_embedded=True, picks=within)
+        self._launcher.start(threading.Event())
         self._parts = {**sections, "kafka": self._launcher.kafka, "picker": picker}
-        self._picker, self._telemetry = self._start_picker()
+        if within:
+            self._picker = next(part.child for part in self._launcher.parts if part.name == "worker")
+        else:
+            self._picker, self._telemetry = self._start_picker()
 
     def _start_picker(self) -> tuple[Child, str]:
         """Start a picker; returns it with the address of its metrics."""
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            telemetry = f"127.0.0.1:{free.getsockname()[1]}"
+        telemetry = _free_address()
         picker = msgspec.structs.replace(self._parts["picker"], telemetry_listen=telemetry)
         document_ = child.document("picker", {**self._parts, "picker": picker})
         started = Child("picker", document_, self._folder / "picker.log")
@@ -208,7 +216,7 @@ class _Stand:
         """Stop everything."""
         for envoy in self._envoys.values():
             envoy.stop()
-        if self._picker is not None:
+        if self._picker is not None and not self._args.within_worker:
             self._picker.terminate()
             self._picker.wait(time.monotonic() + 10)
         if self._floor is not None:
@@ -269,8 +277,8 @@ class _Stand:
     def _stream(self) -> Iterator[dict[str, Any]]:
         """CPU of the picker per piece of a token stream: not looked at, and through the observing filter."""
         request = [post("/stream", b'{"model": "sim-model", "prompt": "x"}')]
-        for name in ("picker", "observed"):
-            address = self._envoys[name].address
+        for name, envoy in (("picker", "unobserved"), ("observed", "picker")):
+            address = self._envoys[envoy].address
             self._loop.run_until_complete(closed_loop(address, request, 4, 1.0))
             before = self._cpu()
             taken = self._loop.run_until_complete(closed_loop(address, request, 4, self._args.seconds))
@@ -322,6 +330,11 @@ class _Stand:
         process = self._floor if name == "floor" else self._picker.process
         fields = Path(f"/proc/{process.pid}/stat").read_text(encoding="ascii").rpartition(") ")[2].split()
         return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+def _free_address() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 def _figure(case: str, value: float, unit: str) -> dict[str, Any]:

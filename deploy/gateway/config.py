@@ -51,8 +51,8 @@ class GatewayOptions(msgspec.Struct, frozen=True, kw_only=True):
         pods: ``host:port`` of the pods; not needed by ``full-duplex``.
         listen: ``host:port`` that clients use; port 0 takes a free one.
         admin: ``host:port`` of Envoy's own pages.
-        observe: a second filter that shows responses to the picker without waiting for it.
-        response_headers: send the response's headers to the picker, for status, served pod and the request's end.
+        observe: a second filter that shows responses to the picker without waiting for it. Without, the response's
+            headers wait for the picker, for status, served pod and the request's end.
         response_body: pass the response's body through the picker; only to measure or where nothing else works.
         buffer_bytes: largest buffered body; larger ones are refused (413).
         picker_timeout_ms: longest wait for an answer of the picker, where Envoy has one.
@@ -67,7 +67,6 @@ class GatewayOptions(msgspec.Struct, frozen=True, kw_only=True):
     listen: str = "127.0.0.1:0"
     admin: str = "127.0.0.1:0"
     observe: bool = False
-    response_headers: bool = True
     response_body: bool = False
     buffer_bytes: int = 16 * 1024 * 1024
     picker_timeout_ms: int = 2_000
@@ -177,7 +176,7 @@ def _processor(options: GatewayOptions) -> dict[str, Any]:
     response_body = "NONE"
     if options.response_body:
         response_body = "FULL_DUPLEX_STREAMED" if full_duplex else "STREAMED"
-    headers = options.response_headers or options.response_body
+    headers = options.response_body or not options.observe  # what is observed is not waited for as well
     mode = {
         "request_header_mode": "SEND",
         "request_body_mode": _BODY_MODES[options.kind],

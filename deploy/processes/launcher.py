@@ -39,13 +39,23 @@ class Launcher:
 
     Args:
         sections: settings by section: ``kafka``, ``log``, ``bridge``, ``worker``, ``scorer``, ``tokenizer``, and
-            ``console`` and ``picker`` where there is a console.
+            ``console`` where there is a console, and ``picker`` with that or ``picks``.
         state_dir: logs and tables.
         use_embedded: start the embedded broker instead of using ``kafka.brokers``.
         console: serve the console too.
+        picks: the worker scores and picks in its own process as well.
     """
 
-    def __init__(self, sections: dict[str, Any], state_dir: Path, *, use_embedded: bool, console: bool = False) -> None:
+    def __init__(
+        self,
+        sections: dict[str, Any],
+        state_dir: Path,
+        *,
+        use_embedded: bool,
+        console: bool = False,
+        picks: bool = False,
+    ) -> None:
+        self._worker = "picking-worker" if picks else "worker"
         self._sections = dict(sections)
         self._state_dir = state_dir
         self._with_console = console
@@ -138,8 +148,9 @@ class Launcher:
         self.parts.append(Kept("console", lambda restarts: self._child("console", restarts)))
 
     def _child(self, name: str, restarts: Restarts) -> Child:
-        given = document(name, self._sections, prepared=True, restarts=restarts)
-        return Child(name, given, self._state_dir / f"{name}.log")
+        part = self._worker if name == "worker" else name
+        given = document(part, self._sections, prepared=True, restarts=restarts)
+        return Child(part, given, self._state_dir / f"{name}.log")
 
     def _late(self, timeout_seconds: float) -> LaunchError:
         late = [part for part in self.parts if not part.child.ready.is_set()]

@@ -150,7 +150,7 @@ def test_status_and_served_pod_are_learned_without_the_body(stand: Stand, kind: 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_observing_filter_sees_the_response_and_its_request_id(stand: Stand, kind: str) -> None:
-    envoy = stand.envoy(kind, observe=True, response_headers=False)
+    envoy = stand.envoy(kind, observe=True)
     _, _, answer = stand.ask(envoy, **{names.REQUEST_ID: f"observed-{kind}"})
 
     def whole() -> bool:
