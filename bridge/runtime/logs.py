@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -18,6 +20,13 @@ _SECONDS: Final = 10.0
 _OWN_LINES: Final = 50
 _FOREIGN_LINES: Final = 2
 _KINDS: Final = 1_000
+
+
+def whereabouts(error: BaseException) -> str:
+    """Return an error's kind and where it came up, without its text, which may hold what was worked on: prompts."""
+    frames = traceback.extract_tb(error.__traceback__)[-6:]
+    places = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames)]
+    return " < ".join((type(error).__name__, *places))
 
 
 class _Said:

@@ -16,6 +16,7 @@ from typing import Any, Final
 import grpc
 
 from kvatlas.bridge.errors import KvatlasError, OverloadedError
+from kvatlas.bridge.runtime.logs import whereabouts
 from kvatlas.scorer.api import metrics
 from kvatlas.scorer.api.bounds import check_batch, check_request
 from kvatlas.scorer.api.core import Core
@@ -148,7 +149,7 @@ class Calls:
             raise
         except Exception as error:
             code = grpc.StatusCode.INTERNAL.name
-            log.error("%s failed: %s: %s", name, type(error).__name__, str(error)[:500])
+            log.error("%s failed: %s", name, whereabouts(error))
             raise UnforeseenError(f"{name} failed; the scorer's log says why") from error
         finally:
             metrics.REQUESTS.labels(name, code).inc()

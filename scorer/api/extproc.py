@@ -27,6 +27,7 @@ from typing import Any, Final, Protocol
 import grpc
 import grpc.aio
 
+from kvatlas.bridge.runtime.logs import whereabouts
 from kvatlas.scorer.api import extproc_messages as messages
 from kvatlas.scorer.picker import names
 from kvatlas.scorer.picker.route import Decision, Destination, Incoming, Refusal
@@ -238,8 +239,8 @@ class _Stream:
         incoming = Incoming(self._headers, body, self._subset, self._request_id, whole)
         try:
             decision = await self._decider.decide(incoming)
-        except Exception:
-            log.exception("a decision failed; the gateway chooses")
+        except Exception as error:  # noqa: BLE001 - whatever it is, the body must go on
+            log.error("a decision failed; the gateway chooses: %s", whereabouts(error))
             decision = Destination(())
         if isinstance(decision, Destination) and decision.request_id:
             self._request_id = decision.request_id

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from kvatlas.bridge.model.pod_ids import rank_of
+from kvatlas.bridge.runtime.logs import whereabouts
 from kvatlas.scorer.gateway import metrics
 from kvatlas.scorer.gateway.body import with_source
 from kvatlas.scorer.gateway.look import UNREADABLE, Known, Looker
@@ -103,8 +104,8 @@ class PickerDecider:
         began = self._clock()
         try:
             decision = await self._decide(incoming)
-        except Exception:  # whatever it is, the request must go on
-            log.exception("a decision failed; the gateway chooses")
+        except Exception as error:  # noqa: BLE001 - whatever it is, the request must go on
+            log.error("a decision failed; the gateway chooses: %s", whereabouts(error))
             metrics.DEGRADED.labels("fault").inc()
             metrics.DECISIONS.labels("passed", "fault").inc()
             decision = Destination(())

@@ -8,6 +8,7 @@ import time
 from typing import Final, NamedTuple
 
 from kvatlas.bridge.errors import KvatlasError, OverloadedError
+from kvatlas.bridge.runtime.logs import whereabouts
 from kvatlas.scorer.errors import DeadlineError, InputError, NotReadyError, TooLargeError, UnknownModelError
 from kvatlas.scorer.gateway.body import Body, read_body
 from kvatlas.scorer.gateway.prefixes import Prefixes, Prompt
@@ -83,5 +84,5 @@ class Looker:
         except (KvatlasError, TimeoutError) as error:
             return None, next(cause for kind, cause in _CAUSES if isinstance(error, kind))
         except Exception as error:  # noqa: BLE001 - load alone still decides; the text may hold a prompt
-            log.error("a prompt was not scored: %s", type(error).__name__)
+            log.error("a prompt was not scored: %s", whereabouts(error))
             return None, "fault"
