@@ -2,7 +2,8 @@
 
 One process holds all partitions as a worker does, without Kafka: ``kv-blocks`` records are decoded, applied and written
 to RocksDB in full flushes. An entry is one block at one pod. All figures are of CPU time (of all threads; of the
-calling one for lookups), so that other work on the machine changes them little.
+calling one for lookups), so that other work on the machine changes them little. The update rate is that of a further
+quarter of the entries, from nothing pending to all of it written: where flushes fall otherwise decides it.
 """
 
 from __future__ import annotations
@@ -95,13 +96,19 @@ class _Grown:
         """Store blocks until there are so many entries; returns the rate of the last quarter."""
         for pod in range(active, len(self._load.refs)):
             self._store(pod, _IDLE_BLOCKS)
-        seconds, counted, pod = 0.0, 0, 0
-        while self._entries < entries:
-            taken = self._store(pod % active, min(_STEP, entries // 16))
-            pod += 1
-            if self._entries > entries * 3 // 4:
-                seconds, counted = seconds + taken, counted + min(_STEP, entries // 16)
-        return counted / seconds
+        step, last = min(_STEP, entries // 16), entries // 4
+        self._store_all(entries - last - self._entries, active, step)
+        return last / self._store_all(last, active, step)
+
+    def _store_all(self, blocks: int, active: int, step: int) -> float:
+        """Store blocks at the pods in turn and write all of it; returns the CPU seconds."""
+        seconds = 0.0
+        for number, at in enumerate(range(0, blocks, step)):
+            seconds += self._store(number % active, min(step, blocks - at))
+        began = time.process_time()
+        for state in self._states:
+            self._commit(state)
+        return seconds + time.process_time() - began
 
     def _store(self, pod: int, blocks: int) -> float:
         """Store new blocks at a pod; returns the CPU seconds of it, without those of making them up."""
