@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol
 
 import grpc
@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 SERVICE: Final = "envoy.service.ext_proc.v3.ExternalProcessor"
 
+#: A longer request id, which would be kept and told to others, gives way to one of ours.
+_LONGEST_ID: Final = 256
 #: What is read of a response in the stream itself: nothing, its headers where that is free of risk, or all of it.
 RESPONSES: Final = ("off", "headers", "body")
 
@@ -174,7 +176,7 @@ class ExternalProcessor:
                     _tell_headers(exchange, headers, messages.served_of(message))
                     complete = message.response_headers.end_of_stream
                 elif kind == "response_body" and exchange is not None:
-                    exchange.chunk(message.response_body.body)
+                    _tell(exchange.chunk, message.response_body.body)
                     complete = message.response_body.end_of_stream
                 elif kind == "response_trailers":
                     complete = True
@@ -182,12 +184,21 @@ class ExternalProcessor:
                     message = await context.read()
         finally:
             if exchange is not None:
-                exchange.ended(complete=complete)
+                _tell(exchange.ended, complete=complete)
 
 
 def _tell_headers(exchange: Exchange, headers: Mapping[str, str], served: str) -> None:
     status = headers.get(":status", "")
-    exchange.headers(int(status) if status.isdecimal() else 0, headers.get("content-type", ""), served)
+    code = int(status) if status.isdecimal() and len(status) == 3 else 0
+    _tell(exchange.headers, code, headers.get("content-type", ""), served)
+
+
+def _tell(told: Callable[..., None], *what: Any, **more: Any) -> None:
+    """Hand on what became of a request; a fault in what is made of it is no reason to cut a response."""
+    try:
+        told(*what, **more)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the response goes on
+        log.error("what became of a request was not noted: %s", whereabouts(error))
 
 
 class _Stream:
@@ -214,7 +225,8 @@ class _Stream:
         self._mode = config.request_body_mode if announced else messages.FULL_DUPLEX
         self._response_mode = config.response_body_mode if announced else messages.FULL_DUPLEX
         self._at_once = config.send_body_without_waiting_for_header_response
-        self._request_id = self._headers.get(names.REQUEST_ID, "")
+        given = self._headers.get(names.REQUEST_ID, "")
+        self._request_id = given if len(given) <= _LONGEST_ID else ""
         self._complete = False  # the response's end was seen
         self._left: Any = None  # a message that was read and belongs to the response
 
@@ -257,10 +269,12 @@ class _Stream:
         """Answer headers at once, then the one body; trailers alone end a request that has none."""
         context = self._context
         await context.write(messages.EMPTY_HEADERS)
-        message = await context.read()
-        if message is grpc.aio.EOF:
-            return False
-        kind = message.WhichOneof("request")
+        kind = None  # a gateway that is newer than this build may send what it does not know
+        while kind is None:
+            message = await context.read()
+            if message is grpc.aio.EOF:
+                return False
+            kind = message.WhichOneof("request")
         if kind == "request_trailers":  # headers are on hold no more: the pod can be named no longer
             await context.write(messages.EMPTY_TRAILERS)
             return True
@@ -292,7 +306,7 @@ class _Stream:
                     return await self._send(refused, None)
             elif kind == "request_trailers":
                 trailers = True
-            else:  # a local reply of Envoy: the request goes nowhere
+            elif kind is not None:  # a local reply of Envoy: the request goes nowhere
                 self._left = message
                 return True
         decision = await self._decide(pieces[0] if len(pieces) == 1 else b"".join(pieces))
@@ -333,7 +347,7 @@ class _Stream:
         """
         wanted = self._options.response
         if wanted == "off" or (wanted == "headers" and self._response_mode != messages.NONE):
-            self._decider.exchange(self._request_id).ended(complete=False)
+            _tell(self._decider.exchange(self._request_id).ended, complete=False)
             return
         exchange = self._decider.exchange(self._request_id)
         try:
@@ -342,7 +356,7 @@ class _Stream:
             # Envoy ends the stream of a buffered request with the request itself.
             self._complete = self._complete or (self._mode == messages.BUFFERED and not self._watching.over)
         finally:
-            exchange.ended(complete=self._complete)
+            _tell(exchange.ended, complete=self._complete)
 
     async def _next(self) -> Any:
         if (left := self._left) is not None:
@@ -367,7 +381,7 @@ class _Stream:
             try:  # handed on first: what we make of it is none of the client's business
                 await self._context.write(messages.same_body(message) if full else messages.EMPTY_RESPONSE_BODY)
             finally:
-                exchange.chunk(message.response_body.body)
+                _tell(exchange.chunk, message.response_body.body)
         elif kind == "response_trailers":
             self._complete = True
             await self._context.write(messages.EMPTY_RESPONSE_TRAILERS)

@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 _decode: Final = msgspec.json.Decoder().decode
-_SESSION: Final = 256
+_LONGEST_NAME: Final = 256
 #: A token is so many bytes of text, where nothing better is known.
 _BYTES_PER_TOKEN: Final = 4
 
@@ -21,7 +21,7 @@ class Body(NamedTuple):
 
     Attributes:
         document: the JSON object.
-        model: as the client named it, empty for none.
+        model: as the client named it, empty for none and for what is no name.
         session: ``session_id`` of the body, empty for none.
         tokens_estimate: prompt tokens guessed from its size.
     """
@@ -46,8 +46,8 @@ def read_body(data: bytes) -> Body | None:
     estimate = len(ids) if listed and isinstance(ids, list) else len(data) // _BYTES_PER_TOKEN
     return Body(
         document,
-        model if isinstance(model, str) else "",
-        session[:_SESSION] if isinstance(session, str) else "",
+        model if isinstance(model, str) and len(model) <= _LONGEST_NAME else "",
+        session[:_LONGEST_NAME] if isinstance(session, str) else "",
         estimate,
     )
 

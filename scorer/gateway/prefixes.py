@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
+from kvatlas.scorer.api.bounds import check_name
 from kvatlas.scorer.api.core import Core
 from kvatlas.scorer.errors import InputError, NotReadyError
 from kvatlas.scorer.picker.endpoints import Held, held_of
@@ -80,6 +81,8 @@ class CorePrefixes:
 
     async def _scored(self, shape: requests.Shape, body: Mapping[str, Any], deadline: float) -> Prompt:
         request = requests.read(shape, body)[0]
+        check_name(request.model, "model")
+        check_name(request.lora, "lora")
         model, lora = self._core.intake.names.resolve(request.model, request.lora)
         encoded = await self._pool.tokens_of(model, request)
         query = ScoreQuery(

@@ -197,6 +197,14 @@ async def test_unreadable_body_goes_by_load_or_is_refused(body: bytes, caplog: p
     assert "SECRET" not in caplog.text + refusal.text
 
 
+async def test_names_without_end_are_not_kept() -> None:
+    stub = Stub()
+    stub.error = NotReadyError("no worker")
+    desk = Desk(stub)
+    assert await desk.picked(body={**BODY, "model": "m" * 100_000, "session_id": "s" * 100_000})
+    assert (desk.made[0].model, len(desk.made[0].session)) == ("", 16)
+
+
 async def test_path_that_is_no_inference_is_routed_and_not_counted() -> None:
     desk = Desk(Stub())
     assert await desk.picked(path="/v1/models", body=None)

@@ -12,7 +12,7 @@ import pytest
 from kvatlas.bridge.errors import OverloadedError
 from kvatlas.bridge.model.records import PodRecord, encode
 from kvatlas.bridge.runtime.admission import Admission
-from kvatlas.scorer.errors import NotReadyError
+from kvatlas.scorer.errors import InputError, NotReadyError
 from kvatlas.scorer.gateway.prefixes import CorePrefixes
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.tokenization.pool import TokenizerPool
@@ -47,6 +47,9 @@ async def test_an_index_that_nobody_keeps_up_to_date_is_not_asked() -> None:
         assert worker.asked == asked
         rig.workers.apply(b"w", encode(announced))
         assert (await prefixes.of("completions", body, math.inf)).held == found.held
+        for field in ("model", "lora"):  # they are kept, and told to others
+            with pytest.raises(InputError, match=field):
+                await prefixes.of("completions", {**body, field: "m" * 100_000}, math.inf)
 
 
 def test_a_name_of_clients_is_turned_into_the_engines_own() -> None:
