@@ -55,6 +55,7 @@ ONLY: Final[dict[str, tuple[str, ...]]] = {
     "redis": ("streams.mirror", "scorer.library.backends"),
     "zmq": ("bridge.engines", "bridge.ingest.inbound"),
     "aiokafka": ("bridge.kafka", "bridge.relay", "streams.state", "streams.tasks", "streams.faust_app"),
+    "hpack": ("scorer.api.http2",),
     "grpc": (
         "bridge.runtime.rpc", "streams.serving", "scorer.api", "scorer.lookups.router", "scorer.client",
         "scorer.tokenization", "scorer.service", "scorer.gateway",

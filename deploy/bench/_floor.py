@@ -11,9 +11,9 @@ from typing import Final
 
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from kvatlas.bridge.runtime.rpc import rpc_server
 from kvatlas.deploy.processes.main import loop_factory
 from kvatlas.scorer.api.extproc import SERVICE, ExternalProcessor, ProcessorOptions
+from kvatlas.scorer.api.http2_server import Http2Server
 from kvatlas.scorer.picker.route import Decision, Destination, Incoming
 
 _MOST_BYTES: Final = 16 * 1024 * 1024
@@ -48,16 +48,15 @@ class _Always:
 
 
 async def _serve(pod: str) -> None:
-    server = rpc_server(_MOST_BYTES)
+    server = Http2Server(_MOST_BYTES)
     ExternalProcessor(_Always(pod), ProcessorOptions(max_body_bytes=_MOST_BYTES)).add_to(server)
     healthy = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
     await healthy.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
+    port = await server.listen("127.0.0.1:0")
     print(f"127.0.0.1:{port}", flush=True)
     await asyncio.to_thread(sys.stdin.read)
-    await server.stop(None)
+    await server.stop(0.0)
 
 
 if __name__ == "__main__":

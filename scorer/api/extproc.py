@@ -29,6 +29,7 @@ import grpc.aio
 
 from kvatlas.bridge.runtime.logs import whereabouts
 from kvatlas.scorer.api import extproc_messages as messages
+from kvatlas.scorer.api.http2_server import Http2Server
 from kvatlas.scorer.picker import names
 from kvatlas.scorer.picker.route import Decision, Destination, Incoming, Refusal
 from kvatlas.scorer.v1 import extproc_pb2 as pb
@@ -128,14 +129,14 @@ class ExternalProcessor:
         self._options = options
         self._watching = _Watching()
 
-    def add_to(self, server: grpc.aio.Server) -> None:
+    def add_to(self, server: Http2Server) -> None:
         """Add the method to a server, under Envoy's name of the service."""
         server.add_registered_method_handlers(
             SERVICE,
             {
                 "Process": grpc.stream_stream_rpc_method_handler(
                     self.process,
-                    request_deserializer=pb.ProcessingRequest.FromString,
+                    request_deserializer=messages.request_of,
                     response_serializer=messages.serialized,
                 )
             },

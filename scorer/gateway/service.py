@@ -16,8 +16,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
-import grpc
-import grpc.aio
 import msgspec
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
@@ -27,10 +25,10 @@ from kvatlas.bridge.errors import SettingsError, UnresolvedError
 from kvatlas.bridge.model.pod_ids import rank_of
 from kvatlas.bridge.model.records import PodRecord
 from kvatlas.bridge.runtime.restarts import Restarts
-from kvatlas.bridge.runtime.rpc import rpc_server, serving
 from kvatlas.bridge.runtime.tasks import Background
 from kvatlas.bridge.runtime.telemetry import Telemetry
 from kvatlas.scorer.api.extproc import SERVICE, ExternalProcessor, ProcessorOptions
+from kvatlas.scorer.api.http2_server import Http2Server
 from kvatlas.scorer.gateway import discovery, metrics
 from kvatlas.scorer.gateway.decider import Made, PickerDecider
 from kvatlas.scorer.gateway.kubernetes_pool import PoolWatch
@@ -106,7 +104,7 @@ class PickerService:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._telemetry = Telemetry(settings.telemetry_listen)
         self._health = health.aio.HealthServicer()
-        self._server: grpc.aio.Server | None = None
+        self._server: Http2Server | None = None
         self._draining = False
         self._background = Background()
 
@@ -144,20 +142,16 @@ class PickerService:
     async def _serve(self) -> None:
         settings = self._settings
         # A message from the gateway may be as large as its own buffer: the limit is ours, with an answer.
-        server = rpc_server(_MAX_BODY_BYTES + 1024 * 1024)
+        server = Http2Server(_MAX_BODY_BYTES + 1024 * 1024)
         self.processor.add_to(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         await self._health.set(_LIVE_NAME, health_pb2.HealthCheckResponse.SERVING)
+        tls = _tls(settings) if settings.tls_certfile else None
         try:
-            if settings.tls_certfile:
-                port = server.add_secure_port(settings.listen, _credentials(settings))
-            else:
-                port = server.add_insecure_port(settings.listen)
-        except (RuntimeError, OSError) as error:
+            port = await server.listen(settings.listen, tls)
+        except (ValueError, OverflowError, OSError) as error:
             raise SettingsError(f"[picker] cannot listen on {settings.listen}: {error}") from error
-        await server.start()
         self._server = server
-        self._background.start(serving(server, f"of picks on {settings.listen}"), "serving")
         self.address = f"{settings.listen.rpartition(':')[0]}:{port}"
         await self._set_health()
 
@@ -281,16 +275,16 @@ class PickerService:
         return record is not None and 0 < decision.epoch < record.epoch
 
 
-def _credentials(settings: PickerSettings) -> grpc.ServerCredentials:
+def _tls(settings: PickerSettings) -> ssl.SSLContext:
     try:
-        key = Path(settings.tls_keyfile).read_bytes()
-        chain = Path(settings.tls_certfile).read_bytes()
+        for name in (settings.tls_keyfile, settings.tls_certfile):
+            Path(name).read_bytes()
     except OSError as error:
         raise SettingsError(f"[picker] cannot read {error.filename}: {error.strerror}") from error
-    try:  # gRPC says no more than that it cannot bind
-        checked = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        checked.load_cert_chain(settings.tls_certfile, settings.tls_keyfile, password=lambda: b"")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(settings.tls_certfile, settings.tls_keyfile, password=lambda: b"")
     except ssl.SSLError as error:
         pair = f"tls_certfile {settings.tls_certfile} and tls_keyfile {settings.tls_keyfile}"
         raise SettingsError(f"[picker] {pair} are no certificate and its key (PEM, no passphrase): {error}") from error
-    return grpc.ssl_server_credentials([(key, chain)])
+    return context

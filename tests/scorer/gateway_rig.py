@@ -10,13 +10,13 @@ from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
-import grpc.aio
 from aiohttp import ClientSession, ClientTimeout, web
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from kvatlas.deploy.gateway.config import GatewayOptions, document
 from kvatlas.deploy.gateway.envoy import Envoy
 from kvatlas.scorer.api.extproc import SERVICE, ExternalProcessor, ProcessorOptions
+from kvatlas.scorer.api.http2_server import Http2Server
 from kvatlas.scorer.picker.route import Decision, Destination, Incoming
 
 T = TypeVar("T")
@@ -139,7 +139,7 @@ class Stand:
         self.pickers: dict[str, str] = {}
         self.processors: dict[str, ExternalProcessor] = {}
         self._folder = folder
-        self._servers: list[Any] = []
+        self._servers: list[Http2Server] = []
         self._session: ClientSession | None = None
         self._envoys: dict[str, Envoy] = {}
         self.loop.run(self._start())
@@ -154,15 +154,12 @@ class Stand:
     async def serve(self, response: str) -> None:
         """Start a picker's server that reads so much of responses."""
         processor = ExternalProcessor(self.decider, ProcessorOptions(max_body_bytes=12_000_000, response=response))
-        server = grpc.aio.server(
-            options=[("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-        )
+        server = Http2Server(16 * 1024 * 1024)
         processor.add_to(server)
         servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
         await servicer.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
-        bound = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
+        bound = await server.listen("127.0.0.1:0")
         self.processors[response] = processor
         self._servers.append(server)
         self.pickers[response] = f"127.0.0.1:{bound}"

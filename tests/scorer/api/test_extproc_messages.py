@@ -1,11 +1,14 @@
-"""Pieces of a body in full duplex: framed by hand, read by protobuf."""
+"""Pieces of a body: framed by hand and read by protobuf, made by protobuf and read by hand."""
 
 from __future__ import annotations
 
-from hypothesis import given
+import contextlib
+
+from google.protobuf.message import DecodeError
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kvatlas.scorer.api.extproc_messages import body_pieces, serialized
+from kvatlas.scorer.api.extproc_messages import body_pieces, request_of, serialized
 from kvatlas.scorer.v1 import extproc_pb2 as pb
 
 
@@ -26,3 +29,36 @@ def test_pieces_are_the_whole_body_and_only_the_last_ends_it(body: bytes, piece_
         assert pb.ProcessingResponse.FromString(serialized(answer)) == wanted
         whole += piece.body
     assert whole == body
+
+
+@given(
+    size=st.sampled_from((0, 1, 4_090, 4_096, 16_384, 1_000_000)),
+    ended=st.booleans(),
+    context=st.booleans(),
+    kind=st.sampled_from(("request_body", "response_body")),
+)
+def test_a_large_piece_that_is_read_by_hand_is_what_protobuf_reads(
+    size: int, ended: bool, context: bool, kind: str
+) -> None:
+    message = pb.ProcessingRequest(**{kind: pb.HttpBody(body=bytes(size), end_of_stream=ended)})
+    if context:
+        message.metadata_context.filter_metadata["envoy.lb"].fields["pod"].string_value = "a"
+    read = request_of(message.SerializeToString())
+    assert read.WhichOneof("request") == kind
+    piece = getattr(read, kind)
+    assert (bytes(piece.body), piece.end_of_stream) == (bytes(size), ended)
+    assert not read.observability_mode
+
+
+@given(head=st.binary(max_size=12), size=st.integers(4_080, 4_100), tail=st.binary(max_size=6))
+@example(head=b"\x22\xff\xff", size=4_090, tail=b"")
+@example(head=b"\x22\xff\xff\xff\xff\xff\x0a\x01", size=4_090, tail=b"")
+def test_bytes_that_are_no_message_are_no_piece_either(head: bytes, size: int, tail: bytes) -> None:
+    data = head + bytes(size) + tail
+    read = expected = None
+    with contextlib.suppress(DecodeError):
+        expected = pb.ProcessingRequest.FromString(data)
+    with contextlib.suppress(DecodeError):
+        read = request_of(data)
+    if expected is not None and read is not None and read.WhichOneof("request") == "request_body":
+        assert bytes(read.request_body.body) == expected.request_body.body
