@@ -21,13 +21,17 @@ from kvatlas.bridge.model.loads import ASKED, CACHE_USAGE, FOUND, RUNNING, WAITI
 
 
 class EngineLoad(NamedTuple):
-    """What a page says; None where it lacks the figure. ``asked`` and ``found`` are tokens of its prefix cache."""
+    """What a page says; None where it lacks the figure.
+
+    ``asked`` and ``found`` are tokens of its prefix cache; ``awake`` is 0 where weights or cache are off the GPU.
+    """
 
     running: float | None = None
     waiting: float | None = None
     usage: float | None = None
     asked: float | None = None
     found: float | None = None
+    awake: float | None = None
 
     @property
     def known(self) -> bool:
@@ -55,7 +59,9 @@ _FIELDS: Final[Mapping[str, str]] = {
     "vllm:external_prefix_cache_hits_total": "found",
     "sglang:prompt_tokens_total": "asked",
     "sglang:cached_tokens_total": "found",
+    "vllm:engine_sleep_state": "awake",
 }
+_OTHER_STATES: Final = ('sleep_state="weights', 'sleep_state="discard')  # of the same name, of which one is told as 1
 _RANK_LABELS: Final = ("engine", "dp_rank")
 _LINE: Final = re.compile(rf"^({'|'.join(_FIELDS)})(?:\{{([^}}\n]*)\}})?[ \t]+([^\s#]+)", re.MULTILINE)
 
@@ -71,6 +77,8 @@ def read_load(page: str, rank: int | None = None) -> EngineLoad:
     for match in _LINE.finditer(page):
         name, labels, text = match.groups()
         if rank is not None and not _of_rank(labels or "", rank):
+            continue
+        if labels and any(other in labels for other in _OTHER_STATES):
             continue
         try:
             value = float(text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, NamedTuple
@@ -41,6 +40,7 @@ class Scraper:
         pages: what to read now; a page of several ranks is read once.
         reported: gets name, load, and when it was asked for.
         counted: told what came of each read: ``ok``, ``empty`` or ``failed``.
+        refused: gets the name of one whose address takes no connection: nobody listens there.
         every_seconds: between two reads of one page.
         clock: seconds.
     """
@@ -53,10 +53,12 @@ class Scraper:
         *,
         every_seconds: float,
         clock: Callable[[], float],
+        refused: Callable[[str], None] = lambda _name: None,
     ) -> None:
         self._pages = pages
         self._reported = reported
         self._counted = counted
+        self._refused = refused
         self._every = every_seconds
         self._clock = clock
         self._reading: dict[str, asyncio.Task[None]] = {}
@@ -91,8 +93,13 @@ class Scraper:
             # What was given out while the page was made may not be in it: its age counts from the question.
             asked = self._clock()
             text: str | None = None
-            with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError, ValueError):
+            try:
                 text = await _text_of(session, url)
+            except aiohttp.ClientConnectorError:
+                for page in pages:
+                    self._refused(page.name)
+            except (aiohttp.ClientError, TimeoutError, OSError, ValueError):
+                pass
         known = [(page.name, load) for page in pages if (load := _load_of(text or "", page, len(pages))).known]
         self._counted("ok" if known else "failed" if text is None else "empty")
         if known:

@@ -44,6 +44,8 @@ from kvatlas.scorer.service import ScorerService
 log = logging.getLogger(__name__)
 
 _MEASURE_SECONDS: Final = 1.0
+#: So many reads of an engine's metrics may fail before what was read last is too old.
+_READS_MISSED: Final = 3.0
 #: Larger requests are refused (413): above what a context of a million tokens takes.
 _MAX_BODY_BYTES: Final = 16 * 1024 * 1024
 #: How often file and DNS are looked at; a look costs a stat or a cached query.
@@ -136,6 +138,7 @@ class PickerService:
                 lambda result: metrics.SCRAPES.labels(result).inc(),
                 every_seconds=self._settings.scrape_seconds,
                 clock=self._clock,
+                refused=self.state.loads.refused,
             )
             self._background.start(scraper.run())
 
@@ -247,8 +250,10 @@ class PickerService:
             await self._discover()
 
     def _scraped(self, address: str, load: EngineLoad, asked: float) -> None:
-        report = EngineReport(load.running or 0.0, load.waiting or 0.0, load.usage or 0.0, asked)
-        self.state.loads.reported(address, report)
+        # What is read seldom must last until it is read again.
+        lasts, asleep = _READS_MISSED * self._settings.scrape_seconds, load.awake == 0
+        running, waiting, usage = (figure or 0.0 for figure in load[:3])
+        self.state.loads.reported(address, EngineReport(running, waiting, usage, asked, lasts, asleep))
 
     async def _measure(self) -> None:
         while True:

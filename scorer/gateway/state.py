@@ -136,7 +136,7 @@ class PickerState:
         now = self._clock()
         self.loads.expire(now)
         loads = [self.loads.load(one.address, now) for one in self.endpoints]
-        ready = sum(one.ready for one in self.endpoints)
+        ready = sum(one.ready and not load.silent for one, load in zip(self.endpoints, loads, strict=True))
         metrics.ENDPOINTS.labels("ready").set(ready)
         metrics.ENDPOINTS.labels("unready").set(len(self.endpoints) - ready)
         metrics.STALE.set(sum(load.stale for load in loads))

@@ -3,7 +3,8 @@
 In order:
 
 1. Endpoints that are not ready, serve another model or role, or are outside the subset hint do not take part.
-2. Those past their limits (requests, KV cache in use) do not either; when all are, the request is refused (429).
+2. Those past their limits (requests, KV cache in use) do not either; when all are, the request is refused (429). Those
+   whose engine was heard and has fallen silent come after all others.
 3. An endpoint whose queue is longer than the shortest one by more than the hot limit is taken only when all are:
    the second best is taken instead of a hot pod.
 4. Of the rest, the least cost. Costs within ``near_tokens`` of it are equal; among equals the session's pod wins, a
@@ -82,7 +83,7 @@ class Choice(NamedTuple):
 
     Attributes:
         candidates: the chosen one first, the fallbacks next, then the rest by cost; empty when none can serve.
-        rule: the rule that decided: ``cost``, ``session``, ``cold``, ``drawn``, ``burst``, ``hot``.
+        rule: the rule that decided: ``cost``, ``session``, ``cold``, ``drawn``, ``burst``, ``hot``, ``silent``.
         saturated: endpoints that were left out for their limits.
     """
 
@@ -134,16 +135,16 @@ class Chooser:
         saturated = len(candidates) - len(free)
         if not free:
             return Choice((), "saturated" if saturated else "none", saturated)
-        cool = self._cool(free)
+        cool = self._cool([one for one in free if not one.load.silent] or free)
         ordered = sorted(cool, key=lambda one: (one.cost.total, one.endpoint.address))
         cold = all(one.held.tokens <= rules.cold_tokens for one in free)
         chosen, rule = self._among(ask, ordered, cold=cold)
-        if rule == "cost" and len(cool) < len(free) and self._least(free) is not chosen:
-            rule = "hot"
+        if rule == "cost" and len(cool) < len(free) and (least := self._least(free)) is not chosen:
+            rule = "silent" if least.load.silent else "hot"
         if cold:
             self._turn += 1
             self._cold[chosen.endpoint.address] = self._turn
-        others = sorted((one for one in free if one is not chosen), key=lambda one: one.cost.total)
+        others = sorted((one for one in free if one is not chosen), key=_by_silence)
         return Choice((chosen, *others), rule, saturated)
 
     def _candidate(self, ask: Ask, endpoint: Endpoint, load: Load) -> Candidate:
@@ -208,3 +209,7 @@ class Chooser:
             if left < 0:
                 return one
         return near[0]
+
+
+def _by_silence(one: Candidate) -> tuple[bool, float]:
+    return one.load.silent, one.cost.total

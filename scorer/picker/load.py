@@ -13,6 +13,9 @@ rate: the one learned while somebody did, else the one of the settings.
 
 A report that is older than the limit, or than it says itself, is *stale*: it is not used, and an endpoint whose load is
 stale says so. That is not the same as no load.
+
+An engine that has reported and does no more, because nobody listens at its address, or it sleeps, or for a longer time
+nothing at all came, is *silent*: it may be gone, and whoever else there is comes before it.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from typing import Final, NamedTuple
 _LEARN: Final = 0.1
 #: A report that shows an idle engine clears what was given out so long before it; later requests may not be in it.
 _SETTLE_SECONDS: Final = 0.1
+#: An engine that was heard before and then not for so long is silent, whatever the reason.
+_SILENT_SECONDS: Final = 10.0
 #: First tokens seen within this time mean that somebody watches the endpoint's responses.
 _WATCHED_SECONDS: Final = 30.0
 
@@ -36,6 +41,7 @@ class EngineReport(NamedTuple):
         usage: share of its KV cache in use, 0 to 1.
         at: when it was read, monotonic seconds.
         lasts: seconds for which it is good, where that is longer than the limit; it is told on change.
+        asleep: whether the engine has put its weights or its cache away.
     """
 
     running: float
@@ -43,6 +49,7 @@ class EngineReport(NamedTuple):
     usage: float
     at: float
     lasts: float = 0.0
+    asleep: bool = False
 
 
 class Load(NamedTuple):
@@ -54,6 +61,7 @@ class Load(NamedTuple):
         waiting: requests that wait, as reported, with what was given out since.
         usage: share of the KV cache in use, -1 where unknown.
         stale: the engine's report is too old to be used, or there was none.
+        silent: it was heard before, and now it is not, or sleeps.
     """
 
     prefill_tokens: float = 0.0
@@ -61,6 +69,7 @@ class Load(NamedTuple):
     waiting: float = 0.0
     usage: float = -1.0
     stale: bool = True
+    silent: bool = False
 
 
 class LoadOptions(NamedTuple):
@@ -101,6 +110,7 @@ class _Endpoint:
         self.rate = tokens_per_second
         self.moved = 0.0  # when the queue's head was last seen to move
         self.watched = float("-inf")
+        self.refused = False  # nobody listens there
 
     def drained(self, now: float) -> float:
         """Return the queue as a rate alone tells it."""
@@ -172,12 +182,18 @@ class LoadBook:
         endpoint = self._of(address)
         if endpoint.report is not None and report.at < endpoint.report.at:
             return
-        endpoint.report = report
+        endpoint.report, endpoint.refused = report, False
         since = endpoint.since
         while since and since[0] <= report.at:
             since.popleft()
         if not report.running and not report.waiting:
             endpoint.settle(report.at - _SETTLE_SECONDS)
+
+    def refused(self, address: str) -> None:
+        """Take note that nobody listens at an endpoint; one that was never heard may have no metrics there."""
+        endpoint = self._endpoints.get(address)
+        if endpoint is not None and endpoint.report is not None:
+            endpoint.refused = True
 
     def given(self, request_id: str, address: str, tokens: float, now: float) -> None:
         """Take note of a request that was sent to an endpoint, with the prompt tokens it has to compute there."""
@@ -235,10 +251,15 @@ class LoadBook:
             return Load()
         report = endpoint.report
         queue = endpoint.queue(now)
-        if report is None or now - report.at > max(self._options.stale_seconds, report.lasts):
-            return Load(queue, len(endpoint.open), 0.0, -1.0, stale=True)
+        if report is None:
+            return Load(queue, len(endpoint.open))
+        age = now - report.at
+        silent = endpoint.refused or report.asleep or age > max(_SILENT_SECONDS, report.lasts)
+        if age > max(self._options.stale_seconds, report.lasts):
+            return Load(queue, len(endpoint.open), silent=silent)
         fresh = len(endpoint.since)
-        return Load(queue, report.running + report.waiting + fresh, report.waiting + fresh, report.usage, stale=False)
+        waiting = report.waiting + fresh
+        return Load(queue, report.running + waiting, waiting, report.usage, stale=False, silent=silent)
 
     def open_requests(self, address: str) -> int:
         """Return the requests that were given to an endpoint and whose end is not known."""

@@ -40,6 +40,18 @@ def test_missing_family_keeps_the_others_and_nonsense_is_none() -> None:
     assert not read_load("up 1\n").known
 
 
+def test_asleep_is_not_awake_in_any_of_its_parts() -> None:
+    name = "vllm:engine_sleep_state"
+    page = "".join(
+        f'{name}{{engine="{engine}",sleep_state="{state}"}} {value}\n'
+        for engine, awake in (("0", 0), ("1", 1))
+        for state, value in (("awake", awake), ("weights_offloaded", 1 - awake), ("discard_all", 0))
+    )
+    assert [read_load(page, rank).awake for rank in (0, 1, None)] == [0.0, 1.0, 1.0]
+    assert read_load(VLLM).awake is None
+    assert read_load(VLLM + page, 0).named() == read_load(VLLM, 0).named()
+
+
 def test_prefix_hits_are_those_of_the_cache_and_of_the_connector() -> None:
     page = (
         'vllm:prefix_cache_queries_total{engine="0",model_name="m"} 1000.0\n'

@@ -47,6 +47,16 @@ def test_hot_pod_is_left_for_the_second_best() -> None:
     assert (choice.best.endpoint.pod != "pod-2", choice.rule) == (True, "hot")
 
 
+def test_silent_pod_comes_after_all_others() -> None:
+    """Its prefix does not help a request that nobody answers; alone it is still better than a refusal."""
+    silent = {PODS[2].address: Load(silent=True)}
+    choice = choose(Chooser(CostWeights(), Rules()), {"pod-2": gpu(9_000)}, silent)
+    assert choice.rule == "silent"
+    assert choice.candidates[-1].endpoint.pod == "pod-2"
+    all_silent = {pod.address: Load(silent=True) for pod in PODS}
+    assert choose(Chooser(CostWeights(), Rules()), {"pod-2": gpu(9_000)}, all_silent).best.endpoint.pod == "pod-2"
+
+
 def test_cold_prompts_take_turns() -> None:
     chooser = Chooser(CostWeights(), Rules())
     pods = [choose(chooser, {}).best.endpoint.pod for _ in range(8)]
@@ -103,7 +113,7 @@ HELD = st.builds(
     st.integers(0, 8_000),
     st.integers(0, 8_000),
 )
-LOAD = st.builds(Load, st.floats(0, 1e6), st.floats(0, 500), st.floats(0, 100), st.floats(0, 1), st.booleans())
+LOAD = st.builds(Load, st.floats(0, 1e6), st.floats(0, 500), st.floats(0, 100), st.floats(0, 1), st.booleans(), st.booleans())
 
 
 @given(st.integers(1, 20_000), HELD, LOAD)
@@ -131,5 +141,6 @@ def test_choice_names_each_endpoint_once_and_stays_near_the_least_cost(
     free = [pod for pod in PODS if not (by_address[pod.address].usage >= 1.0 and by_address[pod.address].waiting > 0)]
     assert sorted(one.endpoint for one in choice.candidates) == sorted(free)
     if free and burst != "hold":
-        least = min(one.cost.total for one in choice.candidates)
+        heard = [one for one in choice.candidates if not one.load.silent] or choice.candidates
+        least = min(one.cost.total for one in heard)
         assert choice.best.cost.total <= least + rules.near_tokens

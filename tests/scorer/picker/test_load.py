@@ -23,12 +23,30 @@ def test_stale_load_is_told_apart_from_none() -> None:
     assert loads.load(A, 3.1).stale
 
 
+def test_engine_that_was_heard_and_is_no_more_is_silent() -> None:
+    """Refused, asleep, or nothing for long; one that was never heard may have no metrics at all."""
+    loads = book()
+    loads.refused(A)
+    loads.given("a", A, 1, 0.0)
+    loads.refused(A)
+    assert not loads.load(A, 100.0).silent
+    loads.reported(A, EngineReport(0, 0, 0.0, 100.0))
+    assert [loads.load(A, 100.0 + age).silent for age in (0.0, 9.0, 11.0)] == [False, False, True]
+    loads.refused(A)
+    assert loads.load(A, 100.1).silent
+    loads.reported(A, EngineReport(0, 0, 0.0, 101.0, lasts=60.0))
+    assert [loads.load(A, 101.0 + age).silent for age in (0.0, 59.0, 61.0)] == [False, False, True]
+    assert not loads.load(A, 160.0).stale
+    loads.reported(A, EngineReport(0, 0, 0.0, 102.0, asleep=True))
+    assert loads.load(A, 102.0).silent
+
+
 def test_requests_given_out_since_a_report_are_added_to_it() -> None:
     loads = book()
     loads.given("a", A, 100, 1.0)
     loads.given("b", A, 100, 2.0)
     loads.reported(A, EngineReport(3, 1, 0.5, 1.5))
-    assert loads.load(A, 2.0)[1:] == (5.0, 2.0, 0.5, False)
+    assert loads.load(A, 2.0)[1:] == (5.0, 2.0, 0.5, False, False)
     loads.reported(A, EngineReport(4, 1, 0.5, 2.5))
     assert loads.load(A, 2.6).requests == 5.0
 
