@@ -113,7 +113,9 @@ HELD = st.builds(
     st.integers(0, 8_000),
     st.integers(0, 8_000),
 )
-LOAD = st.builds(Load, st.floats(0, 1e6), st.floats(0, 500), st.floats(0, 100), st.floats(0, 1), st.booleans(), st.booleans())
+LOAD = st.builds(
+    Load, st.floats(0, 1e6), st.floats(0, 500), st.floats(0, 100), st.floats(0, 1), st.booleans(), st.booleans()
+)
 
 
 @given(st.integers(1, 20_000), HELD, LOAD)
