@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple, Protocol
 import grpc
 import grpc.aio
 
+from kvatlas.bridge.runtime.logs import whereabouts
 from kvatlas.scorer.api import http2
 from kvatlas.scorer.api.http2 import Bytes
 
@@ -219,8 +220,8 @@ class Call:
         except asyncio.CancelledError:
             self._carrier.cancelled(self._stream)
             raise
-        except Exception as error:
-            log.exception("a call failed")
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is this call's
+            log.error("a call failed: %s", whereabouts(error))
             status, text = UNKNOWN, type(error).__name__
         self._carrier.finish(self._stream, status, text)
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from kvatlas.scorer.api import extproc_messages as messages
 from kvatlas.scorer.api.extproc import RESPONSES, SERVICE, ExternalProcessor, ProcessorOptions
+from kvatlas.scorer.api.http2_server import Http2Server
 from kvatlas.scorer.picker import names
 from kvatlas.scorer.picker.route import Destination
 from kvatlas.scorer.v1 import extproc_pb2 as pb
@@ -164,11 +165,9 @@ def test_fault_in_what_is_made_of_a_response_cuts_none(broken: str, caplog: pyte
 
 @pytest.fixture
 async def served() -> AsyncIterator[str]:
-    server = grpc.aio.server()
+    server = Http2Server(1_000_000)
     processor(FakeDecider()).add_to(server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    yield f"127.0.0.1:{port}"
+    yield f"127.0.0.1:{await server.listen('127.0.0.1:0')}"
     await server.stop(0)
 
 

@@ -129,12 +129,16 @@ async def test_a_message_past_the_limit_ends_its_call_alone(channel: grpc.aio.Ch
     other.cancel()
 
 
-async def test_a_handler_that_fails_ends_its_call_and_tells_nothing_of_the_message(channel: grpc.aio.Channel) -> None:
+async def test_a_handler_that_fails_ends_its_call_and_tells_nothing_of_the_message(
+    channel: grpc.aio.Channel, caplog: pytest.LogCaptureFixture
+) -> None:
     call = call_of(channel)
     await call.write(b"fail")
     with pytest.raises(grpc.aio.AioRpcError) as failed:
         await call.read()
     assert (failed.value.code(), failed.value.details()) == (grpc.StatusCode.UNKNOWN, "ValueError")
+    assert "a call failed: ValueError < test_http2_server.py:" in caplog.text
+    assert "nobody may read" not in caplog.text
 
 
 async def test_a_method_that_nobody_serves_is_unimplemented(channel: grpc.aio.Channel) -> None:
