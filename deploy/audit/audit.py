@@ -8,6 +8,7 @@ router is told that they may be gone.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +40,9 @@ from kvatlas.streams.v1 import block_index_pb2_grpc as pb_grpc
 logger = logging.getLogger(__name__)
 
 _LOOKUP_KEYS: Final = 8_192
+#: How long an audit waits for partitions that no worker answers for.
+_COVERED_SECONDS: Final = 30.0
+_COVERED_POLL_SECONDS: Final = 0.5
 
 aio: Any = getattr(grpc, "aio")  # noqa: B009 # the stubs of grpc leave out its asyncio half
 
@@ -80,9 +84,9 @@ async def audit(
     Raises:
         StreamsError: a partition is not answered by any worker.
     """
-    pods, workers = PodDirectory(version), WorkerDirectory(time.time_ns, version)
+    pods = PodDirectory(version)
     await read_topic(kafka, topics.PODS, lambda key, value, _: pods.apply(key, value))
-    await read_topic(kafka, topics.WORKERS, lambda key, value, _: workers.apply(key, value))
+    workers = await _answering(kafka, version)
     keys: set[bytes] = {key for tiers in truth.values() for held in tiers.values() for key in held}
     changelog = topics.changelog_topics(topics.version_app(app, version))[1].name
 
@@ -152,6 +156,19 @@ def _compare_pod(
         suspect_ghosts=flagged,
         examples=examples,
     )
+
+
+async def _answering(kafka: KafkaSettings, version: str) -> WorkerDirectory:
+    """Return the workers once they answer for every partition, which takes a moment after a restart or a rebalance."""
+    until = time.monotonic() + _COVERED_SECONDS
+    while True:
+        workers = WorkerDirectory(time.time_ns, version)
+        await read_topic(kafka, topics.WORKERS, lambda key, value, _, to=workers: to.apply(key, value))
+        missing = workers.uncovered()
+        if not missing or time.monotonic() >= until:
+            return workers
+        logger.info("waiting for a worker that answers for partitions %s", ", ".join(map(str, missing)))
+        await asyncio.sleep(_COVERED_POLL_SECONDS)
 
 
 async def lookup_all(keys: Sequence[bytes], workers: WorkerDirectory) -> dict[bytes, bytes]:

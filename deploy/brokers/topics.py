@@ -26,6 +26,8 @@ from kvatlas.deploy.brokers.errors import BrokerUnavailableError, TopicMismatchE
 
 _HOUR_MS: Final = 3_600_000
 _POLL_SECONDS: Final = 0.05
+#: Pause before a request is made again that a busy broker did not answer.
+_AGAIN_SECONDS: Final = 0.2
 # Compacted topics are read whole at a restore: small segments and an eager cleaner keep them near their live size.
 _COMPACTED: Final = {"segment.bytes": str(64 * 1024 * 1024), "min.cleanable.dirty.ratio": "0.2"}
 
@@ -69,20 +71,14 @@ async def ensure_topics(
     wanted = {settings.topic(topic.name): topic for topic in topics}
     try:
         async with asyncio.timeout(timeout_seconds), _admin(settings) as admin:
-            cluster = await admin.describe_cluster()
-            if str(cluster.get("cluster_id") or "").startswith(embedded.CLUSTER_ID_PREFIX):
-                return _compared(settings, await _partitions(admin, list(wanted)), wanted)
-            existing = set(await admin.list_topics())
-            missing = {name: topic for name, topic in wanted.items() if name not in existing}
-            if missing and not settings.create_topics:
-                raise LogError(
-                    f"topics {', '.join(missing)} do not exist on {settings.brokers} and create_topics is off; "
-                    "create them (`kvatlas topics`), or set create_topics"
-                )
-            await _create(admin, settings, missing)
-            counts = _compared(settings, await _partitions(admin, list(wanted)), wanted)
-            await _compare_policies(admin, {name: wanted[name] for name in wanted if name not in missing})
-            return counts
+            while True:
+                try:
+                    return await _settle(admin, settings, wanted)
+                except KafkaError as error:
+                    if not error.retriable:
+                        raise
+                    logger.info("topics on %s: %r; trying again", settings.brokers, error)
+                await asyncio.sleep(_AGAIN_SECONDS)
     except TimeoutError as error:
         raise BrokerUnavailableError(
             f"the brokers at {settings.brokers} did not settle the topics within {timeout_seconds:g} s; "
@@ -90,6 +86,24 @@ async def ensure_topics(
         ) from error
     except KafkaError as error:
         raise LogError(f"the brokers at {settings.brokers} refused a request about topics: {error!r}") from error
+
+
+async def _settle(admin: AIOKafkaAdminClient, settings: KafkaSettings, wanted: Mapping[str, Topic]) -> dict[str, int]:
+    """Make and compare once; what another try may mend is raised as Kafka's client tells it."""
+    cluster = await admin.describe_cluster()
+    if str(cluster.get("cluster_id") or "").startswith(embedded.CLUSTER_ID_PREFIX):
+        return _compared(settings, await _partitions(admin, list(wanted)), wanted)
+    existing = set(await admin.list_topics())
+    missing = {name: topic for name, topic in wanted.items() if name not in existing}
+    if missing and not settings.create_topics:
+        raise LogError(
+            f"topics {', '.join(missing)} do not exist on {settings.brokers} and create_topics is off; "
+            "create them (`kvatlas topics`), or set create_topics"
+        )
+    await _create(admin, settings, missing)
+    counts = _compared(settings, await _partitions(admin, list(wanted)), wanted)
+    await _compare_policies(admin, {name: wanted[name] for name in wanted if name not in missing})
+    return counts
 
 
 @asynccontextmanager

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import ClusterAuthorizationFailedError, KafkaError, NodeNotReadyError, RequestTimedOutError
 
+from kvatlas.bridge.errors import LogError
 from kvatlas.bridge.model.topics import TOPICS
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.embedded import FETCH_MAX_WAIT_MS, PARTITIONS, RETAINED_BYTES_PER_PARTITION, EmbeddedBroker
@@ -53,6 +56,26 @@ async def test_other_partition_counts_cannot_be_had(broker: EmbeddedBroker) -> N
     """Settings with another count are refused like on a real broker, instead of misplacing every record."""
     with pytest.raises(TopicMismatchError, match="has 4"):
         await ensure_topics(KafkaSettings(brokers=broker.bootstrap, partitions=8), TOPICS)
+
+
+async def test_a_broker_that_is_too_busy_to_answer_is_asked_again(
+    broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another try may mend is no refusal; what it cannot mend is told at once."""
+    answer = AIOKafkaAdminClient.describe_cluster
+    failures: list[KafkaError] = [NodeNotReadyError(), RequestTimedOutError()]
+
+    async def busy(admin: AIOKafkaAdminClient) -> Any:
+        if failures:
+            raise failures.pop()
+        return await answer(admin)
+
+    monkeypatch.setattr(AIOKafkaAdminClient, "describe_cluster", busy)
+    kafka = KafkaSettings(brokers=broker.bootstrap, partitions=PARTITIONS)
+    assert len(await ensure_topics(kafka, TOPICS)) == len(TOPICS)
+    failures.append(ClusterAuthorizationFailedError())
+    with pytest.raises(LogError, match="ClusterAuthorizationFailedError"):
+        await ensure_topics(kafka, TOPICS)
 
 
 @pytest.mark.parametrize("codec", [None, "gzip", "snappy", "lz4", "zstd"])
