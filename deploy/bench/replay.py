@@ -1,7 +1,8 @@
 """How fast the log is read and past states are rebuilt, from a real Kafka.
 
-Cases: ``decode`` (messages/s of ``kv-events``, read, decoded, filtered by model and event type; baseline: the same
-records read and dropped) and ``rebuild`` (block updates/s folded into a scratch index at the end of the log).
+Cases: ``decode`` (messages/s of ``kv-events``, read, summed up, filtered by model and event type; baseline: the same
+records read and dropped) and ``rebuild`` (messages/s folded into a scratch index at the end of the log; baseline: the
+same messages read and their events decoded, tokens and all, which is the first part of folding them).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any, Final
 
 from kvatlas.bridge.model import pod_ids, topics
 from kvatlas.bridge.model.adapters.fields import encode_batch
+from kvatlas.bridge.model.adapters.vllm import decode
+from kvatlas.bridge.model.events import Limits
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.bench import _rig
 from kvatlas.deploy.history.filters import Filter, Wanted
@@ -56,15 +59,20 @@ async def _measure(args: argparse.Namespace, bootstrap: str, folder: Path) -> li
         matched = sum([1 async for record in _each(reader, span) if chosen.message(record)])
         decoded = _rates(matched, clocks)
         assert matched == read == count
+        clocks, limits = _clocks(), Limits()
+        decoded_events = sum([len(decode(record.value or b"", limits).events) async for record in _each(reader, span)])
+        events = _rates(count, clocks)
+        assert decoded_events >= count
         clocks = _clocks()
         past = await rebuild(
             reader, kafka, LATEST, folder=folder / "past", options=ResolveOptions(), clock=time.time_ns
         )
-        rebuilt = _rates(past.counts["updates"], clocks)
+        rebuilt, updates = _rates(count, clocks), past.counts["updates"]
         past.close(keep=False)
+    rebuild_row = _row("rebuild", rebuilt, "messages/s", baseline=events[0])
     return [
         _row("decode", decoded, "messages/s", baseline=plain),
-        _row("rebuild", rebuilt, "updates/s"),
+        rebuild_row | {"updates": round(rebuilt[0] * updates / count), "cpu_ratio": round(rebuilt[1] / events[1], 3)},
     ]
 
 
@@ -84,10 +92,10 @@ def _rates(count: int, since: tuple[float, float]) -> tuple[float, float]:
     return count / wall, count / cpu
 
 
-def _row(case: str, rates: tuple[float, float], unit: str, baseline: float | None = None) -> dict[str, Any]:
+def _row(case: str, rates: tuple[float, float], unit: str, baseline: float) -> dict[str, Any]:
     value, per_cpu = rates
     row = {"bench": "replay", "case": case, "value": round(value, 1), "unit": unit, "per_cpu_second": round(per_cpu, 1)}
-    return row if baseline is None else {**row, "baseline": round(baseline, 1), "ratio": round(value / baseline, 3)}
+    return {**row, "baseline": round(baseline, 1), "ratio": round(value / baseline, 3)}
 
 
 async def _fill(kafka: KafkaSettings, partitions: int, count: int) -> None:
