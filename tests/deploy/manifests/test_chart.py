@@ -22,6 +22,7 @@ from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.model.topics import TOPICS, changelog_topics
 from kvatlas.deploy.brokers.topics import topic_config
 from kvatlas.deploy.cli import common
+from kvatlas.deploy.gateway.envoy import find_envoy
 
 ROOT: Final = Path(__file__).parents[3]
 CHART: Final = ROOT / "deploy/helm/kvatlas"
@@ -90,6 +91,11 @@ GATEWAY: Final[dict[str, Any]] = {
     "networkPolicy": {"egress": {"enabled": True}, "gateways": [{"podSelector": {"matchLabels": {"app": "gateway"}}}]},
     "monitoring": {"serviceMonitor": {"enabled": True}},
 }
+ENVOY: Final[dict[str, Any]] = {
+    "settings": {"picker": {"dns": ["engines.serving:8000"]}},
+    "picker": {"enabled": True, "envoy": {"enabled": True, "serviceType": "LoadBalancer"}},
+    "networkPolicy": {"gateways": [{"podSelector": {"matchLabels": {"app": "gateway"}}}]},
+}
 VALUES: Final = {
     "defaults": {},
     "everything": EVERYTHING,
@@ -97,6 +103,7 @@ VALUES: Final = {
     "watch": WATCH,
     "watch-all": WATCH_ALL,
     "gateway": GATEWAY,
+    "envoy": ENVOY,
 }
 
 _TEXTS: Final = {"type": "object", "additionalProperties": {"type": "string"}}
@@ -627,6 +634,40 @@ def test_picker_sees_its_pool_and_workers_answer_it() -> None:
     assert allowed == ["scorer", "picker"]
     ports = [port["port"] for rule in policies["kva-kvatlas-picker"]["ingress"] for port in rule["ports"]]
     assert ports == ["telemetry", "ext-proc"]
+
+
+def test_envoy_of_the_chart_asks_every_picker(tmp_path: Path) -> None:
+    """Without a Gateway API: the real Envoy takes its configuration, and the picker names it one address."""
+    objects = render(ENVOY)
+    assert not of_kind(objects, "InferencePool", "HTTPRoute", "Role")
+    assert sections_of(objects, "picker", tmp_path)["picker"].one_address
+    maps = {one["metadata"]["name"]: one["data"] for one in of_kind(objects, "ConfigMap")}
+    file = tmp_path / "envoy.yaml"
+    file.write_text(maps["kva-kvatlas-envoy"]["envoy.yaml"])
+    done = subprocess.run(
+        [find_envoy(), "--mode", "validate", "-c", str(file)], capture_output=True, text=True, timeout=90, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    clusters = {one["name"]: one for one in yaml.safe_load(file.read_text())["static_resources"]["clusters"]}
+    endpoint = clusters["picker"]["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]
+    asked = endpoint["address"]["socket_address"]
+    services = {one["metadata"]["name"]: one["spec"] for one in of_kind(objects, "Service")}
+    each = services[asked["address"]]
+    assert each["clusterIP"] == "None"
+    assert each["ports"][0]["port"] == asked["port_value"] == 9002
+    assert selected(objects, each["selector"]) == [workloads(objects)["picker"]]
+    assert selected(objects, services["kva-kvatlas-envoy"]["selector"]) == [workloads(objects)["envoy"]]
+    policies = {one["metadata"]["name"]: one["spec"] for one in of_kind(objects, "NetworkPolicy")}
+    peers = policies["kva-kvatlas-picker"]["ingress"][1]["from"]
+    assert peers[-1]["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "envoy"
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"enabled": False, "envoy": {"enabled": True}}, {"envoy": {"enabled": True}, "tls": {"secret": "s"}}]
+)
+def test_envoy_without_a_picker_that_it_can_ask_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(Exception, match=r"picker\.envoy"):
+        render({"picker": {"enabled": True, **wrong}})
 
 
 @pytest.mark.parametrize("wrong", [{"pool": {"create": True}}, {"route": {"enabled": True}, "pool": {"name": "llama"}}])
