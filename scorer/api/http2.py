@@ -159,8 +159,8 @@ def unpadded(payload: bytes, flags: int, *, priority: bool = False) -> bytes:
 class HeaderBlocks:
     """Decodes the blocks of headers of one connection.
 
-    A block that only points into the table leaves it as it is, so it is decoded once: a gateway's calls to a picker
-    differ in nothing but their messages.
+    A block that puts nothing into the table is decoded once: a gateway's calls to a picker differ in nothing but their
+    messages.
     """
 
     def __init__(self) -> None:
@@ -180,11 +180,41 @@ class HeaderBlocks:
         except hpack.HPACKError as error:
             raise Http2Error(COMPRESSION_ERROR, f"headers that cannot be read: {error}") from error
         found = MappingProxyType({bytes(field[0]): bytes(field[1]) for field in fields})
-        if not all(0x80 < byte < 0xFF for byte in block):
-            self._known.clear()  # the table may have changed
-        elif len(self._known) < _MOST_BLOCKS:
+        kept = _leaves_table(block)
+        if not kept or len(self._known) >= _MOST_BLOCKS:
+            self._known.clear()
+        if kept:
             self._known[block] = found
         return found
+
+
+def _leaves_table(block: bytes) -> bool:
+    """Whether a block that was decoded has nothing that goes into the table, or makes it smaller."""
+    at = 0
+    while at < len(block):
+        if block[at] & 0x80:
+            _, at = _integer(block, at, 0x7F)
+            continue
+        if block[at] & 0x60:
+            return False
+        name, at = _integer(block, at, 0x0F)
+        for _ in range(1 if name else 2):
+            length, at = _integer(block, at, 0x7F)
+            at += length
+    return True
+
+
+def _integer(block: bytes, at: int, mask: int) -> tuple[int, int]:
+    """Return a number that begins in the bits of a mask, and the place behind it (RFC 7541, 5.1)."""
+    value, at = block[at] & mask, at + 1
+    if value < mask:
+        return value, at
+    for shift in range(0, 64, 7):
+        byte = block[at + shift // 7]
+        value += (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at + shift // 7 + 1
+    return value, len(block)
 
 
 def _literal(name: bytes, value: bytes) -> bytes:

@@ -42,10 +42,28 @@ def test_frames_of_a_message_carry_all_of_it_in_pieces_of_the_agreed_size(messag
 def test_headers_are_those_that_were_sent_whatever_came_before(requests: list[list[tuple[str, str]]]) -> None:
     """A block that is decoded once must not be taken for one that means something else by now."""
     encoder, blocks = hpack.Encoder(), http2.HeaderBlocks()
-    for fields in requests:
+    for number, fields in enumerate(requests):
+        kind = hpack.NeverIndexedHeaderTuple if number % 3 else hpack.HeaderTuple
         for _ in range(2):
-            block = encoder.encode(fields)
+            block = encoder.encode([kind(*field) for field in fields])
             assert blocks.of(block) == {name.encode(): value.encode() for name, value in fields}
+
+
+def test_headers_that_leave_the_table_are_decoded_once() -> None:
+    """As Envoy sends them: from the table, and a path in full each time."""
+    encoder, blocks = hpack.Encoder(), http2.HeaderBlocks()
+    fields = [
+        hpack.HeaderTuple("te", "trailers"),
+        hpack.NeverIndexedHeaderTuple(":path", "/envoy.service.ext_proc.v3.ExternalProcessor/Process" * 4),
+        hpack.NeverIndexedHeaderTuple("x-new", ""),
+    ]
+    first, second, third = (blocks.of(encoder.encode(fields)) for _ in range(3))
+    assert first == second == third
+    assert second is third
+    assert first is not second
+    with_entry = blocks.of(encoder.encode([*fields, hpack.HeaderTuple("x-other", "1")]))
+    assert with_entry[b"x-other"] == b"1"
+    assert blocks.of(encoder.encode(fields)) is not third
 
 
 def test_answers_are_headers_that_others_read() -> None:
