@@ -24,7 +24,7 @@ from kvatlas.bridge.kafka.sending import send_record, started_producer
 from kvatlas.bridge.model import records, topics
 from kvatlas.bridge.model.workers import WorkerDirectory
 from kvatlas.bridge.runtime.restarts import Restarts
-from kvatlas.bridge.runtime.rpc import rpc_server, serving
+from kvatlas.bridge.runtime.rpc import Gate, rpc_server, serving
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.bridge.runtime.tasks import Background
 from kvatlas.bridge.runtime.telemetry import Telemetry
@@ -232,7 +232,7 @@ class ScorerService:
         interceptors = [llmd.GuardTokenization(self._guard)] if settings.tokens_file else []
         named = self._tracing.named if self._tracing is not None else lambda _model: None
         calls = Calls(self.core, settings, self._guard, named)
-        server = rpc_server(settings.max_message_bytes, interceptors, calls.refusal)
+        server = rpc_server(settings.max_message_bytes, interceptors, Gate(self.core.admission, calls.refused))
         inflight = Inflight()
         front = ScorerFront(calls, inflight, self._tracing)
         names = [SERVICE, health.SERVICE_NAME]

@@ -6,11 +6,16 @@ caller's time, at most 0.1 s; and only 0.02 s once the line has stood for 0.1 s 
 no burst that passes. A request is refused when it arrives (the oldest has waited too long, so it would as well) or, at
 the latest, when its turn comes. Turns are given out a few at a time per pass of the event loop, so that refusals are
 prompt while there is more work than time.
+
+A request joins the line as early as its front can tell: what happens before is a queue that nobody sees. Calls of gRPC
+do with nothing but their headers (:meth:`Admission.come`): with their turn they begin to be read, a few at a time, and
+are let inside once they are there as a whole. A caller that is slow to send holds nobody up for more than 0.01 s.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import enum
 import math
 import time
@@ -29,6 +34,10 @@ _STANDS_AFTER_SECONDS: Final = 0.1
 _STANDING_SECONDS: Final = 0.02
 #: Turns per pass of the event loop; each is about half a millisecond of work.
 _TURNS: Final = 2
+#: Requests that have their turn and are not there yet; with more their work would come all at once.
+_BEGUN: Final = 8
+#: Those that are not there for so long are not waited for.
+_SLOW_SECONDS: Final = 0.01
 #: Nobody is told to ask again sooner: what waits has to be worked off first.
 _HINT_SECONDS: Final = 0.05
 
@@ -37,21 +46,36 @@ class Step(enum.Enum):
     """Where a request is."""
 
     WAITING = enum.auto()
+    BEGUN = enum.auto()
     INSIDE = enum.auto()
     REFUSED = enum.auto()
     LEFT = enum.auto()
 
 
 class Arrival:
-    """A request's place: in the line, inside, or out."""
+    """A request's place: in the line, begun, inside, or out.
 
-    __slots__ = ("arrived", "step", "turn", "until")
+    Attributes:
+        arrived: by the clock.
+        until: end of the caller's time.
+        whole: what it says is there with it; otherwise its turn is to begin to read that.
+        turned: when it had its turn.
+        turn: called then.
+    """
 
-    def __init__(self, arrived: float, until: float) -> None:
-        self.arrived = arrived
+    __slots__ = ("arrived", "line", "step", "turn", "turned", "until", "whole")
+
+    def __init__(self, line: Line, arrived: float, until: float, whole: bool) -> None:
+        self.line = line
+        self.arrived = self.turned = arrived
         self.until = until
+        self.whole = whole
         self.step = Step.WAITING
-        self.turn: asyncio.Future[None] | None = None
+        self.turn: Callable[[], object] | None = None
+
+
+#: The place of the request that this context belongs to, where it began with its turn.
+_HAD: Final[contextvars.ContextVar[Arrival | None]] = contextvars.ContextVar("turn", default=None)
 
 
 class Line:
@@ -68,6 +92,8 @@ class Line:
         self._clock = clock
         self._waiting: deque[Arrival] = deque()
         self._count = 0  # of the line, without those who left it
+        self._begun: deque[Arrival] = deque()
+        self._begun_count = 0
         self._empty_at = clock()
 
     @property
@@ -95,32 +121,51 @@ class Line:
         most = min(_STANDING_SECONDS if stands else _BURST_SECONDS, _SHARE * seconds)
         return waited > max(most, 0.0)
 
-    def join(self, until: float) -> Arrival:
+    def blocked(self) -> bool:
+        """Return whether those who begin are to be waited for before others get their turn."""
+        begun, now = self._begun, self._clock()
+        while begun and (begun[0].step is not Step.BEGUN or now - begun[0].turned > _SLOW_SECONDS):
+            self.leave(begun.popleft())
+        return self._begun_count >= _BEGUN
+
+    def join(self, until: float, *, whole: bool = True) -> Arrival:
         """Put a request at the end of the line."""
-        place = Arrival(self._clock(), until)
+        place = Arrival(self, self._clock(), until, whole)
         self._waiting.append(place)
         self._count += 1
         return place
 
-    def enter(self, until: float) -> Arrival:
-        """Let a request inside past the line."""
-        place = Arrival(self._clock(), until)
-        place.step = Step.INSIDE
-        self.inside += 1
+    def enter(self, until: float, *, whole: bool = True) -> Arrival:
+        """Let a request in past the line."""
+        place = Arrival(self, self._clock(), until, whole)
+        self._let(place)
         return place
 
+    def _let(self, place: Arrival) -> None:
+        if place.whole:
+            place.step = Step.INSIDE
+            self.inside += 1
+        else:
+            place.step = Step.BEGUN
+            place.turned = self._clock()
+            self._begun.append(place)
+            self._begun_count += 1
+
     def next(self) -> Arrival | None:
-        """Take the first out of the line, inside or refused by its ``step``; None when nobody waits."""
+        """Take the first out of the line, let in or refused by its ``step``; None when nobody waits or can go on."""
         waited = self.oldest()
         if not self._waiting:
             return None
-        place = self._waiting.popleft()
+        place = self._waiting[0]
+        late = self.too_long(waited, place.until - place.arrived)
+        if not late and self.blocked():
+            return None
+        self._waiting.popleft()
         self._count -= 1
-        if self.too_long(waited, place.until - place.arrived):
+        if late:
             place.step = Step.REFUSED
         else:
-            place.step = Step.INSIDE
-            self.inside += 1
+            self._let(place)
         self.oldest()  # notes that the line is empty
         return place
 
@@ -130,6 +175,10 @@ class Line:
             self.inside -= 1
         elif place.step is Step.WAITING:
             self._count -= 1
+        elif place.step is Step.BEGUN:
+            self._begun_count -= 1
+        else:
+            return
         place.step = Step.LEFT
 
 
@@ -148,7 +197,7 @@ class Admission:
         self._clock = clock
         self._what = what
         self._given = 0
-        self._armed = False
+        self._next: asyncio.Handle | None = None  # round
 
     @property
     def inside(self) -> int:
@@ -166,12 +215,16 @@ class Admission:
         if oldest and line.too_long(oldest, until - self._clock()):
             return self._refused(oldest)
         if line.full():
-            return OverloadedError(f"{line.inside + line.waiting} {self._what}; try again", max(oldest, _HINT_SECONDS))
+            return self._full(oldest)
         return None
 
     def turn(self, until: float = math.inf) -> _Turn:
         """Return a context that is entered once it is the request's turn; entering raises OverloadedError."""
         return _Turn(self, until)
+
+    def _full(self, waited: float) -> OverloadedError:
+        count = self._line.inside + self._line.waiting
+        return OverloadedError(f"{count} {self._what}; try again", max(waited, _HINT_SECONDS))
 
     def _refused(self, waited: float) -> OverloadedError:
         text = (
@@ -179,36 +232,74 @@ class Admission:
         )
         return OverloadedError(text, max(waited, _HINT_SECONDS))
 
-    def arrive(self, until: float) -> Arrival:
-        """Let a request inside or into the line.
+    def come(
+        self, begin: Callable[[], object], refuse: Callable[[OverloadedError], object], until: float = math.inf
+    ) -> None:
+        """Call one of two once it is decided: now, or in a later pass of the event loop.
+
+        Args:
+            begin: begins with a request; what it starts is let in past the line by :meth:`turn`.
+            refuse: answers that it is refused.
+            until: end of the caller's time, by the clock.
+        """
+        if (error := self.refusal(until)) is not None:
+            refuse(error)
+            return
+
+        def turn() -> None:
+            if place.step is Step.REFUSED:
+                refuse(self._refused(self._clock() - place.arrived))
+                return
+            token = _HAD.set(place)
+            begin()
+            _HAD.reset(token)
+
+        place = self._placed(until, turn, whole=False)
+        if place.step is not Step.WAITING:
+            turn()
+
+    def arrive(self, until: float, turn: Callable[[], object]) -> Arrival:
+        """Let a request inside or into the line; ``turn`` is called when a wait is over.
 
         Raises:
             OverloadedError: it is refused.
         """
+        line, had = self._line, _HAD.get()
+        if had is not None and had.line is line:
+            line.leave(had)
+            if line.waiting:
+                self._arm()
+            if line.full():
+                raise self._full(0.0)
+            return line.enter(until)
         if (error := self.refusal(until)) is not None:
             raise error
-        if not self._armed:
-            self._armed = True
-            asyncio.get_running_loop().call_soon(self._round)
-        if self._given < _TURNS and not self._line.waiting:
+        return self._placed(until, turn)
+
+    def _placed(self, until: float, turn: Callable[[], object], *, whole: bool = True) -> Arrival:
+        if self._next is None:
+            self._arm()
+        line = self._line
+        if self._given < _TURNS and not line.waiting and not line.blocked():
             self._given += 1
-            return self._line.enter(until)
-        place = self._line.join(until)
-        place.turn = asyncio.get_running_loop().create_future()
+            return line.enter(until, whole=whole)
+        place = line.join(until, whole=whole)
+        place.turn = turn
         return place
 
-    async def wait(self, place: Arrival) -> None:
-        """Wait for a request's turn.
+    def _arm(self, seconds: float = 0.0) -> None:
+        """Let a round come in the next pass of the event loop, or later."""
+        loop = asyncio.get_running_loop()
+        if self._next is not None:
+            self._next.cancel()
+        self._next = loop.call_later(seconds, self._round) if seconds else loop.call_soon(self._round)
+
+    def check(self, place: Arrival) -> None:
+        """Look what came of a wait.
 
         Raises:
-            OverloadedError: it came too late.
+            OverloadedError: the turn came too late.
         """
-        assert place.turn is not None
-        try:
-            await place.turn
-        except asyncio.CancelledError:
-            self.leave(place)
-            raise
         if place.step is Step.REFUSED:
             raise self._refused(self._clock() - place.arrived)
 
@@ -222,26 +313,39 @@ class Admission:
         while self._given < _TURNS and (place := self._line.next()) is not None:
             assert place.turn is not None
             self._given += place.step is Step.INSIDE
-            if not place.turn.done():
-                place.turn.set_result(None)
-        self._armed = self._given > 0
-        if self._armed:
-            asyncio.get_running_loop().call_soon(self._round)
+            place.turn()
+        self._next = None
+        if self._given:
+            self._arm()
+        elif self._line.waiting:
+            self._arm(_SLOW_SECONDS)
 
 
 class _Turn:
     """The context of one request."""
 
-    __slots__ = ("_admission", "_place", "_until")
+    __slots__ = ("_admission", "_place", "_until", "_waiter")
 
     def __init__(self, admission: Admission, until: float) -> None:
         self._admission = admission
         self._until = until
+        self._waiter: asyncio.Future[None] | None = None
 
     async def __aenter__(self) -> None:
-        self._place = place = self._admission.arrive(self._until)
-        if place.step is not Step.INSIDE:
-            await self._admission.wait(place)
+        self._place = place = self._admission.arrive(self._until, self._called)
+        if place.step is not Step.WAITING:
+            return
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        except asyncio.CancelledError:
+            self._admission.leave(place)
+            raise
+        self._admission.check(place)
+
+    def _called(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def __aexit__(self, *_: object) -> None:
         self._admission.leave(self._place)

@@ -5,7 +5,8 @@ that takes calls: a name that is no UTF-8 ended that loop, and with it the serve
 registered, and the others are taken by a loop of our own, which answers UNIMPLEMENTED whatever the name.
 
 It also takes one call of a method per pass of the event loop, so that under overload most calls end in a queue that
-nobody sees. Here several are taken at a time, and those that there is no time for are refused by their headers alone.
+nobody sees. Here many are taken at a time; they wait for their turn before anything is read of them, and those that
+there is no time for are refused by their headers alone.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import functools
 import importlib
 import math
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import grpc.aio
 
 from kvatlas.bridge.errors import OverloadedError, TaskEndedError
+from kvatlas.bridge.runtime.admission import Admission
 
 #: Has no types.
 cygrpc: Any = importlib.import_module("grpc._cython.cygrpc")
@@ -30,13 +32,17 @@ _LOOK_SECONDS: Final = 1.0
 #: Trailing metadata that gRPC clients with a retry policy obey: milliseconds until they may ask again.
 PUSHBACK: Final = "grpc-retry-pushback-ms"
 #: Calls of a method that are taken in one pass of the event loop.
-_TAKERS: Final = 16
+_TAKERS: Final = 64
 
 #: The place of the interceptors in what gRPC makes a server of.
 _INTERCEPTORS: Final = 3
 
-#: Is told a method; returns why a call of it is refused whatever it asks for, or None.
-Overload = Callable[[str], OverloadedError | None]
+
+class Gate(NamedTuple):
+    """Where calls wait for their turn before they are read; ``refused`` is told the method of each that is refused."""
+
+    admission: Admission
+    refused: Callable[[str], None]
 
 
 def pushback(error: Exception) -> tuple[tuple[str, str], ...]:
@@ -49,9 +55,9 @@ def pushback(error: Exception) -> tuple[tuple[str, str], ...]:
 class _Calls(cygrpc.AioServer):  # type: ignore[misc]
     """The part of gRPC's server that takes calls."""
 
-    def __init__(self, overload: Overload | None, *given: Any) -> None:
+    def __init__(self, gate: Gate | None, *given: Any) -> None:
         super().__init__(*given)
-        self._overload = overload
+        self._gate = gate
         self._interceptors_given = tuple(given[_INTERCEPTORS] or ())
         self._handlers: dict[str, Any] = {}
         self._loop_here = asyncio.get_running_loop()
@@ -75,16 +81,26 @@ class _Calls(cygrpc.AioServer):  # type: ignore[misc]
     async def _take(self, method: bytes) -> None:
         """Take calls of a method, until the server stops."""
         name = method.decode()
-        watched = self._overload if not name.startswith("/grpc.") else None  # health is asked for above all then
+        gate = self._gate if not name.startswith("/grpc.") else None  # health is asked for above all then
         while True:
             call = await self._request_registered_call(method)
-            error = watched(name) if watched is not None else None
-            if error is not None:
-                # Beside this loop: an answer waits for a peer that does not read.
-                self._keep(_refuse(call, error, self._loop_here))
+            if gate is None:
+                self._begin(name, call)
                 continue
-            work = cygrpc._handle_rpc(name, self._resolver, self._interceptors_given, call, self._loop_here, False)
-            self._keep(cygrpc._schedule_rpc_coro(work, call, self._loop_here, name))
+            gate.admission.come(
+                functools.partial(self._begin, name, call), functools.partial(self._refuse, gate, name, call)
+            )
+
+    def _begin(self, name: str, call: Any) -> None:
+        """Begin to read a call."""
+        work = cygrpc._handle_rpc(name, self._resolver, self._interceptors_given, call, self._loop_here, False)
+        self._keep(cygrpc._schedule_rpc_coro(work, call, self._loop_here, name))
+
+    def _refuse(self, gate: Gate, name: str, call: Any, error: OverloadedError) -> None:
+        """Answer a call by its headers alone."""
+        gate.refused(name)
+        # A task of its own: an answer waits for a peer that does not read.
+        self._keep(_refuse(call, error, self._loop_here))
 
     async def _refuse_others(self) -> None:
         """Answer calls of unknown methods, until the server stops."""
@@ -113,7 +129,7 @@ async def _refuse(call: Any, error: OverloadedError, loop: asyncio.AbstractEvent
 def rpc_server(
     max_message_bytes: int,
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
-    overload: Overload | None = None,
+    gate: Gate | None = None,
 ) -> grpc.aio.Server:
     """Make a server; its methods are added with ``add_registered_method_handlers``, as generated code does.
 
@@ -122,10 +138,10 @@ def rpc_server(
     Args:
         max_message_bytes: largest message that is taken.
         interceptors: see every call.
-        overload: says which calls are refused before they are read; None takes all.
+        gate: where calls wait for their turn, or are refused, before they are read; None takes all.
     """
     theirs = cygrpc.AioServer
-    cygrpc.AioServer = functools.partial(_Calls, overload)
+    cygrpc.AioServer = functools.partial(_Calls, gate)
     try:
         return grpc.aio.server(
             interceptors=interceptors,

@@ -73,15 +73,16 @@ class Calls:
         }
 
     def refusal(self, name: str) -> OverloadedError | None:
-        """Return why an RPC would be refused now whatever it says, and count that; None when it would not.
-
-        Args:
-            name: of the RPC; what comes before a slash does not count.
-        """
+        """Return why an operation would be refused now whatever it says, and count that; None when it would not."""
         error = self.core.admission.refusal()
         if error is not None:
-            metrics.REQUESTS.labels(name.rpartition("/")[2], code_of(error).name).inc()
+            self.refused(name)
         return error
+
+    @staticmethod
+    def refused(name: str) -> None:
+        """Count an operation that is refused unread; what comes before a slash in its name does not count."""
+        metrics.REQUESTS.labels(name.rpartition("/")[2], grpc.StatusCode.RESOURCE_EXHAUSTED.name).inc()
 
     async def call(
         self, name: str, metadata: Any, data: Callable[[], Awaitable[bytes]], form: str, deadline: Callable[[], float]

@@ -20,7 +20,7 @@ from kvatlas.bridge.errors import OverloadedError
 from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.model.workers import WorkerDirectory
 from kvatlas.bridge.runtime.admission import Admission
-from kvatlas.bridge.runtime.rpc import pushback, rpc_server, serving
+from kvatlas.bridge.runtime.rpc import Gate, pushback, rpc_server, serving
 from kvatlas.streams import metrics
 from kvatlas.streams.index.columns import answer_columns
 from kvatlas.streams.serving.answers import fill, read_all
@@ -90,12 +90,9 @@ class LookupService(pb_grpc.BlockIndexServicer):
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), pushback(error))
             raise
 
-    def refusal(self, _method: str) -> OverloadedError | None:
-        """Return why a lookup would be refused now whatever it asks for, None when it would not."""
-        error = self._admission.refusal()
-        if error is not None:
-            metrics.LOOKUPS.labels("overloaded").inc()
-        return error
+    def gate(self) -> Gate:
+        """Return where lookups wait for their turn."""
+        return Gate(self._admission, lambda _method: metrics.LOOKUPS.labels("overloaded").inc())
 
     async def _lookup(self, request: pb.LookupRequest, context: Any) -> pb.LookupResponse:
         began = time.perf_counter()
@@ -183,7 +180,7 @@ class LookupServer:
 
     def __init__(self, service: LookupService, listen: str, *, max_keys: int) -> None:
         self._listen = listen
-        self._server = rpc_server(max_keys * KEY_BYTES + 1024, overload=service.refusal)
+        self._server = rpc_server(max_keys * KEY_BYTES + 1024, gate=service.gate())
         self._health = health.aio.HealthServicer()
         pb_grpc.add_BlockIndexServicer_to_server(service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
