@@ -15,6 +15,9 @@ from kvatlas.bridge.runtime.admission import Admission, Arrival, Line, Step
 
 #: Longest wait of any that is let in, in seconds: the limit of a burst.
 BURST = 0.1
+#: Requests that may begin at a time, and how long one counts as such.
+BEGUN = 8
+SLOW = 0.01
 
 
 class Clock:
@@ -30,6 +33,7 @@ class Clock:
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("arrive"), st.floats(0, 5)),
+        st.tuples(st.just("come"), st.floats(0, 5)),
         st.tuples(st.just("pass"), st.floats(0, 0.3)),
         st.tuples(st.just("next"), st.just(0.0)),
         st.tuples(st.just("leave"), st.floats(0, 1)),
@@ -46,17 +50,17 @@ def test_whoever_gets_a_turn_has_waited_a_part_of_its_time_at_most(steps: Sequen
     there: list[Arrival] = []
     order: list[Arrival] = []
     for kind, amount in steps:
-        if kind == "arrive" and not line.full():
-            there.append(line.join(clock.now + amount))
+        if kind in ("arrive", "come") and not line.full():
+            there.append(line.join(clock.now + amount, whole=kind == "arrive"))
         elif kind == "pass":
             clock.now += amount
         elif kind == "next" and (arrival := line.next()) is not None:
             waited = clock.now - arrival.arrived
-            if arrival.step is Step.INSIDE:
+            if arrival.step is not Step.REFUSED:
+                assert arrival.step is (Step.INSIDE if arrival.whole else Step.BEGUN)
                 order.append(arrival)
                 assert waited <= max(min(BURST, 0.25 * (arrival.until - arrival.arrived)), 0.0)
             else:
-                assert arrival.step is Step.REFUSED
                 assert waited > min(0.02, 0.25 * (arrival.until - arrival.arrived))
                 there.remove(arrival)
         elif kind == "leave" and there:
@@ -78,6 +82,43 @@ def test_where_nobody_waits_nobody_is_refused(pauses: Sequence[float], seconds: 
         arrival = line.enter(clock.now + seconds)
         clock.now += pause
         line.leave(arrival)
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.just("come"),
+            st.just("next"),
+            st.tuples(st.just("whole"), st.integers(0, 100)),
+            st.tuples(st.just("pass"), st.floats(0, 0.005)),
+        ),
+        max_size=80,
+    )
+)
+def test_few_begin_at_a_time_and_slow_ones_hold_nobody_up(steps: Sequence[str | tuple[str, float]]) -> None:
+    """Turns are held back while as many as may be begin; who is not there after a while does not count any more."""
+    clock = Clock()
+    line = Line(1_000, clock)
+    begun: list[Arrival] = []
+    for step in steps:
+        match step:
+            case "come":
+                line.join(math.inf, whole=False)
+            case "next":
+                fresh = [one for one in begun if clock.now - one.turned <= SLOW]
+                waiting = line.waiting
+                arrival = line.next()
+                if arrival is None:
+                    assert not waiting or len(fresh) == BEGUN
+                elif arrival.step is Step.BEGUN:
+                    assert len(fresh) < BEGUN
+                    begun.append(arrival)
+            case ("whole", number) if begun:
+                line.leave(begun.pop(int(number) % len(begun)))
+            case ("pass", seconds):
+                clock.now += seconds
+    clock.now += SLOW * 1.01
+    assert not line.blocked()
 
 
 def test_a_standing_line_is_shorter_than_that_of_a_burst() -> None:
@@ -179,6 +220,48 @@ async def test_past_the_number_requests_are_refused_until_one_ends() -> None:
     rig.go.set()
     assert await asyncio.gather(*tasks) == ["done"] * 2
     assert await rig.request(10) == "done"
+
+
+async def test_calls_begin_a_few_at_a_time_and_go_inside_past_the_line() -> None:
+    """What comes is told once that it begins; its context then lets it in though others wait, and lets others begin."""
+    rig = Rig()
+    rig.go.set()
+    tasks: list[asyncio.Task[str]] = []
+    whole = asyncio.Event()
+
+    async def call(number: int) -> str:
+        await whole.wait()
+        return await rig.request(number)
+
+    refused: list[OverloadedError] = []
+    for number in range(20):
+        rig.admission.come(lambda number=number: tasks.append(asyncio.create_task(call(number))), refused.append)
+    await passes(50)
+    assert len(tasks) == BEGUN
+    assert rig.admission.inside == 0
+    whole.set()
+    await passes(100)
+    assert await asyncio.gather(*tasks) == ["done"] * 20
+    assert rig.begun == list(range(20))
+    assert not refused
+    assert await rig.request(99) == "done"
+
+
+async def test_calls_that_waited_too_long_are_told() -> None:
+    """Those that come while the line stands are refused at once, those in it when it is looked at; none is left."""
+    rig = Rig()
+    begun: list[int] = []
+    refused: list[OverloadedError] = []
+    for number in range(20):
+        rig.admission.come(lambda number=number: begun.append(number), refused.append)
+    rig.clock.now += 1
+    assert not refused
+    rig.admission.come(lambda: begun.append(99), refused.append)
+    assert len(refused) == 1
+    await passes(5)
+    assert len(begun) + len(refused) == 21
+    assert begun == list(range(len(begun)))
+    assert all(error.retry_seconds == pytest.approx(1) for error in refused)
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=30), st.integers(0, 8))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,8 +13,9 @@ import grpc
 import grpc.aio
 import pytest
 
-from kvatlas.bridge.errors import OverloadedError, TaskEndedError
-from kvatlas.bridge.runtime.rpc import rpc_server, serving
+from kvatlas.bridge.errors import TaskEndedError
+from kvatlas.bridge.runtime.admission import Admission
+from kvatlas.bridge.runtime.rpc import Gate, rpc_server, serving
 from kvatlas.bridge.runtime.tasks import Background
 
 METHOD: Final = "/test.Echo/Say"
@@ -208,41 +210,63 @@ def test_every_server_is_made_here() -> None:
     assert makes == {"bridge/runtime/rpc.py"}
 
 
-class Overloaded:
-    """Refuses methods while it is told to."""
-
-    def __init__(self) -> None:
-        self.on = True
-        self.asked: list[str] = []
-
-    def __call__(self, method: str) -> OverloadedError | None:
-        self.asked.append(method)
-        return OverloadedError("more work than time", 0.25) if self.on else None
-
-
 async def test_under_overload_a_call_is_refused_unread_with_a_hint_and_health_is_answered() -> None:
     """A refusal needs no message, says when to ask again as gRPC's clients read it, and passes with the overload."""
-    overload = Overloaded()
-    server = rpc_server(1_000_000, overload=overload)
-    server.add_registered_method_handlers("test.Echo", {"Say": grpc.unary_unary_rpc_method_handler(_say)})
+    admission = Admission(60, "calls", clock=lambda: 0.0)  # nobody waits too long
+    refused: list[str] = []
+
+    async def say(request: bytes, _context: Any) -> bytes:
+        async with admission.turn():
+            return request
+
+    server = rpc_server(1_000_000, gate=Gate(admission, refused.append))
+    server.add_registered_method_handlers("test.Echo", {"Say": grpc.unary_unary_rpc_method_handler(say)})
     server.add_registered_method_handlers("grpc.Health", {"Check": grpc.unary_unary_rpc_method_handler(_say)})
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        say: Any = channel.unary_unary(METHOD)
-        unsent: Any = channel.stream_unary(METHOD)()  # its message never comes
-        for call in (unsent, *(say(b"x" * 500_000, timeout=90) for _ in range(50))):
-            with pytest.raises(grpc.aio.AioRpcError, match="more work than time") as refused:
-                await call
-            assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert dict(refused.value.trailing_metadata() or ())["grpc-retry-pushback-ms"] == "250"
-        check: Any = channel.unary_unary("/grpc.Health/Check")
-        assert await check(b"well?", timeout=90) == b"well?"
-        assert set(overload.asked) == {METHOD}
-        overload.on = False
-        assert await asyncio.gather(*(say(b"hello", timeout=90) for _ in range(50))) == [b"hello"] * 50
+        say_it: Any = channel.unary_unary(METHOD)
+        async with contextlib.AsyncExitStack() as full:
+            for _ in range(60):
+                await full.enter_async_context(admission.turn())
+            unsent: Any = channel.stream_unary(METHOD)()  # its message never comes
+            for call in (unsent, *(say_it(b"x" * 500_000, timeout=90) for _ in range(50))):
+                with pytest.raises(grpc.aio.AioRpcError, match="60 calls; try again") as error:
+                    await call
+                assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                assert dict(error.value.trailing_metadata() or ())["grpc-retry-pushback-ms"] == "50"
+            check: Any = channel.unary_unary("/grpc.Health/Check")
+            assert await check(b"well?", timeout=90) == b"well?"
+        assert refused == [METHOD] * 51
+        assert await asyncio.gather(*(say_it(b"hello", timeout=90) for _ in range(50))) == [b"hello"] * 50
     await asyncio.wait_for(server.stop(None), 90)
     await asyncio.wait_for(serving(server, "of a test"), 90)
+
+
+async def test_calls_whose_message_does_not_come_hold_nobody_up() -> None:
+    """As many callers as may begin at a time send nothing more: by and by they do not count; others are answered."""
+    now = 0.0
+    admission = Admission(1_000, "calls", clock=lambda: now)
+
+    async def say(request: bytes, _context: Any) -> bytes:
+        async with admission.turn():
+            return request
+
+    server = rpc_server(1_000_000, gate=Gate(admission, lambda _method: None))
+    server.add_registered_method_handlers("test.Echo", {"Say": grpc.unary_unary_rpc_method_handler(say)})
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        silent: list[Any] = [channel.stream_unary(METHOD)() for _ in range(8)]
+        say_it: Any = channel.unary_unary(METHOD)
+        first = asyncio.create_task(asyncio.wait_for(say_it(b"hello"), 90))
+        while not first.done():
+            now += 0.003
+            await asyncio.sleep(0.01)
+        assert first.result() == b"hello"
+        for call in silent:
+            call.cancel()
+    await asyncio.wait_for(server.stop(None), 90)
 
 
 async def test_a_call_that_is_given_up_ends_its_handler() -> None:
