@@ -15,10 +15,15 @@ from kvatlas.scorer.tokenization import cuts
 from kvatlas.scorer.tokenization.errors import BadModelError, TokenizeInputError
 from kvatlas.scorer.tokenization.files import TOKENIZER_FILE, ModelFiles
 from kvatlas.scorer.tokenization.records import Encoded, Truncation
-from kvatlas.scorer.tokenization.text_cache import TextCache
+from kvatlas.scorer.tokenization.text_cache import LONG_CHARS, Beginning, TextCache
 from kvatlas.scorer.tokenization.tokenizer_class import Transformers, set_post_processor, tokenizer_document
 
 _owners = itertools.count(1)
+#: More text past a known beginning is not even looked up in the caller's thread, where every request waits for it.
+_AT_ONCE_CHARS: Final = 65_536
+#: A long text that has so many parts past the beginning that was known becomes one itself.
+_MORE_PARTS: Final = 16
+_NOT_BEGUN: Final = Beginning("", 0, b"")
 #: Two texts that have no token in common with usual special tokens, to see what a post-processor puts around them.
 _PROBES: Final = ("a", "Some text, then 42 more.\nEnd")
 
@@ -43,8 +48,11 @@ class Encoder:
         self._left = True
         split_special = bool(files.config.get("split_special_tokens"))
         self._tokenizer.encode_special_tokens = split_special
+        added = _added(self._tokenizer)
+        #: So far past an end of a part lies what decides about it: an added token, or a white space.
+        self._reach = max((len(token.content) for token in added), default=0) + 2
         try:
-            self.cut_rule = cuts.rule_of(document, _added(self._tokenizer), split_special_tokens=split_special)
+            self.cut_rule = cuts.rule_of(document, added, split_special_tokens=split_special)
         except msgspec.MsgspecError as error:
             raise BadModelError(f"{files.folder / TOKENIZER_FILE} is not a tokenizer: {error}") from error
         self._placeholders = _named_placeholders(files) or frozenset(self._tokenizer.get_added_tokens_decoder())
@@ -80,10 +88,18 @@ class Encoder:
         short = not self._cache.enabled or len(text) < cuts.MIN_CHARS
         if short or (add_special_tokens and self._frame is None) or (truncation is not None and truncation.tokens < 0):
             return None
-        found = self._cache.get(self._owner, self.cut_rule.parts(text))
+        begun = self._begun(text)
+        if len(text) - begun.chars > _AT_ONCE_CHARS:
+            return None
+        found = self._cache.get(self._owner, self.cut_rule.parts(text[begun.chars :]))
         if None in found:
             return None
-        return self._framed(b"".join(found), len(text), add_special_tokens, truncation)  # type: ignore[arg-type]
+        ids = b"".join((begun.tokens, *found))  # type: ignore[arg-type]  # none is missing
+        return self._framed(ids, len(text), add_special_tokens, truncation)
+
+    def _begun(self, text: str) -> Beginning:
+        found = self._cache.beginning(self._owner, text) if len(text) >= LONG_CHARS else None
+        return found or _NOT_BEGUN
 
     def _framed(self, ids: bytes, known_chars: int, add_special_tokens: bool, truncation: Truncation | None) -> Encoded:
         before, after = self._frame if add_special_tokens and self._frame is not None else (b"", b"")
@@ -112,17 +128,30 @@ class Encoder:
         """Return the tokens of a text without special tokens around, and how many of its characters were known."""
         if not self._cache.enabled or len(text) < cuts.MIN_CHARS:
             return _packed(self._batch([text])[0]), 0
-        parts = self.cut_rule.parts(text)
+        begun = self._begun(text)
+        parts = self.cut_rule.parts(text[begun.chars :])
         found = self._cache.get(self._owner, parts)
         missing = [number for number, tokens in enumerate(found) if tokens is None]
-        if not missing:
-            return b"".join(found), len(text)  # type: ignore[arg-type]  # none is missing
-        fresh = self._batch([parts[number] for number in missing])
+        fresh = self._batch([parts[number] for number in missing]) if missing else []
         for number, encoding in zip(missing, fresh, strict=True):
             found[number] = _packed(encoding)
-        self._cache.put(self._owner, ((parts[number], found[number] or b"") for number in missing))
+        if missing:
+            self._cache.put(self._owner, ((parts[number], found[number] or b"") for number in missing))
+        tokens = [begun.tokens, *(part or b"" for part in found)]
+        if len(text) >= LONG_CHARS and len(parts) > _MORE_PARTS:
+            self._keep_beginning(text, parts, tokens)
         unknown = sum(len(parts[number]) for number in missing)
-        return b"".join(tokens or b"" for tokens in found), len(text) - unknown
+        return b"".join(tokens), len(text) - unknown
+
+    def _keep_beginning(self, text: str, parts: Sequence[str], tokens: Sequence[bytes]) -> None:
+        """Keep a long text up to an end of a part that no other text's going on can move."""
+        end, count = len(text), len(parts)
+        while count and len(text) - end < self._reach:
+            count -= 1
+            end -= len(parts[count])
+        if count:
+            known = Beginning(text[: end + self._reach], end, b"".join(tokens[: count + 1]))
+            self._cache.put_beginning(self._owner, known)
 
     def _batch(self, texts: Sequence[str]) -> list[Encoding]:
         try:

@@ -41,8 +41,6 @@ from kvatlas.scorer.tokenization.text_cache import TextCache
 #: Loads and calls that wait for a network; they cost no processor time here.
 _WAITING_THREADS: Final = 32
 _LOADING_THREADS: Final = 4
-#: Longer texts are not even looked up in the caller's thread, where every request waits for it.
-_AT_ONCE_CHARS: Final = 65_536
 #: Requests with templates of their own that wait for a process; more are refused.
 _WAITING_TEMPLATES: Final = 8
 
@@ -135,7 +133,7 @@ class TokenizerPool:
         def known(engine: LoadedTokenizer) -> Encoded | None:
             return engine.known(prompt, add_special_tokens=add_special_tokens, truncation=truncate)
 
-        at_once = known if len(prompt) <= _AT_ONCE_CHARS and not offsets else None
+        at_once = known if not offsets else None
         encoded, backend = await self._ask(model, work, at_once=at_once)
         return Encoded(encoded.ids, backend, encoded.offsets, encoded.known_chars)
 

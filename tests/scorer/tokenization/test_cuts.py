@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from kvatlas.scorer.tokenization import cuts
+from kvatlas.scorer.tokenization import encoder as encoder_module
 from kvatlas.scorer.tokenization.encoder import Encoder
 from kvatlas.scorer.tokenization.files import ModelFiles
 from kvatlas.scorer.tokenization.text_cache import TextCache
@@ -129,6 +130,8 @@ def _short_parts() -> object:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuts, "MIN_CHARS", 1)
         patch.setattr(cuts, "MAX_CHARS", 1)
+        patch.setattr(encoder_module, "LONG_CHARS", 4)
+        patch.setattr(encoder_module, "_MORE_PARTS", 1)
         yield
 
 
@@ -150,12 +153,14 @@ PIECES = (
 @settings(max_examples=150, deadline=None)
 @given(text=PIECES, more=PIECES)
 def test_cached_equals_plain(kind: str, encoders: dict[str, tuple[Encoder, Tokenizer]], text: str, more: str) -> None:
-    """A text, and a longer one after it, give the plain tokens although parts come from the cache."""
+    """A text, and a longer one after it, give the plain tokens although parts or beginnings come from the cache."""
     encoder, tokenizer = encoders[kind]
-    for prompt in (text, text + more, more + text):
+    for prompt in (text, text + more, more + text, text):
         for special in (False, True):
             plain = tokenizer.encode(prompt, add_special_tokens=special).ids
             assert encoder.encode(prompt, add_special_tokens=special).list() == plain
+            known = encoder.known(prompt, add_special_tokens=special, truncation=None)
+            assert known is None or known.list() == plain
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in {"gpt2-prefix", "llama2"}])
