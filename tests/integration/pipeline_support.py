@@ -24,6 +24,10 @@ from kvatlas.bridge.engines.publisher import EnginePublisher
 DATA = Path(__file__).parents[1] / "data" / "captures"
 MODEL = "demo-model"
 PODS = ("pod-a", "pod-b")
+#: Every recording with a truth, by its path below `DATA`.
+RECORDINGS = sorted(
+    str(path.relative_to(DATA)).removesuffix(".truth.json.gz") for path in DATA.rglob("*.truth.json.gz")
+)
 
 
 class Service:
@@ -98,18 +102,19 @@ class Service:
 class RecordedEngine:
     """An engine that plays a recorded stream, with its replay socket."""
 
-    def __init__(self, pod: str) -> None:
-        packed = gzip.decompress((DATA / f"{pod}.frames.gz").read_bytes())
+    def __init__(self, recording: str) -> None:
+        packed = gzip.decompress((DATA / f"{recording}.frames.gz").read_bytes())
         self.payloads = [payload for _, _, payload in msgpack.Unpacker(io.BytesIO(packed), raw=True)]
-        truth = json.loads(gzip.decompress((DATA / f"{pod}.truth.json.gz").read_bytes()))
-        self.pod, self.queries = pod, truth["queries"]
+        truth = json.loads(gzip.decompress((DATA / f"{recording}.truth.json.gz").read_bytes()))
+        self.pod, self.queries = truth["pod"], truth["queries"]
+        self._options = "".join(f",{name}={truth[name]}" for name in ("engine", "announcements") if name in truth)
         self.publisher = EnginePublisher("tcp://127.0.0.1:*", "tcp://127.0.0.1:*", topic=truth["topic"])
         self.publisher.start()
 
     @property
     def flag(self) -> str:
         """What `--engine` takes."""
-        return f"--engine={self.publisher.endpoint},{self.publisher.replay_endpoint}"
+        return f"--engine={self.publisher.endpoint},{self.publisher.replay_endpoint}{self._options}"
 
     def play(self, first: int = 0, last: int | None = None) -> None:
         """Publish messages of the recording."""
@@ -142,7 +147,8 @@ def score(address: str, requests: Sequence[Mapping[str, Any]], folder: Path, mod
 def wrong_hits(address: str, engines: Sequence[RecordedEngine], folder: Path) -> list[tuple[str, int, int]]:
     """Return (pod, recorded hit, matched tokens) of every recorded query that is scored otherwise, -1 for in part."""
     asked = [(engine.pod, query) for engine in engines for query in engine.queries]
-    requests = [{"tokens": query["tokens"], "cache_salt": query["cache_salt"]} for _, query in asked]
+    told = ("tokens", "cache_salt", "lora", "multimodal")
+    requests = [{name: query[name] for name in told if query.get(name)} for _, query in asked]
     answers = score(address, requests, folder)
     assert len(answers) == len(asked)
     found = []

@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,14 @@ _KILLS = 5
 #: The longest life of a process before it is killed: from its first imports to well after it has begun to work.
 _LIFE_SECONDS = 12.0
 _WAIT_SECONDS = 150.0
+#: Longer recordings are played several messages at a time.
+_STEPS = 200
 
 
 @pytest.fixture
 def engines() -> Iterator[list[RecordedEngine]]:
-    """The two recorded engines."""
-    made = [RecordedEngine(pod) for pod in support.PODS]
+    """All recorded engines."""
+    made = [RecordedEngine(name) for name in support.RECORDINGS]
     yield made
     for engine in made:
         engine.close()
@@ -41,15 +44,16 @@ def _other_than(pid: int, launcher: int, victim: str) -> int:
     return found[victim]
 
 
-def _play(engines: list[RecordedEngine], rng: random.Random) -> Iterator[None]:
-    """Publish the recordings, message by message in a random order of the pods; each step is one message."""
-    left = [pod for pod, engine in enumerate(engines) for _ in engine.payloads]
-    rng.shuffle(left)
-    played = [0] * len(engines)
-    for pod in left:
-        engines[pod].play(played[pod], played[pod] + 1)
-        played[pod] += 1
-        yield
+def _play(engines: list[RecordedEngine], rng: random.Random) -> list[tuple[RecordedEngine, int, int]]:
+    """Return the steps in which the recordings are published, pods in random order: engine, first and last message."""
+    steps: list[list[tuple[RecordedEngine, int, int]]] = []
+    for engine in engines:
+        count = len(engine.payloads)
+        each = -(-count // _STEPS)
+        steps.append([(engine, first, first + each) for first in range(0, count, each)][::-1])
+    order = [own for own in steps for _ in own]
+    rng.shuffle(order)
+    return [own.pop() for own in order]
 
 
 @pytest.mark.timeout(600)
@@ -66,18 +70,18 @@ def test_recordings_score_as_their_engines_said_after_random_kills(
     )
     try:
         address = up.ready(_WAIT_SECONDS)
-        steps = _play(engines, rng)
-        count = sum(len(engine.payloads) for engine in engines) // (_KILLS + 1)
+        steps = iter(all_steps := _play(engines, rng))
+        count = len(all_steps) // (_KILLS + 1)
         pid = 0
         for _ in range(_KILLS):
             pid = _other_than(pid, up.process.pid, victim)
             life = rng.uniform(0.0, _LIFE_SECONDS)
-            for _ in range(count):
-                next(steps)
+            for engine, first, last in islice(steps, count):
+                engine.play(first, last)
                 time.sleep(life / count)
             os.kill(pid, signal.SIGKILL)
-        for _ in steps:
-            pass
+        for engine, first, last in steps:
+            engine.play(first, last)
 
         def wrong() -> list[object]:
             try:
