@@ -13,6 +13,7 @@ from typing import Final
 from kvatlas.bridge.errors import LogError
 from kvatlas.bridge.kafka.ranges import RangeReader
 from kvatlas.bridge.model import topics
+from kvatlas.bridge.model.numbers import port_of
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.streams.errors import StateFolderError, TopicsError
 from kvatlas.streams.options import WorkerSettings
@@ -106,7 +107,8 @@ def _read_id(path: Path) -> str:
 def advertised(listen: str, advertise: str, port: int) -> str:
     """Return the host:port that scorers are told."""
     if advertise:
-        return advertise if advertise.rpartition(":")[2].isdigit() and ":" in advertise else f"{advertise}:{port}"
+        _, colon, told = advertise.rpartition(":")
+        return advertise if colon and port_of(told) is not None else f"{advertise}:{port}"
     host = listen.rpartition(":")[0].strip("[]")
     if host in ("", "0.0.0.0", "::"):  # noqa: S104 # compared, not bound
         host = socket.gethostname()

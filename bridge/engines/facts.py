@@ -13,13 +13,14 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from kvatlas.bridge.model.numbers import RANKS_MAX, port_of, whole
+
 VLLM: Final = "vllm"
 SGLANG: Final = "sglang"
 
 #: Hosts that say "everywhere on my machine": the engine's own host stands for them.
 _WILDCARDS: Final = frozenset({"*", "0.0.0.0", "::", "[::]", ""})  # noqa: S104 - compared with, not bound to
 _LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1", "[::1]"})
-_RANKS_MAX: Final = 1024
 _CONFIG: Final = re.compile(r"^vllm:cache_config_info\{(.*)\}", re.MULTILINE)
 #: vLLM counts drafts only where speculative decoding is on.
 _DRAFTS: Final = re.compile(r"^vllm:spec_decode_num_draft", re.MULTILINE)
@@ -89,15 +90,15 @@ def vllm_facts(url: str, *, sources: Any, models: Any, version: Any, metrics: st
     """
     found = []
     for rank, config in sorted(sources.items(), key=lambda item: str(item[0])) if isinstance(sources, dict) else ():
-        if not str(rank).isdecimal() or int(rank) >= _RANKS_MAX or not isinstance(config, dict):
+        if (number := whole(str(rank), RANKS_MAX - 1)) is None or not isinstance(config, dict):
             continue
         if config.get("enable_kv_cache_events") is False or config.get("publisher") in (None, "null"):
             continue
         live, replay = (reachable(str(config.get(name) or ""), url) for name in ("endpoint", "replay_endpoint"))
         if live:
-            found.append(EventSource(rank=int(rank), live=live, replay=replay, topic=str(config.get("topic") or "")))
+            found.append(EventSource(rank=number, live=live, replay=replay, topic=str(config.get("topic") or "")))
     cache = cache_config(metrics)
-    size = next((cache[name] for name in ("hash_block_size", "block_size") if cache.get(name, "").isdecimal()), None)
+    sizes = (whole(cache.get(name, "")) for name in ("hash_block_size", "block_size"))
     return EngineFacts(
         url=url,
         engine="vllm",
@@ -107,7 +108,7 @@ def vllm_facts(url: str, *, sources: Any, models: Any, version: Any, metrics: st
         max_model_len=_longest(models),
         sources=tuple(sorted(found, key=lambda source: source.rank)),
         knows_sources=isinstance(sources, dict),
-        block_size_tokens=int(size) if size is not None else None,
+        block_size_tokens=next((size for size in sizes if size is not None), None),
         prefix_caching={"True": True, "False": False}.get(cache.get("enable_prefix_caching", "")),
         speculation=_method(info) or ("on" if _DRAFTS.search(metrics) else ""),
         page=metrics,
@@ -165,7 +166,7 @@ def _sources(host: str, events: Mapping[str, Any]) -> list[EventSource]:
     base, replay, ranks = (events.get(key) for key in ("endpoint_port_base", "replay_endpoint_port_base", "dp_size"))
     if not isinstance(base, int):
         return []
-    count = ranks if isinstance(ranks, int) and 1 <= ranks <= _RANKS_MAX else 1
+    count = ranks if isinstance(ranks, int) and 1 <= ranks <= RANKS_MAX else 1
     return [
         EventSource(
             rank=rank,
@@ -194,7 +195,7 @@ def reachable(address: str, url: str) -> str:
     host, _, port = rest.rpartition(":")
     if not separator or scheme != "tcp":
         return address if scheme == "ipc" and separator else ""
-    return f"tcp://{_host(host, url)}:{port}" if port.isdecimal() and int(port) else ""
+    return f"tcp://{_host(host, url)}:{port}" if port_of(port) else ""
 
 
 def _host(host: str, url: str) -> str:

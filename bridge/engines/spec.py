@@ -9,6 +9,7 @@ import msgspec
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.model import topics
 from kvatlas.bridge.model.adapters import ADAPTERS
+from kvatlas.bridge.model.numbers import RANKS_MAX, port_of, whole
 
 #: Speculative decoding by which vLLM computes the last block that it matched again, beside all that ends in ``mtp``.
 _DROPPING: Final = ("eagle", "eagle3", "dflash", "dspark")
@@ -118,13 +119,13 @@ def parse_bind(text: str) -> tuple[EngineSpec, int]:
         raise SettingsError(f"bind {text!r}: expected one address; found {len(addresses)}")
     scheme, _, rest = addresses[0].partition("://")
     host, _, port = rest.rpartition(":")
-    if scheme == "tcp" and not (host and (port == "*" or (port.isdecimal() and int(port) < 65536))):
+    if scheme == "tcp" and not (host and (port == "*" or port_of(port) is not None)):
         raise SettingsError(f"bind {text!r}: expected tcp://*:PORT or tcp://HOST:PORT to bind")
-    replay_port = options.pop("replay_port", "0")
-    if scheme not in ("tcp", "ipc") or not replay_port.isdecimal() or int(replay_port) > 65535:
+    replay_port = port_of(options.pop("replay_port", "0"))
+    if scheme not in ("tcp", "ipc") or replay_port is None:
         raise SettingsError(f"bind {text!r}: expected tcp:// or ipc://, and replay_port a port")
     common = engine_specs(text, "tcp://bound:1", "", options)[0]
-    return msgspec.structs.replace(common, live=addresses[0], bound=True), int(replay_port)
+    return msgspec.structs.replace(common, live=addresses[0], bound=True), replay_port
 
 
 def split_spec(text: str, names: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
@@ -169,15 +170,15 @@ def engine_specs(where: str, live: str, replay: str, options: dict[str, str]) ->
     if announcements and announcements not in ANNOUNCEMENTS:
         known = ", ".join(ANNOUNCEMENTS)
         raise SettingsError(f"engine {where!r}: announcements={announcements!r}; expected one of {known}")
-    chunk = options.get("blocks_per_chunk", "0")
-    if not chunk.isdecimal() or int(chunk) > _CHUNK_MAX:
+    chunk = whole(options.get("blocks_per_chunk", "0"), _CHUNK_MAX)
+    if chunk is None:
         raise SettingsError(
-            f"engine {where!r}: blocks_per_chunk={chunk!r}; expected the engine blocks in a chunk of its offload tier, "
-            f"up to {_CHUNK_MAX}"
+            f"engine {where!r}: blocks_per_chunk={options['blocks_per_chunk']!r}; expected the engine blocks in a "
+            f"chunk of its offload tier, up to {_CHUNK_MAX}"
         )
-    ranks = options.get("dp", "1")
-    if not ranks.isdecimal() or not 1 <= int(ranks) <= 1024:
-        raise SettingsError(f"engine {where!r}: dp={ranks!r}; expected the number of ranks, 1 to 1024")
+    ranks = whole(options.get("dp", "1"), RANKS_MAX)
+    if not ranks:
+        raise SettingsError(f"engine {where!r}: dp={options['dp']!r}; expected the number of ranks, 1 to {RANKS_MAX}")
     metrics, load = options.get("metrics", ""), options.get("load", "")
     if metrics and not metrics.startswith(("http://", "https://")):
         raise SettingsError(
@@ -185,8 +186,8 @@ def engine_specs(where: str, live: str, replay: str, options: dict[str, str]) ->
         )
     for address in filter(None, (live, replay, load)):
         _check_address(where, address)
-        _check_address(where, offset(address, int(ranks) - 1))
-    lives, replays = ({offset(address, rank) for rank in range(int(ranks))} for address in (live, replay))
+        _check_address(where, offset(address, ranks - 1))
+    lives, replays = ({offset(address, rank) for rank in range(ranks)} for address in (live, replay))
     if replay and lives & replays:
         raise SettingsError(
             f"engine {where!r}: with {ranks} rank(s) {min(lives & replays)} is a live and a replay address; rank r is "
@@ -200,15 +201,15 @@ def engine_specs(where: str, live: str, replay: str, options: dict[str, str]) ->
             model=options.get("model", ""),
             engine=engine,
             rank=rank,
-            ranks=int(ranks),
+            ranks=ranks,
             store=options.get("store", ""),
             announcements=announcements,
-            blocks_per_chunk=int(chunk),
+            blocks_per_chunk=chunk,
             speculation=options.get("speculation", ""),
             metrics=metrics,
             load=offset(load, rank) if load else "",
         )
-        for rank in range(int(ranks))
+        for rank in range(ranks)
     ]
 
 
@@ -222,7 +223,7 @@ def _check_address(where: str, address: str) -> None:
             raise SettingsError(
                 f"engine {where!r}: address {address!r}; an IPv6 address stands in brackets: tcp://[{host}]:{port}"
             )
-        if not colon or not host or "*" in host or not port.isdecimal() or not 0 < int(port) < 65536:
+        if not colon or not host or "*" in host or not port_of(port):
             raise SettingsError(f"engine {where!r}: address {address!r}; expected tcp://HOST:PORT to connect to")
 
 

@@ -33,3 +33,23 @@ Word = Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)]
 #: Of an index version; readers keep connections for each.
 VersionName = Annotated[str, msgspec.Meta(pattern=VERSION_NAME)]
 ByVersion = Annotated[dict[VersionName, _T], msgspec.Meta(max_length=64)]
+
+#: Data-parallel ranks of an engine.
+RANKS_MAX: Final = 1024
+_DIGITS: Final = 19
+_PORT_MAX: Final = 65_535
+
+
+def whole(text: str, most: int = COUNT_MAX) -> int | None:
+    """Return the number that decimal digits say; None for any other text, and for more than ``most``.
+
+    ``int()`` alone refuses thousands of digits with an error of its own, and takes those of all scripts.
+    """
+    if not (text.isascii() and text.isdecimal() and len(text) <= _DIGITS):
+        return None
+    return number if (number := int(text)) <= most else None
+
+
+def port_of(text: str) -> int | None:
+    """Return the port that decimal digits say, 0 among them; None for any other text."""
+    return whole(text, _PORT_MAX)

@@ -7,6 +7,7 @@ from typing import Final
 
 import xxhash
 
+from kvatlas.bridge.model.numbers import RANKS_MAX, port_of, whole
 from kvatlas.bridge.model.topics import BASE_VERSION
 
 
@@ -36,7 +37,7 @@ def serving_address(pod_id: str) -> str:
     """Return the serving address in a pod id that is one (``IP:PORT``, as llm-d's topics have it), else nothing."""
     name = pod_id.partition("@dp")[0]
     host, colon, port = name.rpartition(":")
-    if not colon or not port.isdecimal() or not 0 < int(port) < 65_536:
+    if not colon or not port_of(port):
         return ""
     try:
         ipaddress.ip_address(host.strip("[]"))
@@ -47,8 +48,7 @@ def serving_address(pod_id: str) -> str:
 
 def rank_of(pod_id: str) -> int | None:
     """Return the data-parallel rank in a pod id, None where it names none."""
-    rank = pod_id.partition("@dp")[2]
-    return int(rank) if rank.isdecimal() else None
+    return whole(pod_id.partition("@dp")[2], RANKS_MAX - 1)
 
 
 WRITER_BRIDGE: Final = "bridge"

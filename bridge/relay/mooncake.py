@@ -25,6 +25,7 @@ from kvatlas.bridge.ingest.strip import KNOWN_BLOCKS, KnownBlocks, Stripper
 from kvatlas.bridge.kafka.follower import RecordFollower
 from kvatlas.bridge.model import topics
 from kvatlas.bridge.model.adapters.mooncake import decode_object_events
+from kvatlas.bridge.model.numbers import whole
 from kvatlas.bridge.model.object_pool import ObjectNames, ObjectPool
 from kvatlas.bridge.model.records import KeyedBatch, KeyedStored, decode
 from kvatlas.bridge.relay.cache_metrics import PoolCollector, PoolFigures
@@ -74,18 +75,20 @@ def parse_master(text: str) -> MasterSpec:
     parse_engine(address)
     if not pods:
         raise SettingsError(f"{where}: expected the pods that load from it, pod=NAME")
-    end, parts = told.get("hash", "first"), told.get("parts", "1")
+    end, parts = told.get("hash", "first"), whole(told.get("parts", "1"), _PARTS_MAX)
     if end not in ("first", "last"):
         raise SettingsError(f"{where}: hash={end!r}; expected first (SGLang) or last (vLLM)")
-    if not parts.isdecimal() or not 1 <= int(parts) <= _PARTS_MAX:
-        raise SettingsError(f"{where}: parts={parts!r}; expected the objects that make one block, 1 to {_PARTS_MAX}")
+    if not parts:
+        raise SettingsError(
+            f"{where}: parts={told['parts']!r}; expected the objects that make one block, 1 to {_PARTS_MAX}"
+        )
     try:
         pattern = re.compile(told["key"]) if "key" in told else None
     except re.error as error:
         raise SettingsError(f"{where}: key={told['key']!r} is no regular expression: {error}") from error
     if pattern is not None and not pattern.groups:
         raise SettingsError(f"{where}: key={told['key']!r} has no group for the hash, as in ^([0-9a-f]+)_")
-    return MasterSpec(address, tuple(pods), ObjectNames(pattern, "last" if end == "last" else "first", int(parts)))
+    return MasterSpec(address, tuple(pods), ObjectNames(pattern, "last" if end == "last" else "first", parts))
 
 
 def parse_masters(texts: Iterable[str]) -> list[MasterSpec]:

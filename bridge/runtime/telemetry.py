@@ -16,6 +16,7 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from kvatlas.bridge.errors import SettingsError
+from kvatlas.bridge.model.numbers import port_of
 from kvatlas.bridge.runtime.restarts import Restarts, RestartsCollector
 
 Check = Callable[[], str | None]
@@ -144,6 +145,6 @@ def _response(status: int, body: str | bytes, kind: str = _TEXT, *, only_head: b
 
 def _split(listen: str) -> tuple[str, int]:
     host, colon, port = listen.rpartition(":")
-    if not colon or not port.isdecimal():
+    if not colon or (number := port_of(port)) is None:
         raise SettingsError(f"listen address {listen!r}: expected host:port")
-    return host.strip("[]") or "0.0.0.0", int(port)  # noqa: S104 - an empty host asks for every interface
+    return host.strip("[]") or "0.0.0.0", number  # noqa: S104 - an empty host asks for every interface

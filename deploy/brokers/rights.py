@@ -30,6 +30,7 @@ from aiokafka.protocol.types import Array, Boolean, Bytes, Int16, Int32, Schema,
 from kvatlas.bridge.errors import RightsError, SettingsError
 from kvatlas.bridge.kafka.config import client_config
 from kvatlas.bridge.model import topics
+from kvatlas.bridge.model.numbers import port_of
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.embedded import CLUSTER_ID_PREFIX
 from kvatlas.deploy.brokers.errors import BrokerUnavailableError
@@ -203,10 +204,10 @@ async def contact(kafka: KafkaSettings) -> AIOKafkaConnection:
     reasons = []
     for address in config.pop("bootstrap_servers").split(","):
         host, _, port = address.strip().rpartition(":")
-        if not host or not port.isdigit():
+        if not host or (number := port_of(port)) is None:
             raise SettingsError(f"[kafka] brokers {kafka.brokers!r}: {address.strip()!r} is not host:port")
         try:
-            return await create_conn(host.strip("[]"), int(port), request_timeout_ms=_TIMEOUT_MS, **config)
+            return await create_conn(host.strip("[]"), number, request_timeout_ms=_TIMEOUT_MS, **config)
         except (KafkaError, OSError, TimeoutError) as error:
             if (refusal := _refusal(kafka, address.strip(), error)) is not None:
                 raise refusal from error

@@ -17,6 +17,7 @@ from typing import Any, Final, cast
 import msgspec
 
 from kvatlas.bridge.errors import KvatlasError, SettingsError
+from kvatlas.bridge.model.numbers import whole
 from kvatlas.bridge.runtime import settings
 from kvatlas.bridge.runtime.settings import ENV_FILE, ENV_PREFIX
 from kvatlas.deploy.cli.entry import EXIT_USAGE
@@ -196,11 +197,12 @@ def token_ids(text: str) -> list[int]:
     Raises:
         SettingsError: a part is no token id; names it.
     """
-    parts = [part.strip() for part in text.split(",")]
-    for part in parts:
-        if not part.isdecimal() or int(part) > _LAST_TOKEN:
+    found = []
+    for part in map(str.strip, text.split(",")):
+        if (token := whole(part, _LAST_TOKEN)) is None:
             raise SettingsError(f"--tokens: {part!r} is no token id; give 1,2,3 with numbers from 0 to {_LAST_TOKEN}")
-    return [int(part) for part in parts]
+        found.append(token)
+    return found
 
 
 def file_error(what: str, path: Path, error: OSError) -> SettingsError:

@@ -10,6 +10,7 @@ from typing import Any, Final
 import msgspec
 
 from kvatlas.bridge.errors import SettingsError
+from kvatlas.bridge.model.numbers import port_of
 from kvatlas.bridge.runtime.logs import configure_logging
 from kvatlas.bridge.runtime.restarts import Restarts
 from kvatlas.deploy.cli import common
@@ -114,4 +115,4 @@ def child_picker(settings: PickerSettings, number: int) -> PickerSettings:
 def shifted(address: str, number: int) -> str:
     """Return ``host:port`` with ``number`` added to a fixed port; port 0, or none, stays."""
     host, _, port = address.rpartition(":")
-    return f"{host}:{int(port) + number}" if host and port.isdigit() and int(port) else address
+    return f"{host}:{first + number}" if host and (first := port_of(port)) else address

@@ -20,6 +20,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from kvatlas.bridge.errors import SettingsError
+from kvatlas.bridge.model.numbers import port_of
 from kvatlas.scorer.api.extproc import SERVICE
 from kvatlas.scorer.picker import names
 
@@ -110,9 +111,9 @@ def plain(options: GatewayOptions) -> dict[str, Any]:
 
 def _address(text: str) -> dict[str, Any]:
     host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+    if not colon or not host or (number := port_of(port)) is None:
         raise SettingsError(f"gateway address {text!r}: expected HOST:PORT")
-    return {"socket_address": {"address": host.strip("[]"), "port_value": int(port)}}
+    return {"socket_address": {"address": host.strip("[]"), "port_value": number}}
 
 
 def _listener(options: GatewayOptions, filters: list[dict[str, Any]] | None = None) -> dict[str, Any]:

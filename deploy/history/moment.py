@@ -11,6 +11,7 @@ import msgspec
 
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.kafka.ranges import Edges
+from kvatlas.bridge.model.numbers import whole
 
 FORMS: Final = (
     "earliest, latest, a time (2026-11-24T10:00:00Z, @1795464237.5, or -15m before now), offset:N (every partition), "
@@ -63,9 +64,11 @@ def parse_moment(text: str, now_ms: int, *, sequences: bool = False) -> Moment:
         return Moment(edge=text)
     if ago:
         return _time(now_ms / 1000 - float(ago[1]) * _UNITS[ago[2]])
-    if sequences and kind == "seq" and all(part.isdecimal() for part in rest.split(":", 1)):
-        incarnation, _, sequence = rest.rpartition(":")
-        return Moment(sequence=int(sequence), incarnation=int(incarnation or -1))
+    if sequences and kind == "seq":
+        of, colon, number = rest.rpartition(":")
+        sequence, incarnation = whole(number), whole(of) if colon else -1
+        if sequence is not None and incarnation is not None:
+            return Moment(sequence=sequence, incarnation=incarnation)
     if kind == "offset":
         return _offsets(text, rest)
     try:
@@ -82,12 +85,16 @@ def _time(seconds: float) -> Moment:
 
 
 def _offsets(text: str, rest: str) -> Moment:
-    if rest.isdecimal():
-        return Moment(offset=int(rest))
-    pairs = [part.split(":") for part in rest.split(",")]
-    if not all(len(pair) == 2 and pair[0].isdecimal() and pair[1].isdecimal() for pair in pairs):
-        raise SettingsError(f"{text!r} is no moment; give {FORMS}")
-    return Moment(offsets={int(partition): int(offset) for partition, offset in pairs})
+    if (everywhere := whole(rest)) is not None:
+        return Moment(offset=everywhere)
+    found = {}
+    for part in rest.split(","):
+        place, _, number = part.partition(":")
+        partition, offset = whole(place), whole(number)
+        if partition is None or offset is None:
+            raise SettingsError(f"{text!r} is no moment; give {FORMS}")
+        found[partition] = offset
+    return Moment(offsets=found)
 
 
 def offsets_at(edges: Mapping[int, Edges], moment: Moment, known: Mapping[int, int | None]) -> dict[int, int]:

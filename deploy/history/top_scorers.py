@@ -14,6 +14,7 @@ import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvatlas.bridge.errors import SettingsError
+from kvatlas.bridge.model.numbers import port_of
 
 _TIMEOUT_SECONDS: Final = 3.0
 #: Operations that answer where a prompt should go; the others are looked at, not lived on.
@@ -189,9 +190,9 @@ class Scorers:
 
 def _place(address: str) -> tuple[str, int]:
     host, _, port = address.removeprefix("http://").removesuffix("/metrics").rpartition(":")
-    if not host or not port.isdigit():
+    if not host or (number := port_of(port)) is None:
         raise SettingsError(f"--scorer-metrics {address!r} is not HOST:PORT, the scorer's telemetry_listen")
-    return host.strip("[]"), int(port)
+    return host.strip("[]"), number
 
 
 async def _resolved(place: tuple[str, int]) -> Iterable[str]:

@@ -22,6 +22,7 @@ from urllib.parse import parse_qs, urlsplit
 import msgspec
 
 from kvatlas.bridge.errors import KvatlasError, SettingsError
+from kvatlas.bridge.model.numbers import port_of
 from kvatlas.deploy.sim.errors import SimError, UnknownPodError
 from kvatlas.deploy.sim.fleet import Fleet
 
@@ -50,10 +51,10 @@ class TruthServer:
 
     def __init__(self, fleet: Fleet, listen: str) -> None:
         host, _, port = listen.rpartition(":")
-        if not host or not port.isdigit():
+        if not host or (number := port_of(port)) is None:
             raise SettingsError(f"[sim] truth_listen {listen!r} is not HOST:PORT")
         self._fleet = fleet
-        self._where = (host, int(port))
+        self._where = (host, number)
         self._server: ThreadingHTTPServer | None = None
 
     @property

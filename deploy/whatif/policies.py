@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from kvatlas.bridge.errors import SettingsError
+from kvatlas.bridge.model.numbers import whole
 from kvatlas.deploy.whatif.fleet import Arrival, Pod, PrefixCache
 
 
@@ -176,9 +177,9 @@ def parse(name: str) -> tuple[str, int]:
     kind, _, count = name.partition(":")
     if kind not in _POLICIES:
         raise SettingsError(f"unknown policy {kind!r}; known: {', '.join(sorted(_POLICIES))}, as KIND or KIND:N")
-    if count and (not count.isdecimal() or int(count) < 1):
+    if not (number := whole(count or "1")):
         raise SettingsError(f"policy {name!r}: {count!r} is not a number of scorers or routers, 1 or more")
-    return kind, int(count or 1)
+    return kind, number
 
 
 def make(name: str, pods: int, capacity_blocks: int, options: Options) -> Policy:

@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from kvatlas.bridge.errors import SettingsError
+from kvatlas.bridge.model.numbers import whole
 from kvatlas.deploy.whatif.fleet import PrefixCache
 from kvatlas.deploy.whatif.queueing import Engine, Request, Scraped
 from kvatlas.scorer.picker.choose import Ask, Chooser, Rules
@@ -396,9 +397,9 @@ def split(name: str) -> tuple[str, int]:
     kind, _, count = name.partition(":")
     if kind not in ROUTERS:
         raise SettingsError(f"unknown policy {kind!r}; the queueing model knows {', '.join(ROUTERS)}, as KIND:N")
-    if count and (not count.isdecimal() or int(count) < 1):
+    if not (number := whole(count or "1")):
         raise SettingsError(f"policy {name!r}: {count!r} is not a number of replicas, 1 or more")
-    return kind, int(count or 1)
+    return kind, number
 
 
 def router(name: str, knobs: Knobs) -> _Router:

@@ -27,6 +27,7 @@ from typing import Any, Final, Protocol
 import grpc
 import grpc.aio
 
+from kvatlas.bridge.model.numbers import whole
 from kvatlas.bridge.runtime.logs import whereabouts
 from kvatlas.scorer.api import extproc_messages as messages
 from kvatlas.scorer.api.http2_server import Http2Server
@@ -189,9 +190,7 @@ class ExternalProcessor:
 
 
 def _tell_headers(exchange: Exchange, headers: Mapping[str, str], served: str) -> None:
-    status = headers.get(":status", "")
-    code = int(status) if status.isdecimal() and len(status) == 3 else 0
-    _tell(exchange.headers, code, headers.get("content-type", ""), served)
+    _tell(exchange.headers, whole(headers.get(":status", ""), 999) or 0, headers.get("content-type", ""), served)
 
 
 def _tell(told: Callable[..., None], *what: Any, **more: Any) -> None:

@@ -15,13 +15,13 @@ from typing import Final
 
 from kvatlas.bridge.engines.listing import read_listing
 from kvatlas.bridge.errors import SettingsError, UnresolvedError
+from kvatlas.bridge.model.numbers import RANKS_MAX, port_of, whole
 from kvatlas.bridge.model.pod_ids import rank_of, serving_address
 from kvatlas.bridge.model.records import GONE, PodRecord
 from kvatlas.scorer.picker.endpoints import ROLES, Endpoint
 
 _OPTIONS: Final = ("pod", "model", "role", "engine", "ranks", "metrics")
 _ENGINES: Final = ("vllm", "sglang")
-_MOST_RANKS: Final = 1_024
 
 
 def parse_endpoint(text: str) -> list[Endpoint]:
@@ -44,17 +44,18 @@ def parse_endpoint(text: str) -> list[Endpoint]:
     engine = options.get("engine", "vllm")
     if engine not in _ENGINES:
         raise SettingsError(f"endpoint {text!r}: engine={engine!r}; known: {', '.join(_ENGINES)}")
-    ranks = options.get("ranks", "1")
-    if not ranks.isdecimal() or not 1 <= int(ranks) <= _MOST_RANKS or port + int(ranks) - 1 > 65_535:
-        raise SettingsError(f"endpoint {text!r}: ranks={ranks!r}; expected 1 to {_MOST_RANKS}, ports up to 65535")
+    ranks = whole(options.get("ranks", "1"), RANKS_MAX)
+    if not ranks or port + ranks - 1 > 65_535:
+        said = options.get("ranks", "1")
+        raise SettingsError(f"endpoint {text!r}: ranks={said!r}; expected 1 to {RANKS_MAX}, ports up to 65535")
     found = []
-    for rank in range(int(ranks)):
+    for rank in range(ranks):
         here = joined(host, port + rank)
         pod = options.get("pod") or joined(host, port)
         found.append(
             Endpoint(
                 address=here,
-                pod=f"{pod}@dp{rank}" if int(ranks) > 1 else pod,
+                pod=f"{pod}@dp{rank}" if ranks > 1 else pod,
                 model=options.get("model", ""),
                 role=role,
                 engine=engine,
@@ -71,11 +72,11 @@ def split_address(address: str, where: str) -> tuple[str, int]:
         SettingsError: it is not one; ``where`` is named.
     """
     host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65_536:
+    if not colon or not host or not (number := port_of(port)):
         raise SettingsError(f"endpoint {where!r}: expected HOST:PORT first")
     if ":" in host and not (host.startswith("[") and host.endswith("]")):
         raise SettingsError(f"endpoint {where!r}: an IPv6 address is written in brackets, [ADDRESS]:PORT")
-    return host.strip("[]"), int(port)
+    return host.strip("[]"), number
 
 
 def joined(host: str, port: int) -> str:
@@ -125,8 +126,9 @@ def from_pods(records: Iterable[PodRecord], serving_port: int) -> list[Endpoint]
         address = serving_address(record.pod)
         if not address and serving_port and record.endpoint:
             host = record.endpoint.partition("://")[2].rpartition(":")[0].strip("[]")
-            if host:
-                address = joined(host, serving_port + (rank_of(record.pod) or 0))
+            port = serving_port + (rank_of(record.pod) or 0)
+            if host and port < 65_536:
+                address = joined(host, port)
         if address:
             engine = record.engine if record.engine in _ENGINES else "vllm"
             found.append(

@@ -19,6 +19,7 @@ from kvatlas.bridge.engines.kubernetes_watch import (
     uid_of,
 )
 from kvatlas.bridge.errors import SettingsError
+from kvatlas.bridge.model.numbers import port_of
 from kvatlas.scorer.gateway.discovery import joined
 from kvatlas.scorer.picker.endpoints import ROLES, Endpoint
 
@@ -80,7 +81,7 @@ def endpoints_of(pod: Mapping[str, Any], pool: Mapping[str, Any]) -> list[Endpoi
 def _active(notes: Mapping[str, Any]) -> set[int] | None:
     for name in _PORT_NOTES:
         if name in notes:
-            return {int(part) for part in str(notes[name]).split(",") if part.strip().isdecimal()}
+            return {port for part in str(notes[name]).split(",") if (port := port_of(part.strip())) is not None}
     return None
 
 
