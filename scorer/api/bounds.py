@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from kvatlas.scorer.errors import InputError, TooLargeError
+from kvatlas.scorer.tokenization import requests
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 
 MAX_NAME_BYTES: Final = 1024
@@ -16,7 +17,7 @@ MAX_NAME_BYTES: Final = 1024
 MAX_NAMES: Final = 65_536
 
 #: Requests of a batch, or prompts of one body: more only make the others' turns longer.
-MAX_BATCH: Final = 256
+MAX_BATCH: Final = requests.MOST_PROMPTS
 #: Multimodal items of a prompt, above what any engine takes.
 MAX_MULTIMODAL: Final = 4_096
 #: Messages of a chat; a template is rendered over all of them.

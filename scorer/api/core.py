@@ -170,6 +170,7 @@ class Core:
         Raises:
             ScorerError: it cannot be scored.
         """
+        inputs.check_length(query.prompt, self._settings)
         run = await self._scorer.run(query, self._lookup_deadline(deadline), all_blocks=all_blocks, view=view)
         self._answered(query.model, run.scored)
         return run

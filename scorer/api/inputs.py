@@ -85,9 +85,18 @@ async def tokens_of(
         raise InputError("truncate_tokens: not together with token ids above 32 bits, which stand for pictures")
     if forms[0].startswith("tokens") and request.truncate_tokens:
         found = PromptTokens(_truncated(found.packed, request))
-    if found.tokens > settings.max_tokens:
-        raise TooLargeError(f"{found.tokens} tokens; at most {settings.max_tokens} (max_tokens)")
+    check_length(found, settings)
     return found
+
+
+def check_length(prompt: PromptTokens, settings: ScorerSettings) -> None:
+    """Refuse a prompt of more than ``max_tokens``.
+
+    Raises:
+        TooLargeError: it is one.
+    """
+    if prompt.tokens > settings.max_tokens:
+        raise TooLargeError(f"{prompt.tokens} tokens; at most {settings.max_tokens} (max_tokens)")
 
 
 def _truncated(packed: bytes, request: pb.ScoreRequest) -> bytes:

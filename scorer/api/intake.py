@@ -154,7 +154,7 @@ class Intake:
             InputError: a name is too long, or given twice in different ways.
         """
         if len(prompts) > MAX_BATCH:
-            raise TooLargeError(f"prompt: {len(prompts)} prompts; at most {MAX_BATCH}")
+            raise TooLargeError(f"prompt: more than {MAX_BATCH} prompts")
         return [Opened(self._named(self._joined(prompt, beside)), prompt) for prompt in prompts]
 
     def named_model(self, model: str) -> str:

@@ -164,7 +164,7 @@ class PickerDecider:
         if known.prompt is not None and (source := self._source(choice, computing)) is not None:
             address = source.endpoint.address
             headers += [(names.PEER_SOURCE, address), (names.PEER_TOKENS, str(source.tokens))]
-            if self._settings.peer_port and known.body is not None:
+            if self._settings.peer_port and known.body is not None and known.body.document is not None:
                 host, port = address.rpartition(":")[0].strip("[]"), self._settings.peer_port
                 port += rank_of(source.endpoint.pod) or 0
                 body = with_source(known.body.document, host, port, request_id)

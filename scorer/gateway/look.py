@@ -68,19 +68,19 @@ class Looker:
         body = read_body(incoming.body)
         if body is None:
             return Known(None, None, UNREADABLE, inference=True)
-        prompt, degraded = await self._scored(shape, body)
+        prompt, degraded = await self._scored(shape, body, incoming.body)
         if prompt is None and self._prefixes is not None:
             body = body._replace(model=self._prefixes.named(body.model))
         return Known(body, prompt, degraded, inference=True)
 
-    async def _scored(self, shape: Shape, body: Body) -> tuple[Prompt | None, str]:
+    async def _scored(self, shape: Shape, body: Body, data: bytes) -> tuple[Prompt | None, str]:
         if self._prefixes is None:
             return None, "no-index"
         # The scorer gets less: what it has found in that time, partial as it is, beats load alone.
         until = time.monotonic() + self._seconds * _SCORER_SHARE
         try:
             async with asyncio.timeout(self._seconds):
-                return await self._prefixes.of(shape, body.document, until), ""
+                return await self._prefixes.of(shape, data if body.document is None else body.document, until), ""
         except (KvatlasError, TimeoutError) as error:
             return None, next(cause for kind, cause in _CAUSES if isinstance(error, kind))
         except Exception as error:  # noqa: BLE001 - load alone still decides; the text may hold a prompt

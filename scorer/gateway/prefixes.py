@@ -40,8 +40,10 @@ class Prefixes(Protocol):
     def named(self, model: str) -> str:
         """Return a model as its engines call it, for a client's name of it or of an adapter."""
 
-    async def of(self, shape: requests.Shape, body: Mapping[str, Any], deadline: float) -> Prompt:
-        """Score a request's prompt; ``deadline`` in monotonic seconds.
+    async def of(self, shape: requests.Shape, body: Mapping[str, Any] | bytes, deadline: float) -> Prompt:
+        """Score a request's prompt; the bytes of a body are read beside the event loop.
+
+        ``deadline`` is in monotonic seconds.
 
         Raises:
             ScorerError: the body is none that an engine takes, or its prompt cannot be scored now.
@@ -67,7 +69,7 @@ class CorePrefixes:
         except InputError:
             return model
 
-    async def of(self, shape: requests.Shape, body: Mapping[str, Any], deadline: float) -> Prompt:
+    async def of(self, shape: requests.Shape, body: Mapping[str, Any] | bytes, deadline: float) -> Prompt:
         """Score the first prompt of a body; a batch of prompts goes where its first one goes.
 
         Raises:
@@ -79,11 +81,13 @@ class CorePrefixes:
         async with self._core.admission.turn(deadline):
             return await self._scored(shape, body, deadline)
 
-    async def _scored(self, shape: requests.Shape, body: Mapping[str, Any], deadline: float) -> Prompt:
-        request = requests.read(shape, body)[0]
+    async def _scored(self, shape: requests.Shape, body: Mapping[str, Any] | bytes, deadline: float) -> Prompt:
+        intake = self._core.intake
+        prompts = await intake.prompts(shape, body) if isinstance(body, bytes) else requests.read(shape, body)
+        request = prompts[0]
         check_name(request.model, "model")
         check_name(request.lora, "lora")
-        model, lora = self._core.intake.names.resolve(request.model, request.lora)
+        model, lora = intake.names.resolve(request.model, request.lora)
         encoded = await self._pool.tokens_of(model, request)
         query = ScoreQuery(
             model=model,

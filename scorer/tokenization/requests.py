@@ -34,6 +34,8 @@ from kvatlas.scorer.tokenization.records import ChatInput, Place, Truncation
 
 Shape = Literal["completions", "chat/completions", "responses", "messages", "generate"]
 SHAPES: Final[tuple[Shape, ...]] = ("completions", "chat/completions", "responses", "messages", "generate")
+#: Prompts of one body, above what anybody may ask for at once; no more of a longer list are read.
+MOST_PROMPTS: Final = 256
 #: What this shape's requests have and no other's, in the order in which a body without a path is looked at.
 _TELLING: Final[tuple[tuple[str, Shape], ...]] = (
     ("token_ids", "generate"),
@@ -80,6 +82,8 @@ class EngineRequest:
 
 def read(shape: Shape, body: Any) -> list[EngineRequest]:
     """Return the prompts of a request body, at least one; all shapes but ``completions`` have exactly one.
+
+    Of more than :data:`MOST_PROMPTS` one too many is returned.
 
     Args:
         shape: what the body is, see :func:`shape_of` and :func:`shape_of_body`.
@@ -140,7 +144,7 @@ def _completions(body: Mapping[str, Any]) -> list[EngineRequest]:
     if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
         if common["multimodal"] and len(prompt) > 1:
             raise TokenizeInputError("multimodal: belongs to one prompt, the body has several")
-        return [_prompt(entry, f"prompt[{number}]", common) for number, entry in enumerate(prompt)]
+        return [_prompt(entry, f"prompt[{number}]", common) for number, entry in enumerate(prompt[: MOST_PROMPTS + 1])]
     return [_prompt(prompt, "prompt", common)]
 
 

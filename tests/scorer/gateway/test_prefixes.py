@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +13,11 @@ import pytest
 from kvatlas.bridge.errors import OverloadedError
 from kvatlas.bridge.model.records import PodRecord, encode
 from kvatlas.bridge.runtime.admission import Admission
-from kvatlas.scorer.errors import InputError, NotReadyError
+from kvatlas.scorer.errors import InputError, NotReadyError, TooLargeError
+from kvatlas.scorer.gateway.body import read_body
+from kvatlas.scorer.gateway.look import Looker
 from kvatlas.scorer.gateway.prefixes import CorePrefixes
+from kvatlas.scorer.picker.route import Incoming
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.tokenization.pool import TokenizerPool
 from tests.scorer.rig import PARTITIONS, TOKENS, Index, Rig
@@ -64,3 +68,57 @@ def test_a_name_of_clients_is_turned_into_the_engines_own() -> None:
     wanted = {"nick": "m", "m": "m", "of-n": "n", "both": "both", "unheard": "unheard", "": ""}
     assert {name: prefixes.named(name) for name in wanted} == wanted
     rig.core.intake.close()
+
+
+def _many(kind: str) -> bytes:
+    """A body of very many JSON values, whose prompt is `TOKENS` where it is not they."""
+    head = msgspec.json.encode({"model": "m", "session_id": "s", "prompt": TOKENS})[:-1]
+    return {
+        "lists": lambda: head + b',"tools":[' + b"[]," * 1_000_000 + b"[]]}",
+        "keys": lambda: head + b"".join(b',"%x":1' % number for number in range(500_000)) + b"}",
+        "prompts": lambda: b'{"model":"m","session_id":"s","prompt":[' + b'"a",' * 1_000_000 + b'"a"]}',
+        "objects": lambda: b'{"model":"m","session_id":"s","prompt":[' + b"{}," * 1_000_000 + b"{}]}",
+    }[kind]()
+
+
+@pytest.mark.parametrize(
+    ("kind", "degraded"), [("lists", ""), ("keys", ""), ("prompts", "no-tokenizer"), ("objects", "unreadable")]
+)
+async def test_a_body_of_very_many_values_is_read_beside_the_loop(
+    kind: str, degraded: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is answered as any other, and costs the loop a part of what making its values would."""
+    monkeypatch.setattr("kvatlas.scorer.api.intake._READ_SECONDS", 90.0)
+    data = _many(kind)
+    began = time.thread_time()
+    msgspec.json.decode(data)
+    making = time.thread_time() - began
+    pool = TokenizerPool(TokenizerSettings())
+    rig = Rig(pool=pool)
+    async with rig.stack:
+        await rig.worker(Index("w", rig.table, set(range(PARTITIONS))))
+        rig.pod("a", 4)
+        looker = Looker(CorePrefixes(rig.core, pool), 90.0)
+        began = time.thread_time()
+        known = await looker.look(Incoming({":path": "/v1/completions"}, data, None, "r"))
+        spent = time.thread_time() - began
+    assert known.degraded == degraded
+    assert known.body is not None
+    assert (known.body.model, known.body.session) == ("m", "s")
+    assert spent < making / 2
+
+
+async def test_a_prompt_above_the_longest_is_not_scored() -> None:
+    """Load alone decides, as for everything that cannot be looked up."""
+    pool = TokenizerPool(TokenizerSettings())
+    rig = Rig(pool=pool, max_tokens=len(TOKENS) - 1)
+    async with rig.stack:
+        with pytest.raises(TooLargeError, match="max_tokens"):
+            await CorePrefixes(rig.core, pool).of("completions", {"model": "m", "prompt": TOKENS}, math.inf)
+
+
+def test_long_texts_are_decoded_at_once() -> None:
+    """A prompt of megabytes is one value."""
+    body = read_body(msgspec.json.encode({"model": "m", "prompt": "a, b" * 1_000_000}))
+    assert body is not None
+    assert body.document is not None
