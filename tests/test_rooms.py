@@ -75,7 +75,6 @@ R6_EXCEPTIONS: Final[frozenset[str]] = frozenset(
     {
         "bridge.kafka.fetching: _client",
         "bridge.kafka.fetching: _fetcher",
-        "bridge.kafka.fetching: _partition_records",
         "bridge.kafka.fetching: _sender",
         "bridge.kafka.fetching: _sync_task",
         "bridge.kafka.producer: _message_accumulator",

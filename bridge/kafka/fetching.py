@@ -1,20 +1,16 @@
 """Background tasks of aiokafka's clients, and fetching so that the end of one is told.
 
 The task in which a consumer fetches ends by any error that it does not expect; it logs it, and after that the consumer
-says for ever that there is nothing new. :func:`only_entries` has a consumer hand out keys and values alone, at a
-quarter of the price of its records. The task in which every client keeps its metadata, where partitions have their
-leaders, is told of nowhere: a client without it waits for ever for the next leader.
+says for ever that there is nothing new. The task in which every client keeps its metadata, where partitions have
+their leaders, is told of nowhere: a client without it waits for ever for the next leader.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
-from collections.abc import Iterator
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from aiokafka import AIOKafkaProducer, TopicPartition
-from aiokafka.consumer.fetcher import FetchResult
 from aiokafka.errors import KafkaConnectionError, KafkaError
 
 from kvatlas.bridge.errors import LogError, TaskEndedError
@@ -115,48 +111,3 @@ async def fetch(
     if not found and task.done() and not task.cancelled():
         task.result()
     return found
-
-
-class Entries(NamedTuple):
-    """Keys and values of records that follow each other in a partition, and the offset up to which that is all."""
-
-    pairs: list[tuple[bytes | None, bytes | None]]
-    last: int
-
-
-#: Records of small batches that are handed out together.
-_TOGETHER: Final = 8_192
-
-
-class _EntriesOnly(OrderedDict[TopicPartition, Any]):
-    """What a fetcher has and has not handed out yet; gives :class:`Entries` where there would be records."""
-
-    def __setitem__(self, at: TopicPartition, result: Any) -> None:
-        if isinstance(result, FetchResult):
-            fetched = result._partition_records
-            fetched._records_iterator = _entries(fetched)
-        super().__setitem__(at, result)
-
-
-def _entries(fetched: Any) -> Iterator[Entries]:
-    """Yield what the parser finds in what was fetched of a partition, several thousand records at a time."""
-    batches = fetched._records
-    pairs: list[tuple[bytes | None, bytes | None]] = []
-    while batches.has_next():
-        batch, first = batches.next_batch(), fetched.next_fetch_offset
-        if not batch.is_control_batch:
-            if batch.base_offset >= first:
-                pairs += [(record.key, record.value) for record in batch]
-            else:  # reading begins in the middle of it
-                pairs += [(record.key, record.value) for record in batch if record.offset >= first]
-        fetched.next_fetch_offset = batch.next_offset  # also where its last records were compacted away
-        if len(pairs) >= _TOGETHER:
-            yield Entries(pairs, batch.next_offset - 1)
-            pairs = []
-    if pairs:
-        yield Entries(pairs, fetched.next_fetch_offset - 1)
-
-
-def only_entries(consumer: Any) -> None:
-    """Have a started consumer without partitions hand out :class:`Entries` from now on; checksums are not looked at."""
-    consumer._fetcher._records = _EntriesOnly()

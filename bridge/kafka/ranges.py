@@ -152,12 +152,18 @@ class RangeReader:
                 yield partition, records
 
     async def fetcher(
-        self, topic: str, bounds: Mapping[int, tuple[int, int]], wants: Callable[[int], bool] = lambda _: True
+        self,
+        topic: str,
+        bounds: Mapping[int, tuple[int, int]],
+        wants: Callable[[int], bool] = lambda _: True,
+        *,
+        wait_ms: int | None = None,
     ) -> RangeFetcher:
         """Return what fetches the batches of a range."""
         client = self._consumer._client
         await client.add_topic(topic)
-        wait_ms = _LOCAL_WAIT_MS if is_loopback(self._kafka) else _WAIT_MS
+        if wait_ms is None:
+            wait_ms = _LOCAL_WAIT_MS if is_loopback(self._kafka) else _WAIT_MS
         return RangeFetcher(client, topic, bounds, wants, wait_ms=wait_ms)
 
     def _error(self, topic: str, error: KafkaError) -> KvatlasError:
@@ -185,6 +191,9 @@ class RangeFetcher:
         wants: asked before every fetch whether more of a partition is wanted now. It must want one of those that are
             left whenever all that was fetched has been taken.
         wait_ms: how long a broker may wait for records.
+
+    Attributes:
+        ends: partition -> where it ended when it was last fetched.
     """
 
     def __init__(
@@ -201,8 +210,9 @@ class RangeFetcher:
         self._client = client
         self._topic = topic
         self._positions = {partition: start for partition, (start, end) in bounds.items() if start < end}
-        self._ends = {partition: end for partition, (_, end) in bounds.items()}
+        self._bounds = {partition: end for partition, (_, end) in bounds.items()}
         self._answered = time.monotonic()
+        self.ends: dict[int, int] = {}
 
     @property
     def left(self) -> Collection[int]:
@@ -260,7 +270,7 @@ class RangeFetcher:
         try:
             response = task.result()
             found = [
-                self._advanced(partition, code, rest[-1])
+                self._advanced(partition, code, rest[0], rest[-1])
                 for _, partitions in response.topics
                 for partition, code, *rest in partitions
             ]
@@ -268,18 +278,20 @@ class RangeFetcher:
             if time.monotonic() - self._answered > _GIVE_UP_SECONDS:
                 raise LogError(f"reading {self._topic} stopped: {error!r}") from error
             await asyncio.sleep(_PAUSE_SECONDS)
-            await self._client.force_metadata_update()
+            with contextlib.suppress(TimeoutError):  # a client whose metadata's task has ended never answers
+                await asyncio.wait_for(self._client.force_metadata_update(), _GIVE_UP_SECONDS)
             return []
         self._answered = time.monotonic()
         return [(partition, batches) for partition, batches in found if batches or partition not in self._positions]
 
-    def _advanced(self, partition: int, code: int, data: bytes) -> tuple[int, list[RecordBatch]]:
+    def _advanced(self, partition: int, code: int, end: int, data: bytes) -> tuple[int, list[RecordBatch]]:
         if code:
             if code == OffsetOutOfRangeError.errno:
                 raise LogError(
                     f"{self._topic}/{partition}: offset {self._positions.get(partition)} is no longer on the log"
                 )
             raise for_code(code)(f"{self._topic}/{partition}")
+        self.ends[partition] = end
         batches = []
         records = MemoryRecords(data)
         while (position := self._positions.get(partition)) is not None and records.has_next():
@@ -289,6 +301,6 @@ class RangeFetcher:
             self._positions[partition] = batch.next_offset
             if not batch.is_control_batch:
                 batches.append(batch)
-            if batch.next_offset >= self._ends[partition]:
+            if batch.next_offset >= self._bounds[partition]:
                 del self._positions[partition]
         return partition, batches

@@ -1,52 +1,51 @@
-"""Bulk restore: bringing tables up to the end of their changelogs with a consumer of our own.
+"""Bulk restore: bringing tables up to the end of their changelogs with a reader of our own.
 
-Faust's recovery reads record by record (9,000 to 10,000 a second). Here a changelog is read in whole record batches,
-without a record of the client's for each entry, and written some thousand entries at a time while the next are read;
-Faust's recovery afterwards compares offsets and finds nothing to do. The
-same code follows the changelogs of standby partitions for as long as they are standbys.
+Faust's recovery reads record by record (9,000 to 10,000 a second). Here a changelog is read in whole record batches
+and written some thousand entries at a time while the next are fetched; Faust's recovery afterwards compares offsets
+and finds nothing to do. The same code follows the changelogs of standby partitions for as long as they are standbys.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
+import sys
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 
-from kvatlas.bridge.errors import KvatlasError
-from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.kafka.fetching import Entries, fetch, only_entries, start_client
-from kvatlas.bridge.kafka.ranges import RangeReader
+from kvatlas.bridge.errors import KvatlasError, LogError, RightsError
+from kvatlas.bridge.kafka.ranges import Edges, RangeReader
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.bridge.runtime.tasks import end_tasks
 from kvatlas.streams import metrics
 from kvatlas.streams.errors import RestoreError
 from kvatlas.streams.state.changelog import Meta
-from kvatlas.streams.state.partition import PartitionState, Role
+from kvatlas.streams.state.partition import Entry, PartitionState, Role
 
 logger = logging.getLogger(__name__)
 
 #: Local state older than this is rebuilt: a changelog drops tombstones a day after they were compacted.
 MAX_LOCAL_AGE_SECONDS: Final = 12 * 3600.0
-_FETCH_BYTES: Final = 8 * 1024 * 1024
-_POLL_MS: Final = 500
-#: While something is being written, which may be all there is to wait for.
-_POLL_BUSY_MS: Final = 20
-#: Lots of entries in one turn of the event loop.
-_POLL_LOTS: Final = 2
+#: Partitions that are read side by side: each has two fetched stretches of up to 4 MiB in memory.
+_AT_ONCE: Final = 8
+#: Entries of small batches that are written together.
+_LOT_ENTRIES: Final = 8_192
+_STANDBY_WAIT_MS: Final = 200
+_FOR_EVER: Final = sys.maxsize
 _REPORT_SECONDS: Final = 2.0
 _STALLED_SECONDS: Final = 120.0
 _RETRY_SECONDS: Final = 1.0
 _BETWEEN_SECONDS: Final = 30.0
 
 States = Mapping[TopicPartition, PartitionState]
-#: What is being written, at most one lot of a partition.
-Loads = dict[TopicPartition, "asyncio.Task[Entries]"]
+#: What a reader says when Kafka does not answer, or not as it should.
+_KAFKA_ERRORS: Final = (KafkaError, LogError, RightsError)
 Claim = Callable[[TopicPartition, Meta], Awaitable[int]]
 
 
@@ -67,6 +66,13 @@ class Progress(NamedTuple):
     def rate(self) -> float:
         """Return entries per second."""
         return self.entries / self.seconds if self.seconds else 0.0
+
+
+class Lot(NamedTuple):
+    """Changelog entries that follow each other in a partition, and the offset up to which that is all."""
+
+    pairs: list[Entry]
+    last: int
 
 
 class BulkReader:
@@ -106,28 +112,16 @@ class BulkReader:
         Raises:
             RestoreError: Kafka does not answer, or the changelog gives no records for a long time.
         """
-        began = time.monotonic()
         if not states:
             return Progress(0, 0, 0.0)
-        consumer = self._consumer()
         try:
-            await start_client(consumer)
-            only_entries(consumer)
-            entries = await self._restore(consumer, states, began)
-        except KafkaError as error:
+            async with RangeReader(self._kafka, self._client_id) as reader:
+                restore = _Restore(reader, self._tables, self._claim)
+                edges = await self._edges(reader, states)
+                await _all(restore.bring_up(at, states[at], edges[at]) for at in states)
+        except _KAFKA_ERRORS as error:
             raise RestoreError(f"changelogs {sorted(self._tables)}: cannot be read: {error!r}; tried again") from error
-        finally:
-            await consumer.stop()
-        progress = Progress(entries, 0, time.monotonic() - began)
-        if entries:
-            logger.info(
-                "restored %d partitions: %d entries in %.2f s, %.0f entries/s",
-                len(states),
-                entries,
-                progress.seconds,
-                progress.rate,
-            )
-        return progress
+        return restore.end()
 
     async def follow(self, states: States, on_caught_up: Callable[[], None]) -> None:
         """Keep standby partitions close to the end of their changelogs, until cancelled.
@@ -137,39 +131,32 @@ class BulkReader:
             on_caught_up: called when partitions have become standbys that may answer.
         """
         while True:
-            consumer = self._consumer()
             try:
-                await start_client(consumer)
-                only_entries(consumer)
-                ends = await self._seek(consumer, states)
-                await self._follow(consumer, states, ends, on_caught_up)
-            except KafkaError as error:
+                async with RangeReader(self._kafka, self._client_id) as reader:
+                    edges = await self._edges(reader, states)
+                    for at in (at for at, (first, end) in edges.items() if first >= end):
+                        states[at].role = Role.STANDBY
+                    on_caught_up()
+                    await _all(
+                        self._follow(reader, topic, states, edges, on_caught_up)
+                        for topic in {at.topic for at in states}
+                    )
+            except _KAFKA_ERRORS as error:
                 logger.warning("standby partitions cannot be followed, tried again: %s", error)
                 await asyncio.sleep(_RETRY_SECONDS)
-            finally:
-                await consumer.stop()
 
-    def _consumer(self) -> Any:
-        return AIOKafkaConsumer(
-            **client_config(self._kafka, self._client_id),
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-            max_partition_fetch_bytes=_FETCH_BYTES,
-            fetch_max_wait_ms=200,
-            check_crcs=False,  # TCP and the broker checked them; it is a tenth of the restore's time
-        )
-
-    async def _seek(self, consumer: Any, states: States) -> dict[TopicPartition, int]:
-        """Position the consumer behind what each state has; returns the changelogs' ends."""
-        partitions = list(states)
-        consumer.assign(partitions)
-        ends: dict[TopicPartition, int] = await consumer.end_offsets(partitions)
-        starts: dict[TopicPartition, int] = await consumer.beginning_offsets(partitions)
-        for at, state in states.items():
-            self._check(at, state, ends[at])
-            have = -1 if state.changelog_offset is None else state.changelog_offset
-            consumer.seek(at, max(have + 1, starts[at]))
-        return ends
+    async def _edges(self, reader: RangeReader, states: States) -> dict[TopicPartition, Edges]:
+        """Return from where on each changelog is to be read, behind what its state has, and where it ends now."""
+        found = {}
+        for topic in {at.topic for at in states}:
+            edges = await reader.edges(topic, [at.partition for at in states if at.topic == topic])
+            for partition, (first, end) in edges.items():
+                at = TopicPartition(topic, partition)
+                state = states[at]
+                self._check(at, state, end)
+                have = -1 if state.changelog_offset is None else state.changelog_offset
+                found[at] = Edges(max(have + 1, first), end)
+        return found
 
     def _check(self, at: TopicPartition, state: PartitionState, end: int) -> None:
         if state.changelog_offset is None:
@@ -183,78 +170,6 @@ class BulkReader:
             return
         logger.warning("%s/%d: local state is thrown away: %s", at.topic, at.partition, why)
         state.wipe()
-
-    async def _restore(self, consumer: Any, states: States, began: float) -> int:
-        loads: Loads = {}
-        try:
-            return await self._read_all(consumer, states, loads, began)
-        finally:
-            await end_tasks(loads.values())
-
-    async def _read_all(self, consumer: Any, states: States, loads: Loads, began: float) -> int:
-        ends = await self._seek(consumer, states)
-        open_ = {at: (await consumer.position(at)) for at in states}
-        claims: dict[TopicPartition, int] = {}
-        entries = 0
-        report = _Report(self._tables, began)
-        last_record = time.monotonic()
-        while True:
-            for at in [at for at, load in loads.items() if load.done()]:
-                lot = loads.pop(at).result()
-                open_[at], last_record = lot.last + 1, time.monotonic()
-                entries += len(lot.pairs)
-                metrics.RESTORED.labels(self._tables[at.topic]).inc(len(lot.pairs))
-            reached = [at for at, position in open_.items() if position >= ends[at] and at not in loads]
-            if reached:
-                # The former owner's last batch may have arrived since: look again before declaring it caught up.
-                ends.update(await consumer.end_offsets(reached))
-                reached = [at for at in reached if open_[at] >= ends[at]]
-                for at in [at for at in reached if self._owned(states[at], claims.get(at))]:
-                    reached.remove(at)
-                    del open_[at]
-                    consumer.pause(at)
-                    self._ready(states[at], ends[at])
-                ends.update(await self._claim_all(reached, states, claims))
-            if not open_:
-                report.end()
-                return entries
-            if not await self._begin_loads(consumer, states, [at for at in open_ if at not in loads], loads):
-                for at, position in open_.items():  # the end may be a hole that compaction left
-                    open_[at] = max(position, await consumer.position(at))
-                if time.monotonic() - last_record > _STALLED_SECONDS:
-                    raise RestoreError(f"changelogs {sorted(map(str, open_))}: no record for {_STALLED_SECONDS} s")
-            report.tick(entries, {at: ends[at] - position for at, position in open_.items()})
-
-    async def _begin_loads(self, consumer: Any, states: States, free: Sequence[TopicPartition], loads: Loads) -> bool:
-        """Read on in the partitions of which nothing is being written; False when nothing came, nor is being written.
-
-        What was read of a partition is written while others are read, and then the next of it.
-        """
-        if not free:
-            await asyncio.wait(loads.values(), return_when=asyncio.FIRST_COMPLETED)
-            return True
-        fetched = await fetch(consumer, *free, timeout_ms=_POLL_BUSY_MS if loads else _POLL_MS, max_records=1)
-        for at, (lot,) in fetched.items():
-            loads[at] = asyncio.create_task(_load(states[at], lot), name=f"load-{at.topic}-{at.partition}")
-        return bool(loads)
-
-    def _owned(self, state: PartitionState, claim: int | None) -> bool:
-        """Return whether our claim is in the changelog, and no other before it that counts more."""
-        return self._claim is None or claim == state.meta.owner
-
-    async def _claim_all(
-        self, partitions: Sequence[TopicPartition], states: States, claims: dict[TopicPartition, int]
-    ) -> dict[TopicPartition, int]:
-        """Claim partitions whose changelogs are read to the end; returns the new ends."""
-        if self._claim is None or not partitions:
-            return {}
-        metas = []
-        for at in partitions:
-            claims[at] = secrets.randbits(62) | 1
-            meta = states[at].meta
-            metas.append(meta._replace(written_ns=time.time_ns(), epoch=meta.epoch + 1, owner=claims[at]))
-        offsets = await asyncio.gather(*map(self._claim, partitions, metas))
-        return {at: offset + 1 for at, offset in zip(partitions, offsets, strict=True)}
 
     async def between(self, at: TopicPartition, first: int, last: int) -> list[tuple[bytes, bytes | None]]:
         """Return keys and values of the records ``first`` to ``last`` of a changelog.
@@ -275,61 +190,135 @@ class BulkReader:
             raise RestoreError(f"changelog {at.topic}/{at.partition}: {error}; tried again") from error
         return found
 
-    @staticmethod
-    def _ready(state: PartitionState, end: int) -> None:
-        if end and state.changelog_offset != end - 1:
-            state.set_changelog_offset(end - 1)
-        state.role = Role.ACTIVE
-
     async def _follow(
-        self, consumer: Any, states: States, ends: dict[TopicPartition, int], on_caught_up: Callable[[], None]
+        self,
+        reader: RangeReader,
+        topic: str,
+        states: States,
+        edges: Mapping[TopicPartition, Edges],
+        on_caught_up: Callable[[], None],
     ) -> None:
-        for at, state in states.items():
-            if (state.changelog_offset if state.changelog_offset is not None else -1) + 1 >= ends[at]:
-                state.role = Role.STANDBY
-        on_caught_up()
-        while True:
-            fetched = await fetch(consumer, timeout_ms=_POLL_MS, max_records=_POLL_LOTS)
-            behind: dict[str, int] = {}
-            for at, lots in fetched.items():
+        """Load what comes in the changelogs of one topic."""
+        table = self._tables[topic]
+        positions = {at.partition: first for at, (first, _) in edges.items() if at.topic == topic}
+        bounds = {partition: (first, _FOR_EVER) for partition, first in positions.items()}
+        fetcher = await reader.fetcher(topic, bounds, wait_ms=_STANDBY_WAIT_MS)
+        async with contextlib.aclosing(fetcher.batches()) as fetched:
+            async for partition, batches in fetched:
+                at = TopicPartition(topic, partition)
                 state = states[at]
-                for lot in lots:
-                    await _load(state, lot)
-                behind[at.topic] = behind.get(at.topic, 0) + max((consumer.highwater(at) or 0) - lot.last - 1, 0)
-                if state.role is Role.RESTORING and lot.last + 1 >= ends[at]:
+                for lot in lots_of(batches, positions[partition]):
+                    await state.load_apart(lot.pairs, lot.last)
+                    positions[partition] = lot.last + 1
+                if state.role is Role.RESTORING and positions[partition] >= edges[at].end:
                     state.role = Role.STANDBY
                     on_caught_up()
+                behind = sum(max(end - positions[number], 0) for number, end in fetcher.ends.items())
+                metrics.STANDBY_LAG.labels(table).set(behind)
                 await asyncio.sleep(0)
-            for topic, table in self._tables.items():
-                metrics.STANDBY_LAG.labels(table).set(behind.get(topic, 0))
 
 
-async def _load(state: PartitionState, lot: Entries) -> Entries:
-    await state.load_apart(lot.pairs, lot.last)
-    return lot
+async def _all(works: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Run things side by side; the first error ends them all."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        await end_tasks(tasks)
 
 
-class _Report:
-    """Progress of a restore in logs and metrics."""
+def lots_of(batches: Sequence[Any], first: int) -> Iterator[Lot]:
+    """Yield what record batches hold from an offset on, several thousand entries of whole batches at a time."""
+    pairs: list[Entry] = []
+    for number, batch in enumerate(batches, 1):
+        if batch.base_offset >= first:
+            pairs += [(record.key, record.value) for record in batch]
+        else:  # reading begins in the middle of it
+            pairs += [(record.key, record.value) for record in batch if record.offset >= first]
+        if len(pairs) >= _LOT_ENTRIES or number == len(batches):
+            yield Lot(pairs, batch.next_offset - 1)  # also where its last records were compacted away
+            pairs = []
 
-    def __init__(self, tables: Mapping[str, str], began: float) -> None:
-        self._tables = tables
-        self._began = began
-        self._reported = began
 
-    def tick(self, entries: int, remaining: Mapping[TopicPartition, int]) -> None:
+class _Restore:
+    """One restore: partitions side by side, and how far it is, for logs and metrics.
+
+    Attributes:
+        left: changelog partition -> entries left in it, by offsets.
+    """
+
+    def __init__(self, reader: RangeReader, tables: Mapping[str, str], claim: Claim | None) -> None:
+        self.left: dict[TopicPartition, int] = {}
+        self._reader, self._tables, self._claim = reader, tables, claim
+        self._free = asyncio.Semaphore(_AT_ONCE)
+        self._entries = 0
+        self._began = self._reported = time.monotonic()
+
+    @property
+    def progress(self) -> Progress:
+        return Progress(self._entries, sum(self.left.values()), time.monotonic() - self._began)
+
+    async def bring_up(self, at: TopicPartition, state: PartitionState, edges: Edges) -> None:
+        """Bring one partition up to the end of its changelog, with our claim in it, and make it active."""
+        position, end = edges
+        claim: int | None = None
+        self.left[at] = end - position
+        async with self._free:
+            while True:
+                if position < end:
+                    # What the former owner sent last may have arrived meanwhile: the end is as of the last answer.
+                    position, end = await self._read(at, state, Edges(position, end))
+                elif self._claim is None or claim == state.meta.owner:
+                    break  # our claim is in the changelog, and no other before it that counts more
+                else:
+                    claim, meta = secrets.randbits(62) | 1, state.meta
+                    meta = meta._replace(written_ns=time.time_ns(), epoch=meta.epoch + 1, owner=claim)
+                    end = await self._claim(at, meta) + 1
+            if end and state.changelog_offset != end - 1:
+                state.set_changelog_offset(end - 1)
+            state.role = Role.ACTIVE
+
+    async def _read(self, at: TopicPartition, state: PartitionState, edges: Edges) -> Edges:
+        """Load what a changelog has up to a given end; returns the next position, and where the changelog ends now."""
+        position, end = edges
+        fetcher = await self._reader.fetcher(at.topic, {at.partition: edges})
+        try:
+            async with asyncio.timeout(_STALLED_SECONDS) as stalled, contextlib.aclosing(fetcher.batches()) as fetched:
+                async for _, batches in fetched:
+                    stalled.reschedule(None)
+                    for lot in lots_of(batches, position):
+                        await state.load_apart(lot.pairs, lot.last)  # more is fetched while it is written
+                        position = lot.last + 1
+                        self._loaded(at, len(lot.pairs), end - position)
+                    stalled.reschedule(asyncio.get_running_loop().time() + _STALLED_SECONDS)
+        except TimeoutError:
+            raise RestoreError(f"changelog {at.topic}/{at.partition}: no record for {_STALLED_SECONDS} s") from None
+        position = max(position, end)  # the end may be a hole that compaction left
+        return Edges(position, max(position, fetcher.ends[at.partition]))
+
+    def _loaded(self, at: TopicPartition, entries: int, left: int) -> None:
+        self._entries += entries
+        self.left[at] = max(left, 0)
+        metrics.RESTORED.labels(self._tables[at.topic]).inc(entries)
         now = time.monotonic()
         if now - self._reported < _REPORT_SECONDS:
             return
-        self._reported = now
-        progress = Progress(entries, sum(remaining.values()), now - self._began)
+        self._reported, so_far = now, self.progress
         for topic, table in self._tables.items():
-            left = sum(number for at, number in remaining.items() if at.topic == topic)
-            metrics.RESTORE_REMAINING.labels(table).set(left)
-            metrics.RESTORE_RATE.labels(table).set(progress.rate)
-        logger.info("restoring: %d entries, %.0f entries/s, %d remaining", entries, progress.rate, progress.remaining)
+            rest = sum(number for place, number in self.left.items() if place.topic == topic)
+            metrics.RESTORE_REMAINING.labels(table).set(rest)
+            metrics.RESTORE_RATE.labels(table).set(so_far.rate)
+        logger.info("restoring: %d entries, %.0f/s, %d remaining", so_far.entries, so_far.rate, so_far.remaining)
 
-    def end(self) -> None:
+    def end(self) -> Progress:
+        """Take note that all is restored."""
+        partitions = len(self.left)
+        self.left.clear()
         for table in self._tables.values():
             metrics.RESTORE_REMAINING.labels(table).set(0)
             metrics.RESTORE_RATE.labels(table).set(0)
+        progress = self.progress
+        if progress.entries:
+            text = "restored %d partitions: %d entries in %.2f s, %.0f entries/s"
+            logger.info(text, partitions, progress.entries, progress.seconds, progress.rate)
+        return progress

@@ -10,14 +10,12 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.client import AIOKafkaClient
-from aiokafka.consumer.fetcher import Fetcher, FetchResult, PartitionRecords
+from aiokafka.consumer.fetcher import Fetcher
 from aiokafka.consumer.subscription_state import SubscriptionState
 from aiokafka.errors import KafkaConnectionError, KafkaError
-from aiokafka.record.default_records import DefaultRecordBatchBuilder
-from aiokafka.record.memory_records import MemoryRecords
 
 from kvatlas.bridge.errors import TaskEndedError
-from kvatlas.bridge.kafka.fetching import fetch, fetcher_task, metadata_error, metadata_task, only_entries, start_client
+from kvatlas.bridge.kafka.fetching import fetch, fetcher_task, metadata_error, metadata_task, start_client
 
 AT = TopicPartition("t", 0)
 
@@ -106,65 +104,6 @@ async def test_clients_keep_their_tasks_where_we_look(kind: Any) -> None:
     await (made.close() if kind is AIOKafkaAdminClient else made.stop())
     assert "_sync_task" in AIOKafkaClient.bootstrap.__code__.co_names
     assert "_fetcher" in AIOKafkaConsumer.__init__.__code__.co_names
-
-
-def record_batch(base: int, *entries: tuple[bytes | None, bytes | None], length: int | None = None) -> bytes:
-    """Return a record batch as a broker stores it; a longer ``length`` is what compaction left of a longer one."""
-    builder = DefaultRecordBatchBuilder(2, 0, 0, -1, -1, -1, 1 << 24)
-    for number, (key, value) in enumerate(entries):
-        builder.append(number, 1_000, key, value, [])
-    data = bytearray(builder.build())
-    data[:8] = base.to_bytes(8, "big")
-    if length is not None:
-        data[23:27] = (length - 1).to_bytes(4, "big")  # offset of the last record, from the first
-    return bytes(data)
-
-
-class Fetched:
-    """A consumer whose real fetcher has fetched something."""
-
-    def __init__(self, position: int, data: bytes) -> None:
-        subscriptions = SubscriptionState()
-        subscriptions.assign_from_user({AT})
-        assignment = subscriptions.subscription.assignment
-        self.state = assignment.state_value(AT)
-        self.state.seek(position)
-        self._fetcher: Any = Fetcher(Client(), subscriptions)
-        self._fetcher._fetch_task.cancel()
-        only_entries(self)
-        records = PartitionRecords(AT, MemoryRecords(data), [], position, None, None, False, 0)
-        self._fetcher._records[AT] = FetchResult(AT, partition_records=records, assignment=assignment, backoff=0)
-
-    async def lots(self) -> list[Any]:
-        return list((await self._fetcher.fetched_records([AT], 0, max_records=1)).get(AT, []))
-
-
-async def test_entries_are_handed_out_without_a_record_for_each() -> None:
-    """Keys and values of all batches in their order, from the position on, and the position behind them all."""
-    first = record_batch(0, (b"a", b"1"), (b"b", b"2"), (b"c", None))
-    data = first + record_batch(3, (b"d", b"4"), length=5) + record_batch(8, (None, b"9"), length=2)
-    consumer = Fetched(1, data)
-    ((pairs, last),) = await consumer.lots()
-    assert pairs == [(b"b", b"2"), (b"c", None), (b"d", b"4"), (None, b"9")]
-    assert last == 9
-    assert consumer.state.position == 10
-    assert await consumer.lots() == []
-
-
-async def test_entries_come_in_lots_and_the_position_moves_with_each() -> None:
-    """Several thousand at a time, whole batches each, so that nobody waits for all that was fetched."""
-    sizes = [5_000, 5_000, 9_000, 10]
-    data, at = b"", 0
-    for size in sizes:
-        data += record_batch(at, *((b"%d" % number, b"v") for number in range(at, at + size)))
-        at += size
-    consumer, found = Fetched(0, data), []
-    for last in (9_999, 18_999, 19_009):
-        ((pairs, reached),) = await consumer.lots()
-        found += pairs
-        assert (reached, consumer.state.position) == (last, last + 1)
-    assert [key for key, _ in found] == [b"%d" % number for number in range(at)]
-    assert await consumer.lots() == []
 
 
 async def test_a_client_whose_metadata_ends_while_it_starts_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
