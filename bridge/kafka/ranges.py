@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Mapping
 from typing import Any, Final, NamedTuple, Self
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -219,7 +219,7 @@ class RangeFetcher:
         """Partitions that have not been read to the end of their range."""
         return self._positions.keys()
 
-    async def batches(self) -> AsyncIterator[tuple[int, list[RecordBatch]]]:
+    async def batches(self) -> AsyncGenerator[tuple[int, list[RecordBatch]], None]:
         """Yield (partition, its next batches). The first and last batch may hold records outside the bounds.
 
         A partition that ends without a further record yields no batches once more.
