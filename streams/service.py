@@ -281,7 +281,7 @@ class WorkerService:
         except Exception as error:  # noqa: BLE001 # it is given up either way
             logger.warning("the stream app did not stop cleanly: %r", error)
         for table in app.sources.values():
-            await table.store.stop()  # also when Faust's stop was cut off
+            table.close()  # also when Faust's stop was cut off
 
     # --- what is known --------------------------------------------------------------------------------------------
 
@@ -318,7 +318,7 @@ class WorkerService:
 
     def _index_states(self) -> dict[int, PartitionState]:
         table = self._app.bulk_table(BLOCK_INDEX) if self._app is not None else None
-        return table.store.states if table is not None else {}
+        return table.states if table is not None else {}
 
     def _state_of(self, partition: int) -> PartitionState | None:
         return self._index_states().get(partition)

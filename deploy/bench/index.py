@@ -81,7 +81,7 @@ async def _index(bootstrap: str, folder: Path, args: argparse.Namespace) -> tupl
         first, began = _rig.applied("index"), time.monotonic()
         ended = await _rig.until_applied("index", filled + updates)
         table = service.index_table()
-        states = list(table.store.states.values())
+        states = list(table.states.values())
         for state in states:
             state._db.raw.flush()
             state._db.raw.compact_range(None, None)

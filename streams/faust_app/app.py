@@ -83,9 +83,6 @@ class WorkerApp(faust.App):
     roles_listener: Callable[[bool], None] | None
     on_failed: Callable[[BaseException], None]
 
-    def _new_transport(self) -> Any:
-        return SourceTransport(self.conf.broker_consumer, self)
-
     def bulk_table(self, name: str) -> BulkTable | None:
         """Return one of our tables, None when this role does not have it."""
         return next((table for table in self.sources.values() if table.name == name), None)
@@ -95,7 +92,7 @@ class WorkerApp(faust.App):
         positions = {}
         for tp in assignment:
             table = self.sources.get(tp.topic)
-            if table is not None and (state := table.store.states.get(tp.partition)) is not None:
+            if table is not None and (state := table.states.get(tp.partition)) is not None:
                 positions[tp] = state.meta.source_offset + 1
         return positions
 
@@ -107,7 +104,7 @@ class WorkerApp(faust.App):
         """Yield the source partitions whose tasks wait for a record."""
         for topic, table in self.sources.items():
             tasks = self.tasks[topic]
-            for partition in list(table.store.states):
+            for partition in list(table.states):
                 if (wanted := tasks.waiting(partition)) is not None:
                     yield IdleSource(TP(topic, partition), wanted)
 
@@ -136,7 +133,7 @@ class WorkerApp(faust.App):
         if self.publisher is not None:
             self.publisher.forget()
         for table in self.sources.values():
-            for state in table.store.states.values():
+            for state in table.states.values():
                 if state.role is Role.ACTIVE:
                     state.role = Role.STANDBY
         self.tell(restored=False)
@@ -204,9 +201,9 @@ def build_app(
         topic_allow_declare=False,
         topic_disable_leader=True,
         web_enabled=False,
-        Table=BulkTable,
         TableManager=BulkTableManager,
     )
+    app.transport = SourceTransport(app.conf.broker_consumer, app)
     app.roles_listener = None
     app.on_failed = on_crash
     app.fetch_wait_ms = _FETCH_WAIT_LOOPBACK_MS if is_loopback(kafka) else _FETCH_WAIT_MS
@@ -259,11 +256,10 @@ class _Parts(NamedTuple):
 
 
 def _table(parts: _Parts, name: str, changelog: str, valid: Valid) -> BulkTable:
-    share = 2 if parts.settings.role == "all" else 1
-    table: Any = parts.app.Table(
-        name, budget=parts.budget, cache_bytes=parts.settings.cache_bytes // share, changelog=changelog, valid=valid
-    )
-    return cast("BulkTable", table)
+    share = parts.settings.cache_bytes // (2 if parts.settings.role == "all" else 1)
+    table = BulkTable(parts.app, name=name, budget=parts.budget, cache_bytes=share, changelog=changelog, valid=valid)
+    parts.app.tables.add(table)
+    return table
 
 
 def _add_resolve(parts: _Parts, table: BulkTable) -> None:
@@ -325,16 +321,12 @@ class TableSource:
 
     def partition(self, number: int) -> PartitionState | None:
         """Return the table's partition, None when it is not ours to write."""
-        state = self._table.store.states.get(number)
+        state = self._table.states.get(number)
         return state if state is not None and state.role is Role.ACTIVE else None
 
     def rewind(self, number: int, offset: int) -> None:
         """Have the source partition read again from an offset."""
         self._app.source_consumer().rewind(TP(self._topic, number), offset)
-
-    def skip_to(self, number: int, offset: int) -> None:
-        """Take note that the topic has lost the records before an offset."""
-        self._app.source_consumer().skip_to(TP(self._topic, number), offset)
 
     def committed(self, number: int, offset: int) -> None:
         """Take note that the table has a source partition up to a record."""
@@ -343,11 +335,14 @@ class TableSource:
 
 def _agent(parts: _Parts, source: str, name: str, tasks: TaskSet) -> None:
     topic = parts.app.topic(
-        source, key_type=bytes, value_type=bytes, key_serializer="raw", value_serializer="raw", allow_empty=True
+        source,
+        key_serializer="raw",
+        value_serializer="raw",
+        allow_empty=True,
+        acks=False,  # an event here was only handed over; which offsets are done, the tasks tell the consumer
     )
 
     async def agent(stream: Any) -> None:
-        # What Faust acknowledges here was only handed over; which offsets are done, the tasks tell the consumer.
         try:
             async for event in stream.events():
                 await tasks.offer(event.message.records)

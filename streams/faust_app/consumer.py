@@ -13,7 +13,7 @@ time that a record is on its way.
 from __future__ import annotations
 
 import asyncio
-import itertools
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -29,10 +29,15 @@ logger = logging.getLogger(__name__)
 
 _WATCH_SECONDS: Final = 1.0
 _STUCK_SECONDS: Final = 5.0
+#: An offset that no topic reaches.
+_BEHIND_ALL: Final = 1 << 62
 
 
 class FetchedRecords(ConsumerMessage):
-    """What one fetch brought for a topic; it stands at the last record of its first partition.
+    """What one fetch brought for a topic.
+
+    It stands in its first partition behind all that Faust has delivered there: what is before that, Faust would drop
+    as delivered, when records are read again. Tasks drop what they have.
 
     Attributes:
         records: partition -> what aiokafka read, in order of their offsets.
@@ -46,7 +51,7 @@ class FetchedRecords(ConsumerMessage):
         super().__init__(
             topic,
             partition,
-            last.offset,
+            _BEHIND_ALL,
             last.timestamp / 1000,
             last.timestamp_type,
             [],
@@ -59,21 +64,11 @@ class FetchedRecords(ConsumerMessage):
         self.records = records
 
 
-class _Ahead(NamedTuple):
-    """A fetch under way, and the group's generation that it was asked for in: what it brings is nobody else's then."""
+class _Fetched(NamedTuple):
+    """What a fetch brought, and the group's generation that it was made in: in another one it is nobody's."""
 
-    fetched: asyncio.Future[Any]
+    records: Mapping[Any, Sequence[Any]]
     generation: int
-
-
-class _NoPositions(dict[TP, int | None]):
-    """Faust's note of the newest offset that it has delivered, which it uses to drop what is read again.
-
-    It may be ahead of what arrived, and a delivery in progress moves it on after a seek; tasks drop what they have.
-    """
-
-    def __getitem__(self, tp: TP) -> None:
-        return None
 
 
 class SourceConsumerThread(driver.AIOKafkaConsumerThread):
@@ -86,16 +81,15 @@ class SourceConsumerThread(driver.AIOKafkaConsumerThread):
     app: Any
 
     def _create_worker_consumer(self, transport: Any) -> Any:
-        consumer = super()._create_worker_consumer(transport)
+        self._made = consumer = super()._create_worker_consumer(transport)
         consumer._fetch_max_wait_ms = self.app.fetch_wait_ms
         return consumer
 
     async def on_start(self) -> None:
         """Start the consumer, and have each heartbeat that the group accepts renew the lease."""
         await super().on_start()
-        consumer = self._ensure_consumer()
-        self.app.lease.renew_with_heartbeats(consumer)
-        for task in (fetcher_task(consumer), metadata_task(consumer)):
+        self.app.lease.renew_with_heartbeats(self._made)
+        for task in (fetcher_task(self._made), metadata_task(self._made)):
             task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
@@ -108,7 +102,7 @@ class SourceConsumerThread(driver.AIOKafkaConsumerThread):
 
     def _rewind(self, tp: TP, offset: int) -> None:
         try:
-            self._ensure_consumer().seek(tp, offset)
+            self.seek(tp, offset)
         except IllegalStateError:
             logger.debug("%s/%d: not read again from %d, it is not ours any more", tp.topic, tp.partition, offset)
 
@@ -117,60 +111,58 @@ class SourceConsumer(driver.Consumer):
     """Faust's consumer, which starts where the tables end.
 
     What the table reflects is stored in it, so that is the position; the group's committed offset is only a hint
-    that may be behind (a crash before the commit) or ahead (the table's state was lost and is to be rebuilt).
+    that may be behind (a crash before the commit) or ahead (the table's state was lost and is to be rebuilt). It is
+    what tasks have committed: Faust acknowledges nothing of the source topics.
     """
 
     app: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._read_offset = _NoPositions()
         self._done: dict[TP, int] = {}
-        self._ahead: _Ahead | None = None
+        self._ahead: asyncio.Future[_Fetched] | None = None
 
     def _new_consumer_thread(self) -> Any:
-        return SourceConsumerThread(self, loop=self.loop, beacon=self.beacon)
+        self._reading = SourceConsumerThread(self, loop=self.loop, beacon=self.beacon)
+        return self._reading
 
     async def getmany(self, timeout: float) -> AsyncIterator[tuple[TP, ConsumerMessage]]:
-        """Yield what is there: a :class:`FetchedRecords` for each source topic, other records one by one."""
-        ahead = self._ahead or self._ask(timeout)
-        self._ahead = None
-        found, active = await ahead.fetched
-        if found is None or self.should_stop:
+        """Yield what is there: a :class:`FetchedRecords` for each source topic; changelogs are not read here."""
+        ahead, self._ahead = self._ahead or self._ask(timeout), None
+        found, generation = await ahead
+        if self.should_stop:
             return
-        if not self.flow_active:
-            await self.perform_seek()
+        if not self._current(generation):
+            with contextlib.suppress(IllegalStateError, TimeoutError):  # then the next rebalance is under way
+                await self.perform_seek()  # the consumer has moved past what is not handed over
             return
-        generation = ahead.generation
-        if self._current(generation):
-            self._ahead = self._ask(timeout)  # the next fetch is under way while this one is handed over
+        self._ahead = self._ask(timeout)  # the next fetch is under way while this one is handed over
         sources: dict[str, dict[int, Sequence[Any]]] = {}
-        others: dict[TP, Any] = {}
-        for topic_partition, fetched in found.items():
-            tp = TP(topic_partition.topic, topic_partition.partition)
-            if tp.topic not in self.app.sources:
-                others[tp] = fetched
-            elif fetched and (active is None or tp in active or tp in self._buffered_partitions):
-                # Faust takes a partition out of the active ones when its stream has enough; this fetch was under way.
-                sources.setdefault(tp.topic, {})[tp.partition] = fetched
+        for at, fetched in found.items():
+            # Faust may have taken a partition out of those it wants meanwhile, as its stream has enough.
+            if fetched and at.topic in self.app.sources:
+                sources.setdefault(at.topic, {})[at.partition] = fetched
         for topic, by_partition in sources.items():
             if not self._current(generation):
                 return
             batch = FetchedRecords(topic, by_partition, generation)
             yield batch.tp, batch
-        for tp, record in self.scheduler.iterate(others):
-            if not self._current(generation):
-                return
-            if active is None or tp in active or tp in self._buffered_partitions:
-                yield tp, self._to_message(tp, record)
 
-    def _ask(self, timeout: float) -> _Ahead:
-        return _Ahead(asyncio.ensure_future(self._wait_next_records(timeout)), self.app.consumer_generation_id)
+    def _ask(self, timeout: float) -> asyncio.Future[_Fetched]:
+        return asyncio.ensure_future(self._fetch(timeout))
+
+    async def _fetch(self, timeout: float) -> _Fetched:
+        if not self.flow_active:
+            resumed: Any = self.can_resume_flow
+            await self.wait(resumed)
+        generation = self.app.consumer_generation_id
+        found, _ = await self._wait_next_records(timeout)
+        return _Fetched(found or {}, generation)
 
     async def on_stop(self) -> None:
         """Stop, with the fetch that is under way."""
         if self._ahead is not None:
-            self._ahead.fetched.cancel()
+            self._ahead.cancel()
             self._ahead = None
         await super().on_stop()
 
@@ -182,22 +174,19 @@ class SourceConsumer(driver.Consumer):
         """Take note that a task has committed a source partition up to a record, and all before it."""
         self._done[tp] = offset + 1
 
-    def _filter_tps_with_pending_acks(self, topics: Any = None) -> Iterator[TP]:
-        own = (tp for tp in self._done if topics is None or tp in topics or tp.topic in topics)
-        return itertools.chain(own, super()._filter_tps_with_pending_acks(topics))
-
-    def _new_offset(self, tp: TP) -> int | None:
-        """Return the offset to commit to the group."""
-        if tp.topic not in self.app.sources:
-            return super()._new_offset(tp)
-        # Faust's own notes say what was handed over, which is not what is done.
-        self._acked[tp].clear()
-        self._acked_index[tp].clear()
-        return self._done.pop(tp, None)
+    async def force_commit(
+        self,
+        topics: Any = None,  # noqa: ARG002
+        start_new_transaction: bool = True,  # noqa: ARG002
+    ) -> bool:
+        """Commit to the group what tasks have committed."""
+        done, self._done = self._done, {}
+        ours = self.assignment()
+        offsets = {tp: offset for tp, offset in done.items() if tp in ours}
+        return bool(offsets) and bool(await self._reading.commit(offsets))
 
     async def perform_seek(self) -> None:
-        """Seek to the committed offsets, then to the tables' own."""
-        await super().perform_seek()
+        """Seek to the tables' offsets instead of the group's."""
         await self.seek_to_tables()
 
     async def seek_to_tables(self) -> None:
@@ -205,16 +194,10 @@ class SourceConsumer(driver.Consumer):
         wanted = dict(self.app.source_positions(self.assignment()))
         if wanted:
             await self.seek_wait(wanted)
-            self._committed_offset.update(wanted)
 
     def rewind(self, tp: TP, offset: int) -> None:
         """Read a partition from ``offset`` on, soon."""
-        thread: Any = self._thread
-        thread.rewind(tp, offset)
-
-    def skip_to(self, tp: TP, offset: int) -> None:
-        """Take note that the topic has no records just before ``offset``: commits wait for none of them."""
-        self._committed_offset[tp] = offset
+        self._reading.rewind(tp, offset)
 
 
 class SourceTransport(driver.Transport):

@@ -1,10 +1,9 @@
-"""Where the bulk restore meets Faust: its table manager and recovery service, with the restore put before.
+"""Where the bulk restore meets Faust: its table manager and recovery service, which reads no changelog itself.
 
 Faust tells its recovery of an assignment inside the rebalance callback, during which aiokafka sends no heartbeats.
 So :class:`BulkRecovery` only starts a task there; the task brings the assigned partitions up to date in bulk and then
-hands the assignment on to Faust's recovery, which loads the offsets that the restore persisted, finds nothing to do,
-seeks the source topics and resumes the streams. Standby changelogs are followed by our own reader, so Faust is told
-of none.
+does what Faust's recovery does at its end: it seeks the source topics and lets the streams run. Standby changelogs are
+followed by our own reader.
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ import logging
 from typing import Any, Final
 
 from aiokafka import TopicPartition
+from aiokafka.errors import IllegalStateError
 from faust.tables.manager import TableManager
-from faust.tables.recovery import Recovery
+from faust.tables.recovery import Recovery, ServiceStopped
 from faust.types import TP
 
 from kvatlas.bridge.runtime.tasks import end_tasks
@@ -29,49 +29,35 @@ _RETRY_SECONDS: Final = 1.0
 
 
 class BulkRecovery(Recovery):
-    """Faust's recovery, preceded by a bulk restore and without its own reading of standbys."""
+    """Faust's recovery service with a bulk restore in the place of its own."""
 
     app: Any
     _turn: asyncio.Task[None] | None = None
     _followers: asyncio.Task[None] | None = None
-    _revoked: frozenset[TP] = frozenset()
 
     async def on_rebalance(
-        self, assigned: set[TP], revoked: set[TP], newly_assigned: set[TP], generation_id: int = 0
+        self,
+        assigned: set[TP],  # noqa: ARG002
+        revoked: set[TP],  # noqa: ARG002
+        newly_assigned: set[TP],  # noqa: ARG002
+        generation_id: int = 0,
     ) -> None:
         """Start the restore of what this worker is assigned now; returns at once."""
         metrics.REBALANCES.inc()
         self.app.lease.renew(self.app.lease.now())  # the group has just said what is ours
         await self._cancel()
-        self._revoked |= revoked
-        self._turn = asyncio.create_task(
-            self._restore_then_recover(assigned, newly_assigned, generation_id), name="bulk-restore"
-        )
-
-    async def on_recovery_completed(self, generation_id: int = 0) -> None:
-        """Let the streams run, then have the sources read from the tables' offsets once more.
-
-        Faust's own seek comes before it empties the streams' queues, in which records may be that were read
-        meanwhile; they would be lost.
-        """
-        await super().on_recovery_completed(generation_id)
-        if self.app.consumer_generation_id == generation_id:
-            await self._wait(self.app.source_consumer().seek_to_tables(), timeout=self.app.conf.broker_request_timeout)
+        self._turn = asyncio.create_task(self._restore_and_resume(generation_id), name="bulk-restore")
 
     async def on_stop(self) -> None:
         """Stop restoring and following."""
         await self._cancel()
         await super().on_stop()
 
-    async def pause(self) -> None:
-        """Stop restoring and following until the next assignment."""
-        await self._cancel()
-
     async def _cancel(self) -> None:
         await end_tasks(task for task in (self._turn, self._followers) if task is not None)
         self._turn = self._followers = None
 
-    async def _restore_then_recover(self, assigned: set[TP], newly_assigned: set[TP], generation_id: int) -> None:
+    async def _restore_and_resume(self, generation_id: int) -> None:
         try:
             assignor = self.app.assignor
             actives = self._states(assignor.assigned_actives())
@@ -81,18 +67,17 @@ class BulkRecovery(Recovery):
                     pass
             await self.app.producer.flush()  # a batch of ours in flight belongs before the end that is read
             await self._restore(actives)
-            revoked, self._revoked = self._revoked, frozenset()
-            await super().on_rebalance(assigned, set(revoked), newly_assigned, generation_id)
-            self.standby_tps.clear()
-            self.standbys_for_table.clear()
             for state in standbys.values():
                 if state.role is Role.ACTIVE:
                     state.role = Role.STANDBY
             if standbys:
                 self._followers = asyncio.create_task(self._follow(standbys), name="standbys")
             self.app.on_roles_changed()
+            await self.on_recovery_completed(generation_id)
         except asyncio.CancelledError:
             raise
+        except (IllegalStateError, ServiceStopped) as error:
+            logger.info("a rebalance ends before its streams run: %r", error)  # by the next one, or by the app's end
         except Exception as error:  # noqa: BLE001 # whatever it is, the app must not run on half a restore
             await self.app.crash(error)
 
@@ -120,12 +105,9 @@ class BulkRecovery(Recovery):
                 return
 
     def _states(self, tps: set[TP]) -> dict[TopicPartition, PartitionState]:
-        found = {}
-        for tp in sorted(tps):
-            table: Any = self.tables._changelogs.get(tp.topic)
-            if table is not None:
-                found[TopicPartition(tp.topic, tp.partition)] = table.store.local(tp.partition)
-        return found
+        tables = {table.changelog_topic_name: table for table in self.app.sources.values()}
+        ours = sorted(tp for tp in tps if tp.topic in tables)
+        return {TopicPartition(*tp): tables[tp.topic].local(tp.partition) for tp in ours}
 
 
 class BulkTableManager(TableManager):

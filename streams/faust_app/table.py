@@ -22,70 +22,111 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any, cast
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
 
 import faust
 from aiokafka import TopicPartition
+from faust.types import TP
 
-from kvatlas.streams.faust_app.store import BulkStore
 from kvatlas.streams.state.changelog import encode_meta, send_batch
 from kvatlas.streams.state.claims import examine
 from kvatlas.streams.state.database import RocksBudget
 from kvatlas.streams.state.overlay import ChangeSet
-from kvatlas.streams.state.partition import PartitionState, Valid
+from kvatlas.streams.state.partition import PartitionState, Role, Valid
 
 logger = logging.getLogger(__name__)
 
+_THREADS: Final = 2
+
 
 class BulkTable(faust.Table[bytes, bytes]):
-    """A table on :class:`BulkStore`; see the module's text for the order of a commit."""
+    """A table whose partitions are ours; Faust hands it rebalances, and never looks for keys or offsets in it.
+
+    See the module's text for the order of a commit.
+
+    Args:
+        app: the app.
+        budget: RocksDB's caches and memtables, shared with other tables.
+        cache_bytes: of values, all partitions together.
+        changelog: full name of the changelog topic; Faust's would follow the consumer group, which differs between the
+            roles of one deployment.
+        valid: tells whether a key and its value may stand in the table.
+
+    Attributes:
+        states: partitions of this worker, active, standby or being restored.
+    """
 
     def __init__(
         self, app: Any, *, budget: RocksBudget, cache_bytes: int, changelog: str, valid: Valid, **kwargs: Any
     ) -> None:
+        topic = app.topic(changelog, key_serializer="raw", value_serializer="raw", acks=False, allow_empty=True)
+        super().__init__(app, key_type=bytes, value_type=bytes, changelog_topic=topic, **kwargs)
+        self.states: dict[int, PartitionState] = {}
         self._valid = valid
         self._budget = budget
         self._cache_bytes = cache_bytes
         self._changelog = changelog
-        super().__init__(
-            app, key_type=bytes, value_type=bytes, store="rocksdb://", **{"recovery_buffer_size": 4096, **kwargs}
-        )
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix=f"rocksdb-{self.name}")
 
-    def info(self) -> Any:
-        """Return what Faust needs to clone this table."""
-        return {
-            **super().info(),
-            "budget": self._budget,
-            "cache_bytes": self._cache_bytes,
-            "changelog": self._changelog,
-            "valid": self._valid,
-        }
+    # --- partitions -----------------------------------------------------------------------------------------------
 
-    def _changelog_topic_name(self) -> str:
-        # Faust derives it from the consumer group, which differs between the roles of one deployment.
-        return self._changelog
+    def local(self, partition: int) -> PartitionState:
+        """Return a partition's state, opening it at first use."""
+        state = self.states.get(partition)
+        if state is None:
+            path = Path(self.app.conf.tabledir) / f"{self.name}-{partition}.db"
+            state = PartitionState(partition, path, self._budget, 0, self._threads, valid=self._valid)
+            self.states[partition] = state
+            self._share_cache()
+        return state
 
-    def _new_store(self) -> BulkStore:
-        return BulkStore(
-            self._store,
-            self.app,
-            self,
-            table_name=self.name,
-            key_type=bytes,
-            value_type=bytes,
-            key_serializer="raw",
-            value_serializer="raw",
-            loop=self.loop,
-            options={},
-            budget=self._budget,
-            cache_bytes=self._cache_bytes,
-            valid=self._valid,
-        )
+    def _close_partition(self, partition: int) -> None:
+        self.states.pop(partition).close()
+        logger.info("%s: closed partition %d", self.name, partition)
+        self._share_cache()
 
-    @property
-    def store(self) -> BulkStore:
-        """Our store."""
-        return cast("BulkStore", self.data)
+    def _share_cache(self) -> None:
+        for state in self.states.values():
+            state.cache.resize(self._cache_bytes // len(self.states))
+
+    def close(self) -> None:
+        """Close everything."""
+        for partition in list(self.states):
+            self._close_partition(partition)
+        self._threads.shutdown(wait=True)
+
+    # --- what Faust calls -----------------------------------------------------------------------------------------
+
+    async def on_start(self) -> None:
+        """Nothing is to be started: the topics are there, and partitions are opened as they are assigned."""
+
+    async def on_stop(self) -> None:
+        """Close everything."""
+        self.close()
+
+    async def on_rebalance(
+        self,
+        assigned: set[TP],  # noqa: ARG002
+        revoked: set[TP],  # noqa: ARG002
+        newly_assigned: set[TP],  # noqa: ARG002
+        generation_id: int = 0,  # noqa: ARG002
+    ) -> None:
+        """Close partitions that went elsewhere; what stays is a standby until the restore has looked at it."""
+        assignor = self.app.assignor
+        ours = assignor.assigned_actives() | assignor.assigned_standbys()
+        wanted = {tp.partition for tp in ours if tp.topic == self._changelog}
+        for partition, state in list(self.states.items()):
+            if partition not in wanted:
+                self._close_partition(partition)
+            elif state.role is Role.ACTIVE:
+                state.role = Role.STANDBY
+
+    async def on_recovery_completed(self, active_tps: set[TP], standby_tps: set[TP]) -> None:
+        """Nothing is to be done: the restore was ours."""
+
+    # --- commits --------------------------------------------------------------------------------------------------
 
     async def commit(self, state: PartitionState, changes: ChangeSet) -> None:
         """Commit changes of a partition: steps 4 and 5 of the order above; for whoever holds the partition's lock.
@@ -103,7 +144,7 @@ class BulkTable(faust.Table[bytes, bytes]):
         )
         app: Any = self.app
         placed = await send_batch(
-            app.producer._ensure_producer(),
+            app.aiokafka_producer(),
             self._changelog,
             partition,
             changes.writes,

@@ -2,7 +2,7 @@
 
 A worker is the only writer of the partitions it owns, so the cache is coherent as long as every write goes through
 :meth:`PartitionState.write`. One RocksDB ``WriteBatch`` holds the values, the offset of the changelog that they
-reflect (under Faust's own key, so that Faust's recovery knows it) and the meta record with the source offset.
+reflect and the meta record with the source offset.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from kvatlas.streams.state.overlay import Overlay
 
 logger = logging.getLogger(__name__)
 
-#: Where Faust looks for the changelog offset that the local state reflects.
-#: Faust's own key in a table's database: worker state folders of every version have it.
+#: The changelog offset that the local state reflects: worker state folders of every version have it under this key.
 OFFSET_KEY: Final = b"__faust\0offset__"
 RESERVED: Final = frozenset({OFFSET_KEY, META_KEY})
 

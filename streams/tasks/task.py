@@ -50,9 +50,6 @@ class SourceTopic(Protocol):
     def rewind(self, number: int, offset: int) -> None:
         """Have the source partition read again from an offset."""
 
-    def skip_to(self, number: int, offset: int) -> None:
-        """Take note that the topic has lost the records before an offset."""
-
     def committed(self, number: int, offset: int) -> None:
         """Take note that the table reflects the source partition up to a record, and has it durably."""
 

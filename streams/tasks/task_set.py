@@ -140,7 +140,6 @@ class TaskSet:
                 wanted,
                 offset - 1,
             )
-            self._source.skip_to(partition, offset)
         return verdict is Verdict.ACCEPT
 
     async def stop(self, grace_seconds: float) -> None:

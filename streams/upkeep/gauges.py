@@ -38,7 +38,7 @@ class Gauges:
             tasks = self._app.tasks[topic]
             self._table(table)
             metrics.QUEUED_RECORDS.labels(tasks.name).set(tasks.held)
-            for state in table.store.states.values():
+            for state in table.states.values():
                 if state.role is Role.ACTIVE:
                     shown.add((tasks.name, table.name, state.partition))
                     metrics.APPLIED_OFFSET.labels(table.name, state.partition).set(state.meta.source_offset)
@@ -50,7 +50,7 @@ class Gauges:
         self._shown = shown
 
     def _table(self, table: BulkTable) -> None:
-        states = list(table.store.states.values())
+        states = list(table.states.values())
         for role in Role:
             metrics.ROLE.labels(table.name, role.value).set(sum(state.role is role for state in states))
         metrics.CACHE_HITS.labels(table.name).set(sum(state.cache.hits for state in states))

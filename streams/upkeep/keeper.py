@@ -71,11 +71,11 @@ class Keeper:
         """
         written = 0
         for table in self._tables:
-            for partition, state in list(table.store.states.items()):
+            for partition, state in list(table.states.items()):
                 if not self._due(state):
                     continue
                 async with state.lock:
-                    if not self._due(state) or not self._may_commit() or table.store.states.get(partition) is not state:
+                    if not self._due(state) or not self._may_commit() or table.states.get(partition) is not state:
                         continue
                     await table.commit(state, ChangeSet({}, state.meta.source_offset, 0))
                     written += 1

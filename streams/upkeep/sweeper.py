@@ -70,7 +70,7 @@ class Sweeper:
         """Sweep until cancelled."""
         while True:
             await asyncio.sleep(self._interval)
-            for partition in list(self._table.store.states):
+            for partition in list(self._table.states):
                 try:
                     await self.sweep_partition(partition)
                 except KvatlasError as error:
@@ -112,7 +112,7 @@ class Sweeper:
         return dropped
 
     def _mine(self, partition: int) -> PartitionState | None:
-        state = self._table.store.states.get(partition)
+        state = self._table.states.get(partition)
         return state if state is not None and state.role is Role.ACTIVE else None
 
     async def _write(self, state: PartitionState, found: Swept) -> None:

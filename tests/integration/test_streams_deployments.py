@@ -133,7 +133,7 @@ async def test_a_running_worker_sweeps_and_forgets(brokers: str, topic_prefix: s
             engine, index = app.sources[kafka.topic(topics.EVENTS)], service.index_table()
 
             def left() -> tuple[int, int]:
-                keys = [key for table in (engine, index) for s in table.store.states.values() for key, _ in s.items()]
+                keys = [key for table in (engine, index) for s in table.states.values() for key, _ in s.items()]
                 mine = ref.to_bytes(8, "big")
                 states = sum(key == eb.state_key(mine) or key == meta_key(ref) for key in keys)
                 blocks = sum(key[:9] == mine + eb.KIND_BLOCK for key in keys)

@@ -1,52 +1,91 @@
-"""The Faust and aiokafka internals that the worker builds on: an upgrade that moves one fails here, with its name."""
+"""What the worker takes from inside Faust: an upgrade that moves any of it fails here, with its name.
+
+``REACHED`` is all of it that is private; what aiokafka and gRPC have of that kind is listed in ``tests/test_rooms.py``.
+"""
 
 from __future__ import annotations
 
+import ast
 import inspect
-from collections import defaultdict
 from types import SimpleNamespace
+from typing import Any, Final
 
 import aiokafka
 import faust
 import pytest
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.consumer.group_coordinator import GroupCoordinator
-from faust.stores import rocksdb
 from faust.tables.base import Collection
 from faust.tables.manager import TableManager
 from faust.tables.recovery import Recovery
 from faust.transport import consumer
+from faust.transport.conductor import Conductor
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
+from yarl import URL
 
-from kvatlas.streams.faust_app import recovery, table
-from kvatlas.streams.faust_app.consumer import SourceConsumer, SourceConsumerThread, SourceTransport
-from kvatlas.streams.state import partition
+from kvatlas.bridge.model import topics
+from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.streams.faust_app import recovery
+from kvatlas.streams.faust_app.app import WorkerApp, build_app
+from kvatlas.streams.faust_app.consumer import FetchedRecords, SourceConsumer, SourceConsumerThread, SourceTransport
+from kvatlas.streams.faust_app.table import BulkTable
+from kvatlas.streams.options import WorkerSettings
+from tests.test_rooms import R6_KNOWN, modules
+
+#: Private names of Faust and aiokafka that ``streams.faust_app`` reads or overrides, and whose they are.
+REACHED: Final[dict[str, type]] = {
+    "_create_worker_consumer": driver.AIOKafkaConsumerThread,
+    "_ensure_producer": driver.Producer,
+    "_fetch_max_wait_ms": AIOKafkaConsumer,
+    "_new_consumer_thread": driver.Consumer,
+    "_recovery": TableManager,
+    "_wait_next_records": consumer.Consumer,
+}
+BASES: Final = (faust.App, faust.Table, Recovery, TableManager, driver.AIOKafkaConsumerThread, driver.Consumer)
+
+
+def test_the_list_is_complete() -> None:
+    """No module of the room reads another private name, nor does a class of it override or set one."""
+    found: set[str] = set()
+    for module, tree in modules().items():
+        if not module.startswith("streams.faust_app"):
+            continue
+        nodes = list(ast.walk(tree))
+        ours = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+        ours |= {
+            node.target.id for node in nodes if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        }
+        attributes = [node for node in nodes if isinstance(node, ast.Attribute)]
+        own = {
+            node.attr
+            for node in attributes
+            if isinstance(node.value, ast.Name) and node.value.id == "self" and isinstance(node.ctx, ast.Store)
+        }
+        names = ours | own | {node.attr for node in attributes}
+        fausts = {name for name in names if any(hasattr(base, name) for base in BASES)}
+        found |= fausts | (names - ours - own)
+    private = {name for name in found if name.startswith("_") and not name.startswith("__")}
+    assert private - R6_KNOWN == set(REACHED)
 
 
 @pytest.mark.parametrize(
     ("owner", "name", "parameters"),
     [
-        (Collection, "_new_store", []),
-        (Collection, "_changelog_topic_name", []),
-        (Collection, "info", []),
-        (rocksdb.Store, "persisted_offset", ["tp"]),
-        (rocksdb.Store, "set_persisted_offset", ["tp", "offset"]),
-        (rocksdb.Store, "need_active_standby_for", ["tp"]),
-        (rocksdb.Store, "apply_changelog_batch", ["batch", "to_key", "to_value"]),
-        (rocksdb.Store, "on_rebalance", ["assigned", "revoked", "newly_assigned", "generation_id"]),
-        (rocksdb.Store, "partition_path", ["partition"]),
-        (rocksdb.Store, "_db_for_partition", ["partition"]),
-        (rocksdb.Store, "_set", ["key", "value"]),
-        (rocksdb.Store, "_del", ["key"]),
-        (Recovery, "on_rebalance", ["assigned", "revoked", "newly_assigned", "generation_id"]),
-        (Recovery, "on_recovery_completed", ["generation_id"]),
-        (consumer.Consumer, "perform_seek", []),
-        (consumer.ThreadDelegateConsumer, "seek_wait", ["partitions"]),
         (driver.AIOKafkaConsumerThread, "_create_worker_consumer", ["transport"]),
+        (driver.AIOKafkaConsumerThread, "seek", ["partition", "offset"]),
+        (driver.AIOKafkaConsumerThread, "commit", ["offsets"]),
         (driver.Consumer, "_new_consumer_thread", []),
         (driver.Producer, "_ensure_producer", []),
-        (faust.App, "_new_transport", []),
+        (consumer.Consumer, "_wait_next_records", ["timeout"]),
+        (consumer.Consumer, "getmany", ["timeout"]),
+        (consumer.Consumer, "force_commit", ["topics", "start_new_transaction"]),
+        (consumer.Consumer, "perform_seek", []),
+        (consumer.ThreadDelegateConsumer, "seek_wait", ["partitions"]),
+        (Collection, "on_rebalance", ["assigned", "revoked", "newly_assigned", "generation_id"]),
+        (Collection, "on_recovery_completed", ["active_tps", "standby_tps"]),
+        (Recovery, "on_rebalance", ["assigned", "revoked", "newly_assigned", "generation_id"]),
+        (Recovery, "on_recovery_completed", ["generation_id"]),
         (GroupCoordinator, "_do_heartbeat", []),
         (AIOKafkaProducer, "create_batch", []),
         (AIOKafkaProducer, "send_batch", ["batch", "topic", "partition"]),
@@ -63,38 +102,30 @@ def test_table_manager_makes_its_recovery_in_a_property() -> None:
     """BulkTableManager replaces the property and the attribute behind it."""
     assert isinstance(TableManager.recovery, property)
     assert "self._recovery" in inspect.getsource(TableManager.recovery.fget)  # type: ignore[arg-type]
+    assert "await self._recovery.stop()" in inspect.getsource(TableManager.on_stop)
     assert isinstance(recovery.BulkTableManager.recovery, property)
 
 
-def test_recovery_keeps_standbys_where_we_empty_them() -> None:
-    """Faust reads the standbys that these two attributes name; our reader follows them instead."""
+def test_recovery_waits_for_a_signal_that_we_never_give() -> None:
+    """Faust's own recovery begins with its ``on_rebalance``, in whose place ours is; its end is what we call."""
     source = inspect.getsource(Recovery._restart_recovery.fun)  # a mode task wraps the function
-    assert "standby_tps = self.standby_tps" in source
-    assert "if standby_tps:" in source
-    assert "need_recovery" in source
-    assert "self.standbys_for_table" in inspect.getsource(Recovery.on_rebalance)
+    assert source.index("self.signal_recovery_start") < source.index("self._set_recovery_started()")
+    assert "signal_recovery_start.set()" in inspect.getsource(Recovery.on_rebalance)
+    last = inspect.getsource(Recovery.on_recovery_completed)
+    steps = [
+        *("consumer.resume_partitions(", "consumer.perform_seek()", "flow_control.resume()", "consumer.resume_flow()"),
+        *("_fetcher.maybe_start()", "on_actives_ready()", "on_rebalance_end()"),
+    ]
+    assert sorted(steps, key=last.index) == steps
 
 
-def test_the_offset_key_is_fausts() -> None:
-    """Faust's recovery reads the changelog offset under this key."""
-    assert partition.OFFSET_KEY == b"__faust\0offset__"
-    assert issubclass(table.BulkTable, faust.Table)
-
-
-def test_the_note_of_delivered_offsets_is_where_we_replace_it() -> None:
-    """Faust drops what is below its note of delivered offsets; ours says that there is none."""
-    source = inspect.getsource(consumer.Consumer._drain_messages)
-    assert "get_read_offset = self._read_offset.__getitem__" in source
-    assert "if r_offset is None or" in source
-    assert "self._read_offset" in inspect.getsource(consumer.Consumer.__init__)
-
-
-def test_consumer_state_that_a_seek_sets() -> None:
-    """perform_seek fills the committed offsets that acknowledgements are compared with."""
-    assert "_committed_offset" in inspect.getsource(consumer.Consumer.perform_seek)
-    assert "_committed_offset" in inspect.getsource(consumer.Consumer.ack)
-    assert SourceTransport.Consumer is SourceConsumer
-    assert issubclass(SourceConsumerThread, driver.AIOKafkaConsumerThread)
+def test_tables_are_asked_for_nothing_that_ours_have_not() -> None:
+    """Neither an assignment nor its end touches the store that a table of Faust's has, and ours has not."""
+    for method in (TableManager.on_rebalance, TableManager.on_stop, Recovery.on_recovery_completed):
+        assert ".data" not in inspect.getsource(method)
+    for method in ("on_start", "on_rebalance", "on_recovery_completed"):
+        assert "self.data" in inspect.getsource(getattr(Collection, method))
+        assert method in vars(BulkTable)
 
 
 async def test_aiokafka_takes_the_fetch_wait_before_its_start() -> None:
@@ -105,34 +136,77 @@ async def test_aiokafka_takes_the_fetch_wait_before_its_start() -> None:
 
 
 def test_batches_go_the_way_of_messages() -> None:
-    """Faust delivers what getmany yields, and commits what _new_offset says for the partitions with something done."""
+    """Faust delivers what getmany yields unless it stands before what was delivered, and commits by force_commit."""
     drain = inspect.getsource(consumer.Consumer._drain_messages)
-    assert "getmany = self.getmany" in drain
-    assert "async for tp, message in ait" in drain
-    assert "callback(message)" in drain
-    stock = inspect.getsource(consumer.Consumer.getmany)
-    for used in ("_wait_next_records(timeout)", "consumer_generation_id", "flow_active", "_buffered_partitions"):
-        assert used in stock
-    assert "self._filter_tps_with_pending_acks(topics)" in inspect.getsource(consumer.Consumer.force_commit)
-    assert "self._new_offset(tp)" in inspect.getsource(consumer.Consumer._filter_committable_offsets)
-    for method in ("getmany", "_filter_tps_with_pending_acks", "_new_offset"):
-        assert method in vars(SourceConsumer)
+    for step in ("getmany = self.getmany", "async for tp, message in ait", "offset >= r_offset", "callback(message)"):
+        assert step in drain
+    assert "self.force_commit(" in inspect.getsource(consumer.Consumer.commit)
+    assert SourceTransport.Consumer is SourceConsumer
+    assert issubclass(SourceConsumerThread, driver.AIOKafkaConsumerThread)
 
 
-def test_only_finished_offsets_are_committed() -> None:
-    """What a task has committed is committed to the group once; what Faust acknowledged of a source topic is not."""
-    made = SourceConsumer.__new__(SourceConsumer)
-    made.app = SimpleNamespace(sources={"kv-blocks": None})
-    made._done, made._acked, made._acked_index = {}, defaultdict(list), defaultdict(set)
-    tp = TP("kv-blocks", 3)
-    made._acked[tp].append(99)
-    made._acked_index[tp].add(99)
-    assert made._new_offset(tp) is None
-    assert not made._acked[tp]
-    made.committed(tp, 41)
-    assert tp in set(made._filter_tps_with_pending_acks())
-    assert made._new_offset(tp) == 42
-    assert made._new_offset(tp) is None
+def test_records_that_are_read_again_are_not_dropped() -> None:
+    """Whatever Faust has noted as delivered of a partition, or sought, a fetch stands at or behind it."""
+    record = SimpleNamespace(offset=5, timestamp=0, timestamp_type=0)
+    first, again = (FetchedRecords("t", {0: [record]}, 1) for _ in range(2))
+    assert again.offset >= first.offset > 1 << 50
+    assert (first.tp, first.generation_id) == (TP("t", 0), 1)
+
+
+def build(tmp_path: Any) -> WorkerApp:
+    """Return an app that never starts."""
+    settings = WorkerSettings(state_dir=str(tmp_path))
+    kafka = KafkaSettings(brokers="127.0.0.1:1")
+    partitions = {topics.EVENTS: 3, "kv-blocks": 3, topics.PODS: 1, topics.DLQ: 1}
+    return build_app(
+        settings, kafka, partitions=partitions, worker_id="w", clock=lambda: 0, on_crash=lambda _error: None
+    )
+
+
+async def test_faust_tracks_no_acknowledgements_of_source_topics(tmp_path: Any) -> None:
+    """Its notes would say what was handed over, which is not what is done; changelogs have the names that we give."""
+    app = build(tmp_path)
+    conductor = Conductor(app)
+    for agent in app.agents.values():
+        conductor.add(agent.channel)
+    for table in app.sources.values():
+        conductor.add(table.changelog_topic)
+    await conductor._update_indices()
+    assert conductor.acking_topics == set()
+    assert {agent.get_topic_names()[0] for agent in app.agents.values()} == set(app.sources)
+    changelogs = {table.changelog_topic_name for table in app.sources.values()}
+    assert changelogs == app.tables.changelog_topics
+    assert all(name.endswith("-changelog") for name in changelogs)
+
+
+async def test_only_finished_offsets_are_committed(tmp_path: Any) -> None:
+    """What a task has committed is committed to the group once, of the partitions that are ours."""
+    app = build(tmp_path)
+
+    async def ignored(*_: Any, **__: Any) -> None:
+        return None
+
+    made = SourceConsumer(SourceTransport([URL("kafka://127.0.0.1:1")], app), ignored, ignored, ignored)
+    ours, lost = TP("kv-blocks", 2), TP("kv-blocks", 1)
+    sent: list[dict[TopicPartition, int]] = []
+
+    class Reading:
+        """The consumer's thread."""
+
+        def assignment(self) -> set[TP]:
+            return {ours}
+
+        async def commit(self, offsets: Any) -> bool:
+            sent.append(offsets)
+            return True
+
+    made._reading = made._thread = Reading()
+    assert not await made.force_commit()
+    for tp in (ours, lost):
+        made.committed(tp, 41)
+    assert await made.force_commit()
+    assert not await made.force_commit()
+    assert sent == [{ours: 42}]
 
 
 def test_each_accepted_heartbeat_is_the_coordinators_own_call() -> None:

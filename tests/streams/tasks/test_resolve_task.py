@@ -97,9 +97,6 @@ class Rig:
     def rewind(self, number: int, offset: int) -> None:
         raise AssertionError((number, offset))
 
-    def skip_to(self, number: int, offset: int) -> None:
-        raise AssertionError((number, offset))
-
     def committed(self, number: int, offset: int) -> None:
         assert (number, offset) == (0, self.state.meta.source_offset)
 

@@ -21,7 +21,7 @@ class Table:
     """Notes commits; fails as told."""
 
     def __init__(self, **states: Any) -> None:
-        self.store = SimpleNamespace(states=dict(enumerate(states.values())))
+        self.states = dict(enumerate(states.values()))
         self.commits: list[tuple[int, int]] = []
         self.failure: Exception | None = None
 
@@ -31,7 +31,7 @@ class Table:
         assert state.lock.locked()
         if self.failure is not None:
             raise self.failure
-        number = next(number for number, found in self.store.states.items() if found is state)
+        number = next(number for number, found in self.states.items() if found is state)
         self.commits.append((number, changes.source_offset))
 
 
