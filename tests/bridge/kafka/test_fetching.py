@@ -11,8 +11,10 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.client import AIOKafkaClient
 from aiokafka.consumer.fetcher import Fetcher
+from aiokafka.consumer.group_coordinator import GroupCoordinator
 from aiokafka.consumer.subscription_state import SubscriptionState
 from aiokafka.errors import KafkaConnectionError, KafkaError
+from aiokafka.producer.sender import Sender
 
 from kvatlas.bridge.errors import TaskEndedError
 from kvatlas.bridge.kafka.fetching import fetch, fetcher_task, metadata_error, metadata_task, start_client
@@ -104,6 +106,11 @@ async def test_clients_keep_their_tasks_where_we_look(kind: Any) -> None:
     await (made.close() if kind is AIOKafkaAdminClient else made.stop())
     assert "_sync_task" in AIOKafkaClient.bootstrap.__code__.co_names
     assert "_fetcher" in AIOKafkaConsumer.__init__.__code__.co_names
+    assert "_coordinator" in AIOKafkaConsumer.__init__.__code__.co_names
+    assert "_sender" in AIOKafkaProducer.__init__.__code__.co_names
+    assert "error_future" in vars(Fetcher)
+    assert "sender_task" in vars(Sender)
+    assert "generation" in GroupCoordinator.__init__.__code__.co_names
 
 
 async def test_a_client_whose_metadata_ends_while_it_starts_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 
 import msgspec
 import pytest
-from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaConnectionError, MessageSizeTooLargeError
+from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka.cluster import ClusterMetadata
+from aiokafka.errors import KafkaConnectionError, MessageSizeTooLargeError, ProducerClosed
+from aiokafka.producer.message_accumulator import MessageAccumulator
 
 from kvatlas.bridge.errors import LogError
 from kvatlas.bridge.kafka.producer import RecordProducer, SendWindow
@@ -227,6 +229,20 @@ async def test_what_nobody_expected_ends_the_publisher_aloud() -> None:
     with pytest.raises(RuntimeError, match="not a batch"):
         await asyncio.wait_for(publisher.failed, 60)
     await publisher.stop()
+
+
+async def test_batches_of_a_producer_that_is_given_up_hold_up_no_closing() -> None:
+    """Aiokafka's closing waits for every batch in its accumulator, and gives none up by itself."""
+    assert "_message_accumulator" in AIOKafkaProducer.__init__.__code__.co_names
+    held = MessageAccumulator(ClusterMetadata(), 1_000, 0, 60)
+    batch = held.create_builder()
+    batch.append(key=b"k", value=b"v", timestamp=1)
+    sent = await held.add_batch(batch, TopicPartition("t", 0), 1)
+    closing = asyncio.create_task(held.close())
+    held.fail_all(ProducerClosed())
+    await asyncio.wait_for(closing, 90)
+    with pytest.raises(ProducerClosed):
+        await sent
 
 
 async def test_no_broker_at_start_is_an_error() -> None:
