@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any, Final, NamedTuple
 
 from aiokafka.errors import KafkaError
@@ -103,35 +104,16 @@ async def send_batch(
     Raises:
         ChangelogError: the brokers did not acknowledge it.
     """
-    count = 0
-
-    async def send(batch: Any) -> int:
-        placed = await (await producer.send_batch(batch, topic, partition=partition))
-        last: int = placed.offset + batch.record_count() - 1
-        return last
-
-    def begin() -> Any:
-        batch = producer.create_batch()
-        batch.append(key=META_KEY, value=before, timestamp=None)
-        return batch
-
+    batch, count = _batch(producer, before), 0
     try:
-        batch = begin()
-        append = batch.append
-        for key, value in writes.items():
-            if append(key=key, value=value, timestamp=None) is None:
+        for key, value in chain(writes.items(), [(META_KEY, after)]):
+            if batch.append(key=key, value=value, timestamp=None) is None:
                 count += batch.record_count()
-                await send(batch)
-                batch = begin()
-                append = batch.append
-                append(key=key, value=value, timestamp=None)
-        if append(key=META_KEY, value=after, timestamp=None) is None:
-            count += batch.record_count()
-            await send(batch)
-            batch = begin()
-            batch.append(key=META_KEY, value=after, timestamp=None)
+                await _send(producer, topic, partition, batch)
+                batch = _batch(producer, before)
+                batch.append(key=key, value=value, timestamp=None)
         count += batch.record_count()
-        last = await send(batch)
+        last = await _send(producer, topic, partition, batch)
     except KafkaError as error:
         raise ChangelogError(
             f"changelog {topic}/{partition}: {len(writes)} entries not acknowledged: {error!r}; will be sent again"
@@ -146,10 +128,18 @@ async def send_claim(producer: Any, topic: str, partition: int, meta: bytes) -> 
         ChangelogError: the brokers did not acknowledge it.
     """
     try:
-        batch = producer.create_batch()
-        batch.append(key=META_KEY, value=meta, timestamp=None)
-        placed = await (await producer.send_batch(batch, topic, partition=partition))
+        return await _send(producer, topic, partition, _batch(producer, meta))
     except KafkaError as error:
         raise ChangelogError(f"changelog {topic}/{partition}: claim not acknowledged: {error!r}") from error
-    offset: int = placed.offset
-    return offset
+
+
+def _batch(producer: Any, meta: bytes) -> Any:
+    batch = producer.create_batch()
+    batch.append(key=META_KEY, value=meta, timestamp=None)
+    return batch
+
+
+async def _send(producer: Any, topic: str, partition: int, batch: Any) -> int:
+    placed = await (await producer.send_batch(batch, topic, partition=partition))
+    last: int = placed.offset + batch.record_count() - 1
+    return last

@@ -134,12 +134,15 @@ class Database:
             raise self._failed(error) from error
         return value
 
-    def get_many(self, keys: list[bytes]) -> list[bytes | None]:
-        """Return the values of keys in order."""
+    def _told(self, work: Callable[..., Any], *args: Any) -> Any:
         try:
-            values: list[bytes | None] = self.raw.get(keys)
+            return work(*args)
         except Exception as error:
             raise self._failed(error) from error
+
+    def get_many(self, keys: list[bytes]) -> list[bytes | None]:
+        """Return the values of keys in order."""
+        values: list[bytes | None] = self._told(self.raw.get, keys)
         return values
 
     def items(self, start: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
@@ -165,24 +168,15 @@ class Database:
 
     def write(self, batch: Any) -> None:
         """Write a batch."""
-        try:
-            self.raw.write(batch)
-        except Exception as error:
-            raise self._failed(error) from error
+        self._told(self.raw.write, batch)
 
     def put(self, key: bytes, value: bytes) -> None:
         """Write one value."""
-        try:
-            self.raw.put(key, value)
-        except Exception as error:
-            raise self._failed(error) from error
+        self._told(self.raw.put, key, value)
 
     def number(self, name: str) -> int:
         """Return one of RocksDB's numbers, 0 where it has none."""
-        try:
-            return int(self.raw.property_int_value(name) or 0)
-        except Exception as error:
-            raise self._failed(error) from error
+        return int(self._told(self.raw.property_int_value, name) or 0)
 
     def close(self) -> None:
         """Close it."""

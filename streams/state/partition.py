@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 from kvatlas.bridge.errors import VersionError
 from kvatlas.streams import metrics
@@ -41,6 +41,8 @@ _APART_KEYS: Final = 256
 
 #: A changelog record: key and value, None removes the key.
 Entry = tuple[bytes | None, bytes | None]
+
+Found = TypeVar("Found")
 
 #: Tells whether a key and its value may stand in a table.
 Valid = Callable[[bytes, bytes], bool]
@@ -170,14 +172,7 @@ class PartitionState:
 
         Only for the partition's writer: what comes back must not be older than what it knows.
         """
-        if self._threads is None or len(keys) < _APART_KEYS:
-            return self.fetch(keys)
-        work = self._threads.submit(self._using, self.fetch, keys)
-        try:
-            return await asyncio.wrap_future(work)
-        except asyncio.CancelledError:
-            wait([work])
-            raise
+        return self.fetch(keys) if len(keys) < _APART_KEYS else await self._apart(self.fetch, keys)
 
     def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """Return the values of keys in order: cache first, one multi-get for the rest."""
@@ -254,18 +249,11 @@ class PartitionState:
 
         Until it returns, readers may see a part of the flush and never a value that was not true.
         """
-        if self._threads is None or len(writes) < _APART_KEYS:
+        if len(writes) < _APART_KEYS:
             self.write(writes, changelog_offset, meta)
             return
-        work = self._threads.submit(self._using, self._write_batch, self._batch(writes, changelog_offset, meta))
-        try:
-            await asyncio.wrap_future(work)
-        except asyncio.CancelledError:
-            wait([work])
-            if not work.cancelled() and work.exception() is None:
-                self._took(writes, changelog_offset, meta)
-            raise
-        self._took(writes, changelog_offset, meta)
+        batch = self._batch(writes, changelog_offset, meta)
+        await self._apart(lambda: self._db.write(batch), then=lambda _: self._took(writes, changelog_offset, meta))
 
     @staticmethod
     def _batch(writes: Mapping[bytes, bytes | None], changelog_offset: int, meta: Meta) -> Any:
@@ -279,10 +267,29 @@ class PartitionState:
         self.meta = meta
         self.cache.apply(dict(writes) if not isinstance(writes, dict) else writes)
 
-    def _write_batch(self, batch: Any) -> None:
-        self._db.write(batch)
+    async def _apart(
+        self, work: Callable[..., Found], *args: Any, then: Callable[[Found], None] = lambda _: None
+    ) -> Found:
+        """Do something with the database beside the event loop, and then something here.
 
-    def _using(self, work: Callable[..., Any], *args: Any) -> Any:
+        What is cut off meanwhile is waited for: the database must not be closed under it, and what it wrote is known.
+        """
+        if self._threads is None:
+            found = work(*args)
+            then(found)
+            return found
+        doing = self._threads.submit(self._using, work, *args)
+        try:
+            found = await asyncio.wrap_future(doing)
+        except asyncio.CancelledError:
+            wait([doing])
+            if not doing.cancelled() and doing.exception() is None:
+                then(doing.result())
+            raise
+        then(found)
+        return found
+
+    def _using(self, work: Callable[..., Found], *args: Any) -> Found:
         with self._users:
             return work(*args)
 
@@ -298,18 +305,10 @@ class PartitionState:
 
     async def load_apart(self, records: Sequence[Entry], changelog_offset: int) -> None:
         """Do the same, in a thread when it is much, so that more is read meanwhile; one at a time of a partition."""
-        if self._threads is None or len(records) < _APART_KEYS:
+        if len(records) < _APART_KEYS:
             self.load(records, changelog_offset)
-            return
-        work = self._threads.submit(self._using, self._load, records, changelog_offset)
-        try:
-            loaded = await asyncio.wrap_future(work)
-        except asyncio.CancelledError:
-            wait([work])
-            if not work.cancelled() and work.exception() is None:
-                self._loaded(*work.result())
-            raise
-        self._loaded(*loaded)
+        else:
+            await self._apart(self._load, records, changelog_offset, then=lambda loaded: self._loaded(*loaded))
 
     def _load(self, records: Iterable[Entry], changelog_offset: int) -> tuple[dict[bytes, bytes | None], int | None]:
         """Write what the changelog says to the database; returns it, and the changelog offset that it reflects."""
