@@ -26,7 +26,7 @@ from kvatlas.streams.resolve.options import resolve_options
 from kvatlas.streams.resolve.resolver import Resolver
 from kvatlas.streams.state.changelog import Meta, encode_meta, send_claim
 from kvatlas.streams.state.database import RocksBudget
-from kvatlas.streams.state.partition import PartitionState, Role, Valid
+from kvatlas.streams.state.partition import Role, Valid
 from kvatlas.streams.state.restore import MAX_LOCAL_AGE_SECONDS, BulkReader
 from kvatlas.streams.tasks.index_task import IndexTask
 from kvatlas.streams.tasks.output import Output
@@ -223,10 +223,18 @@ def build_app(
     tables: dict[str, str] = {}
     if settings.role in ("all", "resolve"):
         tables[engine_changelog] = ENGINE_BLOCKS
-        _add_resolve(parts, _table(parts, ENGINE_BLOCKS, engine_changelog, engine_entry))
+        _add_resolve(parts, engine_changelog)
     if settings.role in ("all", "index"):
         tables[index_changelog] = BLOCK_INDEX
-        _add_index(parts, _table(parts, BLOCK_INDEX, index_changelog, index_entry))
+        _add_tasks(
+            parts,
+            "index",
+            name=BLOCK_INDEX,
+            topic=settings.blocks_topic,
+            changelog=index_changelog,
+            valid=index_entry,
+            make_task=lambda common: IndexTask(common, output),
+        )
 
     async def claim(at: TopicPartition, meta: Meta) -> int:
         return await send_claim(app.aiokafka_producer(), at.topic, at.partition, encode_meta(meta))
@@ -255,20 +263,12 @@ class _Parts(NamedTuple):
     slice_updates: int
 
 
-def _table(parts: _Parts, name: str, changelog: str, valid: Valid) -> BulkTable:
-    share = parts.settings.cache_bytes // (2 if parts.settings.role == "all" else 1)
-    table = BulkTable(parts.app, name=name, budget=parts.budget, cache_bytes=share, changelog=changelog, valid=valid)
-    parts.app.tables.add(table)
-    return table
-
-
-def _add_resolve(parts: _Parts, table: BulkTable) -> None:
-    app, settings, kafka, partitions = parts.app, parts.settings, parts.kafka, parts.partitions
-    source = kafka.topic(topics.EVENTS)
+def _add_resolve(parts: _Parts, changelog: str) -> None:
+    app, settings, partitions = parts.app, parts.settings, parts.partitions
     options = resolve_options(settings)
-    publisher = PodPublisher(
+    app.publisher = publisher = PodPublisher(
         app.aiokafka_producer,
-        (kafka.topic(topics.PODS), partitions[topics.PODS]),
+        (parts.kafka.topic(topics.PODS), partitions[topics.PODS]),
         writer=pod_ids.streams_writer(settings.index_version),
     )
 
@@ -276,61 +276,40 @@ def _add_resolve(parts: _Parts, table: BulkTable) -> None:
         resolver = Resolver(options, partitions[settings.blocks_topic], parts.clock)
         return ResolveTask(common, resolver, output=parts.output, pods=publisher)
 
-    app.publisher = publisher
-    _add_tasks(parts, source, "resolve", table, make_task)
-
-
-def _add_index(parts: _Parts, table: BulkTable) -> None:
-    source = parts.kafka.topic(parts.settings.blocks_topic)
-    _add_tasks(parts, source, "index", table, lambda common: IndexTask(common, parts.output))
+    _add_tasks(
+        parts,
+        "resolve",
+        name=ENGINE_BLOCKS,
+        topic=topics.EVENTS,
+        changelog=changelog,
+        valid=engine_entry,
+        make_task=make_task,
+    )
 
 
 def _add_tasks(
-    parts: _Parts, source: str, name: str, table: BulkTable, make_task: Callable[[TaskParts], PartitionTask]
+    parts: _Parts,
+    agent: str,
+    *,
+    name: str,
+    topic: str,
+    changelog: str,
+    valid: Valid,
+    make_task: Callable[[TaskParts], PartitionTask],
 ) -> None:
-    settings = parts.settings
-    tasks = TaskSet(
-        name,
-        TableSource(parts.app, source, table),
+    app, settings, source = parts.app, parts.settings, parts.kafka.topic(topic)
+    share = settings.cache_bytes // (2 if settings.role == "all" else 1)
+    table = BulkTable(app, name, source, changelog, budget=parts.budget, cache_bytes=share, valid=valid)
+    app.tables.add(table)
+    app.sources[source] = table
+    app.tasks[source] = TaskSet(
+        agent,
         table,
         TaskLimits(_FLUSH_RECORDS, _FLUSH_UPDATES, parts.slice_updates, settings.commit_interval_ms / 1000),
         make_task=make_task,
         on_failed=parts.on_crash,
     )
-    parts.app.sources[source] = table
-    parts.app.tasks[source] = tasks
-    _agent(parts, source, name, tasks)
-
-
-class TableSource:
-    """A :class:`~kvatlas.streams.tasks.task.SourceTopic` over Faust's consumer and the table.
-
-    Args:
-        app: the app.
-        topic: the source topic.
-        table: the table that reflects it.
-    """
-
-    def __init__(self, app: WorkerApp, topic: str, table: BulkTable) -> None:
-        self._app, self._topic, self._table = app, topic, table
-
-    @property
-    def sure(self) -> bool:
-        """Whether the group surely counts this worker in."""
-        return self._app.lease.valid
-
-    def partition(self, number: int) -> PartitionState | None:
-        """Return the table's partition, None when it is not ours to write."""
-        state = self._table.states.get(number)
-        return state if state is not None and state.role is Role.ACTIVE else None
-
-    def rewind(self, number: int, offset: int) -> None:
-        """Have the source partition read again from an offset."""
-        self._app.source_consumer().rewind(TP(self._topic, number), offset)
-
-    def committed(self, number: int, offset: int) -> None:
-        """Take note that the table has a source partition up to a record."""
-        self._app.source_consumer().committed(TP(self._topic, number), offset)
+    _agent(parts, source, agent, app.tasks[source])
 
 
 def _agent(parts: _Parts, source: str, name: str, tasks: TaskSet) -> None:

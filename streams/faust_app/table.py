@@ -50,6 +50,7 @@ class BulkTable(faust.Table[bytes, bytes]):
         app: the app.
         budget: RocksDB's caches and memtables, shared with other tables.
         cache_bytes: of values, all partitions together.
+        source: full name of the topic that the table reflects.
         changelog: full name of the changelog topic; Faust's would follow the consumer group, which differs between the
             roles of one deployment.
         valid: tells whether a key and its value may stand in the table.
@@ -59,10 +60,11 @@ class BulkTable(faust.Table[bytes, bytes]):
     """
 
     def __init__(
-        self, app: Any, *, budget: RocksBudget, cache_bytes: int, changelog: str, valid: Valid, **kwargs: Any
+        self, app: Any, name: str, source: str, changelog: str, *, budget: RocksBudget, cache_bytes: int, valid: Valid
     ) -> None:
         topic = app.topic(changelog, key_serializer="raw", value_serializer="raw", acks=False, allow_empty=True)
-        super().__init__(app, key_type=bytes, value_type=bytes, changelog_topic=topic, **kwargs)
+        super().__init__(app, name=name, key_type=bytes, value_type=bytes, changelog_topic=topic)
+        self._worker, self._source = app, source
         self.states: dict[int, PartitionState] = {}
         self._valid = valid
         self._budget = budget
@@ -96,6 +98,26 @@ class BulkTable(faust.Table[bytes, bytes]):
         for partition in list(self.states):
             self._close_partition(partition)
         self._threads.shutdown(wait=True)
+
+    # --- its source topic -----------------------------------------------------------------------------------------
+
+    @property
+    def sure(self) -> bool:
+        """Whether the group surely counts this worker in."""
+        return bool(self._worker.lease.valid)
+
+    def partition(self, number: int) -> PartitionState | None:
+        """Return a partition, None when it is not ours to write."""
+        state = self.states.get(number)
+        return state if state is not None and state.role is Role.ACTIVE else None
+
+    def rewind(self, number: int, offset: int) -> None:
+        """Have the source partition read again from an offset."""
+        self._worker.source_consumer().rewind(TP(self._source, number), offset)
+
+    def committed(self, number: int, offset: int) -> None:
+        """Take note that the table has a source partition up to a record."""
+        self._worker.source_consumer().committed(TP(self._source, number), offset)
 
     # --- what Faust calls -----------------------------------------------------------------------------------------
 
@@ -142,9 +164,8 @@ class BulkTable(faust.Table[bytes, bytes]):
             receive_ns=max(changes.receive_ns, old.receive_ns),
             written_ns=time.time_ns(),
         )
-        app: Any = self.app
         placed = await send_batch(
-            app.aiokafka_producer(),
+            self._worker.aiokafka_producer(),
             self._changelog,
             partition,
             changes.writes,
@@ -153,7 +174,7 @@ class BulkTable(faust.Table[bytes, bytes]):
         )
         if not placed.follows(before):
             at = TopicPartition(self._changelog, partition)
-            between = await app.reader.between(at, 0 if before is None else before + 1, placed.last)
+            between = await self._worker.reader.between(at, 0 if before is None else before + 1, placed.last)
             state.foreign |= examine(between, old, f"changelog {self._changelog}/{partition}")
         await state.write_apart(changes.writes, placed.last, meta)
         state.overlay.committed(changes)

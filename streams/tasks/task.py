@@ -37,8 +37,8 @@ _BACKOFF_MOST_SECONDS: Final = 2.0
 _REFUSALS: Final = 6
 
 
-class SourceTopic(Protocol):
-    """An agent's source topic, and the table that reflects it; by number of the partition, which both share."""
+class SourcedTable(Protocol):
+    """A table, and the agent's source topic that it reflects; by number of the partition, which both share."""
 
     @property
     def sure(self) -> bool:
@@ -50,20 +50,16 @@ class SourceTopic(Protocol):
     def rewind(self, number: int, offset: int) -> None:
         """Have the source partition read again from an offset."""
 
-    def committed(self, number: int, offset: int) -> None:
-        """Take note that the table reflects the source partition up to a record, and has it durably."""
-
-
-class Commits(Protocol):
-    """A table whose partitions can be committed: steps 4 and 5."""
-
     async def commit(self, state: PartitionState, changes: ChangeSet) -> None:
-        """Commit changes of a partition; committing again after a failure is allowed.
+        """Commit changes of a partition, steps 4 and 5; committing again after a failure is allowed.
 
         Raises:
             KvatlasError: with ``retriable`` set, it can be tried again.
             KafkaError: it can be tried again.
         """
+
+    def committed(self, number: int, offset: int) -> None:
+        """Take note that the table reflects the source partition up to a record, and has it durably."""
 
 
 class TaskLimits(NamedTuple):
@@ -87,15 +83,13 @@ class TaskParts(NamedTuple):
 
     Attributes:
         partition: the table's partition.
-        source: where the records come from.
-        table: commits the partition.
+        table: the partition's, with the topic where the records come from.
         limits: when to commit and to give way.
         on_taken: told the number of records that are done with.
     """
 
     partition: PartitionState
-    source: SourceTopic
-    table: Commits
+    table: SourcedTable
     limits: TaskLimits
     on_taken: Callable[[int], None]
 
@@ -123,7 +117,7 @@ class PartitionTask(abc.ABC):
     agent: ClassVar[str]
 
     def __init__(self, parts: TaskParts) -> None:
-        self.partition, self._source, self._table, self._limits, self._on_taken = parts
+        self.partition, self._table, self._limits, self._on_taken = parts
         self.overlay = self.partition.overlay
         self.last_offset = self.partition.meta.source_offset
         self._queue: deque[Any] = deque()
@@ -330,7 +324,7 @@ class PartitionTask(abc.ABC):
             done = await self._tried(partial(self._table.commit, self.partition, flush.changes), "not committed")
         if done:
             metrics.flushed(self.agent, flush.updates, flush.since, flush.counts)
-            self._source.committed(self.partition.partition, flush.changes.source_offset)
+            self._table.committed(self.partition.partition, flush.changes.source_offset)
         self._on_taken(flush.records)
         return done
 
@@ -340,7 +334,7 @@ class PartitionTask(abc.ABC):
         refusals = 0
         while True:
             try:
-                if not self._source.sure:
+                if not self._table.sure:
                     raise UncertainError("the group has not answered for a session; it may have others write this")
                 await attempt()
             except (KvatlasError, KafkaError) as error:

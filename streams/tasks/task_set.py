@@ -12,7 +12,7 @@ from typing import Any
 
 from kvatlas.streams import metrics
 from kvatlas.streams.tasks.offset_gap import OffsetGap, Verdict
-from kvatlas.streams.tasks.task import Commits, PartitionTask, SourceTopic, TaskLimits, TaskParts
+from kvatlas.streams.tasks.task import PartitionTask, SourcedTable, TaskLimits, TaskParts
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +22,7 @@ class TaskSet:
 
     Args:
         name: the agent's name.
-        source: its source topic.
-        table: commits its partitions.
+        table: what it writes, with its source topic.
         limits: when tasks commit and give way.
         make_task: makes a partition's task.
         buffer_records: records of all partitions that may wait to be committed before the agent waits for them.
@@ -38,8 +37,7 @@ class TaskSet:
     def __init__(
         self,
         name: str,
-        source: SourceTopic,
-        table: Commits,
+        table: SourcedTable,
         limits: TaskLimits,
         *,
         make_task: Callable[[TaskParts], PartitionTask],
@@ -50,7 +48,7 @@ class TaskSet:
         self.skipped = 0
         self.rewinds = 0
         self.missed = 0
-        self._source, self._table, self._limits = source, table, limits
+        self._table, self._limits = table, limits
         self._make_task = make_task
         self._bound = buffer_records
         self._on_failed = on_failed
@@ -78,7 +76,7 @@ class TaskSet:
         task = self._tasks.get(partition)
         if task is not None:
             return task.last_offset + 1 if task.idle else None
-        state = self._source.partition(partition)
+        state = self._table.partition(partition)
         return None if state is None else state.meta.source_offset + 1
 
     async def offer(self, fetched: Mapping[int, Sequence[Any]]) -> None:
@@ -110,8 +108,8 @@ class TaskSet:
     def _task(self, partition: int) -> PartitionTask | None:
         """Return a partition's task; None when it is not ours to write."""
         task = self._tasks.get(partition)
-        if task is None and (state := self._source.partition(partition)) is not None:
-            parts = TaskParts(state, self._source, self._table, self._limits, self._on_taken)
+        if task is None and (state := self._table.partition(partition)) is not None:
+            parts = TaskParts(state, self._table, self._limits, self._on_taken)
             task = self._tasks[partition] = self._make_task(parts)
             self._gaps[partition] = OffsetGap()
             task.start().add_done_callback(self._ended)
@@ -130,7 +128,7 @@ class TaskSet:
             self.rewinds += 1
             metrics.REWINDS.labels(self.name).inc()
             logger.info("%s: record %d came where %d was expected; read again from there", task.name, offset, wanted)
-            self._source.rewind(partition, wanted)
+            self._table.rewind(partition, wanted)
         elif verdict is Verdict.ACCEPT:
             self.missed += offset - wanted
             metrics.MISSED.labels(self.name).inc(offset - wanted)

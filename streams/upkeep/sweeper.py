@@ -17,7 +17,7 @@ from kvatlas.streams import metrics
 from kvatlas.streams.faust_app.table import BulkTable
 from kvatlas.streams.index.apply import Swept, Validities, sweep_index
 from kvatlas.streams.state.overlay import ChangeSet
-from kvatlas.streams.state.partition import PartitionState, Role
+from kvatlas.streams.state.partition import PartitionState
 
 logger = logging.getLogger(__name__)
 
@@ -88,12 +88,12 @@ class Sweeper:
         if self._swept.get(partition) == (valid, forget):
             return 0
         start, dropped = b"", 0
-        while (state := self._mine(partition)) is not None:
+        while (state := self._table.partition(partition)) is not None:
             async with state.lock:
-                if self._mine(partition) is not state:
+                if self._table.partition(partition) is not state:
                     return dropped
                 items = await state.items_apart(start, _SLICE_ENTRIES)
-                if self._mine(partition) is not state:
+                if self._table.partition(partition) is not state:
                     return dropped
                 found = self._sweep(items, valid, forget=forget)
                 if found.dropped:
@@ -110,10 +110,6 @@ class Sweeper:
             start = items[-1][0] + b"\x00"
             await asyncio.sleep(_SLICE_ENTRIES / self._rate)
         return dropped
-
-    def _mine(self, partition: int) -> PartitionState | None:
-        state = self._table.states.get(partition)
-        return state if state is not None and state.role is Role.ACTIVE else None
 
     async def _write(self, state: PartitionState, found: Swept) -> None:
         writes = {**found.puts, **dict.fromkeys(found.deletes)}

@@ -82,7 +82,6 @@ class Rig:
         return TaskSet(
             "resolve",
             self,
-            self,
             TaskLimits(256, 8_192, 2_048, 0.02),
             make_task=lambda parts: ResolveTask(
                 parts, Resolver(ResolveOptions(), PARTITIONS, lambda: 7), output=output, pods=pods

@@ -116,7 +116,6 @@ async def make(tmp_path: Path) -> AsyncIterator[Make]:
         task_set = TaskSet(
             "t",
             rig,
-            rig,
             TaskLimits(1000, most, 1000, interval),
             make_task=lambda parts: NumbersTask(parts, rig),
             buffer_records=limit,
