@@ -39,6 +39,23 @@ class Assignment(NamedTuple):
     partitions: frozenset[int] = frozenset()
 
 
+def group_config(kafka: KafkaSettings, client_id: str, group: str, session_timeout_seconds: float) -> dict[str, Any]:
+    """Return the keyword arguments of a consumer that is in a group without leaving its positions there.
+
+    Raises:
+        SettingsError: TLS or SASL settings are refused.
+    """
+    session = int(session_timeout_seconds * 1000)
+    return {
+        **client_config(kafka, client_id),
+        "group_id": group,
+        "enable_auto_commit": False,
+        "session_timeout_ms": session,
+        "heartbeat_interval_ms": max(session // 4, 100),
+        "rebalance_timeout_ms": max(session, 10_000),
+    }
+
+
 class GroupMember(ConsumerRebalanceListener):  # type: ignore[misc]
     """Reads the partitions of one topic that a group gives it; joins when it is first asked for them.
 
@@ -53,16 +70,10 @@ class GroupMember(ConsumerRebalanceListener):  # type: ignore[misc]
     def __init__(
         self, kafka: KafkaSettings, topic: str, group: str, *, client_id: str, session_timeout_seconds: float
     ) -> None:
-        session = int(session_timeout_seconds * 1000)
         self._kafka, self._topic = kafka, topic
         self._options: dict[str, Any] = {
-            **client_config(kafka, client_id),
-            "group_id": group,
-            "enable_auto_commit": False,
+            **group_config(kafka, client_id, group, session_timeout_seconds),
             "auto_offset_reset": "earliest",
-            "session_timeout_ms": session,
-            "heartbeat_interval_ms": max(session // 4, 100),
-            "rebalance_timeout_ms": max(session, 10_000),
             "max_poll_interval_ms": _POLL_MS,
             "fetch_max_wait_ms": _FETCH_WAIT_MS if is_loopback(kafka) else 100,
         }

@@ -20,9 +20,9 @@ from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener
 from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.errors import LogError
-from kvatlas.bridge.kafka.config import client_config
 from kvatlas.bridge.kafka.fetching import fetch, start_client
 from kvatlas.bridge.kafka.lease import Lease
+from kvatlas.bridge.kafka.member import group_config
 from kvatlas.bridge.kafka.rights import lost_right
 from kvatlas.bridge.model import topics
 from kvatlas.bridge.options import BridgeSettings
@@ -74,16 +74,9 @@ class Ownership(ConsumerRebalanceListener):  # type: ignore[misc]
             await self._gained(self._all)
             self._owned = set(self._all)
             return
-        session = int(self._settings.session_timeout_seconds * 1000)
-        self._consumer = AIOKafkaConsumer(
-            **client_config(self._kafka, "kvatlas-bridge"),
-            group_id=f"{self._kafka.topic_prefix}{self._settings.group}",
-            enable_auto_commit=False,
-            session_timeout_ms=session,
-            heartbeat_interval_ms=max(session // 4, 100),
-            rebalance_timeout_ms=max(session, 10_000),
-            auto_offset_reset="latest",
-        )
+        group = f"{self._kafka.topic_prefix}{self._settings.group}"
+        options = group_config(self._kafka, "kvatlas-bridge", group, self._settings.session_timeout_seconds)
+        self._consumer = AIOKafkaConsumer(**options, auto_offset_reset="latest")
         self._consumer.subscribe([self._kafka.topic(topics.EVENTS)], listener=self)
         try:
             await start_client(self._consumer)

@@ -19,6 +19,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Final, NamedTuple
 
+from aiokafka import TopicPartition
 from aiokafka.errors import IllegalStateError
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
@@ -74,8 +75,8 @@ class _Fetched(NamedTuple):
 class SourceConsumerThread(driver.AIOKafkaConsumerThread):
     """Faust's consumer thread with a fetch wait of ours: Faust's is fixed at 1.5 s.
 
-    A fetch over several partitions also waits that long on the embedded broker, and aiokafka holds fetches back for
-    as long when one partition's records are not taken, as those of changelogs are.
+    A fetch over several partitions also waits that long on the embedded broker. Changelogs, which are assigned with
+    the sources, are not fetched at all: aiokafka holds all fetches back while one partition's records are not taken.
     """
 
     app: Any
@@ -91,6 +92,11 @@ class SourceConsumerThread(driver.AIOKafkaConsumerThread):
         self.app.lease.renew_with_heartbeats(self._made)
         for task in (fetcher_task(self._made), metadata_task(self._made)):
             task.add_done_callback(self._ended)
+
+    async def on_partitions_assigned(self, assigned: set[TP], generation_id: int = 0) -> None:
+        """Leave changelogs alone from the first, and tell of the assignment."""
+        self._made.pause(*(TopicPartition(*tp) for tp in assigned if tp.topic not in self.app.sources))
+        await super().on_partitions_assigned(assigned, generation_id)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:

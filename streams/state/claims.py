@@ -65,18 +65,12 @@ def examine(records: Iterable[tuple[bytes | None, bytes | None]], mine: Meta, wh
         FencedError: another worker has claimed the partition.
     """
     keys: set[bytes] = set()
-    ours = True
+    writers = Filter(mine)
     for key, value in records:
-        if key != META_KEY:
-            if not ours and key is not None:
-                keys.add(key)
-            continue
-        try:
-            found = decode_meta(value or b"")
-        except WireError:  # whoever wrote it, it is no owner
-            ours = False
-            continue
-        if found.epoch > mine.epoch:
-            raise FencedError(f"{where}: another worker took over while this one stood still; it starts anew")
-        ours = (found.epoch, found.owner) == (mine.epoch, mine.owner)
+        if key == META_KEY:
+            writers.take(value)
+            if writers.meta.epoch > mine.epoch:
+                raise FencedError(f"{where}: another worker took over while this one stood still; it starts anew")
+        elif writers.dropping and key is not None:
+            keys.add(key)
     return keys

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import inspect
 from types import SimpleNamespace
 from typing import Any, Final
@@ -75,6 +76,7 @@ def test_the_list_is_complete() -> None:
         (driver.AIOKafkaConsumerThread, "_create_worker_consumer", ["transport"]),
         (driver.AIOKafkaConsumerThread, "seek", ["partition", "offset"]),
         (driver.AIOKafkaConsumerThread, "commit", ["offsets"]),
+        (driver.AIOKafkaConsumerThread, "on_partitions_assigned", ["assigned", "generation_id"]),
         (driver.Consumer, "_new_consumer_thread", []),
         (driver.Producer, "_ensure_producer", []),
         (consumer.Consumer, "_wait_next_records", ["timeout"]),
@@ -163,6 +165,37 @@ def build(tmp_path: Any) -> WorkerApp:
     )
 
 
+def source_consumer(app: WorkerApp) -> SourceConsumer:
+    """Return a consumer that never starts."""
+
+    async def ignored(*_: Any, **__: Any) -> None:
+        return None
+
+    return SourceConsumer(SourceTransport([URL("kafka://127.0.0.1:1")], app), ignored, ignored, ignored)
+
+
+async def test_changelogs_are_assigned_and_never_fetched(tmp_path: Any) -> None:
+    """They are paused before anybody is told of an assignment; Faust would only not ask for what was fetched."""
+    app = build(tmp_path)
+    made = source_consumer(app)
+    thread = made._reading
+    client = thread._create_worker_consumer(app.transport)
+    changelog = next(iter(app.sources.values())).changelog_topic_name
+    assigned = {TP(topic, 1) for topic in (*app.sources, changelog)}
+    client.assign([TopicPartition(*tp) for tp in assigned])
+    told: list[set[TP]] = []
+
+    async def tell(_loop: Any, tps: set[TP], _generation: int) -> None:
+        assert client.paused() == {TopicPartition(changelog, 1)}
+        told.append(tps)
+
+    made.threadsafe_partitions_assigned = tell
+    async with asyncio.timeout(90):
+        await thread.on_partitions_assigned(assigned, 3)
+    assert told == [assigned]
+    await client.stop()
+
+
 async def test_faust_tracks_no_acknowledgements_of_source_topics(tmp_path: Any) -> None:
     """Its notes would say what was handed over, which is not what is done; changelogs have the names that we give."""
     app = build(tmp_path)
@@ -182,11 +215,7 @@ async def test_faust_tracks_no_acknowledgements_of_source_topics(tmp_path: Any) 
 async def test_only_finished_offsets_are_committed(tmp_path: Any) -> None:
     """What a task has committed is committed to the group once, of the partitions that are ours."""
     app = build(tmp_path)
-
-    async def ignored(*_: Any, **__: Any) -> None:
-        return None
-
-    made = SourceConsumer(SourceTransport([URL("kafka://127.0.0.1:1")], app), ignored, ignored, ignored)
+    made = source_consumer(app)
     ours, lost = TP("kv-blocks", 2), TP("kv-blocks", 1)
     sent: list[dict[TopicPartition, int]] = []
 
