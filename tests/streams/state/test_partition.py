@@ -48,8 +48,8 @@ def test_a_flush_and_its_offsets_survive_a_reopen(tmp_path: Path, budget: RocksB
     again.close()
 
 
-def test_faust_finds_the_changelog_offset_under_its_own_key(tmp_path: Path, budget: RocksBudget) -> None:
-    """The offset is stored as decimal text under the key that Faust's store reads."""
+def test_the_changelog_offset_is_under_the_key_that_every_version_has(tmp_path: Path, budget: RocksBudget) -> None:
+    """The offset is stored as decimal text: state folders of earlier versions are read."""
     state = state_of(tmp_path, budget)
     state.write({b"a": b"1"}, 41, Meta(1, 2, 3))
     assert state.fetch([OFFSET_KEY, META_KEY]) == [b"41", encode_meta(Meta(1, 2, 3))]
