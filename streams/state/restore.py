@@ -130,17 +130,12 @@ class BulkReader:
             states: changelog partition -> its local state.
             on_caught_up: called when partitions have become standbys that may answer.
         """
+        by_topic: dict[str, dict[TopicPartition, PartitionState]] = {}
+        for at, state in states.items():
+            by_topic.setdefault(at.topic, {})[at] = state
         while True:
             try:
-                async with RangeReader(self._kafka, self._client_id) as reader:
-                    edges = await self._edges(reader, states)
-                    for at in (at for at, (first, end) in edges.items() if first >= end):
-                        states[at].role = Role.STANDBY
-                    on_caught_up()
-                    await _all(
-                        self._follow(reader, topic, states, edges, on_caught_up)
-                        for topic in {at.topic for at in states}
-                    )
+                await _all(self._follow(topic, found, on_caught_up) for topic, found in by_topic.items())
             except _KAFKA_ERRORS as error:
                 logger.warning("standby partitions cannot be followed, tried again: %s", error)
                 await asyncio.sleep(_RETRY_SECONDS)
@@ -190,32 +185,29 @@ class BulkReader:
             raise RestoreError(f"changelog {at.topic}/{at.partition}: {error}; tried again") from error
         return found
 
-    async def _follow(
-        self,
-        reader: RangeReader,
-        topic: str,
-        states: States,
-        edges: Mapping[TopicPartition, Edges],
-        on_caught_up: Callable[[], None],
-    ) -> None:
-        """Load what comes in the changelogs of one topic."""
-        table = self._tables[topic]
-        positions = {at.partition: first for at, (first, _) in edges.items() if at.topic == topic}
-        bounds = {partition: (first, _FOR_EVER) for partition, first in positions.items()}
-        fetcher = await reader.fetcher(topic, bounds, wait_ms=_STANDBY_WAIT_MS)
-        async with contextlib.aclosing(fetcher.batches()) as fetched:
-            async for partition, batches in fetched:
-                at = TopicPartition(topic, partition)
-                state = states[at]
-                for lot in lots_of(batches, positions[partition]):
-                    await state.load_apart(lot.pairs, lot.last)
-                    positions[partition] = lot.last + 1
-                if state.role is Role.RESTORING and positions[partition] >= edges[at].end:
-                    state.role = Role.STANDBY
-                    on_caught_up()
-                behind = sum(max(end - positions[number], 0) for number, end in fetcher.ends.items())
-                metrics.STANDBY_LAG.labels(table).set(behind)
-                await asyncio.sleep(0)
+    async def _follow(self, topic: str, states: States, on_caught_up: Callable[[], None]) -> None:
+        """Load what comes in the changelogs of one topic; a fetch that waits must not hold up those of another."""
+        async with RangeReader(self._kafka, self._client_id) as reader:
+            edges = await self._edges(reader, states)
+            for at in (at for at, (first, end) in edges.items() if first >= end):
+                states[at].role = Role.STANDBY
+            on_caught_up()
+            positions = {at.partition: first for at, (first, _) in edges.items()}
+            bounds = {partition: (first, _FOR_EVER) for partition, first in positions.items()}
+            fetcher = await reader.fetcher(topic, bounds, wait_ms=_STANDBY_WAIT_MS)
+            async with contextlib.aclosing(fetcher.batches()) as fetched:
+                async for partition, batches in fetched:
+                    at = TopicPartition(topic, partition)
+                    state = states[at]
+                    for lot in lots_of(batches, positions[partition]):
+                        await state.load_apart(lot.pairs, lot.last)
+                        positions[partition] = lot.last + 1
+                    if state.role is Role.RESTORING and positions[partition] >= edges[at].end:
+                        state.role = Role.STANDBY
+                        on_caught_up()
+                    behind = sum(max(end - positions[number], 0) for number, end in fetcher.ends.items())
+                    metrics.STANDBY_LAG.labels(self._tables[topic]).set(behind)
+                    await asyncio.sleep(0)
 
 
 async def _all(works: Iterable[Coroutine[Any, Any, None]]) -> None:
