@@ -50,7 +50,7 @@ class Worker:
     def __init__(self, url: str, logs: dict[int, Changelog], name: str, generation: int, **options: Any) -> None:
         self.member = Member(logs, generation)
         self.pods = PodDirectory()
-        self.client = connect(url, retries=0)
+        self.client = connect(url, timeout_seconds=60.0, retries=0)
         known = asyncio.Event()
         known.set()
         self.mirror = Mirror(
