@@ -281,7 +281,7 @@ class ScorerService:
     async def _become_ready(self) -> None:
         if not self.ready.is_set():
             self.ready.set()
-            log.info("ready: %d pods, scores on %s", len(self.pods.merged), self.address)
+            log.info("ready: %d pods, scores on %s", len(self.pods.merged), self.address or "no address of its own")
         await self._set_health(serving=True)
 
     async def _housekeeping(self) -> None:

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the parts until SIGTERM or Ctrl-C; prints ``ready scorer=HOST:PORT`` once a score can be asked for."""
+    """Run the parts until SIGTERM or Ctrl-C; prints ``ready scorer=HOST:PORT brokers=HOST:PORT`` once scores can be asked for."""
     sections = common.load_sections(args)
     given = common.is_given(args, "kafka", "brokers")
     if args.embedded and "kafka:brokers" in vars(args):
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         if launcher.start(stop):
             shown = f" console={launcher.console}" if args.console else ""
-            print(f"ready scorer={launcher.scorer}{shown}", flush=True)
+            print(f"ready scorer={launcher.scorer} brokers={launcher.kafka.brokers}{shown}", flush=True)
             while not stop.wait(0.2):
                 launcher.check()
         failed = False
