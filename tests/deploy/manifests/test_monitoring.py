@@ -238,3 +238,12 @@ def test_every_alert_is_explained() -> None:
     text = (ROOT / "docs/deployment.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| Kvatlas")]
     assert {name.strip() for row in rows for name in row.split(",")} == {rule["alert"] for rule in rules()}
+
+
+def test_what_the_pickers_page_names_is_shown() -> None:
+    """Each metric in the picker's page and the table of faults is on the dashboard or in a rule."""
+    text = (ROOT / "docs/picker.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\bkvatlas_picker_[a-z_]+", text))
+    shown = DASHBOARD.read_text(encoding="utf-8") + "".join(rule["expr"] for rule in rules())
+    assert named >= {"kvatlas_picker_degraded_total", "kvatlas_picker_served_total", "kvatlas_picker_regret_tokens"}
+    assert {name for name in named if name not in shown} == set()
