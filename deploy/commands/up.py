@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the parts until SIGTERM or Ctrl-C; prints ``ready scorer=HOST:PORT brokers=HOST:PORT`` once scores can be asked for."""
+    """Run the parts until SIGTERM or Ctrl-C; says ``ready``, scorer and brokers once scores can be asked for."""
     sections = common.load_sections(args)
     given = common.is_given(args, "kafka", "brokers")
     if args.embedded and "kafka:brokers" in vars(args):

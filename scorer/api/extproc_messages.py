@@ -42,6 +42,7 @@ _METADATA_CONTEXT: Final = pb.ProcessingRequest.METADATA_CONTEXT_FIELD_NUMBER <<
 _BODY: Final = pb.HttpBody.BODY_FIELD_NUMBER << 3 | 2
 _CONTENT_LENGTH: Final = "content-length"
 _JSON: Final = "application/json"
+_TOO_MANY: Final = 429
 
 
 class RequestBody(NamedTuple):
@@ -213,16 +214,18 @@ def serialized(answer: pb.ProcessingResponse | bytes) -> bytes:
 
 
 def refusal(refused: Refusal) -> pb.ProcessingResponse:
-    """Return the answer that Envoy gives the client in the pod's place: OpenAI's error object."""
+    """Return the answer that Envoy gives the client in the pod's place, as clients of OpenAI and Anthropic read it."""
     error = {"message": refused.text, "type": refused.reason, "param": None, "code": refused.status}
     headers = pb.HeaderMutation()
     _set(headers, "content-type", _JSON)
     _set(headers, names.DROPPED_REASON, refused.reason)
+    if refused.status == _TOO_MANY:
+        _set(headers, "retry-after", "1")
     return pb.ProcessingResponse(
         immediate_response=pb.ImmediateResponse(
             status=pb.HttpStatus(code=refused.status),
             headers=headers,
-            body=msgspec.json.encode({"error": error}),
+            body=msgspec.json.encode({"type": "error", "error": error}),
             details=f"kvatlas_{refused.reason.replace('-', '_')}",
         )
     )

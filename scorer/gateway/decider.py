@@ -25,7 +25,7 @@ from kvatlas.scorer.picker import names
 from kvatlas.scorer.picker.affinity import session_of
 from kvatlas.scorer.picker.choose import Ask, Candidate, Choice, Chooser, eligible
 from kvatlas.scorer.picker.endpoints import BOTH, DECODE, PREFILL, Endpoint
-from kvatlas.scorer.picker.load import Load
+from kvatlas.scorer.picker.load import Load, saturation
 from kvatlas.scorer.picker.roles import PeerSource, is_split, source_of
 from kvatlas.scorer.picker.route import Decision, Destination, Incoming, Refusal
 from kvatlas.scorer.picker.verdict import Prediction
@@ -124,6 +124,10 @@ class PickerDecider:
         session = session_of(incoming.headers, known.body.session if known.body is not None else "")
         ask = _ask(incoming, known, self._state.sessions.get(session, now) if session else "")
         answering = self._eligible(ask.model, _ANSWERING, incoming.subset)
+        if self._sheds(incoming, answering, now):
+            return self._refuse(
+                429, "the endpoints are full, and this request may wait; try again", "rejected-saturated"
+            )
         choice = self._chooser.choose(ask, answering, self._loads(now))
         if not choice.candidates:
             return self._none(choice, ask.model)
@@ -131,6 +135,14 @@ class PickerDecider:
 
     def _eligible(self, model: str, roles: tuple[str, ...], subset: frozenset[str] | None) -> list[Endpoint]:
         return eligible(self._state.endpoints, self._state.served(model), roles, subset)
+
+    def _sheds(self, incoming: Incoming, endpoints: list[Endpoint], now: float) -> bool:
+        """Whether a request is one of those that are refused first, and it has come to that."""
+        if not (sheddable := self._settings.sheddable):
+            return False
+        objective = next((found for name in names.OBJECTIVES if (found := incoming.headers.get(name))), "")
+        loads = self._loads(now)
+        return objective in sheddable and saturation([loads(one.address) for one in endpoints]) >= 1.0
 
     def _loads(self, now: float) -> Callable[[str], Load]:
         return lambda address: self._state.loads.load(address, now)

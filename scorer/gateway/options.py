@@ -21,7 +21,7 @@ class PickerSettings(Section, frozen=True, kw_only=True):
     CONSTANTS: ClassVar[frozenset[str]] = frozenset((
         "body_piece_bytes", "decode_tokens", "discovery_seconds", "fallbacks", "full_tokens",
         "max_body_bytes", "near_tokens", "queue_weight", "request_seconds", "session_seconds", "sessions",
-        "soft_usage", "stale_seconds", "temperature",
+        "share", "soft_usage", "stale_seconds", "temperature",
     ))  # fmt: skip
 
     listen: Annotated[str, Meta(description="ext_proc address, host:port; port 0 takes a free one")] = "127.0.0.1:9002"
@@ -112,6 +112,14 @@ class PickerSettings(Section, frozen=True, kw_only=True):
         ),
     ] = 0.0
 
+    sheddable: Annotated[
+        list[str],
+        Meta(
+            description="objective (x-gateway-inference-objective) whose requests are refused first (429): while the "
+            "pods queue or their caches are full, on average"
+        ),
+    ] = []  # noqa: RUF012 - msgspec copies it
+
     split_prompt_tokens: Annotated[
         int, Meta(description="prompts from this length may be computed on a prefill pod", ge=0)
     ] = 0
@@ -130,7 +138,6 @@ class PickerSettings(Section, frozen=True, kw_only=True):
             le=65_535,
         ),
     ] = 0
-    share: Annotated[bool, Meta(description="tell decisions to other pickers and scorers through kv-decisions")] = True
 
     def __post_init__(self) -> None:
         """Check settings against each other.

@@ -56,13 +56,12 @@ class Recorder:
         )
         if prompt is not None and pod is not None:
             self._scorer.core.decisions.put(record, now_ns)
-        if self._settings.share:
-            self._scorer.publish(record)
+        self._scorer.publish(record)
         return record.pod_epoch
 
     def served(self, joined: Joined) -> None:
         """Record what came of a decision."""
-        if self._scorer is None or not self._settings.share:
+        if self._scorer is None:
             return
         prediction = joined.decision.prediction
         usage = joined.usage

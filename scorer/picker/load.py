@@ -21,6 +21,7 @@ nothing at all came, is *silent*: it may be gone, and whoever else there is come
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 #: A learned rate moves this share of the way to each new measurement.
@@ -29,6 +30,9 @@ _LEARN: Final = 0.1
 _SETTLE_SECONDS: Final = 0.1
 #: An engine that was heard before and then not for so long is silent, whatever the reason.
 _SILENT_SECONDS: Final = 10.0
+#: An endpoint is full when so many requests wait, or so much of its KV cache is in use: as llm-d has it.
+_FULL_WAITING: Final = 5.0
+_FULL_USAGE: Final = 0.8
 #: First tokens seen within this time mean that somebody watches the endpoint's responses.
 _WATCHED_SECONDS: Final = 30.0
 
@@ -70,6 +74,15 @@ class Load(NamedTuple):
     usage: float = -1.0
     stale: bool = True
     silent: bool = False
+
+
+def saturation(loads: Sequence[Load]) -> float:
+    """Return how full endpoints are on average: from 1 on, requests that may be refused are.
+
+    An endpoint counts by what is nearer to its limit: five requests that wait, or 80 % of its KV cache in use.
+    """
+    fullness = [max(load.waiting / _FULL_WAITING, load.usage / _FULL_USAGE, 0.0) for load in loads]
+    return sum(fullness) / len(fullness) if fullness else 0.0
 
 
 class LoadOptions(NamedTuple):

@@ -25,6 +25,9 @@ PREFILL: Final = "x-prefiller-host-port"
 PEER_SOURCE: Final = "x-kv-cache-source-host-port"
 PEER_TOKENS: Final = "x-kvatlas-source-tokens"
 
+#: What a request is for: some of it is refused before the rest.
+OBJECTIVES: Final = ("x-llm-d-inference-objective", "x-gateway-inference-objective")
+
 #: Headers that name a client's session; the first one present counts.
 SESSIONS: Final = ("x-session-id", "x-session-affinity", "session-id", "session_id")
 
@@ -44,8 +47,7 @@ CONTROL: Final = (
     PEER_TOKENS,
     "x-data-parallel-host-port",
     "x-gateway-destination-endpoint-scores",
-    "x-gateway-inference-objective",
-    "x-llm-d-inference-objective",
+    *OBJECTIVES,
     "x-gateway-inference-fairness-id",
     "x-llm-d-inference-fairness-id",
     "x-gateway-model-name-rewrite",

@@ -83,7 +83,9 @@ def test_refusal_reaches_the_client(stand: Stand, kind: str, status: int, reason
     before = [pod.requests for pod in stand.pods]
     got, headers, answer = stand.ask(stand.envoy(kind))
     assert (got, headers[names.DROPPED_REASON]) == (status, reason)
-    assert answer["error"] == {"message": "no pod", "type": reason, "param": None, "code": status}
+    error = {"message": "no pod", "type": reason, "param": None, "code": status}
+    assert answer == {"type": "error", "error": error}
+    assert headers.get("retry-after") == ("1" if status == 429 else None)
     assert [pod.requests for pod in stand.pods] == before
 
 

@@ -248,6 +248,24 @@ async def test_all_past_their_limit_is_429() -> None:
     assert (decision.status, decision.reason) == (429, "rejected-saturated")
 
 
+async def test_what_may_be_shed_is_refused_before_the_rest() -> None:
+    """Once the endpoints are full on average; by either name of the header, and nothing without one."""
+    desk = Desk(Stub(), sheddable=["batch"])
+    first, second, third = (text.partition(",")[0] for text in PODS)
+    desk.state.loads.reported(first, EngineReport(9, 5, 0.1, desk.now))
+    desk.state.loads.reported(second, EngineReport(9, 0, 0.8, desk.now))
+    assert await desk.picked(x_gateway_inference_objective="batch")
+    desk.state.loads.reported(third, EngineReport(9, 50, 0.9, desk.now))
+    for header in names.OBJECTIVES:
+        refused = await desk.decide(**{header.replace("-", "_"): "batch"})
+        assert isinstance(refused, Refusal)
+        assert (refused.status, refused.reason) == (429, "rejected-saturated")
+    assert await desk.picked(x_gateway_inference_objective="chat")
+    assert await desk.picked()
+    stays = await desk.decide(subset=frozenset({first}), x_gateway_inference_objective="batch")
+    assert isinstance(stays, Refusal)
+
+
 async def test_session_comes_back_by_header_or_body() -> None:
     desk = Desk(Stub())
     first = await desk.picked(body={**BODY, "session_id": "s"})
