@@ -14,7 +14,7 @@ from typing import Final
 
 import msgspec
 
-from kvatlas.bridge.model.block_key import KEY_BYTES
+from kvatlas.bridge.model.chain import split_keys
 from kvatlas.bridge.model.pod_ids import pod_ref
 from kvatlas.bridge.model.records import GONE, DecisionRecord, PodRecord
 from kvatlas.scorer.scoring.decisions import OUTCOME
@@ -51,7 +51,7 @@ async def outcome_of(
     pod = view.fleet.by_name.get(record.pod)
     if pod is not None and pod.pairs:  # its blocks are named with tokens that a decision does not keep
         return outcome
-    keys = [record.keys[at : at + KEY_BYTES] for at in range(0, len(record.keys), KEY_BYTES)]
+    keys = split_keys(record.keys)
     steps = Walk(
         view.fleet.scene(record.model, weights),
         len(keys) * record.block_size_tokens,

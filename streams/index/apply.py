@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Final, NamedTuple
 
 from kvatlas.bridge.model.block_key import KEY_BYTES
+from kvatlas.bridge.model.chain import split_keys
 from kvatlas.bridge.model.epochs import incarnation_of
 from kvatlas.bridge.model.validity import Validity
 from kvatlas.streams.index.blocks_record import OP_ADD, BlocksRecord, Run
@@ -57,8 +58,7 @@ def position(view: View, pod_ref: int) -> tuple[int, int]:
 
 def block_keys_of(record: BlocksRecord) -> list[bytes]:
     """Return the block keys of a record in order, for a prefetch."""
-    keys = record.keys
-    return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
+    return split_keys(record.keys)
 
 
 def table_keys_of(record: BlocksRecord) -> list[bytes]:

@@ -18,6 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from kvatlas.bridge.errors import OverloadedError
 from kvatlas.bridge.model.block_key import KEY_BYTES
+from kvatlas.bridge.model.chain import split_keys
 from kvatlas.bridge.model.workers import WorkerDirectory
 from kvatlas.bridge.runtime.admission import Admission
 from kvatlas.bridge.runtime.rpc import Gate, pushback, rpc_server, serving
@@ -29,6 +30,8 @@ from kvatlas.streams.v1 import block_index_pb2 as pb
 from kvatlas.streams.v1 import block_index_pb2_grpc as pb_grpc
 
 SERVICE: Final = "kvatlas.v1.BlockIndex"
+#: Kafka is asked for a partition's lag so seldom: it takes longer than the lookup of many keys.
+_LAG_SECONDS: Final = 0.01
 #: Far more than wait their time out; a bound of memory.
 _MOST_LOOKUPS: Final = 4_096
 _ROLES: Final = {
@@ -52,6 +55,7 @@ class LookupService(pb_grpc.BlockIndexServicer):
         others: who owns what is not here.
         certain: whether the group surely counts this worker in; while it may not, what is active here is answered
             as a standby's, since another worker may have newer.
+        clock: monotonic seconds.
     """
 
     def __init__(
@@ -64,15 +68,18 @@ class LookupService(pb_grpc.BlockIndexServicer):
         lag_of: Callable[[int], int],
         others: WorkerDirectory,
         certain: Callable[[], bool],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._clock = clock
         self._certain = certain
         self._worker = worker
         self._partition_count = partition_count
         self._max_keys = max_keys
         self._state_of = state_of
         self._lag_of = lag_of
+        self._lags: dict[int, tuple[float, int]] = {}  # partition -> until when this is told, records
         self._others = others
-        self._admission = Admission(_MOST_LOOKUPS, "lookups are worked on")
+        self._admission = Admission(_MOST_LOOKUPS, "lookups are worked on", clock=clock)
 
     async def Lookup(self, request: pb.LookupRequest, context: Any) -> pb.LookupResponse:  # noqa: N802 # gRPC's name
         """Return the holders of a batch of keys.
@@ -81,7 +88,7 @@ class LookupService(pb_grpc.BlockIndexServicer):
         time) or FAILED_PRECONDITION (the caller counts other partitions).
         """
         remaining = context.time_remaining()
-        until = math.inf if remaining is None else time.monotonic() + remaining
+        until = math.inf if remaining is None else self._clock() + remaining
         try:
             async with self._admission.turn(until):
                 return await self._lookup(request, context)
@@ -122,7 +129,7 @@ class LookupService(pb_grpc.BlockIndexServicer):
         return response
 
     def _answer(self, packed: bytes, count: int, allow_standby: bool) -> pb.LookupResponse:
-        keys = [packed[at : at + KEY_BYTES] for at in range(0, len(packed), KEY_BYTES)]
+        keys = split_keys(packed)
         heads = np.frombuffer(packed, dtype=">u4")[:: KEY_BYTES // 4] if count else np.empty(0, dtype=np.uint32)
         numbers: list[int] = (heads % np.uint32(self._partition_count)).tolist()
         states: list[pb.PartitionState] = []
@@ -165,8 +172,15 @@ class LookupService(pb_grpc.BlockIndexServicer):
             owner="" if role is Role.ACTIVE else self._others.owner(partition, self._worker),
             applied_offset=reflected.source_offset,
             applied_receive_ns=reflected.receive_ns,
-            lag_records=self._lag_of(partition) if role is Role.ACTIVE else -1,
+            lag_records=self._lag(partition) if role is Role.ACTIVE else -1,
         )
+
+    def _lag(self, partition: int) -> int:
+        until, records = self._lags.get(partition, (0.0, -1))
+        if (now := self._clock()) >= until:
+            records = self._lag_of(partition)
+            self._lags[partition] = (now + _LAG_SECONDS, records)
+        return records
 
 
 class LookupServer:

@@ -59,6 +59,12 @@ def test_an_item_of_a_large_block_counts_from_where_it_begins():
     assert split_keys(own) == block_keys(ROOT, pack_tokens(range(64)), 16, extra)
 
 
+@given(st.binary(max_size=400))
+def test_keys_are_split_as_slices_are(packed: bytes) -> None:
+    """Few keys and many, and a rest that is no whole key."""
+    assert split_keys(packed) == [packed[at : at + 16] for at in range(0, len(packed), 16)]
+
+
 def test_extra_keys_of_equal_blocks_are_named_by_number():
     """Items that begin behind the block are left out, blocks without items are not named."""
     found = block_extra([[("mm", "a", 3)], [], [("mm", "b", 16), ("raw", 1)]], 16)

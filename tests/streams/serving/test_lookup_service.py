@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -12,18 +13,14 @@ import pytest
 from kvatlas.bridge.model.workers import WorkerDirectory
 from kvatlas.streams import metrics
 from kvatlas.streams.serving.lookup_service import LookupServer, LookupService
+from kvatlas.streams.state.partition import Reflected, Role
 from kvatlas.streams.v1 import block_index_pb2 as pb
 
 
-def _service() -> LookupService:
+def _service(**changed: Any) -> LookupService:
+    given: dict[str, Any] = {"state_of": lambda _partition: None, "lag_of": lambda _partition: -1} | changed
     return LookupService(
-        "w",
-        partition_count=4,
-        max_keys=100,
-        state_of=lambda _partition: None,
-        lag_of=lambda _partition: -1,
-        others=WorkerDirectory(time.time_ns),
-        certain=lambda: True,
+        "w", partition_count=4, max_keys=100, others=WorkerDirectory(time.time_ns), certain=lambda: True, **given
     )
 
 
@@ -68,3 +65,31 @@ async def test_a_lookup_that_came_in_is_refused_as_well(monkeypatch: pytest.Monk
     assert _refused() == before + 1
     monkeypatch.undo()
     assert (await _service().Lookup(pb.LookupRequest(keys=bytes(16)), Context())).worker == "w"
+
+
+async def test_kafka_is_asked_for_a_partitions_lag_seldom() -> None:
+    """Lookups at the same moment tell the same lag of each partition; later ones ask again."""
+    now, lags = 5.0, iter(range(3, 100))
+    asked: list[int] = []
+
+    def lag_of(partition: int) -> int:
+        asked.append(partition)
+        return next(lags)
+
+    state = SimpleNamespace(
+        role=Role.ACTIVE,
+        reflected=Reflected(7, 8),
+        cache=SimpleNamespace(young={}),
+        overlay=SimpleNamespace(values={}),
+        answer=lambda keys: [None] * len(keys),
+    )
+    service = _service(state_of=lambda _partition: state, lag_of=lag_of, clock=lambda: now)
+    request = pb.LookupRequest(keys=b"".join(head.to_bytes(4, "big") + bytes(12) for head in (0, 1, 4)))
+
+    async def told() -> list[int]:
+        return [partition.lag_records for partition in (await service.Lookup(request, Context())).partitions]
+
+    assert await told() == await told() == [3, 4]
+    now = 5.02
+    assert await told() == [5, 6]
+    assert asked == [0, 1, 0, 1]
