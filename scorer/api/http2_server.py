@@ -35,6 +35,8 @@ _IDLE_FRAMES_A_SECOND: Final = 100
 _MOST_UNREAD_BYTES: Final = 64 * 1024 * 1024
 #: A connection says what it speaks within this time, or is closed.
 _PREFACE_SECONDS: Final = 30.0
+#: What was sent may take so long to leave when the server stops.
+_CLOSE_SECONDS: Final = 1.0
 
 _UNIMPLEMENTED: Final = grpc.StatusCode.UNIMPLEMENTED.value[0]
 _EXHAUSTED: Final = grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
@@ -48,6 +50,7 @@ class _Connection(asyncio.Protocol):
         self.window = http2.WINDOW_BYTES
         self.payload = http2.PAYLOAD_BYTES
         self.most_bytes = server.most_bytes
+        self.lost: asyncio.Future[None] = loop.create_future()
         self._server = server
         self._loop = loop
         self._transport: Any = None
@@ -78,6 +81,8 @@ class _Connection(asyncio.Protocol):
         """Say what is taken here."""
         self._transport = transport
         self._server.connections.add(self)
+        # A peer that vanished without a word is noticed, if late.
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         limits = {
             http2.MAX_STREAMS: _MOST_STREAMS,
             # The largest message fits behind what was read and not yet told.
@@ -95,6 +100,8 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's
         """End what the peer has begun."""
         self._server.connections.discard(self)
+        if not self.lost.done():
+            self.lost.set_result(None)
         self.resume_writing()
         calls, self.calls = self.calls, {}
         for call in calls.values():
@@ -109,6 +116,11 @@ class _Connection(asyncio.Protocol):
         paused, self._paused = self._paused, None
         if paused is not None and not paused.done():
             paused.set_result(None)
+
+    @property
+    def stuck(self) -> bool:
+        """Whether what was sent waits for a peer that does not read."""
+        return self._paused is not None
 
     async def writable(self) -> None:
         """Wait until the peer reads."""
@@ -148,9 +160,12 @@ class _Connection(asyncio.Protocol):
         told = self._last.to_bytes(4, "big") + code.to_bytes(4, "big")
         self.send((http2.frame(http2.GOAWAY, 0, 0, told),))
 
-    def abort(self) -> None:
-        """Close at once."""
-        self._transport.abort()
+    def close(self, *, at_once: bool) -> None:
+        """Close, with what was sent or at once."""
+        if at_once:
+            self._transport.abort()
+        else:
+            self._transport.close()
 
     # --- frames ---------------------------------------------------------------------------------------------------
 
@@ -376,5 +391,9 @@ class Http2Server:
         tasks = [call.task for connection in self.connections for call in connection.calls.values() if call.task]
         if tasks:
             await asyncio.wait(tasks, timeout=grace_seconds)
-        for connection in list(self.connections):
-            connection.abort()
+        for at_once in (False, True):  # a peer that does not read keeps a connection open
+            left = list(self.connections)
+            for connection in left:
+                connection.close(at_once=at_once)
+            if left:
+                await asyncio.wait([connection.lost for connection in left], timeout=_CLOSE_SECONDS)

@@ -188,6 +188,29 @@ async def test_a_stop_lets_calls_end_and_takes_no_more(
     assert server.held == 0
 
 
+async def test_a_stop_ends_calls_that_do_not_end_and_peers_that_do_not_read(server: Http2Server, echo: Echo) -> None:
+    waits, unread = await Peer.to(server), await Peer.to(server)
+    waits.send(HELLO, request(), http2.frame(http2.DATA, 0, 1, message(b"wait")))
+    await asyncio.wait_for(echo.begun.wait(), _WAIT)
+    unread.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    unread.send(HELLO, http2.numbered(http2.WINDOW_UPDATE, 0, 100_000_000))
+    unread.send(http2.settings({http2.INITIAL_WINDOW: 100_000_000}), request())
+    whole = message(bytes(_MOST))
+    for _ in range(10):
+        for at in range(0, len(whole), 16_384):
+            unread.send(http2.frame(http2.DATA, 0, 1, whole[at : at + 16_384]))
+
+    async def stuck() -> None:
+        while not any(one.stuck for one in server.connections):
+            await asyncio.sleep(0.01)
+
+    await asyncio.wait_for(stuck(), _WAIT)
+    await asyncio.wait_for(server.stop(0.0), _WAIT)
+    assert echo.cut.is_set()
+    assert not server.connections
+    assert server.held == 0
+
+
 # --- peers by hand ----------------------------------------------------------------------------------------------------
 
 
