@@ -28,6 +28,8 @@ from kvatlas.deploy.brokers.kafka import KafkaNode, read_state
 
 _KAFKA_FIXTURES = {"brokers", "own_kafka", "node"}
 _START_SECONDS = 240.0
+#: Nobody kills the shared node, so on a busy machine it keeps its session however late its heartbeats are.
+_UNHURRIED = {"broker.session.timeout.ms": "120000"}
 #: A test's node lives for seconds: the optimising compiler would cost it more than it brings (half of its CPU time).
 os.environ.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1")
 #: Modules whose tests share a node or processes: in a parallel run one process has them all.
@@ -50,7 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     parallel = getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput")
     if parallel and _shared not in config.stash:
-        node = config.stash[_shared] = KafkaNode()
+        node = config.stash[_shared] = KafkaNode(properties=_UNHURRIED)
         start = config.stash[_starting] = threading.Thread(target=_begin, args=(node,), daemon=True)
         start.start()
 
@@ -103,7 +105,7 @@ def brokers(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactor
     if shared is not None:
         yield _address(Path(shared))
         return
-    with KafkaNode(tmp_path_factory.mktemp("kafka")) as node:
+    with KafkaNode(tmp_path_factory.mktemp("kafka"), properties=_UNHURRIED) as node:
         yield node.bootstrap
 
 

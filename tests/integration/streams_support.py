@@ -111,13 +111,16 @@ def fleet_of(kafka: KafkaSettings, pods: int = 4, blocks: int = 256, **settings:
 
 
 async def until_true(
-    kafka: KafkaSettings, truth: Mapping[str, Mapping[str, frozenset[bytes]]], timeout: float = 120.0
+    kafka: KafkaSettings,
+    truth: Mapping[str, Mapping[str, frozenset[bytes]]],
+    timeout: float = 120.0,
+    version: str = topics.BASE_VERSION,
 ) -> list[PodAudit]:
     """Audit until nothing differs; returns the last audit."""
     deadline = time.monotonic() + timeout
     while True:
         try:
-            found = await audit(kafka, truth)
+            found = await audit(kafka, truth, version=version)
         except Exception:  # workers come and go meanwhile
             if time.monotonic() > deadline:
                 raise

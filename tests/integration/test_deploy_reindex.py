@@ -18,13 +18,13 @@ from aiokafka import AIOKafkaProducer
 from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.adapters.fields import encode_batch
 from kvatlas.bridge.runtime.settings import KafkaSettings
-from kvatlas.deploy.audit.audit import audit, fold_events
+from kvatlas.deploy.audit.audit import fold_events
 from kvatlas.deploy.bench._fleet import LogFleet
 from kvatlas.scorer.client import AsyncScorerClient
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.service import ScorerService
 from kvatlas.streams.resolve.resolver import ResolveOptions
-from tests.integration.streams_support import WorkerProcess, fleet_of, make_topics, producing
+from tests.integration.streams_support import WorkerProcess, fleet_of, make_topics, producing, until_true
 
 STEADY = "steady"
 MODEL = "m"
@@ -193,7 +193,7 @@ async def test_a_new_version_takes_over_under_load_and_gives_back(
         await _drained(kafka)
         for version, size in (("base", 16), ("v2", 32)):
             truth = await fold_events(kafka, ResolveOptions(block_size_tokens=size))
-            pods = await audit(kafka, truth, version=version)
+            pods = await until_true(kafka, truth, version=version)
             assert sum(pod.held for pod in pods) > 100
             assert not [pod for pod in pods if pod.ghosts or pod.missing], (version, pods)
 
