@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import math
 import re
 from collections.abc import Mapping
 from typing import Final
@@ -19,7 +20,10 @@ FORMS: Final = (
 )
 SEQUENCE_FORM: Final = "seq:N or seq:INCARNATION:N with one --pod"
 _UNITS: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_AGO: Final = re.compile(r"-(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_AGO: Final = re.compile(r"-(\d+(?:\.\d+)?)(ms|s|m|h|d)", re.ASCII)
+#: Later than any record: Kafka takes no more than 63 bits.
+_LAST_MS: Final = float(1 << 60)
+_PARTITIONS_MAX: Final = 1_000_000
 
 
 class Moment(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,8 +66,6 @@ def parse_moment(text: str, now_ms: int, *, sequences: bool = False) -> Moment:
     ago = _AGO.fullmatch(text)
     if text in ("earliest", "latest"):
         return Moment(edge=text)
-    if ago:
-        return _time(now_ms / 1000 - float(ago[1]) * _UNITS[ago[2]])
     if sequences and kind == "seq":
         of, colon, number = rest.rpartition(":")
         sequence, incarnation = whole(number), whole(of) if colon else -1
@@ -72,6 +74,8 @@ def parse_moment(text: str, now_ms: int, *, sequences: bool = False) -> Moment:
     if kind == "offset":
         return _offsets(text, rest)
     try:
+        if ago:
+            return _time(now_ms / 1000 - float(ago[1]) * _UNITS[ago[2]])
         if text.startswith("@"):
             return _time(float(text[1:]))
         return _time(dt.datetime.fromisoformat(text).astimezone(dt.UTC).timestamp())
@@ -80,8 +84,10 @@ def parse_moment(text: str, now_ms: int, *, sequences: bool = False) -> Moment:
 
 
 def _time(seconds: float) -> Moment:
+    if not math.isfinite(seconds):
+        raise ValueError(seconds)
     # Kafka knows no time before 1970; the edge of the log is the same answer.
-    return Moment(time_ms=max(0, round(seconds * 1000)))
+    return Moment(time_ms=round(min(max(0.0, seconds * 1000), _LAST_MS)))
 
 
 def _offsets(text: str, rest: str) -> Moment:
@@ -90,7 +96,7 @@ def _offsets(text: str, rest: str) -> Moment:
     found = {}
     for part in rest.split(","):
         place, _, number = part.partition(":")
-        partition, offset = whole(place), whole(number)
+        partition, offset = whole(place, _PARTITIONS_MAX), whole(number)
         if partition is None or offset is None:
             raise SettingsError(f"{text!r} is no moment; give {FORMS}")
         found[partition] = offset

@@ -22,6 +22,9 @@ from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.model.numbers import whole
 from kvatlas.deploy.whatif.fleet import Arrival, Pod, PrefixCache
 
+#: Of a policy's scorers or routers; each has what it knows of every pod.
+REPLICAS_MAX: Final = 1_000
+
 
 class Policy(Protocol):
     """Chooses a pod per request and learns what came of it."""
@@ -177,8 +180,8 @@ def parse(name: str) -> tuple[str, int]:
     kind, _, count = name.partition(":")
     if kind not in _POLICIES:
         raise SettingsError(f"unknown policy {kind!r}; known: {', '.join(sorted(_POLICIES))}, as KIND or KIND:N")
-    if not (number := whole(count or "1")):
-        raise SettingsError(f"policy {name!r}: {count!r} is not a number of scorers or routers, 1 or more")
+    if not (number := whole(count or "1", REPLICAS_MAX)):
+        raise SettingsError(f"policy {name!r}: {count!r} is not a number of scorers or routers, 1 to {REPLICAS_MAX}")
     return kind, number
 
 

@@ -96,6 +96,7 @@ GIVEN: dict[str, Callable[[str], Any]] = {
     "ranks of an endpoint": lambda text: parse_endpoint(f"h:1,ranks={text}"),
     "token ids": token_ids,
     "offset": lambda text: parse_moment(f"offset:0:{text}", 0),
+    "time ago": lambda text: parse_moment(f"-{text}h", 0),
     "sequence": lambda text: parse_moment(f"seq:{text}", 0, sequences=True),
     "policy": lambda text: policies.parse(f"precise:{text}"),
     "router": lambda text: routers.split(f"kvatlas:{text}"),
@@ -109,3 +110,11 @@ def test_what_is_no_number_is_an_operators_mistake(what: str, text: str) -> None
     GIVEN[what]("1")
     with pytest.raises(SettingsError):
         GIVEN[what](text)
+
+
+def test_a_moment_is_a_time_that_kafka_takes() -> None:
+    """Beyond all records is after the last one; a number that is none is none."""
+    assert parse_moment("@1e17", 0).time_ms == 1 << 60
+    for text in ("@nan", "@1e400", f"offset:{10**7}:1"):
+        with pytest.raises(SettingsError):
+            parse_moment(text, 0)
