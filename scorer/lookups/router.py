@@ -33,6 +33,7 @@ from kvatlas.bridge.model.workers import WorkerDirectory
 from kvatlas.scorer.lookups.attempts import Asking, Outcome
 from kvatlas.scorer.scoring.lookup import ACTIVE, RESTORING, STANDBY, UNANSWERED, Answers, Seen
 from kvatlas.streams.index.columns import NOT_ANSWERED, read_index
+from kvatlas.streams.index.holders import readable
 from kvatlas.streams.v1 import block_index_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -222,7 +223,7 @@ class _Request:
         if len(index) != expected:
             raise ValueError(f"{len(index)} keys instead of {expected}")
         where = range(expected) if positions is None else positions.tolist()
-        table = [b"", *response.values]
+        table = [b"", *map(readable, response.values)]
         found = [None if number == NOT_ANSWERED else table[number] for number in index]
         answered, owners = self._note(response)
         missing = self._put(where, found, self._settled)

@@ -51,6 +51,13 @@ class Holder(NamedTuple):
     epoch: int
 
 
+def readable(value: bytes | None, absent: bytes | None = b"") -> bytes | None:
+    """Return a table value from elsewhere: ``absent`` for none, None (no answer) for one that is no holders."""
+    if not value:
+        return absent
+    return None if len(value) % HOLDER_BYTES else value
+
+
 def holders(value: bytes) -> Iterator[Holder]:
     """Yield the holders of a table value."""
     for fields in HOLDER.iter_unpack(value):

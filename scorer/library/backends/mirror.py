@@ -23,6 +23,7 @@ from kvatlas.scorer.library.backends.errors import BackendError, ReadOnlyError, 
 from kvatlas.scorer.lookups.pods import PodTable
 from kvatlas.streams.index.apply import Validities
 from kvatlas.streams.index.blocks_record import BlocksRecord
+from kvatlas.streams.index.holders import readable
 from kvatlas.streams.mirror.layout import MirrorLayout, MirrorPosition, Names, position_of
 from kvatlas.streams.mirror.redis_link import connect, where
 
@@ -122,7 +123,7 @@ class MirrorBackend:
         if not names:
             return []
         found = await self._asked(asyncio.wait_for(self._values(names), self._lookup_seconds))
-        values: list[bytes | None] = [value or b"" for value in found]
+        values = [readable(value) for value in found]
         if self._uncopied:
             for number, key in enumerate(keys):
                 if partition_of(key, self.layout.partitions) in self._uncopied:

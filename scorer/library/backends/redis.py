@@ -27,6 +27,7 @@ from kvatlas.scorer.library.backends.base import Stats, slices
 from kvatlas.scorer.library.backends.errors import BackendError, IndexLostError
 from kvatlas.streams.index.apply import Validities, block_keys_of, sweep_index
 from kvatlas.streams.index.blocks_record import BlocksRecord
+from kvatlas.streams.index.holders import readable
 from kvatlas.streams.mirror.redis_link import connect, escaped, where
 
 SCHEMA: Final = 1
@@ -182,7 +183,7 @@ class RedisBackend:
         names = [blocks + key for key in keys]
         found = await self._asked(asyncio.wait_for(self._values(names), self._lookup_seconds))
         absent = None if self.lost else b""
-        return [value or absent for value in found]
+        return [readable(value, absent) for value in found]
 
     async def _values(self, names: list[bytes]) -> list[bytes | None]:
         if len(names) <= _MGET:

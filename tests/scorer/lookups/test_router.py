@@ -309,3 +309,28 @@ async def test_a_silent_owner_holds_up_no_other_partition(hedge_ms: float) -> No
         answers = await asked
         assert answers.values == [rig.table[key] for key in keys]
         assert {seen.role for seen in answers.partitions.values()} == {"active"}
+
+
+class Spoilt(Index):
+    """A worker whose values are no holders."""
+
+    async def Lookup(self, request: index_pb.LookupRequest, context: Any) -> index_pb.LookupResponse:  # noqa: N802
+        answer = await super().Lookup(request, context)
+        for number, value in enumerate(answer.values):
+            answer.values[number] = value + b"x"
+        return answer
+
+
+async def test_values_that_are_no_holders_are_no_answer() -> None:
+    """Whoever else has the partition is asked; where nobody has, the score is partial and no error."""
+    rig = Rig()
+    async with rig.stack:
+        rig.pod("a", 10)
+        await rig.worker(Spoilt("w0", rig.table, ALL))
+        scored = await rig.core.score(pb.ScoreRequest(model="m", tokens=TOKENS))
+        assert scored.freshness.partial
+        assert not scored.scores
+        await rig.worker(Index("w1", rig.table, ALL, role=index_pb.PartitionState.STANDBY), standby=True)
+        scored = await rig.core.score(pb.ScoreRequest(model="m", tokens=TOKENS))
+        assert scored.scores["a"].matched_blocks == 10
+        assert not scored.freshness.partial

@@ -73,6 +73,15 @@ async def test_what_is_not_kept_or_not_copied_is_said(client: Any, own_redis: An
             await indexer.backend.apply(None)
 
 
+async def test_a_value_that_is_no_holders_is_no_answer(client: Any, own_redis: Any):
+    """Other users of the server may write there: the score says that it is partial, and what is before it counts."""
+    keys = block_key.block_keys(block_key.root_key("m"), block_key.pack_tokens(TOKENS), 16)
+    await client.set(NAMES.blocks + keys[3], b"\xff" * 25)
+    async with Indexer.from_mirror(MirrorBackend(own_redis.url, "mirror")) as indexer:
+        scored = await score(indexer)
+        assert (scored.scores["one"].matched_blocks, scored.partial) == (3, True)
+
+
 async def test_a_server_that_hangs_holds_no_score_up(client: Any, own_redis: Any):
     """A score does not wait for as long as the server may take: it says that it is partial."""
     mirror = MirrorBackend(own_redis.url, prefix="mirror", timeout_seconds=600, lookup_seconds=0.3)

@@ -33,6 +33,16 @@ async def test_a_killed_and_restarted_server_loses_nothing_that_was_acknowledged
     await backend.close()
 
 
+async def test_a_value_that_is_no_holders_is_no_answer(own_redis):
+    """Other users of the server may write there."""
+    backend = RedisBackend(own_redis.url, lookup_seconds=90)
+    await backend.start()
+    await backend.apply(record(1, 0, [(OP_ADD, key(n), holder(1)) for n in range(2)]))
+    await backend._client.append(backend._blocks + key(1), b"x")
+    assert await backend.lookup([key(0), key(1), key(2)]) == [holder(1), None, b""]
+    await backend.close()
+
+
 async def test_a_short_outage_is_bridged_by_retries(own_redis):
     """A restart within the retries' patience is not seen by the caller."""
     backend = RedisBackend(own_redis.url, retries=100, lookup_seconds=90)
