@@ -145,15 +145,24 @@ def from_pods(records: Iterable[PodRecord], serving_port: int) -> list[Endpoint]
 
 
 def merged(sources: Iterable[Iterable[Endpoint]], pods: Mapping[str, PodRecord]) -> list[Endpoint]:
-    """Join sources by address, the first one winning; pods that ended are not ready, models come from events."""
+    """Join sources by address, the first one winning; what a pod's events tell of it is put in.
+
+    A pod of which no events are known by its name, but by its address, as llm-d's topics have it, is known by that.
+    """
     found: dict[str, Endpoint] = {}
     for source in sources:
         for endpoint in source:
             found.setdefault(endpoint.address, endpoint)
     joined_ones = []
     for endpoint in found.values():
+        endpoint = endpoint._replace(pod=_known_as(endpoint, pods))  # noqa: PLW2901 - the same one, better known
         record = pods.get(endpoint.pod)
         if record is not None and not endpoint.model and record.model:
             endpoint = endpoint._replace(model=record.model)  # noqa: PLW2901 - the same one, better known
         joined_ones.append(endpoint)
     return sorted(joined_ones)
+
+
+def _known_as(endpoint: Endpoint, pods: Mapping[str, PodRecord]) -> str:
+    pod, address = endpoint.pod, endpoint.address
+    return next((name for name in (pod, address, f"{address}@dp{rank_of(pod)}") if name in pods), pod)

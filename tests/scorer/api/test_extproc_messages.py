@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 
+import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kvatlas.scorer.api.extproc_messages import body_pieces, request_of, serialized
+from kvatlas.scorer.api.extproc_messages import body_pieces, request_of, serialized, served_of, subset_of
+from kvatlas.scorer.picker import names
 from kvatlas.scorer.v1 import extproc_pb2 as pb
 
 
@@ -62,3 +64,40 @@ def test_bytes_that_are_no_message_are_no_piece_either(head: bytes, size: int, t
         read = request_of(data)
     if expected is not None and read is not None and read.WhichOneof("request") == "request_body":
         assert bytes(read.request_body.body) == expected.request_body.body
+
+
+HINT = {
+    "list": (["10.0.0.1:8000", " 10.0.0.2 ", "[fd00::1]:8000"], {"10.0.0.1:8000", "10.0.0.2", "[fd00::1]:8000"}),
+    "text": ("10.0.0.1:8000, 10.0.0.2,", {"10.0.0.1:8000", "10.0.0.2"}),
+    "one": ("10.0.0.1:8000", {"10.0.0.1:8000"}),
+    "empty list": ([], set()),
+    "empty text": ("", set()),
+    "null": (None, set()),
+    "numbers": ([1, {}, "10.0.0.1"], {"10.0.0.1"}),
+    "object": ({"a": "10.0.0.1"}, set()),
+}
+
+
+@pytest.mark.parametrize(("value", "wanted"), HINT.values(), ids=HINT)
+def test_subset_hint_in_every_form(value: object, wanted: set[str]) -> None:
+    """A hint that names nobody is a hint: nobody may be picked; only its absence allows all."""
+    message = pb.ProcessingRequest()
+    message.metadata_context.filter_metadata[names.SUBSET_NAMESPACE].update({names.SUBSET: value})
+    assert subset_of(message) == frozenset(wanted)
+
+
+def test_without_a_hint_all_may_be_picked() -> None:
+    message = pb.ProcessingRequest()
+    assert subset_of(message) is None
+    message.metadata_context.filter_metadata[names.LB_NAMESPACE].update({names.SUBSET: ["10.0.0.1"]})
+    message.metadata_context.filter_metadata[names.SUBSET_NAMESPACE].update({"another": ["10.0.0.1"]})
+    assert subset_of(message) is None
+
+
+def test_the_pod_that_answered_is_what_the_data_plane_says_else_the_address_it_dialled() -> None:
+    message = pb.ProcessingRequest()
+    assert served_of(message) == ""
+    message.attributes[names.ATTRIBUTES].update({names.UPSTREAM_ADDRESS: "10.0.0.2:8000"})
+    assert served_of(message) == "10.0.0.2:8000"
+    message.metadata_context.filter_metadata[names.LB_NAMESPACE].update({names.SERVED: "10.0.0.1:8000"})
+    assert served_of(message) == "10.0.0.1:8000"

@@ -87,6 +87,19 @@ def test_sources_are_joined_by_address_and_learn_their_model() -> None:
     assert merged([[first], [second]], pods) == [first._replace(model="m")]
 
 
+def test_pods_of_a_pool_are_known_by_their_address_where_topics_name_them_so() -> None:
+    """llm-d's engines say ``kv@IP:PORT@MODEL``, a pool their names: one pod; a rank's id may carry its number too."""
+    pool = endpoints_of(pod("p"), POOL)
+    assert [one.pod for one in merged([pool], {})] == ["p@dp0", "p@dp1"]
+    ids = ["10.0.0.5:8000", "10.0.0.5:8001@dp1"]
+    pods = {name: PodRecord(pod=name, writer="bridge", model="m") for name in ids}
+    assert [(one.pod, one.model) for one in merged([pool], pods)] == [(name, "m") for name in ids]
+    pods["p@dp0"] = PodRecord(pod="p@dp0", writer="bridge")
+    assert [one.pod for one in merged([pool], pods)] == ["p@dp0", "10.0.0.5:8001@dp1"]
+    (alone,) = merged([parse_endpoint("10.0.0.5:8000,pod=p")], {"10.0.0.5:8000": pods["10.0.0.5:8000"]})
+    assert alone.pod == "10.0.0.5:8000"
+
+
 POOL: dict[str, Any] = {
     "metadata": {"namespace": "default", "name": "llama"},
     "spec": {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,10 @@ from kvatlas.scorer.gateway.prefixes import CorePrefixes
 from kvatlas.scorer.picker.route import Incoming
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.tokenization.pool import TokenizerPool
+from kvatlas.scorer.tokenization.requests import shape_of
 from tests.scorer.rig import PARTITIONS, TOKENS, Index, Rig
+
+FOLDER = Path(__file__).parents[2] / "data" / "tokenizer"
 
 
 async def test_where_there_is_more_than_can_be_scored_a_prompt_is_not_looked_at() -> None:
@@ -123,3 +127,40 @@ def test_long_texts_are_decoded_at_once() -> None:
     body = read_body(msgspec.json.encode({"model": "m", "prompt": "a, b" * 1_000_000}))
     assert body is not None
     assert body.document is not None
+
+
+TEXT = "The router keeps the prefix. " * 12
+CHAT = [{"role": "user", "content": TEXT}]
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": TEXT},
+    "/v1/chat/completions": {"messages": CHAT},
+    "/v1/responses": {"input": TEXT},
+    "/v1/messages": {"messages": CHAT, "max_tokens": 9},
+    "/inference/v1/generate": {"token_ids": TOKENS, "sampling_params": {}},
+    "/v1/chat/completions/render": {"messages": CHAT},
+}
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_every_api_has_its_prompt_scored(path: str, stream: bool) -> None:
+    """Whoever holds the first block is found by text, chat, token ids and Anthropic's messages alike."""
+    pool = TokenizerPool(TokenizerSettings(models=(f"m={FOLDER}",)))
+    rig = Rig(pool=pool)
+    async with rig.stack:
+        await rig.worker(Index("w", rig.table, set(range(PARTITIONS))))
+        prefixes = CorePrefixes(rig.core, pool)
+        shape = shape_of(path)
+        assert shape is not None
+        body = {"model": "m", "stream": stream, **BODIES[path]}
+        rig.pod("a", 0)
+        cold = await prefixes.of(shape, body, math.inf)
+        assert (cold.model, dict(cold.held)) == ("m", {})
+        keys = cold.remembered.keys
+        assert 16 < len(keys) <= cold.tokens
+        rig.hold("a", [keys[at : at + 16] for at in range(0, len(keys), 16)])
+        found = await prefixes.of(shape, body, math.inf)
+        assert found.tokens == cold.tokens
+        assert found.held["a"].tokens == len(keys)  # 16 bytes a key, 16 tokens a block
+        await rig.router.close()
+    pool.close()
