@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 from kvatlas.bridge.errors import LogError, SettingsError, WireError
@@ -37,6 +37,7 @@ from kvatlas.scorer.library.backends.memory import MemoryBackend
 from kvatlas.scorer.lookups.pods import PodTable
 from kvatlas.streams.index.apply import apply_blocks, is_meta
 from kvatlas.streams.index.blocks_record import decode_blocks
+from kvatlas.streams.index.view import BulkView
 from kvatlas.streams.state.local_table import LocalTable
 
 log = logging.getLogger(__name__)
@@ -49,23 +50,11 @@ _RETRY_SECONDS: Final = 1.0
 _SWEEP_SECONDS: Final = 30.0
 
 
-class Store(Protocol):
+class Store(BulkView, Protocol):
     """Where a replica is: what is used of a memory backend or of a table in RocksDB."""
-
-    def get(self, key: bytes) -> bytes | None:
-        """Return the value under a key."""
-
-    def put(self, key: bytes, value: bytes) -> None:
-        """Write a value."""
-
-    def delete(self, key: bytes) -> None:
-        """Remove a key."""
 
     def clear(self) -> None:
         """Remove everything."""
-
-    def prefetch(self, keys: Iterable[bytes]) -> None:
-        """Tell which keys will be read."""
 
 
 class PartitionView:
@@ -86,6 +75,14 @@ class PartitionView:
     def delete(self, key: bytes) -> None:
         """Remove a key."""
         self._store.delete(key)
+
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Return values of blocks in order."""
+        return self._store.get_many(keys)
+
+    def write_all(self, writes: Mapping[bytes, bytes | None]) -> None:
+        """Write values of blocks, None removes."""
+        self._store.write_all(writes)
 
     def prefetch(self, keys: Iterable[bytes]) -> None:
         """Fetch in one go what is not in memory."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
@@ -22,9 +22,9 @@ from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.model.chain import split_keys
 from kvatlas.bridge.model.epochs import incarnation_of
 from kvatlas.bridge.model.validity import Validity
-from kvatlas.streams.index.blocks_record import OP_ADD, BlocksRecord, Run
+from kvatlas.streams.index.blocks_record import OP_ADD, OP_REMOVE, BlocksRecord, Run
 from kvatlas.streams.index.holders import HOLDER, HOLDER_BYTES, add_holder, are_holders, remove_holder
-from kvatlas.streams.index.view import View
+from kvatlas.streams.index.view import BulkView, View
 
 META_PREFIX: Final = b"\x00pod"
 _POSITION: Final = struct.Struct(">QQ")
@@ -67,7 +67,7 @@ def table_keys_of(record: BlocksRecord) -> list[bytes]:
 
 
 def apply_blocks(
-    view: View, record: BlocksRecord, counts: Counter[str], *, table_keys: list[bytes] | None = None
+    view: BulkView, record: BlocksRecord, counts: Counter[str], *, table_keys: list[bytes] | None = None
 ) -> None:
     """Apply one ``kv-blocks`` record.
 
@@ -107,38 +107,62 @@ def _past(view: View, run: Run) -> bool:
     return True
 
 
-def _apply_run(view: View, record: BlocksRecord, keys: list[bytes], updates: range, counts: Counter[str]) -> None:
-    get, put, delete = view.get, view.put, view.delete
-    ops, holders = record.ops, record.holders
+def _apply_run(view: BulkView, record: BlocksRecord, keys: list[bytes], updates: range, counts: Counter[str]) -> None:
     unchanged = 0
-    for number in updates:
-        key = keys[number]
-        offset = number * HOLDER_BYTES
-        holder = holders[offset : offset + HOLDER_BYTES]
-        old = get(key)
-        if ops[number] == OP_ADD:
-            if old is None:
-                put(key, holder)
-                continue
-            new = add_holder(old, holder)
-            if new == old:
-                unchanged += 1
-            else:
-                put(key, new)
-        elif old is None:
-            unchanged += 1
-        elif old[:11] == holder[:11] and len(old) == HOLDER_BYTES and old[16:] <= holder[16:]:
-            delete(key)
-        else:
-            new = remove_holder(old, holder)
-            if len(new) == len(old):
-                unchanged += 1
-            elif new:
-                put(key, new)
-            else:
-                delete(key)
+    for start, end, holder in _stretches(record, updates):
+        some = keys[start:end]
+        olds = view.get_many(some)
+        writes = _added(some, olds, holder) if record.ops[start] == OP_ADD else _removed(some, olds, holder)
+        view.write_all(writes)
+        unchanged += len(some) - len(writes)
     if unchanged:
         counts["unchanged"] += unchanged
+
+
+def _stretches(record: BlocksRecord, updates: range) -> Iterator[tuple[int, int, bytes]]:
+    """Yield (first update, end, holder) of neighbours with one operation and one holder: mostly a whole run.
+
+    In such a stretch neither order nor repetition of keys matters, so all of it is looked up at once; and its entries
+    share one object of bytes as long as they are in memory.
+    """
+    ops, holders = record.ops, record.holders
+    at, last = updates.start, updates.stop
+    while at < last:
+        holder = holders[at * HOLDER_BYTES : (at + 1) * HOLDER_BYTES]
+        other = ops.find(OP_ADD + OP_REMOVE - ops[at], at, last)
+        end = last if other < 0 else other
+        if at > updates.start or holders[at * HOLDER_BYTES : end * HOLDER_BYTES] != holder * (end - at):
+            stop = at + 1
+            while stop < end and holders.startswith(holder, stop * HOLDER_BYTES):
+                stop += 1
+            end = stop
+        yield at, end, holder
+        at = end
+
+
+def _added(keys: list[bytes], olds: list[bytes | None], holder: bytes) -> dict[bytes, bytes | None]:
+    """Return what is to be written where keys get a holder."""
+    if olds.count(None) == len(olds):
+        return dict.fromkeys(keys, holder)
+    writes: dict[bytes, bytes | None] = {}
+    for key, old in zip(keys, olds, strict=True):
+        new = holder if old is None else add_holder(old, holder)
+        if new != old:
+            writes[key] = new
+    return writes
+
+
+def _removed(keys: list[bytes], olds: list[bytes | None], holder: bytes) -> dict[bytes, bytes | None]:
+    """Return what is to be written where keys lose a holder."""
+    if olds.count(holder) == len(olds):
+        return dict.fromkeys(keys)
+    writes: dict[bytes, bytes | None] = {}
+    for key, old in zip(keys, olds, strict=True):
+        if old is not None:
+            new = remove_holder(old, holder)
+            if len(new) < len(old):
+                writes[key] = new or None
+    return writes
 
 
 # --- sweep --------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ caches. A view gathers its writes; whoever made it applies them in one batch, or
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 
@@ -24,6 +24,16 @@ class View(Protocol):
 
     def prefetch(self, keys: Iterable[bytes]) -> None:
         """Tell which keys will be read, so that they can be fetched in one go; a hint only."""
+
+
+class BulkView(View, Protocol):
+    """A view of the index, read and written by many keys at once: a call for each would cost more than the work."""
+
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Return the values of keys in order, None where there is none."""
+
+    def write_all(self, writes: Mapping[bytes, bytes | None]) -> None:
+        """Write values, None removes; visible at once to reads of this view."""
 
 
 class DictView:
@@ -46,3 +56,20 @@ class DictView:
 
     def prefetch(self, keys: Iterable[bytes]) -> None:
         """Do nothing: a dict has nothing to fetch."""
+
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Return the values of keys in order."""
+        return list(map(self.values.get, keys))
+
+    def write_all(self, writes: Mapping[bytes, bytes | None]) -> None:
+        """Write values, None removes."""
+        write_each(self, writes)
+
+
+def write_each(view: View, writes: Mapping[bytes, bytes | None]) -> None:
+    """Write values one by one, for a view that has no shorter way."""
+    for key, value in writes.items():
+        if value is None:
+            view.delete(key)
+        else:
+            view.put(key, value)

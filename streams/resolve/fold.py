@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from kvatlas.streams.index.apply import apply_blocks
-from kvatlas.streams.index.view import View
+from kvatlas.streams.index.view import BulkView, View
 from kvatlas.streams.resolve.effects import Effects
 from kvatlas.streams.resolve.message import Message
 from kvatlas.streams.resolve.resolver import ResolveOptions, Resolver
@@ -29,7 +29,7 @@ class LogFold:
         counts: what happened, by name, in both tables.
     """
 
-    def __init__(self, options: ResolveOptions, engine_blocks: View, index: View, clock: Callable[[], int]) -> None:
+    def __init__(self, options: ResolveOptions, engine_blocks: View, index: BulkView, clock: Callable[[], int]) -> None:
         self.counts: Counter[str] = Counter()
         self._resolver = Resolver(options, 1, clock)
         self._engine_blocks, self._index = engine_blocks, index

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -43,6 +43,14 @@ class LocalTable:
     def delete(self, key: bytes) -> None:
         """Remove a key; no effect when it is not there."""
         self._pending[key] = None
+
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Return the values of keys in order."""
+        return [self.get(key) for key in keys]
+
+    def write_all(self, writes: Mapping[bytes, bytes | None]) -> None:
+        """Write values, None removes."""
+        self._pending.update(writes)
 
     def clear(self) -> None:
         """Remove everything."""

@@ -91,6 +91,18 @@ class Overlay:
         """Remove a key; no effect when it is not there."""
         self._writes[key] = self.values[key] = None
 
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Return the values of keys in order, None where there is none; quick for keys that were fetched ahead."""
+        try:
+            return list(map(self.values.__getitem__, keys))
+        except KeyError:
+            return [self.get(key) for key in keys]
+
+    def write_all(self, writes: Mapping[bytes, bytes | None]) -> None:
+        """Write values, None removes; visible at once to all readers."""
+        self.values.update(writes)
+        self._writes.update(writes)
+
     def prefetch(self, keys: Iterable[bytes]) -> None:
         """Fetch what is neither cached nor written in one multi-get."""
         missing = self._missing(keys)

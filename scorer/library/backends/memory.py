@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from kvatlas.bridge.model.validity import Validity
@@ -13,6 +13,7 @@ from kvatlas.scorer.library.backends.base import Stats, slices
 from kvatlas.scorer.library.backends.sketch import FrequencySketch
 from kvatlas.streams.index.apply import Validities, apply_blocks, is_meta, sweep_index
 from kvatlas.streams.index.blocks_record import BlocksRecord
+from kvatlas.streams.index.view import write_each
 
 #: What one entry costs beside its bytes: key and value objects, and their places in the ordered dict (measured).
 ENTRY_OVERHEAD_BYTES: Final = 220
@@ -108,6 +109,14 @@ class MemoryBackend:
         old = self._entries.pop(key, None)
         if old is not None and self._max_bytes is not None:
             self._bytes -= len(key) + len(old) + ENTRY_OVERHEAD_BYTES
+
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Return values of blocks in order."""
+        return list(map(self._entries.get, keys))
+
+    def write_all(self, writes: Mapping[bytes, bytes | None]) -> None:
+        """Write values, None removes."""
+        write_each(self, writes)
 
     def clear(self) -> None:
         """Remove everything."""

@@ -12,7 +12,7 @@ from kvatlas.bridge.model.events import Tier
 from kvatlas.bridge.model.validity import Validity
 from kvatlas.streams.index.apply import apply_blocks, is_meta, meta_key, position, sweep_index
 from kvatlas.streams.index.blocks_record import OP_ADD, OP_REMOVE, BlocksRecord, Run
-from kvatlas.streams.index.holders import pack_holder
+from kvatlas.streams.index.holders import add_holder, pack_holder, remove_holder
 from kvatlas.streams.index.view import DictView
 
 K1, K2 = b"1" * 16, b"2" * 16
@@ -154,3 +154,29 @@ def test_the_sweep_forgets_positions_of_pods_that_are_gone_for_long():
     items = [(meta_key(ref), (7).to_bytes(8, "big") + bytes(8)) for ref in (1, 2, 3)]
     swept = sweep_index(items, {}, forget={1: 7, 2: 6})
     assert (swept.deletes, swept.dropped) == ([meta_key(1)], 1)
+
+
+_CHANGES = st.lists(
+    st.tuples(
+        st.sampled_from([OP_ADD, OP_REMOVE]),
+        st.integers(0, 3).map(lambda number: bytes([number]) * 16),
+        st.builds(_holder, pod=st.integers(1, 2), tier=st.sampled_from([Tier.GPU, Tier.CPU]), epoch=st.integers(1, 2)),
+    ),
+    min_size=1,
+    max_size=24,
+)
+
+
+@given(st.lists(_CHANGES, min_size=1, max_size=4))
+def test_runs_do_what_their_updates_do_one_by_one(runs):
+    """Stretches of one operation and one holder are applied at once: the same table, and as many updates unchanged."""
+    view, table, unchanged = DictView(), {}, 0
+    counts = _apply(view, *(_record(number, *changes) for number, changes in enumerate(runs)))
+    for op, key, holder in (change for changes in runs for change in changes):
+        old = table.get(key, b"")
+        new = add_holder(old, holder) if op == OP_ADD else remove_holder(old, holder)
+        unchanged += new == old
+        table[key] = new
+    del view.values[meta_key(1)]
+    assert view.values == {key: value for key, value in table.items() if value}
+    assert counts["unchanged"] == unchanged
