@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 from aiokafka import TopicPartition
+from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.kafka.follower import TopicFollower
 from kvatlas.bridge.kafka.ranges import RangeReader
@@ -18,6 +20,7 @@ from kvatlas.deploy.reindex.catalog import admin_of
 
 _CLIENT_ID: Final = "kvatlas-reindex"
 _READ_SECONDS: Final = 20.0
+_AGAIN_SECONDS: Final = 0.2
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,10 +145,26 @@ class ProgressReader:
         done = {number: edge.first for number, edge in edges.items()}
         async with admin_of(self._kafka) as admin:
             for group in groups:
-                found = await admin.list_consumer_group_offsets(self._kafka.topic(group))
+                found = await committed(admin, self._kafka.topic(group))
                 for number in edges:
                     if (meta := found.get(TopicPartition(name, number))) is not None:
                         done[number] = max(done[number], meta.offset)
         end = sum(edge.end for edge in edges.values())
         left = sum(max(edge.end - done[number], 0) for number, edge in edges.items())
         return end, end - sum(edge.first for edge in edges.values()), left
+
+
+async def committed(admin: Any, group: str, wait_seconds: float = 30.0) -> Any:
+    """Return a group's committed offsets; a broker that has just been made finds no coordinator at first.
+
+    Raises:
+        KafkaError: the brokers refused, or were not ready in time.
+    """
+    ends = time.monotonic() + wait_seconds
+    while True:
+        try:
+            return await admin.list_consumer_group_offsets(group)
+        except KafkaError as error:
+            if not error.retriable or time.monotonic() >= ends:
+                raise
+        await asyncio.sleep(_AGAIN_SECONDS)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
+import pytest
+from aiokafka.errors import GroupAuthorizationFailedError, GroupCoordinatorNotAvailableError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +16,7 @@ from kvatlas.bridge.model.adapters.fields import encode_batch
 from kvatlas.bridge.model.block_key import pack_tokens
 from kvatlas.deploy.history.log import Record
 from kvatlas.deploy.reindex.compare import Matched, Versions, agree, compare, differing
-from kvatlas.deploy.reindex.progress import Progress
+from kvatlas.deploy.reindex.progress import Progress, committed
 from kvatlas.deploy.reindex.prompts import Chains, Prompt, sample
 
 PROMPT = Prompt(model="m", lora="", cache_salt="", tokens=pack_tokens(range(64)))
@@ -131,3 +133,25 @@ def test_a_version_takes_over_only_when_nothing_is_missing() -> None:
         why = Progress(**fields).behind(4)
         assert why is not None
         assert text in why
+
+
+class Groups:
+    """Answers for offsets of groups, or fails first."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors = list(errors)
+
+    async def list_consumer_group_offsets(self, group: str) -> Any:
+        if self.errors:
+            raise self.errors.pop(0)
+        return {group: 1}
+
+
+async def test_offsets_are_asked_for_again_while_there_is_no_coordinator() -> None:
+    """A broker finds one when it is first asked; a refusal is final."""
+    missing = GroupCoordinatorNotAvailableError()
+    assert await committed(Groups(missing, missing), "g", 90.0) == {"g": 1}
+    with pytest.raises(GroupCoordinatorNotAvailableError):
+        await committed(Groups(missing), "g", 0.0)
+    with pytest.raises(GroupAuthorizationFailedError):
+        await committed(Groups(GroupAuthorizationFailedError()), "g", 90.0)
