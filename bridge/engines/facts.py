@@ -132,8 +132,8 @@ def sglang_facts(url: str, *, info: Mapping[str, Any], models: Any, metrics: str
         host = _host(str(events.get("endpoint_host") or ""), url)
         size = events.get("block_size") or size
         sources = _sources(host, events)
-        if isinstance(events.get("load_endpoint_port_base"), int):
-            load = f"tcp://{host}:{events['load_endpoint_port_base']}"
+        if port := _port(events, "load_endpoint_port_base"):
+            load = f"tcp://{host}:{port}"
     cached = info.get("disable_radix_cache")
     return EngineFacts(
         url=url,
@@ -163,19 +163,25 @@ def _method(info: Any) -> str:
 
 def _sources(host: str, events: Mapping[str, Any]) -> list[EventSource]:
     """Return the ranks' sockets: rank r is at both port bases plus r."""
-    base, replay, ranks = (events.get(key) for key in ("endpoint_port_base", "replay_endpoint_port_base", "dp_size"))
-    if not isinstance(base, int):
+    base, replay = _port(events, "endpoint_port_base"), _port(events, "replay_endpoint_port_base")
+    if not base:
         return []
+    ranks = events.get("dp_size")
     count = ranks if isinstance(ranks, int) and 1 <= ranks <= RANKS_MAX else 1
     return [
         EventSource(
             rank=rank,
             live=f"tcp://{host}:{base + rank}",
-            replay=f"tcp://{host}:{replay + rank}" if isinstance(replay, int) else "",
+            replay=f"tcp://{host}:{replay + rank}" if replay else "",
             topic=str(events.get("topic") or ""),
         )
         for rank in range(count)
     ]
+
+
+def _port(told: Mapping[str, Any], name: str) -> int | None:
+    """Return a port that is told as a number; None for what is none, such as true."""
+    return port_of(str(told[name])) if isinstance(told.get(name), int) else None
 
 
 def cache_config(metrics: str) -> dict[str, str]:

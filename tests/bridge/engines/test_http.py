@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from kvatlas.bridge.engines.discovery import discover
 from kvatlas.bridge.engines.facts import EventSource, reachable, sglang_facts
-from kvatlas.bridge.engines.http import ask_engine, parse_http, specs_over_http
+from kvatlas.bridge.engines.http import ask_engine, parse_http, specs_of, specs_over_http
 from kvatlas.bridge.errors import SettingsError, UnresolvedError
 from kvatlas.bridge.options import BridgeSettings
 from tests.bridge.engines.fake_engine import fake_engine, vllm
@@ -172,3 +175,23 @@ def test_odd_answers_are_facts_that_are_not_known() -> None:
     assert facts.models == ()
     info = {"kv_events": {"publisher": "zmq", "endpoint_host": "*", "endpoint_port_base": 7, "dp_size": 10**9}}
     assert sglang_facts("http://h:1", info=info, models=None).sources == (EventSource(rank=0, live="tcp://h:7"),)
+
+
+_TOLD = st.none() | st.booleans() | st.integers(-2, 70_000) | st.just(2**70) | st.text(max_size=3) | st.just([1])
+_PORTS = (
+    "endpoint_port_base",
+    "replay_endpoint_port_base",
+    "load_endpoint_port_base",
+    "dp_size",
+    "block_size",
+    "topic",
+)
+
+
+@given(st.fixed_dictionaries({}, optional=dict.fromkeys((*_PORTS, "endpoint_host"), _TOLD)))
+@example({"endpoint_port_base": 7, "load_endpoint_port_base": True, "dp_size": 2})
+def test_whatever_an_engine_tells_is_taken_or_said_to_be_wrong(told: dict[str, Any]) -> None:
+    """No other error comes out: it would end the search for all engines."""
+    facts = sglang_facts("http://h:1", info={"kv_events": {"publisher": "zmq", **told}}, models=None)
+    with contextlib.suppress(SettingsError):
+        specs_of(facts, {})
