@@ -164,7 +164,7 @@ class Site:
 
     async def until(self, true: Callable[[Prediction], bool]) -> None:
         """Ask until a prediction is so."""
-        async with asyncio.timeout(150):
+        async with asyncio.timeout(240):
             while not true(await self.predicted()):
                 await asyncio.sleep(0.1)
 
@@ -206,6 +206,7 @@ async def test_a_killed_worker_and_a_restarted_engine_cost_predictions_and_no_re
         await site.one.stop()
 
 
+@pytest.mark.timeout(900)
 async def test_kafka_that_goes_away_leaves_load_alone_until_it_is_back(
     own_kafka: KafkaNode, tmp_path: Path, workers: list[WorkerProcess]
 ) -> None:
