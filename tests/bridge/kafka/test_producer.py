@@ -243,6 +243,8 @@ async def test_batches_of_a_producer_that_is_given_up_hold_up_no_closing() -> No
     await asyncio.wait_for(closing, 90)
     with pytest.raises(ProducerClosed):
         await sent
+    for waiting in held._batches.values():
+        assert all(isinstance(one._drain_waiter.exception(), ProducerClosed) for one in waiting)
 
 
 async def test_no_broker_at_start_is_an_error() -> None:
