@@ -9,7 +9,8 @@ prompt while there is more work than time.
 
 A request joins the line as early as its front can tell: what happens before is a queue that nobody sees. Calls of gRPC
 do with nothing but their headers (:meth:`Admission.come`): with their turn they begin to be read, a few at a time, and
-are let inside once they are there as a whole. A caller that is slow to send holds nobody up for more than 0.01 s.
+are let inside once they are there as a whole, before whoever is still in the line. So the next are read while some are
+worked on. A caller that is slow to send holds nobody up for more than 0.01 s.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _STANDS_AFTER_SECONDS: Final = 0.1
 _STANDING_SECONDS: Final = 0.02
 #: Turns per pass of the event loop; each is about half a millisecond of work.
 _TURNS: Final = 2
-#: Requests that have their turn and are not there yet; with more their work would come all at once.
+#: Requests that begin to be read, or are there and not yet inside; with more their work would come all at once.
 _BEGUN: Final = 8
 #: Those that are not there for so long are not waited for.
 _SLOW_SECONDS: Final = 0.01
@@ -47,6 +48,7 @@ class Step(enum.Enum):
 
     WAITING = enum.auto()
     BEGUN = enum.auto()
+    READY = enum.auto()
     INSIDE = enum.auto()
     REFUSED = enum.auto()
     LEFT = enum.auto()
@@ -94,6 +96,8 @@ class Line:
         self._count = 0  # of the line, without those who left it
         self._begun: deque[Arrival] = deque()
         self._begun_count = 0
+        self._ready: deque[Arrival] = deque()
+        self._ready_count = 0
         self._empty_at = clock()
 
     @property
@@ -113,7 +117,7 @@ class Line:
 
     def full(self) -> bool:
         """Return whether there are as many as may be."""
-        return self.inside + self._count >= self._most
+        return self.inside + self._count + self._ready_count >= self._most
 
     def too_long(self, waited: float, seconds: float) -> bool:
         """Return whether a wait is too long for somebody who gives so many seconds in all."""
@@ -126,7 +130,21 @@ class Line:
         begun, now = self._begun, self._clock()
         while begun and (begun[0].step is not Step.BEGUN or now - begun[0].turned > _SLOW_SECONDS):
             self.leave(begun.popleft())
-        return self._begun_count >= _BEGUN
+        return self._begun_count + self._ready_count >= _BEGUN
+
+    @property
+    def ready(self) -> int:
+        """Requests that began, are there as a whole, and wait for a pass with time."""
+        return self._ready_count
+
+    def arrived(self, place: Arrival, until: float) -> Arrival:
+        """Return the place of a request that began and is there as a whole now."""
+        self.leave(place)
+        place = Arrival(self, self._clock(), until, whole=True)
+        place.step = Step.READY
+        self._ready.append(place)
+        self._ready_count += 1
+        return place
 
     def join(self, until: float, *, whole: bool = True) -> Arrival:
         """Put a request at the end of the line."""
@@ -154,12 +172,14 @@ class Line:
     def next(self) -> Arrival | None:
         """Take the first out of the line, let in or refused by its ``step``; None when nobody waits or can go on."""
         waited = self.oldest()
-        if not self._waiting:
-            return None
-        place = self._waiting[0]
-        late = self.too_long(waited, place.until - place.arrived)
-        if not late and self.blocked():
-            return None
+        place = self._waiting[0] if self._waiting else None
+        late = place is not None and self.too_long(waited, place.until - place.arrived)
+        if not late and (place is None or place.whole or self.blocked()):
+            if (ready := self._next_ready()) is not None:
+                return ready
+            if place is None or not place.whole:
+                return None
+        assert place is not None
         self._waiting.popleft()
         self._count -= 1
         if late:
@@ -169,6 +189,15 @@ class Line:
         self.oldest()  # notes that the line is empty
         return place
 
+    def _next_ready(self) -> Arrival | None:
+        while self._ready:
+            place = self._ready.popleft()
+            if place.step is Step.READY:
+                self._ready_count -= 1
+                self._let(place)
+                return place
+        return None
+
     def leave(self, place: Arrival) -> None:
         """Take a request out, wherever it is."""
         if place.step is Step.INSIDE:
@@ -177,6 +206,8 @@ class Line:
             self._count -= 1
         elif place.step is Step.BEGUN:
             self._begun_count -= 1
+        elif place.step is Step.READY:
+            self._ready_count -= 1
         else:
             return
         place.step = Step.LEFT
@@ -198,6 +229,7 @@ class Admission:
         self._what = what
         self._given = 0
         self._next: asyncio.Handle | None = None  # round
+        self._soon = False  # it comes in the next pass
 
     @property
     def inside(self) -> int:
@@ -223,7 +255,7 @@ class Admission:
         return _Turn(self, until)
 
     def _full(self, waited: float) -> OverloadedError:
-        count = self._line.inside + self._line.waiting
+        count = self._line.inside + self._line.ready + self._line.waiting
         return OverloadedError(f"{count} {self._what}; try again", max(waited, _HINT_SECONDS))
 
     def _refused(self, waited: float) -> OverloadedError:
@@ -267,11 +299,15 @@ class Admission:
         line, had = self._line, _HAD.get()
         if had is not None and had.line is line:
             line.leave(had)
-            if line.waiting:
-                self._arm()
+            self._arm()
             if line.full():
                 raise self._full(0.0)
-            return line.enter(until)
+            if self._given < _TURNS and not line.ready:
+                self._given += 1
+                return line.enter(until)
+            place = line.arrived(had, until)
+            place.turn = turn
+            return place
         if (error := self.refusal(until)) is not None:
             raise error
         return self._placed(until, turn)
@@ -280,8 +316,9 @@ class Admission:
         if self._next is None:
             self._arm()
         line = self._line
-        if self._given < _TURNS and not line.waiting and not line.blocked():
-            self._given += 1
+        free = self._given < _TURNS and not line.ready if whole else not line.blocked()
+        if free and not line.waiting:
+            self._given += whole
             return line.enter(until, whole=whole)
         place = line.join(until, whole=whole)
         place.turn = turn
@@ -290,8 +327,11 @@ class Admission:
     def _arm(self, seconds: float = 0.0) -> None:
         """Let a round come in the next pass of the event loop, or later."""
         loop = asyncio.get_running_loop()
+        if self._soon:
+            return
         if self._next is not None:
             self._next.cancel()
+        self._soon = not seconds
         self._next = loop.call_later(seconds, self._round) if seconds else loop.call_soon(self._round)
 
     def check(self, place: Arrival) -> None:
@@ -310,11 +350,11 @@ class Admission:
     def _round(self) -> None:
         """Give out the turns of a pass of the event loop; refusals cost none."""
         self._given = 0
+        self._next, self._soon = None, False
         while self._given < _TURNS and (place := self._line.next()) is not None:
             assert place.turn is not None
             self._given += place.step is Step.INSIDE
             place.turn()
-        self._next = None
         if self._given:
             self._arm()
         elif self._line.waiting:
@@ -333,7 +373,7 @@ class _Turn:
 
     async def __aenter__(self) -> None:
         self._place = place = self._admission.arrive(self._until, self._called)
-        if place.step is not Step.WAITING:
+        if place.step is Step.INSIDE:
             return
         self._waiter = asyncio.get_running_loop().create_future()
         try:

@@ -96,10 +96,12 @@ def test_where_nobody_waits_nobody_is_refused(pauses: Sequence[float], seconds: 
     )
 )
 def test_few_begin_at_a_time_and_slow_ones_hold_nobody_up(steps: Sequence[str | tuple[str, float]]) -> None:
-    """Turns are held back while as many as may be begin; who is not there after a while does not count any more."""
+    """As many as may begin or wait to go inside; slow ones do not count after a while; all get in, in order."""
     clock = Clock()
     line = Line(1_000, clock)
     begun: list[Arrival] = []
+    ready: list[Arrival] = []
+    inside = 0
     for step in steps:
         match step:
             case "come":
@@ -109,16 +111,24 @@ def test_few_begin_at_a_time_and_slow_ones_hold_nobody_up(steps: Sequence[str | 
                 waiting = line.waiting
                 arrival = line.next()
                 if arrival is None:
+                    assert not ready
                     assert not waiting or len(fresh) == BEGUN
                 elif arrival.step is Step.BEGUN:
-                    assert len(fresh) < BEGUN
+                    assert len(fresh) + len(ready) < BEGUN
                     begun.append(arrival)
+                elif arrival.step is Step.INSIDE:
+                    assert arrival is ready.pop(0)
+                    inside += 1
             case ("whole", number) if begun:
-                line.leave(begun.pop(int(number) % len(begun)))
+                ready.append(line.arrived(begun.pop(int(number) % len(begun)), math.inf))
             case ("pass", seconds):
                 clock.now += seconds
+        assert (line.inside, line.ready) == (inside, len(ready))
     clock.now += SLOW * 1.01
+    for one in ready:
+        line.leave(one)
     assert not line.blocked()
+    assert line.ready == 0
 
 
 def test_a_standing_line_is_shorter_than_that_of_a_burst() -> None:
