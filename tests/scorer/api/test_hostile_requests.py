@@ -174,8 +174,9 @@ def _check(waits: tuple[list[float], list[float]]) -> None:
 
 
 @pytest.mark.parametrize("name", BODIES)
-async def test_large_bodies_do_not_hold_up_others(name: str, served: Served) -> None:
+async def test_large_bodies_do_not_hold_up_others(name: str, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """While two clients send bodies of up to 16 MB, others' scores come within 100 ms in 99 of 100 cases."""
+    monkeypatch.setattr("kvatlas.scorer.api.bodies.BODY_SECONDS", 600.0)  # the senders share the machine with others
     path, body = BODIES[name]()
     assert 8 * MIB < len(body) <= served.rig.settings.max_message_bytes
     data = _post(path, body)

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from kvatlas.bridge.model.block_key import block_keys, pack_tokens, root_key
 from kvatlas.scorer.api import llmd
+from kvatlas.scorer.tokenization.limits import TokenizerLimits
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.tokenization.pool import TokenizerPool
 from tests.scorer.rig import PARTITIONS, Index, Rig
@@ -144,7 +145,8 @@ async def router(
     request: pytest.FixtureRequest, definitions: descriptor_pool.DescriptorPool, tmp_path: Path
 ) -> AsyncIterator[Router]:
     """A router connected to a scorer whose pods a and b hold three blocks and one of the prompt."""
-    tokenizers = TokenizerPool(TokenizerSettings(models=(f"m={FOLDER}",), request_templates=True))
+    settings = TokenizerSettings(models=(f"m={FOLDER}",), request_templates=True)
+    tokenizers = TokenizerPool(settings, limits=TokenizerLimits(template_wait_seconds=90.0))
     rig = Rig(pool=tokenizers)
     async with rig.stack:
         keys = block_keys(root_key("m"), pack_tokens(PLAIN.encode(PROMPT).ids), 16)

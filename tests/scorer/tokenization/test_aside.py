@@ -47,7 +47,9 @@ ATTACKS = {
 
 def _pool(**limits: Any) -> TokenizerPool:
     settings = TokenizerSettings(models=(f"m={FOLDER}",), request_templates=True)
-    return TokenizerPool(settings, limits=TokenizerLimits(**{"template_seconds": 0.5, **limits}))
+    return TokenizerPool(
+        settings, limits=TokenizerLimits(**{"template_seconds": 0.5, "template_wait_seconds": 90.0, **limits})
+    )
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pytest
 from kvatlas.scorer.errors import InputError
 from kvatlas.scorer.tokenization import requests
 from kvatlas.scorer.tokenization.errors import TokenizeInputError
+from kvatlas.scorer.tokenization.limits import TokenizerLimits
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.tokenization.pool import TokenizerPool
 from kvatlas.scorer.tokenization.records import Encoded
@@ -34,7 +35,8 @@ def _pool(case: dict[str, Any], folder: Path = FOLDER, **settings: Any) -> Token
             engine_args=(f"tiny={shlex.join(case['flags'])}",),
             request_templates="--trust-request-chat-template" in case["flags"],
             **settings,
-        )
+        ),
+        limits=TokenizerLimits(template_wait_seconds=90.0),
     )
 
 
