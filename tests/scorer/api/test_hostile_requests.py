@@ -103,7 +103,7 @@ BODIES: dict[str, Callable[[], tuple[str, bytes]]] = {
 
 def _exchange(served: Served, data: bytes) -> int:
     """Send raw bytes and return the status of the answer, 0 for a connection that was closed."""
-    with socket.create_connection((served.host, served.port), 120) as link:
+    with socket.create_connection((served.host, served.port), 600) as link:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             link.sendall(data)
         answer = b""
@@ -202,7 +202,7 @@ async def test_large_messages_do_not_hold_up_others(name: str, served: Served) -
         with grpc.insecure_channel(served.grpc) as channel:
             call: Any = channel.unary_unary("/kvatlas.v1.Scorer/Score")
             try:
-                call(data, timeout=60)
+                call(data, timeout=600)
             except grpc.RpcError as error:
                 failed: Any = error
                 return str(failed.code().name)
@@ -227,7 +227,7 @@ async def test_half_headers_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
                 writer.write(b"POST /v1/score HTTP/1.1\r\nHost: x\r\nX-Slow: ")
             links.append((reader, writer))
         for reader, writer in links:
-            assert await asyncio.wait_for(reader.read(), 60) == b""
+            assert await asyncio.wait_for(reader.read(), 90) == b""
             writer.close()
         assert len((await _waits(served, Sent(), 3))[0]) == 3
 
@@ -243,7 +243,7 @@ async def test_half_bodies_are_refused_in_time_and_give_their_bytes_back(monkeyp
             writer.write(head)
             links.append((reader, writer))
         for reader, writer in links:
-            line = await asyncio.wait_for(reader.readline(), 60)
+            line = await asyncio.wait_for(reader.readline(), 90)
             assert line.split()[1] in (b"504", b"429")
             writer.close()
         while served.rig.inflight.used:
@@ -265,7 +265,7 @@ async def test_bytes_in_flight_are_bounded() -> None:
         # All but those that the limit has room for are answered; those wait for their last byte.
         pending = {asyncio.create_task(reader.readline()) for reader, _ in links}
         while len(pending) > 2:
-            done, pending = await asyncio.wait(pending, timeout=60, return_when=asyncio.FIRST_COMPLETED)
+            done, pending = await asyncio.wait(pending, timeout=90, return_when=asyncio.FIRST_COMPLETED)
             assert done
             refused += sum(b" 429 " in task.result() for task in done)
         assert refused == 98
