@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 
 SERVICE: Final = "kvatlas.v1.Scorer"
 
+#: Of a caller's time goes back to its answer: so many seconds, or this share where it is less.
+_ANSWER_SECONDS: Final = 0.05
+_ANSWER_SHARE: Final = 0.2
+#: gRPC's clients round the time that they tell up to two or three digits: they may be over sooner than they say.
+_ROUNDED: Final = 0.01
+
 
 class ScorerFront:
     """The RPCs of ``kvatlas.v1.Scorer``: deadlines and status codes of gRPC."""
@@ -82,8 +88,8 @@ def within(context: Any, settings: ScorerSettings) -> float:
     remaining: float | None = context.time_remaining()
     if remaining is None:
         return time.monotonic() + settings.deadline_ms / 1e3
-    # A part of the caller's time goes back to the answer: a partial answer in time beats none.
-    return time.monotonic() + remaining - min(0.2 * remaining, 0.05)
+    # A partial answer in time beats none.
+    return time.monotonic() + remaining - min(_ANSWER_SHARE * remaining, _ANSWER_SECONDS + _ROUNDED * remaining)
 
 
 def _serialize(message: Any) -> bytes:

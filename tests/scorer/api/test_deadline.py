@@ -8,13 +8,16 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
 import pytest
 
+from kvatlas.scorer.api.grpc_server import within
 from kvatlas.scorer.api.http_server import HttpFront
 from kvatlas.scorer.errors import ClientError
+from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.tokenization.backend import FolderEngine, LocalBackend, Making
 from kvatlas.scorer.tokenization.chat import ChatRenderer
 from kvatlas.scorer.tokenization.harmony import HarmonyRenderer
@@ -88,6 +91,15 @@ async def test_a_caller_that_can_wait_gets_its_answer() -> None:
         assert not asked.done()
         backend.may_end.set()
         assert (await asked).tokenizer == "local"
+
+
+@pytest.mark.parametrize("seconds", [0.01, 0.2, 2.0, 20.0, 200.0])
+def test_an_answer_leaves_before_the_caller_is_gone(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of the caller's time is for the answer, and for the hundredth by which gRPC rounds that time up."""
+    context: Any = SimpleNamespace(time_remaining=lambda: seconds * 1.01)
+    monkeypatch.setattr("kvatlas.scorer.api.grpc_server.time", SimpleNamespace(monotonic=lambda: 0.0))
+    left = within(context, ScorerSettings())
+    assert 0.8 * seconds < left < seconds - min(0.15 * seconds, 0.04)
 
 
 async def test_over_http_it_is_504() -> None:

@@ -178,11 +178,13 @@ async def test_the_deadline_holds_and_what_is_missing_is_flagged() -> None:
         assert "unanswered" in rig.events
 
 
-async def test_the_deadline_of_a_caller_is_kept() -> None:
+async def test_the_deadline_of_a_caller_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """A caller gets its partial answer before its own deadline is over, though the setting allows more."""
+    monkeypatch.setattr("kvatlas.scorer.api.grpc_server._ANSWER_SECONDS", 600.0)
+    monkeypatch.setattr("kvatlas.scorer.api.grpc_server._ANSWER_SHARE", 0.95)  # most of it is for a busy machine
     async for rig in _watched():
         await rig.worker(Slow("w0", rig.table, ALL, seconds=600))
-        client = await rig.client(timeout_seconds=2.0)
+        client = await rig.client(timeout_seconds=40.0)
         assert (await client.score("m", tokens=TOKENS)).freshness.partial
 
 
