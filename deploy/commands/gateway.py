@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +18,8 @@ from kvatlas.deploy.gateway.envoy import Envoy
 
 HELP: Final = "run a real Envoy before a picker, or print its configuration"
 _LOOK_SECONDS: Final = 0.5
+#: How long "ready" waits for a picker; whoever starts it later is heard all the same.
+_PICKER_SECONDS: Final = 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run until interrupted; prints ``ready gateway=HOST:PORT admin=HOST:PORT`` once Envoy listens."""
+    """Run until interrupted; prints ``ready gateway=HOST:PORT admin=HOST:PORT`` once it hears a picker."""
     options = GatewayOptions(
         kind=args.kind,
         pickers=args.picker,
@@ -69,9 +73,25 @@ def run(args: argparse.Namespace) -> int:
         envoy = Envoy(made, Path(folder), binary=args.envoy, concurrency=args.concurrency)
         envoy.start()
         try:
+            if not _heard(envoy, stop):
+                chosen = "requests are answered 503" if args.kind == "full-duplex" else "Envoy chooses the pod"
+                print(
+                    f"kvatlas gateway: no picker is healthy at {', '.join(args.picker)}; until one is, {chosen}",
+                    file=sys.stderr,
+                )
             print(f"ready gateway={envoy.address} admin={envoy.admin}", flush=True)
             while not stop.wait(_LOOK_SECONDS):
                 envoy.check()
         finally:
             envoy.stop()
     return 0
+
+
+def _heard(envoy: Envoy, stop: threading.Event) -> bool:
+    """Wait for a picker that is healthy; returns whether there is one."""
+    until = time.monotonic() + _PICKER_SECONDS
+    while not envoy.healthy_pickers:
+        envoy.check()
+        if time.monotonic() > until or stop.wait(_LOOK_SECONDS / 5):
+            return False
+    return True

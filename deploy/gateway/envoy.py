@@ -153,6 +153,16 @@ class Envoy:
                 found[name] = int(value)
         return found
 
+    @property
+    def healthy_pickers(self) -> int:
+        """Pickers that answered the last health check: without one, no request is shown to any.
+
+        Raises:
+            OSError: Envoy does not answer.
+        """
+        name = "cluster.picker.membership_healthy"
+        return self.stats(name).get(name, 0)
+
     def stop(self) -> None:
         """Stop it."""
         process, self._process = self._process, None

@@ -159,7 +159,7 @@ class DemoGateway:
             self._state_dir,
         )
         self._envoy.start()
-        self._until(lambda: self._counter("membership_healthy") > 0, "Envoy sees the picker", stop)
+        self._until(lambda: self._envoy is not None and self._envoy.healthy_pickers > 0, "Envoy sees the picker", stop)
         return not stop.is_set()
 
     def _serve(self, tokenizer: TokenizerSettings) -> ServedFleet | VllmFleet:

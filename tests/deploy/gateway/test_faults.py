@@ -103,12 +103,8 @@ class Site:
         options = GatewayOptions(pickers=[self.address], pods=list(self.served.addresses.values()), observe=True)
         envoy = Envoy(document(options), self.folder)
         envoy.start()
-        until(lambda: self.healthy(envoy) == 1)
+        until(lambda: envoy.healthy_pickers == 1)
         return envoy
-
-    @staticmethod
-    def healthy(envoy: Envoy) -> int:
-        return envoy.stats("cluster.picker.membership_healthy").get("cluster.picker.membership_healthy", 0)
 
     def picked(self) -> int:
         """Requests that the picker's filter has begun."""
@@ -172,13 +168,13 @@ def test_everything_may_fail_and_clients_see_answers(site: Site) -> None:
     streaming.join(90)
     assert got[0][2].endswith(b"data: [DONE]\n\n")
     # Known to be away, it is left out and the gateway chooses.
-    until(lambda: site.healthy(site.envoy) == 0)
+    until(lambda: site.envoy.healthy_pickers == 0)
     assert [site.ask()[0] for _ in range(6)] == [200] * 6
 
     # It comes back on its port, and decides again.
     site.picker = site.start_picker(site.address)
     assert site.picker.ready
-    until(lambda: site.healthy(site.envoy) == 1)
+    until(lambda: site.envoy.healthy_pickers == 1)
     before = site.picked()
     assert site.ask()[0] == 200
     assert site.picked() > before
