@@ -33,6 +33,8 @@ _LOOK_SECONDS: Final = 1.0
 PUSHBACK: Final = "grpc-retry-pushback-ms"
 #: Calls of a method that are taken in one pass of the event loop.
 _TAKERS: Final = 64
+#: What gRPC still writes to, of requests that nobody waits for any more: it must outlive them.
+_LEFT: Final[list[Coroutine[Any, Any, Any]]] = []
 
 #: The place of the interceptors in what gRPC makes a server of.
 _INTERCEPTORS: Final = 3
@@ -83,7 +85,7 @@ class _Calls(cygrpc.AioServer):  # type: ignore[misc]
         name = method.decode()
         gate = self._gate if not name.startswith("/grpc.") else None  # health is asked for above all then
         while True:
-            call = await self._request_registered_call(method)
+            call = await _whole(self._request_registered_call(method))
             if gate is None:
                 self._begin(name, call)
                 continue
@@ -106,13 +108,33 @@ class _Calls(cygrpc.AioServer):  # type: ignore[misc]
         """Answer calls of unknown methods, until the server stops."""
         nothing = cygrpc._MethodResolver([], {})
         while True:
-            call = await self._request_call()
+            call = await _whole(self._request_call())
             self._keep(cygrpc._handle_rpc("", nothing, (), call, self._loop_here, False))
 
     def _keep(self, work: Coroutine[Any, Any, Any]) -> None:
         task = self._loop_here.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+async def _whole(asked: Coroutine[Any, Any, Any]) -> Any:
+    """Wait for a call that gRPC was asked for; whoever is cancelled meanwhile leaves what gRPC will write to in place.
+
+    A task that is cancelled frees what its coroutine holds. At the end of a process whose server has broken, gRPC then
+    wrote to memory that was no longer its own.
+    """
+    waited: Any = asked.send(None)
+    waited._asyncio_future_blocking = False
+    try:
+        await asyncio.wait((waited,))
+    except asyncio.CancelledError:
+        _LEFT.append(asked)
+        raise
+    try:
+        asked.send(None)
+    except StopIteration as done:
+        return done.value
+    raise AssertionError("gRPC waits for a call in one step")
 
 
 async def _refuse(call: Any, error: OverloadedError, loop: asyncio.AbstractEventLoop) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Final
@@ -292,3 +294,40 @@ async def test_a_call_that_is_given_up_ends_its_handler() -> None:
         call.cancel()
         await asyncio.wait_for(ended.wait(), 90)
     await asyncio.wait_for(server.stop(None), 90)
+
+
+BROKEN_SERVER = """
+import asyncio
+import grpc
+from kvatlas.bridge.errors import TaskEndedError
+from kvatlas.bridge.runtime.rpc import rpc_server, serving
+
+async def answer(request, context):
+    return b""
+
+async def main():
+    server = rpc_server(1 << 20)
+    methods = {f"M{number}": grpc.unary_unary_rpc_method_handler(answer) for number in range(12)}
+    server.add_registered_method_handlers("a.Service", methods)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        await channel.unary_unary("/a.Service/M1")(b"")
+        (loop,) = (t for t in asyncio.all_tasks() if t.get_coro().__qualname__ == "AioServer._server_main_loop")
+        loop._fut_waiter.set_exception(RuntimeError("broken"))
+        try:
+            await serving(server, "of a test")
+        except TaskEndedError:
+            print("ended")
+
+asyncio.run(main())
+"""
+
+
+def test_a_process_whose_server_has_broken_ends() -> None:
+    """Calls that gRPC was asked for, and that never come, are no reason to crash or to hang on the way out."""
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", BROKEN_SERVER], capture_output=True, text=True, timeout=90, check=False
+        )
+        assert (done.returncode, done.stdout) == (0, "ended\n"), done.stderr[-3000:]
