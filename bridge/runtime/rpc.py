@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import functools
 import importlib
 import math
@@ -33,8 +34,6 @@ _LOOK_SECONDS: Final = 1.0
 PUSHBACK: Final = "grpc-retry-pushback-ms"
 #: Calls of a method that are taken in one pass of the event loop.
 _TAKERS: Final = 64
-#: What gRPC still writes to, of requests that nobody waits for any more: it must outlive them.
-_LEFT: Final[list[Coroutine[Any, Any, Any]]] = []
 
 #: The place of the interceptors in what gRPC makes a server of.
 _INTERCEPTORS: Final = 3
@@ -128,7 +127,7 @@ async def _whole(asked: Coroutine[Any, Any, Any]) -> Any:
     try:
         await asyncio.wait((waited,))
     except asyncio.CancelledError:
-        _LEFT.append(asked)
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(asked))  # for good: it also outlives the interpreter's own end
         raise
     try:
         asked.send(None)
