@@ -8,7 +8,10 @@ their leaders, is told of nowhere: a client without it waits for ever for the ne
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Final
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, TypeVar
 
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaConnectionError, KafkaError
@@ -16,6 +19,12 @@ from aiokafka.errors import KafkaConnectionError, KafkaError
 from kvatlas.bridge.errors import LogError, TaskEndedError
 from kvatlas.bridge.runtime.settings import KafkaSettings
 
+logger = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+
+#: Pause before a request is made again that brokers were not ready for.
+_AGAIN_SECONDS: Final = 0.2
 #: Longer than any answer of a broker is waited for.
 _START_SECONDS: Final = 60.0
 
@@ -48,6 +57,23 @@ async def connect(client: Any, kafka: KafkaSettings) -> None:
         if isinstance(error, KafkaError | OSError):
             raise LogError(f"cannot reach Kafka at {kafka.brokers}: {error}; check --brokers") from error
         raise
+
+
+async def patiently(ask: Callable[[], Awaitable[Answer]], wait_seconds: float) -> Answer:
+    """Ask brokers, and again while they are too busy or not ready yet, as one that has just been made.
+
+    Raises:
+        KafkaError: they refused, or were not ready in time.
+    """
+    ends = time.monotonic() + wait_seconds
+    while True:
+        try:
+            return await ask()
+        except KafkaError as error:
+            if not error.retriable or time.monotonic() >= ends:
+                raise
+            logger.info("the brokers are not ready, asked again: %r", error)
+        await asyncio.sleep(_AGAIN_SECONDS)
 
 
 def fetcher_task(consumer: Any) -> asyncio.Task[None]:

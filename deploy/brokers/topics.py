@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -18,7 +19,7 @@ from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 
 from kvatlas.bridge.errors import LogError
 from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.kafka.fetching import start_client
+from kvatlas.bridge.kafka.fetching import patiently, start_client
 from kvatlas.bridge.model.topics import Topic
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers import embedded
@@ -26,8 +27,6 @@ from kvatlas.deploy.brokers.errors import BrokerUnavailableError, TopicMismatchE
 
 _HOUR_MS: Final = 3_600_000
 _POLL_SECONDS: Final = 0.05
-#: Pause before a request is made again that a busy broker did not answer.
-_AGAIN_SECONDS: Final = 0.2
 # Compacted topics are read whole at a restore: small segments and an eager cleaner keep them near their live size.
 _COMPACTED: Final = {"segment.bytes": str(64 * 1024 * 1024), "min.cleanable.dirty.ratio": "0.2"}
 
@@ -71,14 +70,7 @@ async def ensure_topics(
     wanted = {settings.topic(topic.name): topic for topic in topics}
     try:
         async with asyncio.timeout(timeout_seconds), _admin(settings) as admin:
-            while True:
-                try:
-                    return await _settle(admin, settings, wanted)
-                except KafkaError as error:
-                    if not error.retriable:
-                        raise
-                    logger.info("topics on %s: %r; trying again", settings.brokers, error)
-                await asyncio.sleep(_AGAIN_SECONDS)
+            return await patiently(lambda: _settle(admin, settings, wanted), math.inf)
     except TimeoutError as error:
         raise BrokerUnavailableError(
             f"the brokers at {settings.brokers} did not settle the topics within {timeout_seconds:g} s; "

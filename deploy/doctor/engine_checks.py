@@ -9,6 +9,7 @@ from typing import Final
 from kvatlas.bridge.engines.engine_metrics import read_load
 from kvatlas.bridge.engines.facts import SGLANG, EngineFacts
 from kvatlas.bridge.engines.identity import parse_topic
+from kvatlas.bridge.model.numbers import whole
 from kvatlas.deploy.doctor.engine import EngineSeen, SourceSeen
 from kvatlas.deploy.doctor.findings import Finding, State
 
@@ -73,7 +74,7 @@ def _of_settings(facts: EngineFacts, block_size_tokens: int | None) -> list[Find
 def _of_name(facts: EngineFacts, check: str) -> Finding:
     if not facts.version:
         return Finding(check, facts.url, "skip", "its version is not told")
-    numbers = tuple(int(part) for part in facts.version.split(".")[:3] if part.isdecimal())
+    numbers = tuple(number for part in facts.version.split(".")[:3] if (number := whole(part)) is not None)
     if numbers and numbers < _NAMED_SINCE[check][facts.engine]:
         return Finding(check, facts.url, "warn", f"{facts.engine} {facts.version} does not publish {check}")
     return Finding(check, facts.url, "ok", "published")

@@ -224,10 +224,6 @@ class DemoGateway:
                 raise DemoGatewayError(f"{what}: not within {_READY_SECONDS:g} s; logs are in {self._state_dir}")
             stop.wait(_POLL_SECONDS)
 
-    def _counter(self, name: str) -> int:
-        assert self._envoy is not None
-        return self._envoy.stats(f"cluster.picker.{name}").get(f"cluster.picker.{name}", 0)
-
     # --- traffic ----------------------------------------------------------------------------------------------------
 
     def turns(self, conversations: int, turns: int, stop: threading.Event) -> Iterator[Turn]:

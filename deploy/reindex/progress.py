@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
 from aiokafka import TopicPartition
-from aiokafka.errors import KafkaError
 
+from kvatlas.bridge.kafka.fetching import patiently
 from kvatlas.bridge.kafka.follower import TopicFollower
 from kvatlas.bridge.kafka.ranges import RangeReader
 from kvatlas.bridge.model import records, topics
@@ -20,7 +19,6 @@ from kvatlas.deploy.reindex.catalog import admin_of
 
 _CLIENT_ID: Final = "kvatlas-reindex"
 _READ_SECONDS: Final = 20.0
-_AGAIN_SECONDS: Final = 0.2
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
@@ -160,11 +158,4 @@ async def committed(admin: Any, group: str, wait_seconds: float = 30.0) -> Any:
     Raises:
         KafkaError: the brokers refused, or were not ready in time.
     """
-    ends = time.monotonic() + wait_seconds
-    while True:
-        try:
-            return await admin.list_consumer_group_offsets(group)
-        except KafkaError as error:
-            if not error.retriable or time.monotonic() >= ends:
-                raise
-        await asyncio.sleep(_AGAIN_SECONDS)
+    return await patiently(lambda: admin.list_consumer_group_offsets(group), wait_seconds)

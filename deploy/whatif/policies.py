@@ -180,9 +180,18 @@ def parse(name: str) -> tuple[str, int]:
     kind, _, count = name.partition(":")
     if kind not in _POLICIES:
         raise SettingsError(f"unknown policy {kind!r}; known: {', '.join(sorted(_POLICIES))}, as KIND or KIND:N")
+    return kind, replicas_of(name, count, "scorers or routers")
+
+
+def replicas_of(name: str, count: str, what: str) -> int:
+    """Return how many a policy's name asks for, one where it says nothing.
+
+    Raises:
+        SettingsError: it is no number from 1 on, or too many.
+    """
     if not (number := whole(count or "1", REPLICAS_MAX)):
-        raise SettingsError(f"policy {name!r}: {count!r} is not a number of scorers or routers, 1 to {REPLICAS_MAX}")
-    return kind, number
+        raise SettingsError(f"policy {name!r}: {count!r} is not a number of {what}, 1 to {REPLICAS_MAX}")
+    return number
 
 
 def make(name: str, pods: int, capacity_blocks: int, options: Options) -> Policy:

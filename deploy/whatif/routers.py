@@ -24,9 +24,8 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from kvatlas.bridge.errors import SettingsError
-from kvatlas.bridge.model.numbers import whole
 from kvatlas.deploy.whatif.fleet import PrefixCache
-from kvatlas.deploy.whatif.policies import REPLICAS_MAX
+from kvatlas.deploy.whatif.policies import replicas_of
 from kvatlas.deploy.whatif.queueing import Engine, Request, Scraped
 from kvatlas.scorer.picker.choose import Ask, Chooser, Rules
 from kvatlas.scorer.picker.cost import CostWeights
@@ -398,9 +397,7 @@ def split(name: str) -> tuple[str, int]:
     kind, _, count = name.partition(":")
     if kind not in ROUTERS:
         raise SettingsError(f"unknown policy {kind!r}; the queueing model knows {', '.join(ROUTERS)}, as KIND:N")
-    if not (number := whole(count or "1", REPLICAS_MAX)):
-        raise SettingsError(f"policy {name!r}: {count!r} is not a number of replicas, 1 to {REPLICAS_MAX}")
-    return kind, number
+    return kind, replicas_of(name, count, "replicas")
 
 
 def router(name: str, knobs: Knobs) -> _Router:
