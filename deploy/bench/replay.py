@@ -27,6 +27,8 @@ from kvatlas.deploy.history.moment import EARLIEST, LATEST
 from kvatlas.deploy.history.rebuild import rebuild
 from kvatlas.streams.resolve.resolver import ResolveOptions
 
+HELP: Final = "messages/s of the log decoded, and folded into a past state, beside reading and decoding them plainly"
+
 _PODS: Final = 16
 _MESSAGES: Final = 100_000
 _BLOCKS: Final = 8

@@ -24,15 +24,21 @@ _COLUMNS: Final = ("case", "value", "unit", "p50", "p99", "baseline", "ratio", "
 
 def names() -> list[str]:
     """Return the benchmarks that are here."""
-    return sorted(
-        module.name
-        for module in pkgutil.iter_modules(bench.__path__)
-        if not module.name.startswith("_") and hasattr(_module(module.name), "run")
-    )
+    return sorted(module.name for module in pkgutil.iter_modules(bench.__path__) if not module.name.startswith("_"))
 
 
 def _module(name: str) -> Any:
-    return importlib.import_module(f"{bench.__name__}.{name}")
+    try:
+        return importlib.import_module(f"{bench.__name__}.{name}")
+    except ModuleNotFoundError as error:
+        raise SettingsError(f"needs the package {error.name}: pip install 'kvatlas[all]'") from error
+
+
+def _help(name: str) -> str:
+    try:
+        return str(_module(name).HELP)
+    except SettingsError as error:
+        return str(error)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,17 +56,17 @@ def run(args: argparse.Namespace) -> int:
     """Run one benchmark and print its figures as they come: a JSON object a line, or a table.
 
     Raises:
-        SettingsError: there is no such benchmark.
+        SettingsError: there is no such benchmark, or a package that it needs is not installed.
     """
     found = names()
     if args.name == "list":
         for name in found:
-            print(f"{name:<16} {getattr(_module(name), 'HELP', '')}")
+            print(f"{name:<16} {_help(name)}")
         return 0
     if args.name.replace("-", "_") not in found:
         raise SettingsError(f"no benchmark {args.name!r}; there are {', '.join(found) or 'none'}")
     module = _module(args.name.replace("-", "_"))
-    parser = argparse.ArgumentParser(prog=f"kvatlas bench {args.name}", description=getattr(module, "HELP", None))
+    parser = argparse.ArgumentParser(prog=f"kvatlas bench {args.name}", description=module.HELP)
     parser.add_argument("--json", action="store_true", help="one JSON object a figure and line")
     module.add_arguments(parser)
     options = parser.parse_args(args.rest)

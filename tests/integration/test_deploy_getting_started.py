@@ -113,11 +113,17 @@ def test_the_commands_of_the_pickers_page_route_a_request(tmp_path):
     ours |= {9002: listen[0], 8080: listen[1]}
     assert all(str(port) in script for port in ours)
     script = re.sub(r"\b[689]\d{3}\b", lambda shown: str(ours[int(shown[0])]), script)
-    code, output = run(script, tmp_path, KVATLAS_SCORER_LISTEN="127.0.0.1:0", KVATLAS_WORKER_LISTEN="127.0.0.1:0")
-    assert code == 0, output[-6000:]
-    *_, last = re.findall(r'^x-sim-pod: (\S+).*?"cached_tokens": (\d+).*?^the engine at ([^\n]*)', output, re.M | re.S)
-    assert last[1] == "192"
-    assert (
-        last[2]
-        == f"127.0.0.1:{serving[last[0] == 'pod-1']} answered 200, had 192 of 201 tokens cached (192 predicted: exact)"
+    code, output = run(
+        script,
+        tmp_path,
+        KVATLAS_SCORER_LISTEN="127.0.0.1:0",
+        KVATLAS_WORKER_LISTEN="127.0.0.1:0",
+        KVATLAS_PICKER_DEADLINE_MS="1500",  # a machine that runs other tests too must not decide by load alone
     )
+    assert code == 0, output[-6000:]
+    # Of the last turn alone: on a busy machine an earlier one ends before the engine's word about it is known.
+    pod, last = re.findall(r"^x-sim-pod: (\S+)(.*?)(?=^x-sim-pod: |\Z)", output, re.M | re.S)[-1]
+    assert re.findall(r'"cached_tokens": (\d+)', last) == ["192"], output[-6000:]
+    assert re.findall(r"^the engine at ([^\n]*)", last, re.M) == [
+        f"127.0.0.1:{serving[pod == 'pod-1']} answered 200, had 192 of 201 tokens cached (192 predicted: exact)"
+    ]

@@ -74,7 +74,7 @@ def flags_of(who: str, folder: Path) -> list[str]:
     return {
         "bridge": ["--session-timeout-seconds=6"],
         "worker": [f"--state-dir={folder / 'state'}", "--listen=127.0.0.1:0"],
-        "scorer": ["--listen=127.0.0.1:0", "--outcome-delay-ms=200", "--start-timeout-seconds=5"],
+        "scorer": ["--listen=127.0.0.1:0", "--outcome-delay-ms=200"],
         "top": ["--once"],
         "audit": ["--events"],
         "at": ["latest", "pods"],
