@@ -13,6 +13,9 @@ PYTEST := $(BIN)/python -m pytest -q
 HERE := not gpu and not vllm and not torch
 PARALLEL := -n 4
 PROTOS := $(wildcard streams/v1/*.proto scorer/v1/*.proto)
+# Compiled modules are kept, whatever the shell says: a process that compiles its imports takes three times the CPU to
+# start, and the tests start hundreds.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help venv system-deps demo demo-gateway console test test-torch soak lint unit integration kafka proto proto-check manifests chart-schema test-vllm test-transformers bench clean
