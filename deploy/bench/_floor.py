@@ -14,7 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from kvatlas.deploy.processes.main import loop_factory
 from kvatlas.scorer.api.extproc import SERVICE, ExternalProcessor, ProcessorOptions
 from kvatlas.scorer.api.http2_server import Http2Server
-from kvatlas.scorer.picker.route import Decision, Destination, Incoming
+from kvatlas.scorer.picker.route import Decision, Destination, Incoming, Refusal
 
 _MOST_BYTES: Final = 16 * 1024 * 1024
 
@@ -41,6 +41,10 @@ class _Always:
     async def decide(self, incoming: Incoming) -> Decision:  # noqa: ARG002 - as all deciders
         """Return the pod."""
         return self._decision
+
+    def refuse(self, status: int, text: str, reason: str) -> Refusal:
+        """Return what it takes."""
+        return Refusal(status, text, reason)
 
     def exchange(self, request_id: str) -> _Unwatched:  # noqa: ARG002 - as all deciders
         """Return what learns nothing."""

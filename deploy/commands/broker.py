@@ -27,10 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     start = actions.add_parser(
         "start",
         help="start a node: in the foreground until interrupted, or with --detach",
-        description="Start one Kafka node (KRaft: broker and controller). It stays in the foreground until it is "
-        "interrupted, also with --print-address: a script that goes on wants --detach. Needs Java >= 17; its jars are "
-        "fetched by "
-        "Maven once and kept in the cache folder (KVATLAS_CACHE_DIR, default ~/.cache/kvatlas).",
+        description="Start one Kafka node, which stays in the foreground until it is interrupted unless --detach is "
+        "given; so it does with --print-address. It is broker and controller (KRaft). Needs Java >= 17; its jars are "
+        "fetched by Maven once and kept in the cache folder (KVATLAS_CACHE_DIR, default ~/.cache/kvatlas).",
     )
     _add_data_dir(start)
     start.add_argument("--ephemeral", action="store_true", help="fresh data folder, deleted at the end; a free port")

@@ -64,6 +64,9 @@ class Decider(Protocol):
     async def decide(self, incoming: Incoming) -> Decision:
         """Return where a request goes."""
 
+    def refuse(self, status: int, text: str, reason: str) -> Refusal:
+        """Return a refusal that needs no decision; it counts as one."""
+
     def exchange(self, request_id: str) -> Exchange:
         """Return who learns what becomes of a request."""
 
@@ -335,7 +338,7 @@ class _Stream:
         most = self._options.max_body_bytes
         if size <= most:
             return None
-        return Refusal(413, f"the request has more than {most} bytes", "rejected-too-large")
+        return self._decider.refuse(413, f"the request has more than {most} bytes", "rejected-too-large")
 
     # --- the response ---------------------------------------------------------------------------------------------
 

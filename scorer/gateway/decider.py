@@ -119,13 +119,13 @@ class PickerDecider:
         elif known.prompt is not None and known.prompt.partial:
             metrics.DEGRADED.labels("partial").inc()
         if known.degraded == UNREADABLE and incoming.whole and self._settings.unreadable == "refuse":
-            return self._refuse(400, "the request's body cannot be read as what its path takes", UNREADABLE)
+            return self.refuse(400, "the request's body cannot be read as what its path takes", UNREADABLE)
         now = self._clock()
         session = session_of(incoming.headers, known.body.session if known.body is not None else "")
         ask = _ask(incoming, known, self._state.sessions.get(session, now) if session else "")
         answering = self._eligible(ask.model, _ANSWERING, incoming.subset)
         if self._sheds(incoming, answering, now):
-            return self._refuse(
+            return self.refuse(
                 429, "the endpoints are full, and this request may wait; try again", "rejected-saturated"
             )
         choice = self._chooser.choose(ask, answering, self._loads(now))
@@ -152,14 +152,15 @@ class PickerDecider:
     def _none(self, choice: Choice, model: str) -> Refusal:
         if choice.saturated:
             text = f"all {choice.saturated} endpoints are past their limits; try again"
-            return self._refuse(429, text, "rejected-saturated")
+            return self.refuse(429, text, "rejected-saturated")
         served = any(one.ready for one in self._state.endpoints)
         if model and served and not self._eligible(model, _ANSWERING, None):
-            return self._refuse(503, "no endpoint serves this model", "rejected-no-endpoints")
-        return self._refuse(503, "no endpoint can serve this request", "rejected-no-endpoints")
+            return self.refuse(503, "no endpoint serves this model", "rejected-no-endpoints")
+        return self.refuse(503, "no endpoint can serve this request", "rejected-no-endpoints")
 
     @staticmethod
-    def _refuse(status: int, text: str, reason: str) -> Refusal:
+    def refuse(status: int, text: str, reason: str) -> Refusal:
+        """Return a refusal, which is counted."""
         metrics.DECISIONS.labels("refused", "none").inc()
         metrics.REFUSED.labels(reason).inc()
         return Refusal(status, text, reason)

@@ -17,7 +17,8 @@ from kvatlas.deploy.gateway.config import GatewayOptions, document
 from kvatlas.deploy.gateway.envoy import Envoy
 from kvatlas.scorer.api.extproc import SERVICE, ExternalProcessor, ProcessorOptions
 from kvatlas.scorer.api.http2_server import Http2Server
-from kvatlas.scorer.picker.route import Decision, Destination, Incoming
+from kvatlas.scorer.gateway.decider import PickerDecider
+from kvatlas.scorer.picker.route import Decision, Destination, Incoming, Refusal
 
 T = TypeVar("T")
 
@@ -54,6 +55,9 @@ class FakeDecider:
         self.asked.append(incoming)
         found = self.decision(incoming)
         return found if isinstance(found, Destination) or not isinstance(found, Awaitable) else await found
+
+    def refuse(self, status: int, text: str, reason: str) -> Refusal:
+        return PickerDecider.refuse(status, text, reason)
 
     def exchange(self, request_id: str) -> Seen:
         seen = Seen()

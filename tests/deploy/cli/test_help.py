@@ -29,6 +29,15 @@ def test_every_example_is_a_call_that_is_understood(example):
     assert parse(words[1:]).command == words[1]
 
 
+def test_who_starts_a_broker_learns_first_that_it_stays_in_the_foreground(capsys):
+    """The first lines below the usage say so and name --detach: a script that waits for its end would hang."""
+    with pytest.raises(SystemExit):
+        main(["broker", "start", "--help"])
+    first = " ".join(capsys.readouterr().out.split("\n\n")[1].splitlines()[:2])
+    assert "stays in the foreground" in first
+    assert "--detach" in first
+
+
 def test_help_of_the_whole_names_first_steps_and_exit_codes(capsys):
     """Who runs `kvatlas --help` learns what to do first."""
     with pytest.raises(SystemExit):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from kvatlas.scorer.api import extproc_messages as messages
 from kvatlas.scorer.api.extproc import RESPONSES, SERVICE, ExternalProcessor, ProcessorOptions
 from kvatlas.scorer.api.http2_server import Http2Server
+from kvatlas.scorer.gateway import metrics
 from kvatlas.scorer.picker import names
 from kvatlas.scorer.picker.route import Destination
 from kvatlas.scorer.v1 import extproc_pb2 as pb
@@ -137,8 +138,11 @@ def test_what_is_no_text_in_headers_is_replaced_and_ids_without_end_are_not_kept
 
 
 def test_body_past_the_limit_is_refused_before_it_has_all_come() -> None:
+    counted = metrics.REFUSED.labels("rejected-too-large")
+    before = counted._value.get()
     _, got = exchange([headers(messages.FULL_DUPLEX), body(bytes(900)), body(bytes(900)), body(b"", ended=True)])
     assert [one.immediate_response.status.code for one in got] == [413]
+    assert counted._value.get() == before + 1
 
 
 @pytest.mark.parametrize("broken", ["headers", "chunk", "ended"])
