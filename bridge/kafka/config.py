@@ -36,7 +36,7 @@ def client_config(settings: KafkaSettings, client_id: str) -> dict[str, Any]:
 
 
 def is_loopback(settings: KafkaSettings) -> bool:
-    """Whether the brokers are on this machine, where waiting for more records to a fetch saves nothing."""
+    """Whether the brokers are on this machine."""
     return settings.brokers.startswith(("127.", "localhost"))
 
 

@@ -14,9 +14,11 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final, TypeVar
 
 from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaConnectionError, KafkaError
 
 from kvatlas.bridge.errors import LogError, TaskEndedError
+from kvatlas.bridge.kafka.config import client_config, is_loopback
 from kvatlas.bridge.runtime.settings import KafkaSettings
 
 logger = logging.getLogger(__name__)
@@ -27,6 +29,11 @@ Answer = TypeVar("Answer")
 _AGAIN_SECONDS: Final = 0.2
 #: Longer than any answer of a broker is waited for.
 _START_SECONDS: Final = 60.0
+#: How the cluster id of every embedded broker begins.
+EMBEDDED_CLUSTER: Final = "mockCluster"
+_WAIT_MS: Final = 100
+_EMBEDDED_WAIT_MS: Final = 20
+_waits: dict[str, int] = {}
 
 
 async def start_client(client: Any) -> None:
@@ -41,6 +48,29 @@ async def start_client(client: Any) -> None:
             await client.start()
     except TimeoutError as error:
         raise KafkaConnectionError(f"the client did not start in {_START_SECONDS:g} s") from error
+
+
+async def fetch_wait_ms(kafka: KafkaSettings) -> int:
+    """Return how long a broker may hold a fetch that it has nothing for yet.
+
+    A real one answers as soon as there is a record, so the wait costs no time and spares both sides empty answers; the
+    embedded one answers a fetch over several partitions only when it is over.
+
+    Raises:
+        KafkaError: Kafka cannot be reached.
+    """
+    if not is_loopback(kafka):  # where the embedded one always is
+        return _WAIT_MS
+    if kafka.brokers not in _waits:
+        admin = AIOKafkaAdminClient(**client_config(kafka, "kvatlas-look"))
+        try:
+            await start_client(admin)
+            cluster = await admin.describe_cluster()
+        finally:
+            await admin.close()
+        embedded = str(cluster.get("cluster_id") or "").startswith(EMBEDDED_CLUSTER)
+        _waits[kafka.brokers] = _EMBEDDED_WAIT_MS if embedded else _WAIT_MS
+    return _waits[kafka.brokers]
 
 
 async def connect(client: Any, kafka: KafkaSettings) -> None:

@@ -12,16 +12,14 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
 from kvatlas.bridge.errors import LogError
-from kvatlas.bridge.kafka.config import client_config, is_loopback
-from kvatlas.bridge.kafka.fetching import fetch, start_client
+from kvatlas.bridge.kafka.config import client_config
+from kvatlas.bridge.kafka.fetching import fetch, fetch_wait_ms, start_client
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.bridge.runtime.tasks import end_tasks
 
 log = logging.getLogger(__name__)
 
 _POLL_MS: Final = 200
-# The embedded broker answers a fetch over several partitions only when this is over.
-_FETCH_WAIT_MS: Final = 20
 _RECORDS_PER_TURN: Final = 2_000
 #: A client whose metadata's task has ended waits for ever for a leader.
 _PLACE_SECONDS: Final = 120.0
@@ -129,6 +127,7 @@ class TopicFollower:
 
     async def _follow(self) -> None:
         # Subscribed without a group: every partition is ours, new ones too; a missing topic raises and is tried again.
+        wait_ms = await fetch_wait_ms(self._kafka)
         consumer = AIOKafkaConsumer(
             self._topic,
             **client_config(self._kafka, self._client_id),
@@ -136,7 +135,7 @@ class TopicFollower:
             enable_auto_commit=False,
             # Who must know of lost records is not moved past them in silence: the error leads back here, to be placed.
             auto_offset_reset="earliest" if self._lost is None else "none",
-            fetch_max_wait_ms=_FETCH_WAIT_MS if is_loopback(self._kafka) else 100,
+            fetch_max_wait_ms=wait_ms,
             metadata_max_age_ms=30_000,
         )
         try:

@@ -13,14 +13,13 @@ from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import IllegalStateError, KafkaError
 
 from kvatlas.bridge.errors import KvatlasError, LogError
-from kvatlas.bridge.kafka.config import client_config, is_loopback
-from kvatlas.bridge.kafka.fetching import fetch, start_client
+from kvatlas.bridge.kafka.config import client_config
+from kvatlas.bridge.kafka.fetching import fetch, fetch_wait_ms, start_client
 from kvatlas.bridge.kafka.lease import generation_of
 from kvatlas.bridge.kafka.ranges import Edges, edges_of
 from kvatlas.bridge.kafka.rights import lost_right
 from kvatlas.bridge.runtime.settings import KafkaSettings
 
-_FETCH_WAIT_MS: Final = 20
 #: A store that is away for long must not cost the membership.
 _POLL_MS: Final = 24 * 3600 * 1000
 
@@ -75,7 +74,6 @@ class GroupMember(ConsumerRebalanceListener):  # type: ignore[misc]
             **group_config(kafka, client_id, group, session_timeout_seconds),
             "auto_offset_reset": "earliest",
             "max_poll_interval_ms": _POLL_MS,
-            "fetch_max_wait_ms": _FETCH_WAIT_MS if is_loopback(kafka) else 100,
         }
         self._given = Assignment()
         self._joined: Any = None
@@ -88,7 +86,11 @@ class GroupMember(ConsumerRebalanceListener):  # type: ignore[misc]
             RightsError: the account may not be in the group, or not read the topic.
         """
         if self._joined is None:
-            consumer: Any = AIOKafkaConsumer(**self._options)
+            try:
+                wait_ms = await fetch_wait_ms(self._kafka)
+            except KafkaError as error:
+                raise self._error(error) from error
+            consumer: Any = AIOKafkaConsumer(**self._options, fetch_max_wait_ms=wait_ms)
             consumer.subscribe([self._topic], listener=self)
             self._joined = consumer  # the first assignment may come before it has started
             try:

@@ -44,12 +44,6 @@ PARTITIONS: Final = 4
 RETAINED_BYTES_PER_PARTITION: Final = 5 * 1024 * 1024
 """What a partition keeps; fixed in librdkafka."""
 
-FETCH_MAX_WAIT_MS: Final = 20
-"""`fetch_max_wait_ms` for consumers, which is also the delay of a record where several partitions are read."""
-
-CLUSTER_ID_PREFIX: Final = "mockCluster"
-"""How the cluster id of every embedded broker begins."""
-
 _METADATA_TIMEOUT_SECONDS = 10.0
 
 

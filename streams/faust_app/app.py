@@ -12,7 +12,7 @@ from aiokafka import TopicPartition
 from faust.types import TP
 from yarl import URL
 
-from kvatlas.bridge.kafka.config import is_loopback, password, ssl_context
+from kvatlas.bridge.kafka.config import password, ssl_context
 from kvatlas.bridge.kafka.lease import Lease
 from kvatlas.bridge.model import pod_ids, topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
@@ -55,9 +55,6 @@ _BLOCK_CACHE_BYTES: Final = 64 * 1024 * 1024
 _WRITE_BUFFER_BYTES: Final = 128 * 1024 * 1024
 #: Brokers' longest wait for an answer; a member's session must not end first.
 _REQUEST_SECONDS: Final = 30.0
-#: How long a fetch waits at a broker: beside this process the embedded one answers only when it is over.
-_FETCH_WAIT_MS: Final = 50
-_FETCH_WAIT_LOOPBACK_MS: Final = 20
 
 
 class WorkerApp(faust.App):
@@ -67,7 +64,7 @@ class WorkerApp(faust.App):
         reader: bulk reader of changelogs.
         tasks: source topic -> tasks of its agent.
         sources: source topic -> table that its agent writes.
-        fetch_wait_ms: how long a fetch waits at the broker for records.
+        kafka: how to reach the brokers.
         roles_listener: called when roles changed, with whether all active partitions are caught up.
         lease: whether the group surely counts this worker in.
         publisher: of pod records; None when the resolve agent does not run here.
@@ -77,7 +74,7 @@ class WorkerApp(faust.App):
     reader: BulkReader
     tasks: dict[str, TaskSet]
     sources: dict[str, BulkTable]
-    fetch_wait_ms: int
+    kafka: KafkaSettings
     lease: Lease
     publisher: PodPublisher | None
     roles_listener: Callable[[bool], None] | None
@@ -206,7 +203,7 @@ def build_app(
     app.transport = SourceTransport(app.conf.broker_consumer, app)
     app.roles_listener = None
     app.on_failed = on_crash
-    app.fetch_wait_ms = _FETCH_WAIT_LOOPBACK_MS if is_loopback(kafka) else _FETCH_WAIT_MS
+    app.kafka = kafka
     app.publisher = None
     app.tasks, app.sources = {}, {}
     budget = RocksBudget(_BLOCK_CACHE_BYTES, _WRITE_BUFFER_BYTES, on_failed=on_crash)

@@ -24,7 +24,7 @@ from aiokafka.errors import IllegalStateError
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
 
-from kvatlas.bridge.kafka.fetching import fetcher_task, metadata_task
+from kvatlas.bridge.kafka.fetching import fetch_wait_ms, fetcher_task, metadata_task
 
 logger = logging.getLogger(__name__)
 
@@ -75,19 +75,21 @@ class _Fetched(NamedTuple):
 class SourceConsumerThread(driver.AIOKafkaConsumerThread):
     """Faust's consumer thread with a fetch wait of ours: Faust's is fixed at 1.5 s.
 
-    A fetch over several partitions also waits that long on the embedded broker. Changelogs, which are assigned with
-    the sources, are not fetched at all: aiokafka holds all fetches back while one partition's records are not taken.
+    Changelogs, which are assigned with the sources, are not fetched at all: aiokafka holds all fetches back while one
+    partition's records are not taken.
     """
 
     app: Any
+    _wait_ms: int
 
     def _create_worker_consumer(self, transport: Any) -> Any:
         self._made = consumer = super()._create_worker_consumer(transport)
-        consumer._fetch_max_wait_ms = self.app.fetch_wait_ms
+        consumer._fetch_max_wait_ms = self._wait_ms
         return consumer
 
     async def on_start(self) -> None:
         """Start the consumer, and have each heartbeat that the group accepts renew the lease."""
+        self._wait_ms = await fetch_wait_ms(self.app.kafka)
         await super().on_start()
         self.app.lease.renew_with_heartbeats(self._made)
         for task in (fetcher_task(self._made), metadata_task(self._made)):

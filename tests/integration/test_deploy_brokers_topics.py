@@ -6,10 +6,12 @@ import asyncio
 from typing import Any
 
 import pytest
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from kvatlas.bridge.errors import LogError
+from kvatlas.bridge.kafka.fetching import fetch_wait_ms
 from kvatlas.bridge.model.topics import TOPICS, Topic, changelog_topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.errors import BrokerUnavailableError, TopicMismatchError
@@ -86,3 +88,30 @@ async def test_no_broker_is_a_retriable_error() -> None:
     with pytest.raises(BrokerUnavailableError, match="no broker answers") as caught:
         await ensure_topics(KafkaSettings(brokers=f"127.0.0.1:{port}"), TOPICS, timeout_seconds=5)
     assert caught.value.retriable
+
+
+async def test_a_broker_answers_a_fetch_when_a_record_comes(brokers, create_topic):
+    """So a fetch may wait: one over all partitions, which would wait a minute, ends with the first record of any."""
+    assert await fetch_wait_ms(KafkaSettings(brokers=brokers)) == 100
+    topic = await create_topic(partitions=4)
+    consumer = AIOKafkaConsumer(
+        topic,
+        bootstrap_servers=brokers,
+        fetch_max_wait_ms=60_000,
+        request_timeout_ms=90_000,
+        auto_offset_reset="latest",
+    )
+    producer = AIOKafkaProducer(bootstrap_servers=brokers)
+    await consumer.start()
+    await producer.start()
+    try:
+        for place in consumer.assignment():
+            await consumer.position(place)  # waits until it is known: what comes after it is read
+        for partition in range(4):
+            waiting = asyncio.create_task(consumer.getone())
+            await producer.send_and_wait(topic, b"record", partition=partition)
+            async with asyncio.timeout(50):
+                assert (await waiting).partition == partition
+    finally:
+        await producer.stop()
+        await consumer.stop()

@@ -13,9 +13,10 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import ClusterAuthorizationFailedError, KafkaError, NodeNotReadyError, RequestTimedOutError
 
 from kvatlas.bridge.errors import LogError
+from kvatlas.bridge.kafka.fetching import fetch_wait_ms
 from kvatlas.bridge.model.topics import TOPICS
 from kvatlas.bridge.runtime.settings import KafkaSettings
-from kvatlas.deploy.brokers.embedded import FETCH_MAX_WAIT_MS, PARTITIONS, RETAINED_BYTES_PER_PARTITION, EmbeddedBroker
+from kvatlas.deploy.brokers.embedded import PARTITIONS, RETAINED_BYTES_PER_PARTITION, EmbeddedBroker
 from kvatlas.deploy.brokers.errors import BrokerStateError, TopicMismatchError
 from kvatlas.deploy.brokers.topics import ensure_topics
 
@@ -36,12 +37,12 @@ async def _produce(broker: EmbeddedBroker, topic: str, values: list[bytes], **op
         await producer.stop()
 
 
-def _consumer(broker: EmbeddedBroker, *topics: str, **options: Any) -> AIOKafkaConsumer:
+async def _consumer(broker: EmbeddedBroker, *topics: str, **options: Any) -> AIOKafkaConsumer:
     return AIOKafkaConsumer(
         *topics,
         bootstrap_servers=broker.bootstrap,
         auto_offset_reset="earliest",
-        fetch_max_wait_ms=FETCH_MAX_WAIT_MS,
+        fetch_max_wait_ms=await fetch_wait_ms(KafkaSettings(brokers=broker.bootstrap)),
         **options,
     )
 
@@ -83,7 +84,7 @@ async def test_records_of_an_idempotent_producer_arrive(broker: EmbeddedBroker, 
     """Value, key and headers come back with every codec."""
     values = [bytes([number]) * 200 for number in range(10)]
     await _produce(broker, "topic", values, enable_idempotence=True, compression_type=codec)
-    consumer = _consumer(broker)
+    consumer = await _consumer(broker)
     await consumer.start()
     try:
         consumer.assign([TopicPartition("topic", 0)])
@@ -100,7 +101,7 @@ async def test_only_the_newest_bytes_are_kept(broker: EmbeddedBroker) -> None:
     value = bytes(500_000)
     count = 2 * RETAINED_BYTES_PER_PARTITION // len(value)
     await _produce(broker, "topic", [value] * count)
-    consumer = _consumer(broker)
+    consumer = await _consumer(broker)
     await consumer.start()
     try:
         partition = TopicPartition("topic", 0)
@@ -114,9 +115,9 @@ async def test_only_the_newest_bytes_are_kept(broker: EmbeddedBroker) -> None:
 
 
 async def test_short_fetch_wait_keeps_records_fresh(broker: EmbeddedBroker) -> None:
-    """With `FETCH_MAX_WAIT_MS` a record reaches a reader of four partitions well before the client's default wait."""
+    """With the wait of our readers a record reaches one of four partitions well before the client's default wait."""
     await _produce(broker, "topic", [b"first"])
-    consumer = _consumer(broker)
+    consumer = await _consumer(broker)
     await consumer.start()
     producer = AIOKafkaProducer(bootstrap_servers=broker.bootstrap)
     await producer.start()
@@ -138,13 +139,13 @@ async def test_short_fetch_wait_keeps_records_fresh(broker: EmbeddedBroker) -> N
 async def test_a_group_goes_on_where_its_last_member_committed(broker: EmbeddedBroker) -> None:
     """Committed offsets outlive the member that committed them."""
     await _produce(broker, "topic", [b"old"])
-    first = _consumer(broker, "topic", group_id="group", enable_auto_commit=False)
+    first = await _consumer(broker, "topic", group_id="group", enable_auto_commit=False)
     await first.start()
     assert (await first.getone()).value == b"old"
     await first.commit()
     await first.stop()
     await _produce(broker, "topic", [b"new"])
-    second = _consumer(broker, "topic", group_id="group", enable_auto_commit=False)
+    second = await _consumer(broker, "topic", group_id="group", enable_auto_commit=False)
     await second.start()
     try:
         assert (await second.getone()).value == b"new"

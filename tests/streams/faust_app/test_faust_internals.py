@@ -179,6 +179,7 @@ async def test_changelogs_are_assigned_and_never_fetched(tmp_path: Any) -> None:
     app = build(tmp_path)
     made = source_consumer(app)
     thread = made._reading
+    thread._wait_ms = 7
     client = thread._create_worker_consumer(app.transport)
     changelog = next(iter(app.sources.values())).changelog_topic_name
     assigned = {TP(topic, 1) for topic in (*app.sources, changelog)}

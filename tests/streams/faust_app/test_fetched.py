@@ -23,7 +23,6 @@ class App(faust.App):
     def __init__(self) -> None:
         super().__init__("fetched", broker="kafka://127.0.0.1:1", store="memory://")
         self.sources = {TOPIC: None}
-        self.fetch_wait_ms = 1
 
 
 class Fetching(SourceConsumer):
