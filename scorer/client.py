@@ -12,9 +12,9 @@ from typing import Any, Final, Self
 import grpc
 import grpc.aio
 
+from kvatlas.bridge.runtime.methods import stub_of
 from kvatlas.scorer.errors import ClientError
 from kvatlas.scorer.v1 import scorer_pb2 as pb
-from kvatlas.scorer.v1 import scorer_pb2_grpc as pb_grpc
 
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", -1),
@@ -124,7 +124,7 @@ class ScorerClient:
             if credentials is None
             else grpc.secure_channel(address, credentials, options=_OPTIONS)
         )
-        self._stub: Any = pb_grpc.ScorerStub(self._channel)
+        self._stub = stub_of(self._channel, pb)
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._timeout = timeout_seconds
 
@@ -233,7 +233,7 @@ class AsyncScorerClient:
             if credentials is None
             else grpc.aio.secure_channel(address, credentials, options=_OPTIONS)
         )
-        self._stub: Any = pb_grpc.ScorerStub(self._channel)
+        self._stub = stub_of(self._channel, pb)
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._timeout = timeout_seconds
 

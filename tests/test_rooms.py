@@ -57,8 +57,8 @@ ONLY: Final[dict[str, tuple[str, ...]]] = {
     "aiokafka": ("bridge.kafka", "bridge.relay", "streams.state", "streams.tasks", "streams.faust_app"),
     "hpack": ("scorer.api.http2",),
     "grpc": (
-        "bridge.runtime.rpc", "streams.serving", "scorer.api", "scorer.lookups.router", "scorer.client",
-        "scorer.tokenization", "scorer.service", "scorer.gateway",
+        "bridge.runtime.rpc", "bridge.runtime.methods", "streams.serving", "scorer.api", "scorer.lookups.router",
+        "scorer.client", "scorer.tokenization", "scorer.service", "scorer.gateway",
     ),
 }  # fmt: skip
 

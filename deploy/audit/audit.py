@@ -24,6 +24,7 @@ from kvatlas.bridge.model.directory import PodDirectory
 from kvatlas.bridge.model.events import Tier
 from kvatlas.bridge.model.records import PodRecord
 from kvatlas.bridge.model.workers import WorkerDirectory
+from kvatlas.bridge.runtime.methods import stub_of
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.history.log import LogReader, Record
 from kvatlas.deploy.history.moment import EARLIEST, LATEST
@@ -35,7 +36,6 @@ from kvatlas.streams.resolve.fold import LogFold
 from kvatlas.streams.resolve.message import parse_message
 from kvatlas.streams.resolve.resolver import ResolveOptions
 from kvatlas.streams.v1 import block_index_pb2 as pb
-from kvatlas.streams.v1 import block_index_pb2_grpc as pb_grpc
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ async def lookup_all(keys: Sequence[bytes], workers: WorkerDirectory) -> dict[by
     found: dict[bytes, bytes] = {}
     for endpoint, mine in by_owner.items():
         async with aio.insecure_channel(endpoint, options=[("grpc.max_receive_message_length", -1)]) as channel:
-            stub: Any = pb_grpc.BlockIndexStub(channel)
+            stub = stub_of(channel, pb)
             for at in range(0, len(mine), _LOOKUP_KEYS):
                 part = mine[at : at + _LOOKUP_KEYS]
                 answer = await stub.Lookup(pb.LookupRequest(keys=b"".join(part), partition_count=count))

@@ -38,6 +38,7 @@ from kvatlas.deploy.processes.supervisor import Child
 from kvatlas.deploy.sim.cache import Request
 from kvatlas.deploy.sim.fleet import Fleet
 from kvatlas.deploy.sim.options import SimPlan
+from kvatlas.scorer.client import ScorerClient
 from kvatlas.scorer.gateway.options import PickerSettings
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.tokenization.options import TokenizerSettings
@@ -189,18 +190,11 @@ class _Stand:
         for number, prompt in enumerate(prompts):
             pod = self._fleet.pods[names[number % len(names)]]
             pod.end(pod.begin(Request(tokens=encoder.encode(prompt).ids)))
-        import grpc  # noqa: PLC0415 - what the scorer speaks
-
-        from kvatlas.scorer.v1 import scorer_pb2, scorer_pb2_grpc  # noqa: PLC0415
-
         assert self._launcher is not None
-        with grpc.insecure_channel(self._launcher.scorer) as channel:
-            stub = scorer_pb2_grpc.ScorerStub(channel)
+        with ScorerClient(self._launcher.scorer, timeout_seconds=5) as scorer:
 
             def known() -> bool:
-                pods = {
-                    pod.pod: pod.last_sequence for pod in stub.ListPods(scorer_pb2.ListPodsRequest(), timeout=5).pods
-                }
+                pods = {pod.pod: pod.last_sequence for pod in scorer.list_pods()}
                 return all(pods.get(pod.pod, -1) >= pod.sequence for pod in self._fleet.status())
 
             self._until(known, "the index has the prompts")

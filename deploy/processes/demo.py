@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-import grpc
 import msgspec
 
 from kvatlas.bridge.errors import KvatlasError
@@ -17,10 +16,11 @@ from kvatlas.deploy.processes.launcher import Launcher
 from kvatlas.deploy.sim.cache import Request
 from kvatlas.deploy.sim.fleet import Fleet
 from kvatlas.deploy.sim.options import SimPlan
-from kvatlas.scorer.v1 import scorer_pb2 as pb
-from kvatlas.scorer.v1 import scorer_pb2_grpc
+from kvatlas.scorer.client import ScorerClient, score_request
+from kvatlas.scorer.errors import ClientError
 
 _DRAIN_SECONDS: Final = 20.0
+_ANSWER_SECONDS: Final = 5.0
 _TICK_SECONDS: Final = 0.25
 #: Requests of a tick while the demonstration is kept.
 _KEPT_REQUESTS: Final = 2
@@ -86,8 +86,7 @@ class Demo:
         self._sections = sections
         self._state_dir = state_dir
         self._launcher: Launcher | None = None
-        self._channel: Any = None
-        self._stub: Any = None
+        self._scorer: ScorerClient | None = None
         self._served: list[Request] = []
 
     def start(self, stop: threading.Event) -> bool:
@@ -103,8 +102,7 @@ class Demo:
         )
         if not self._launcher.start(stop):
             return False
-        self._channel = grpc.insecure_channel(self._launcher.scorer)
-        self._stub = scorer_pb2_grpc.ScorerStub(self._channel)
+        self._scorer = ScorerClient(self._launcher.scorer, timeout_seconds=_ANSWER_SECONDS)
         return True
 
     def traffic(self, seconds: float, stop: threading.Event, show: Callable[[list[PodView]], None]) -> None:
@@ -133,16 +131,17 @@ class Demo:
             self._launcher.check()
 
     def _picked(self, request: Request) -> str:
-        asked = pb.ScoreRequest(
-            model=self._sim.model,
+        assert self._scorer is not None
+        asked = score_request(
+            self._sim.model,
             tokens=request.tokens,
-            cache_salt=request.cache_salt or "",
-            lora=request.lora or "",
+            cache_salt=request.cache_salt,
+            lora=request.lora,
             request_id=f"demo-{self.fleet.sent}",
         )
         try:
-            return str(self._stub.Pick(pb.PickRequest(request=asked, report=True), timeout=5).pod)
-        except grpc.RpcError:  # the scorer is being started again: the fleet goes on without it
+            return self._scorer.pick(asked, report=True).pod
+        except ClientError:  # the scorer is being started again: the fleet goes on without it
             return ""
 
     @property
@@ -153,7 +152,8 @@ class Demo:
 
     def view(self) -> list[PodView]:
         """Return the state of every pod, as published and as the scorer knows it."""
-        known = {pod.pod: pod for pod in self._stub.ListPods(pb.ListPodsRequest(), timeout=5).pods}
+        assert self._scorer is not None
+        known = {pod.pod: pod for pod in self._scorer.list_pods()}
         return [
             PodView(
                 pod=status.pod,
@@ -194,17 +194,12 @@ class Demo:
 
     def _check(self, name: str, request: Request) -> Check:
         """Score one prompt; asked again for a while, since the last block updates may still be on their way."""
+        assert self._scorer is not None
         until = time.monotonic() + _DRAIN_SECONDS
         while True:
             expected = self.fleet.expect(request.tokens, cache_salt=request.cache_salt, lora=request.lora)
-            answer = self._stub.Score(
-                pb.ScoreRequest(
-                    model=self._sim.model,
-                    tokens=request.tokens,
-                    cache_salt=request.cache_salt or "",
-                    lora=request.lora or "",
-                ),
-                timeout=5,
+            answer = self._scorer.score(
+                self._sim.model, tokens=request.tokens, cache_salt=request.cache_salt, lora=request.lora
             )
             found = Check(
                 name,
@@ -218,8 +213,8 @@ class Demo:
 
     def stop(self) -> None:
         """Stop the parts and the fleet."""
-        if self._channel is not None:
-            self._channel.close()
+        if self._scorer is not None:
+            self._scorer.close()
         if self._launcher is not None:
             self._launcher.stop()
         self.fleet.close()

@@ -31,6 +31,7 @@ from kvatlas.deploy.processes.vllm_fleet import VllmFleet
 from kvatlas.deploy.sim.fleet import Fleet
 from kvatlas.deploy.sim.options import SimPlan
 from kvatlas.deploy.sim.serving import ServedFleet
+from kvatlas.scorer.client import ScorerClient
 from kvatlas.scorer.gateway.options import PickerSettings
 from kvatlas.scorer.picker.names import REQUEST_ID
 from kvatlas.scorer.tokenization.options import TokenizerSettings
@@ -270,14 +271,9 @@ class DemoGateway:
 
     def known_pods(self) -> dict[str, int]:
         """Return the pods that the scorer knows, with the last sequence of each."""
-        import grpc  # noqa: PLC0415 - what the scorer speaks
-
-        from kvatlas.scorer.v1 import scorer_pb2, scorer_pb2_grpc  # noqa: PLC0415
-
         assert self._launcher is not None
-        with grpc.insecure_channel(self._launcher.scorer) as channel:
-            stub = scorer_pb2_grpc.ScorerStub(channel)
-            return {pod.pod: pod.last_sequence for pod in stub.ListPods(scorer_pb2.ListPodsRequest(), timeout=5).pods}
+        with ScorerClient(self._launcher.scorer, timeout_seconds=5) as scorer:
+            return {pod.pod: pod.last_sequence for pod in scorer.list_pods()}
 
     def ask(self, name: str, messages: list[dict[str, str]], stream: bool) -> Answer:
         """Send a chat through Envoy, under a request id.

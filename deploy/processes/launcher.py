@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-import grpc
 import msgspec
 
 from kvatlas.bridge.model import block_key
@@ -27,7 +26,8 @@ from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.deploy.console.options import token_of
 from kvatlas.deploy.processes.child import document
 from kvatlas.deploy.processes.supervisor import Child, Kept, LaunchError, stop_all
-from kvatlas.scorer.v1 import scorer_pb2, scorer_pb2_grpc
+from kvatlas.scorer.client import ScorerClient
+from kvatlas.scorer.errors import ClientError
 
 _POLL_SECONDS: Final = 0.1
 _PROBE_SECONDS: Final = 2.0
@@ -190,13 +190,7 @@ class Launcher:
             key = block_key.chain(root, block_key.pack_tokens(tokens))
             probes.setdefault(block_key.partition_of(key, count), [*tokens, 0])
         try:
-            with grpc.insecure_channel(self.scorer) as channel:
-                ask = scorer_pb2_grpc.ScorerStub(channel)
-                return not any(
-                    ask.Score(
-                        scorer_pb2.ScoreRequest(model=_PROBE_MODEL, tokens=tokens), timeout=_PROBE_SECONDS
-                    ).freshness.partial
-                    for tokens in probes.values()
-                )
-        except grpc.RpcError:
+            with ScorerClient(self.scorer, timeout_seconds=_PROBE_SECONDS) as scorer:
+                return not any(scorer.score(_PROBE_MODEL, tokens=some).freshness.partial for some in probes.values())
+        except ClientError:
             return False

@@ -8,6 +8,7 @@ import grpc
 import grpc.aio
 
 from kvatlas.bridge.errors import KvatlasError
+from kvatlas.bridge.runtime.methods import add_service
 from kvatlas.bridge.runtime.rpc import pushback
 from kvatlas.scorer.api.bounds import check_names
 from kvatlas.scorer.api.calls import Calls
@@ -17,7 +18,7 @@ from kvatlas.scorer.api.security import Caller, Guard
 from kvatlas.scorer.api.status import code_of
 from kvatlas.scorer.tokenization.pool import TokenizerPool
 from kvatlas.scorer.tokenization.service import TokenizationServicer
-from kvatlas.scorer.v1 import indexer_pb2, indexer_pb2_grpc, tokenization_pb2_grpc
+from kvatlas.scorer.v1 import indexer_pb2, tokenization_pb2
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ PARTIAL: Final = "kvatlas-partial"
 STANDBY: Final = "kvatlas-standby"
 
 
-class IndexerServicer(indexer_pb2_grpc.IndexerServiceServicer):
+class IndexerServicer:
     """``GetPodScores`` as a ``Score`` of a prompt."""
 
     def __init__(self, calls: Calls) -> None:
@@ -106,8 +107,6 @@ def add_to(server: Any, calls: Calls, pool: TokenizerPool, *, tracing: Tracing |
     indexer: Any = IndexerServicer(calls)
     if tracing is not None:
         indexer.GetPodScores = tracing.grpc(INDEXER, "GetPodScores", indexer.GetPodScores)
-    indexer_pb2_grpc.add_IndexerServiceServicer_to_server(indexer, server)
-    tokenization_pb2_grpc.add_TokenizationServiceServicer_to_server(
-        TokenizationServicer(pool, core.admission.turn, core.intake.named_model), server
-    )
+    add_service(server, indexer_pb2, indexer)
+    add_service(server, tokenization_pb2, TokenizationServicer(pool, core.admission.turn, core.intake.named_model))
     return [INDEXER, TOKENIZATION]

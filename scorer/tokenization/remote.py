@@ -10,11 +10,11 @@ from typing import Any, Final
 
 import grpc
 
+from kvatlas.bridge.runtime.methods import stub_of
 from kvatlas.scorer.tokenization import convert
 from kvatlas.scorer.tokenization.errors import NoTokenizerError, TokenizeInputError, TokenizerBackendError
 from kvatlas.scorer.tokenization.records import ChatInput, Encoded, Truncation
 from kvatlas.scorer.v1 import tokenization_pb2 as pb
-from kvatlas.scorer.v1 import tokenization_pb2_grpc
 
 #: Trailing metadata in which our own service names the kind of a failure.
 ERROR_KIND: Final = "kvatlas-error"
@@ -130,7 +130,7 @@ class RemoteBackend:
     def __init__(self, address: str, timeout_seconds: float) -> None:
         connect: Any = grpc.insecure_channel
         self._channel = connect(address, options=_OPTIONS)
-        self._stub: Any = tokenization_pb2_grpc.TokenizationServiceStub(self._channel)
+        self._stub = stub_of(self._channel, pb)
         self._timeout_seconds = timeout_seconds
 
     def load(self, model: str) -> RemoteEngine:

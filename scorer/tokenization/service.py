@@ -19,13 +19,12 @@ from kvatlas.scorer.tokenization.pool import TokenizerPool
 from kvatlas.scorer.tokenization.records import Encoded
 from kvatlas.scorer.tokenization.remote import ERROR_KIND
 from kvatlas.scorer.v1 import tokenization_pb2 as pb
-from kvatlas.scorer.v1 import tokenization_pb2_grpc
 
 #: grpc.aio.ServicerContext; the stubs of grpc leave out its asyncio half.
 _Context = Any
 
 
-class TokenizationServicer(tokenization_pb2_grpc.TokenizationServiceServicer):
+class TokenizationServicer:
     """Answers with the pool's tokenizers."""
 
     def __init__(

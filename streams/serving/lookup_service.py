@@ -21,13 +21,13 @@ from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.model.chain import split_keys
 from kvatlas.bridge.model.workers import WorkerDirectory
 from kvatlas.bridge.runtime.admission import Admission
+from kvatlas.bridge.runtime.methods import add_service
 from kvatlas.bridge.runtime.rpc import Gate, pushback, rpc_server, serving
 from kvatlas.streams import metrics
 from kvatlas.streams.index.columns import answer_columns
 from kvatlas.streams.serving.answers import fill, read_all
 from kvatlas.streams.state.partition import PartitionState, Role
 from kvatlas.streams.v1 import block_index_pb2 as pb
-from kvatlas.streams.v1 import block_index_pb2_grpc as pb_grpc
 
 SERVICE: Final = "kvatlas.v1.BlockIndex"
 #: Kafka is asked for a partition's lag so seldom: it takes longer than the lookup of many keys.
@@ -43,7 +43,7 @@ _ROLES: Final = {
 StateOf = Callable[[int], PartitionState | None]
 
 
-class LookupService(pb_grpc.BlockIndexServicer):
+class LookupService:
     """Answers lookups.
 
     Args:
@@ -196,7 +196,7 @@ class LookupServer:
         self._listen = listen
         self._server = rpc_server(max_keys * KEY_BYTES + 1024, gate=service.gate())
         self._health = health.aio.HealthServicer()
-        pb_grpc.add_BlockIndexServicer_to_server(service, self._server)
+        add_service(self._server, pb, service)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
 
     async def start(self) -> int:

@@ -17,13 +17,13 @@ import grpc
 from aiokafka import AIOKafkaProducer
 
 from kvatlas.bridge.model import topics
+from kvatlas.bridge.runtime.methods import stub_of
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.audit.audit import PodAudit, audit
 from kvatlas.deploy.bench._fleet import LogFleet
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.deploy.sim.options import SimPlan
 from kvatlas.streams.v1 import block_index_pb2 as pb
-from kvatlas.streams.v1 import block_index_pb2_grpc as pb_grpc
 
 PARTITIONS = 4
 
@@ -141,7 +141,7 @@ def assert_true(found: list[PodAudit], pods: int) -> None:
 def lookup_over(channel: Any, keys: list[bytes], *, standby: bool = True) -> Any:
     """Ask over a connection; to be waited for."""
     request = pb.LookupRequest(keys=b"".join(keys), partition_count=PARTITIONS, allow_standby=standby)
-    return pb_grpc.BlockIndexStub(channel).Lookup(request)
+    return stub_of(channel, pb).Lookup(request)
 
 
 async def lookup(address: str, keys: list[bytes], *, standby: bool = True) -> pb.LookupResponse:

@@ -14,24 +14,24 @@ from kvatlas.bridge.model.block_key import block_keys, pack_tokens, partition_of
 from kvatlas.bridge.model.pod_ids import pod_key, pod_ref
 from kvatlas.bridge.model.records import PodRecord, WorkerRecord, encode
 from kvatlas.bridge.model.topics import TOPICS
+from kvatlas.bridge.runtime.methods import add_service, stub_of
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.scorer.client import AsyncScorerClient, score_request
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.service import ScorerService
-from kvatlas.scorer.v1 import indexer_pb2, indexer_pb2_grpc
+from kvatlas.scorer.v1 import indexer_pb2
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 from kvatlas.streams.index.columns import answer_columns
 from kvatlas.streams.index.holders import pack_holder
 from kvatlas.streams.v1 import block_index_pb2 as index_pb
-from kvatlas.streams.v1 import block_index_pb2_grpc as index_grpc
 
 PARTITIONS = 4
 TOKENS = list(range(500, 500 + 96))
 KEYS = block_keys(root_key("m"), pack_tokens(TOKENS), 16)
 
 
-class Index(index_grpc.BlockIndexServicer):
+class Index:
     """A lookup service over a dict."""
 
     def __init__(self, table: dict[bytes, bytes]) -> None:
@@ -53,7 +53,7 @@ async def test_two_scorers_follow_the_topics_and_share_decisions(
     await ensure_topics(kafka, TOPICS)
     server = grpc.aio.server()
     table = {key: pack_holder(pod_ref("a"), 0, 1, 0, 0, 5) for key in KEYS[:4]}
-    index_grpc.add_BlockIndexServicer_to_server(Index(table), server)
+    add_service(server, index_pb, Index(table))
     endpoint = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     producer = AIOKafkaProducer(bootstrap_servers=brokers)
@@ -114,7 +114,7 @@ async def test_two_scorers_follow_the_topics_and_share_decisions(
 
             await until(ended)
         async with grpc.aio.insecure_channel(f"unix:{socket}") as channel:
-            stub = indexer_pb2_grpc.IndexerServiceStub(channel)
+            stub = stub_of(channel, indexer_pb2)
             try:
                 await stub.GetPodScores(indexer_pb2.GetPodScoresRequest(prompt="hello", model_name="m"))
                 code = "OK"

@@ -17,6 +17,7 @@ from kvatlas.bridge.model.block_key import block_keys, pack_tokens, partition_of
 from kvatlas.bridge.model.pod_ids import pod_key, pod_ref
 from kvatlas.bridge.model.records import DecisionRecord, PodRecord, WorkerRecord, decode, encode
 from kvatlas.bridge.model.topics import TOPICS
+from kvatlas.bridge.runtime.methods import add_service
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.scorer.client import AsyncScorerClient, score_request
@@ -26,14 +27,13 @@ from kvatlas.scorer.v1 import scorer_pb2 as pb
 from kvatlas.streams.index.columns import answer_columns
 from kvatlas.streams.index.holders import pack_holder
 from kvatlas.streams.v1 import block_index_pb2 as index_pb
-from kvatlas.streams.v1 import block_index_pb2_grpc as index_grpc
 
 PARTITIONS = 2
 EPOCH = 5
 DELAY_SECONDS = 4.0
 
 
-class Index(index_grpc.BlockIndexServicer):
+class Index:
     """A worker's lookup service over a dict."""
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ async def pair(brokers: str, topic_prefix: str) -> AsyncIterator[Pair]:
     kafka = KafkaSettings(brokers=brokers, topic_prefix=topic_prefix, partitions=PARTITIONS)
     await ensure_topics(kafka, TOPICS)
     index, server = Index(), grpc.aio.server()
-    index_grpc.add_BlockIndexServicer_to_server(index, server)
+    add_service(server, index_pb, index)
     endpoint = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     async with AIOKafkaProducer(bootstrap_servers=brokers) as producer:

@@ -15,13 +15,14 @@ import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from kvatlas.bridge.model.topics import TOPICS
+from kvatlas.bridge.runtime.methods import stub_of
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.service import ScorerService
 from kvatlas.scorer.tokenization.options import TokenizerSettings
+from kvatlas.scorer.v1 import scorer_pb2, tokenization_pb2
 from kvatlas.scorer.v1 import scorer_pb2 as pb
-from kvatlas.scorer.v1 import scorer_pb2_grpc, tokenization_pb2, tokenization_pb2_grpc
 
 FOLDER = Path(__file__).parents[1] / "data" / "tokenizer"
 SECRET = "velvet anchor quartz"
@@ -85,8 +86,8 @@ async def test_what_a_scorer_opens_and_what_it_refuses(
         headers = (("authorization", "Bearer zirconium"),)
         for target in (guarded.address, f"unix:{socket}"):
             async with grpc.aio.insecure_channel(target) as channel:
-                tokenizer: Any = tokenization_pb2_grpc.TokenizationServiceStub(channel)
-                scorer: Any = scorer_pb2_grpc.ScorerStub(channel)
+                tokenizer: Any = stub_of(channel, tokenization_pb2)
+                scorer: Any = stub_of(channel, scorer_pb2)
                 score = pb.ScoreRequest(model="m", prompt=SECRET)
                 assert await _code(tokenizer.Tokenize(ask)) == "UNAUTHENTICATED"
                 assert await _code(tokenizer.Tokenize(ask, metadata=headers)) == "OK"

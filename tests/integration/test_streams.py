@@ -12,11 +12,11 @@ import grpc
 import pytest
 
 from kvatlas.bridge.model import pod_ids, topics
+from kvatlas.bridge.runtime.methods import stub_of
 from kvatlas.deploy.audit.audit import fold_events, read_records, read_topic
 from kvatlas.streams.index.columns import NOT_ANSWERED, read_index
 from kvatlas.streams.resolve.resolver import ResolveOptions
 from kvatlas.streams.v1 import block_index_pb2 as pb
-from kvatlas.streams.v1 import block_index_pb2_grpc as pb_grpc
 from tests.integration.streams_support import (
     PARTITIONS,
     WorkerProcess,
@@ -151,7 +151,7 @@ async def test_lookups_say_who_owns_what_is_not_here(
     ):
         async with grpc.aio.insecure_channel(addresses[0]) as channel:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await pb_grpc.BlockIndexStub(channel).Lookup(request)
+                await stub_of(channel, pb).Lookup(request)
             assert caught.value.code() == code
 
 

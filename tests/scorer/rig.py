@@ -14,6 +14,7 @@ from kvatlas.bridge.model.block_key import block_keys, pack_tokens, partition_of
 from kvatlas.bridge.model.pod_ids import pod_ref
 from kvatlas.bridge.model.records import PodRecord, WorkerRecord, encode
 from kvatlas.bridge.model.workers import WorkerDirectory
+from kvatlas.bridge.runtime.methods import add_service
 from kvatlas.scorer.api.bodies import Inflight
 from kvatlas.scorer.api.calls import Calls
 from kvatlas.scorer.api.core import Core
@@ -30,14 +31,13 @@ from kvatlas.scorer.tokenization.pool import TokenizerPool
 from kvatlas.streams.index.columns import answer_columns
 from kvatlas.streams.index.holders import pack_holder
 from kvatlas.streams.v1 import block_index_pb2 as index_pb
-from kvatlas.streams.v1 import block_index_pb2_grpc as index_grpc
 
 PARTITIONS = 4
 TOKENS = list(range(100, 100 + 160))
 KEYS = block_keys(root_key("m"), pack_tokens(TOKENS), 16)
 
 
-class Index(index_grpc.BlockIndexServicer):
+class Index:
     """A worker's lookup service over a dict, for some partitions."""
 
     def __init__(
@@ -100,7 +100,7 @@ class Rig:
 
     async def worker(self, index: Index, *, standby: bool = False, **fields: Any) -> grpc.aio.Server:
         server = grpc.aio.server()
-        index_grpc.add_BlockIndexServicer_to_server(index, server)
+        add_service(server, index_pb, index)
         endpoint = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         await server.start()
         self.stack.push_async_callback(server.stop, 0)

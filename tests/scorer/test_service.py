@@ -10,13 +10,14 @@ import grpc
 import grpc.aio
 import pytest
 
+from kvatlas.bridge.runtime.methods import add_service
 from kvatlas.scorer.api.calls import Calls
 from kvatlas.scorer.api.http_server import HttpFront
 from kvatlas.scorer.client import score_request
 from kvatlas.scorer.errors import ClientError
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.v1 import scorer_pb2 as pb
-from kvatlas.streams.v1 import block_index_pb2_grpc as index_grpc
+from kvatlas.streams.v1 import block_index_pb2 as index_pb
 from tests.scorer.rig import PARTITIONS, TOKENS, Index, Rig
 
 
@@ -51,7 +52,7 @@ async def test_a_moved_partition_is_asked_of_the_owner_that_the_answer_names(rig
     """A worker that no longer owns a partition redirects, and the caller sees a whole answer."""
     rig.pod("a", 10)
     server = grpc.aio.server()
-    index_grpc.add_BlockIndexServicer_to_server(Index("w1", rig.table, set(range(PARTITIONS))), server)
+    add_service(server, index_pb, Index("w1", rig.table, set(range(PARTITIONS))))
     owner = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     rig.stack.push_async_callback(server.stop, 0)

@@ -18,6 +18,7 @@ import pytest
 
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.model.block_key import block_keys, pack_tokens, root_key
+from kvatlas.bridge.runtime.methods import stub_of
 from kvatlas.deploy.cli.entry import main
 from kvatlas.scorer.api import llmd
 from kvatlas.scorer.api.http_server import HttpFront
@@ -26,7 +27,7 @@ from kvatlas.scorer.client import AsyncScorerClient, channel_credentials, score_
 from kvatlas.scorer.errors import ClientError
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.tokenization.pool import TokenizerPool
-from kvatlas.scorer.v1 import indexer_pb2, indexer_pb2_grpc, tokenization_pb2, tokenization_pb2_grpc
+from kvatlas.scorer.v1 import indexer_pb2, tokenization_pb2
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 from tests.scorer.api.certificates import Authority
 from tests.scorer.rig import PARTITIONS, TOKENS, Index, Rig
@@ -279,8 +280,8 @@ async def test_tokens_guard_the_other_front_too(tmp_path: Path) -> None:
         rig.stack.push_async_callback(server.stop, 0)
         found = {}
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            indexer: Any = indexer_pb2_grpc.IndexerServiceStub(channel)
-            tokenizer: Any = tokenization_pb2_grpc.TokenizationServiceStub(channel)
+            indexer: Any = stub_of(channel, indexer_pb2)
+            tokenizer: Any = stub_of(channel, tokenization_pb2)
             for caller in ("", *callers):
                 headers = (("authorization", f"Bearer {caller}"),) if caller else ()
                 for call, request in (

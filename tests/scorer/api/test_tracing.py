@@ -20,6 +20,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import StatusCode
 
 from kvatlas.bridge.errors import SettingsError
+from kvatlas.bridge.runtime.methods import stub_of
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.scorer.api import llmd
 from kvatlas.scorer.api.calls import Calls
@@ -31,7 +32,7 @@ from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.service import ScorerService
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.tokenization.pool import TokenizerPool
-from kvatlas.scorer.v1 import indexer_pb2, indexer_pb2_grpc
+from kvatlas.scorer.v1 import indexer_pb2
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 from tests.scorer.rig import PARTITIONS, TOKENS, Index, Rig
 
@@ -133,7 +134,7 @@ async def test_the_trace_of_a_grpc_caller_goes_on(traced: Traced) -> None:
         call = channel.unary_unary("/kvatlas.v1.Scorer/Score")
         await call(score_request("m", tokens=TOKENS).SerializeToString(), metadata=(("traceparent", HEADER),))
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        await indexer_pb2_grpc.IndexerServiceStub(channel).GetPodScores(
+        await stub_of(channel, indexer_pb2).GetPodScores(
             indexer_pb2.GetPodScoresRequest(prompt="hello", model_name="m"), metadata=(("traceparent", HEADER),)
         )
     found = await traced.roots()

@@ -13,10 +13,10 @@ import grpc.aio
 import pytest
 
 from kvatlas.bridge.model.block_key import partition_of
+from kvatlas.bridge.runtime.methods import add_service
 from kvatlas.scorer.lookups.router import PartitionRouter
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 from kvatlas.streams.v1 import block_index_pb2 as index_pb
-from kvatlas.streams.v1 import block_index_pb2_grpc as index_grpc
 from tests.scorer.rig import KEYS, PARTITIONS, TOKENS, Index, Rig
 
 ALL = set(range(PARTITIONS))
@@ -197,7 +197,7 @@ async def test_a_worker_that_comes_back_is_found_again() -> None:
 
         async def up(rig: Watched = rig) -> grpc.aio.Server:
             server = grpc.aio.server()
-            index_grpc.add_BlockIndexServicer_to_server(Index("w0", rig.table, ALL), server)
+            add_service(server, index_pb, Index("w0", rig.table, ALL))
             server.add_insecure_port(endpoint)
             await server.start()
             return server

@@ -17,6 +17,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from kvatlas.bridge.errors import SettingsError
+from kvatlas.bridge.runtime.methods import add_service, stub_of
 from kvatlas.scorer.errors import UnknownModelError
 from kvatlas.scorer.tokenization.backend import FolderEngine, LocalBackend, Making
 from kvatlas.scorer.tokenization.chat import ChatRenderer
@@ -37,7 +38,6 @@ from kvatlas.scorer.tokenization.remote import RemoteBackend
 from kvatlas.scorer.tokenization.service import TokenizationServicer
 from kvatlas.scorer.tokenization.text_cache import TextCache
 from kvatlas.scorer.v1 import tokenization_pb2 as pb
-from kvatlas.scorer.v1 import tokenization_pb2_grpc
 
 FOLDER = Path(__file__).parents[2] / "data" / "tokenizer"
 PLAIN = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
@@ -246,7 +246,7 @@ async def address(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
     """A tokenizer service of ours that knows model ``m``."""
     server = grpc.aio.server()
     pool = _pool()
-    tokenization_pb2_grpc.add_TokenizationServiceServicer_to_server(TokenizationServicer(pool), server)
+    add_service(server, pb, TokenizationServicer(pool))
     if request.param == "tcp":
         target = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     else:
@@ -305,7 +305,7 @@ async def test_fallback_says_who_answered(address: str) -> None:
 async def test_service_tells_failures_in_the_answer(address: str) -> None:
     """Failures are answers with success false and a text, as routers expect; good answers carry an id."""
     async with grpc.aio.insecure_channel(address) as channel:
-        stub: Any = tokenization_pb2_grpc.TokenizationServiceStub(channel)
+        stub: Any = stub_of(channel, pb)
         bad = await stub.Tokenize(pb.TokenizeRequest(input="x", model_name="nope"))
         assert (bad.success, "nope" in bad.error_message, list(bad.input_ids)) == (False, True, [])
         assert not (await stub.InitializeTokenizer(pb.InitializeTokenizerRequest(model_name="nope"))).success
