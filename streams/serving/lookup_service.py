@@ -2,11 +2,13 @@
 
 Lookups run on the same event loop as ingestion, between two slices of a flush: a read from the cache costs 0.2 us a
 key and a multi-get 3 us, so a lookup of 512 keys holds the loop for 0.1 to 2 ms. A thread would not be faster: both
-need the interpreter's lock, and a partition could be closed under its feet.
+need the interpreter's lock, and a partition could be closed under its feet. Larger ones are read slice by slice, one
+of them at a time, so that they hold up nobody else for longer than that.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import Callable
@@ -34,6 +36,13 @@ SERVICE: Final = "kvatlas.v1.BlockIndex"
 _LAG_SECONDS: Final = 0.01
 #: Far more than wait their time out; a bound of memory.
 _MOST_LOOKUPS: Final = 4_096
+#: Keys that are read at once.
+_SLICE_KEYS: Final = 512
+#: Slices follow one another without a pass of the event loop for so long.
+_SLICES_SECONDS: Final = 0.002
+#: Lookups of more keys than a slice that wait for one another.
+_MOST_LARGE: Final = 64
+_LARGE_RETRY_SECONDS: Final = 0.1
 _ROLES: Final = {
     Role.ACTIVE: pb.PartitionState.ACTIVE,
     Role.STANDBY: pb.PartitionState.STANDBY,
@@ -80,6 +89,8 @@ class LookupService:
         self._lags: dict[int, tuple[float, int]] = {}  # partition -> until when this is told, records
         self._others = others
         self._admission = Admission(_MOST_LOOKUPS, "lookups are worked on", clock=clock)
+        self._large = 0
+        self._large_turn = asyncio.Lock()
 
     async def Lookup(self, request: pb.LookupRequest, context: Any) -> pb.LookupResponse:  # noqa: N802 # gRPC's name
         """Return the holders of a batch of keys.
@@ -122,34 +133,69 @@ class LookupService:
                 f"the caller counts {request.partition_count} partitions of kv-blocks, this worker "
                 f"{self._partition_count}; read kv-workers again",
             )
-        response = self._answer(packed, count, request.allow_standby)
+        response = await self._in_turn(packed, count, request.allow_standby)
         metrics.LOOKUPS.labels("ok").inc()
         metrics.LOOKUP_KEYS.inc(count)
         metrics.LOOKUP_SECONDS.observe(time.perf_counter() - began)
         return response
 
-    def _answer(self, packed: bytes, count: int, allow_standby: bool) -> pb.LookupResponse:
+    async def _in_turn(self, packed: bytes, count: int, allow_standby: bool) -> pb.LookupResponse:
+        if count <= _SLICE_KEYS:
+            return await self._answer(packed, count, allow_standby)
+        if self._large >= _MOST_LARGE:
+            raise OverloadedError(f"{self._large} large lookups are worked on; try again", _LARGE_RETRY_SECONDS)
+        self._large += 1
+        try:
+            async with self._large_turn:
+                return await self._answer(packed, count, allow_standby)
+        finally:
+            self._large -= 1
+
+    async def _answer(self, packed: bytes, count: int, allow_standby: bool) -> pb.LookupResponse:
+        """Read slice by slice: what is told of a partition is as of its first, so no newer than what was read of it.
+
+        From a partition that comes, goes or changes its role meanwhile nothing more is read.
+        """
         keys = split_keys(packed)
         heads = np.frombuffer(packed, dtype=">u4")[:: KEY_BYTES // 4] if count else np.empty(0, dtype=np.uint32)
         numbers: list[int] = (heads % np.uint32(self._partition_count)).tolist()
-        states: list[pb.PartitionState] = []
-        readable: dict[int, PartitionState] = {}
-        touched = sorted(set(numbers))
-        for partition in touched:
+        told: dict[int, tuple[Role, pb.PartitionState]] = {}
+        values: list[bytes | None] = []
+        unanswered: list[int] = []
+        until = time.perf_counter() + _SLICES_SECONDS
+        for first in range(0, count, _SLICE_KEYS):
+            if first and time.perf_counter() > until:
+                await asyncio.sleep(0)
+                until = time.perf_counter() + _SLICES_SECONDS
+            some, theirs = keys[first : first + _SLICE_KEYS], numbers[first : first + _SLICE_KEYS]
+            touched = set(theirs)
+            readable = self._readable(touched, allow_standby, told)
+            if len(readable) == len(touched):
+                values += read_all(some, theirs, readable)
+            else:
+                found: list[bytes | None] = [None] * len(some)
+                fill(found, some, theirs, readable)
+                values += found
+                unanswered += [row for row, number in enumerate(theirs, first) if number not in readable]
+        columns, index = answer_columns(values, unanswered)
+        states = [state for _, (_, state) in sorted(told.items())]
+        return pb.LookupResponse(values=columns, index=index, partitions=states, worker=self._worker)
+
+    def _readable(
+        self, touched: set[int], allow_standby: bool, told: dict[int, tuple[Role, pb.PartitionState]]
+    ) -> dict[int, PartitionState]:
+        """Return those of a slice's partitions that may be read, and describe those that are touched first."""
+        found: dict[int, PartitionState] = {}
+        for partition in sorted(touched):
             state = self._state_of(partition)
             role = self._role(state)
-            states.append(self._describe(partition, state, role))
-            if state is not None and (role is Role.ACTIVE or (role is Role.STANDBY and allow_standby)):
-                readable[partition] = state
-        unanswered: list[int] = []
-        if len(readable) == len(touched):
-            values = read_all(keys, numbers, readable)
-        else:
-            values = [None] * count
-            fill(values, keys, numbers, readable)
-            unanswered = [row for row, number in enumerate(numbers) if number not in readable]
-        columns, index = answer_columns(values, unanswered)
-        return pb.LookupResponse(values=columns, index=index, partitions=states, worker=self._worker)
+            if partition not in told:
+                told[partition] = (role, self._describe(partition, state, role))
+            if state is None or told[partition][0] is not role:
+                continue
+            if role is Role.ACTIVE or (role is Role.STANDBY and allow_standby):
+                found[partition] = state
+        return found
 
     def _role(self, state: PartitionState | None) -> Role:
         if state is None:

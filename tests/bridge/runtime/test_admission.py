@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvatlas.bridge.errors import OverloadedError
-from kvatlas.bridge.runtime.admission import Admission, Arrival, Line, Step
+from kvatlas.bridge.runtime.admission import Admission
+from kvatlas.bridge.runtime.line import Arrival, Line, Step
 
 #: Longest wait of any that is let in, in seconds: the limit of a burst.
 BURST = 0.1

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import re
 import subprocess
 import sys
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +16,7 @@ from typing import Any, Final
 import grpc
 import grpc.aio
 import pytest
+from grpc_health.v1 import health, health_pb2_grpc
 
 from kvatlas.bridge.errors import TaskEndedError
 from kvatlas.bridge.runtime.admission import Admission
@@ -269,6 +272,158 @@ async def test_calls_whose_message_does_not_come_hold_nobody_up() -> None:
         for call in silent:
             call.cancel()
     await asyncio.wait_for(server.stop(None), 90)
+
+
+@contextlib.asynccontextmanager
+async def _echo(gate: Gate | None = None, read: Any = None) -> AsyncIterator[int]:
+    """A server of one method; yields its port."""
+
+    async def say(request: Any, _context: Any) -> bytes:
+        if gate is not None:
+            async with gate.admission.turn():
+                return bytes(request)
+        return bytes(request)
+
+    server = rpc_server(1_000_000, gate=gate)
+    handler = grpc.unary_unary_rpc_method_handler(say, request_deserializer=read)
+    server.add_registered_method_handlers("test.Echo", {"Say": handler})
+    healthy = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield port
+    await asyncio.wait_for(server.stop(0), 90)
+
+
+def _silent(caplog: pytest.LogCaptureFixture) -> None:
+    """GRPC has logged no error; its poller, which is all tests', tells asyncio's log of loops that were closed."""
+    assert not [one for one in caplog.records if one.levelname == "ERROR" and one.name != "asyncio"]
+
+
+async def test_calls_without_a_message_end_in_time(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each is told why; others are answered meanwhile and after."""
+    monkeypatch.setattr("kvatlas.bridge.runtime.rpc.MESSAGE_SECONDS", 0.3)
+    async with _echo() as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        silent: list[Any] = [channel.stream_unary(METHOD)() for _ in range(100)]
+        say: Any = channel.unary_unary(METHOD)
+        assert await say(b"hello", timeout=90) == b"hello"
+        for call in silent:
+            with pytest.raises(grpc.aio.AioRpcError, match="no message came") as error:
+                await asyncio.wait_for(call, 90)
+            assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert await say(b"hello", timeout=90) == b"hello"
+    _silent(caplog)
+
+
+async def test_of_many_calls_without_a_message_the_oldest_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are, so many are waited for."""
+    monkeypatch.setattr("kvatlas.bridge.runtime.rpc._MOST_UNREAD", 20)
+    monkeypatch.setattr("kvatlas.bridge.runtime.rpc.MESSAGE_SECONDS", 600.0)
+    async with _echo() as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        silent: list[Any] = [channel.stream_unary(METHOD)() for _ in range(200)]
+        say: Any = channel.unary_unary(METHOD)
+        async with asyncio.timeout(90):
+            while sum(call.done() for call in silent) < 180:
+                await asyncio.sleep(0.01)
+        assert await say(b"hello", timeout=90) == b"hello"
+        for call in silent:
+            call.cancel()
+
+
+async def test_of_many_health_checks_that_go_on_the_oldest_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Names that nobody serves can be watched too: their number is bounded."""
+    monkeypatch.setattr("kvatlas.bridge.runtime.rpc._MOST_WATCHES", 5)
+    async with _echo() as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        watch: Any = channel.unary_stream("/grpc.health.v1.Health/Watch")
+        watching = [watch(b"\x0a\x01" + bytes([65 + number])) for number in range(25)]
+
+        async def ends(call: Any) -> None:
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                async for _ in call:
+                    pass
+            assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+
+        reading = {asyncio.create_task(ends(call)) for call in watching}
+        left = reading
+        async with asyncio.timeout(90):
+            while len(left) > 5:
+                _, left = await asyncio.wait(left, return_when=asyncio.FIRST_COMPLETED)
+        for task in left:
+            task.cancel()
+        assert await channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=90) is not None
+    _silent(caplog)
+
+
+async def test_bytes_that_cannot_be_read_cost_others_no_turn(caplog: pytest.LogCaptureFixture) -> None:
+    """INVALID_ARGUMENT without a traceback; and where none of them ever is in time, the next ones begin at once."""
+    admission = Admission(1_000, "calls", clock=lambda: 0.0)  # nobody is ever late, nor slow
+
+    def read(data: bytes) -> bytes:
+        if data == b"bad":
+            raise ValueError("a reason")
+        return data
+
+    gate = Gate(admission, lambda _method: None)
+    async with _echo(gate, read) as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        say: Any = channel.unary_unary(METHOD)
+        for _ in range(50):
+            with pytest.raises(grpc.aio.AioRpcError, match="a reason") as error:
+                await asyncio.wait_for(say(b"bad"), 90)
+            assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert await asyncio.wait_for(say(b"good"), 90) == b"good"
+    _silent(caplog)
+
+
+class _Message:
+    """What a call brought, whose end is noticed."""
+
+
+async def test_what_a_refused_call_brought_is_not_kept() -> None:
+    """An error leads back to all that its call has held, in a circle, so that it would stay until a rare clean-up."""
+    kept: weakref.WeakSet[_Message] = weakref.WeakSet()
+
+    def read(_data: bytes) -> _Message:
+        kept.add(message := _Message())
+        return message
+
+    async def refuse(_request: _Message, context: Any) -> None:
+        await context.abort(grpc.StatusCode.NOT_FOUND, "nothing")
+
+    server = rpc_server(1_000)
+    handler = grpc.unary_unary_rpc_method_handler(refuse, request_deserializer=read)
+    server.add_registered_method_handlers("test.Echo", {"Say": handler})
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        say: Any = channel.unary_unary(METHOD)
+        gc.disable()
+        try:
+            for _ in range(20):
+                with pytest.raises(grpc.aio.AioRpcError, match="nothing"):
+                    await asyncio.wait_for(say(b""), 90)
+            assert len(kept) <= 1
+        finally:
+            gc.enable()
+    await asyncio.wait_for(server.stop(0), 90)
+
+
+async def test_connections_that_say_nothing_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that never speaks HTTP/2 is closed; so many are open at a time."""
+    monkeypatch.setattr("kvatlas.bridge.runtime.rpc._HANDSHAKE_SECONDS", 0.5)
+    monkeypatch.setattr("kvatlas.bridge.runtime.rpc._MOST_CONNECTIONS", 20)
+    async with _echo() as port:
+        links = [await asyncio.open_connection("127.0.0.1", port) for _ in range(60)]
+        for reader, writer in links:
+            with contextlib.suppress(ConnectionError):
+                await asyncio.wait_for(reader.read(), 90)
+            writer.close()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            say: Any = channel.unary_unary(METHOD)
+            assert await say(b"hello", timeout=90, wait_for_ready=True) == b"hello"
 
 
 async def test_a_call_that_is_given_up_ends_its_handler() -> None:
