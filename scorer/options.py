@@ -19,8 +19,8 @@ class ScorerSettings(Section, frozen=True, kw_only=True):
         "lookup_chunk_max_blocks", "max_batch", "max_inflight_bytes", "max_messages", "max_multimodal",
         "max_watchers", "pick_tie_break", "pick_weight_cache", "pick_weight_cache_usage",
         "pick_weight_running", "pick_weight_waiting", "remembered_requests", "require_workers",
-        "speculative_max_blocks", "speculative_max_decisions", "stop_grace_seconds", "weight_gpu",
-        "weight_speculative", "weight_unknown",
+        "speculative_max_blocks", "speculative_max_decisions", "start_timeout_seconds", "stop_grace_seconds",
+        "weight_gpu", "weight_speculative", "weight_unknown",
     ))  # fmt: skip
 
     listen: Annotated[str, Meta(description="gRPC address, host:port; port 0 takes a free one")] = "127.0.0.1:50051"
@@ -39,9 +39,6 @@ class ScorerSettings(Section, frozen=True, kw_only=True):
     block_size_tokens: Annotated[
         int, Meta(description="tokens in a canonical block; 0 takes it from the workers", ge=0, le=4096)
     ] = 0
-    start_timeout_seconds: Annotated[
-        float, Meta(description="wait so long for Kafka at start before giving up", gt=0)
-    ] = 30.0
 
     weight_cpu: Annotated[float, Meta(description="worth of a block in host memory", ge=0)] = 0.8
     weight_disk: Annotated[float, Meta(description="worth of a block on the pod's disk", ge=0)] = 0.5

@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+#: How long a scorer waits for Kafka at its start.
+START_SECONDS: Final = 30.0
 _HOUSEKEEPING_SECONDS: Final = 1.0
 #: A scorer is ready without the others' decisions after so long: scores are right without them.
 _DECISIONS_SECONDS: Final = 10.0
@@ -100,6 +102,7 @@ class ScorerService:
         local: LocalTables | None = None,
         clock_ns: Callable[[], int] = time.time_ns,
         serve: bool = True,
+        start_seconds: float = START_SECONDS,
     ) -> None:
         """Put a scorer together; nothing is opened yet.
 
@@ -111,6 +114,7 @@ class ScorerService:
                 of the workers that ``kv-workers`` names.
             clock_ns: wall clock in ns.
             serve: open the scorer's own addresses; without, it is for use in process alone.
+            start_seconds: how long :meth:`start` waits for Kafka.
 
         Raises:
             SettingsError: a setting makes no sense or a file is missing.
@@ -127,6 +131,7 @@ class ScorerService:
         self._local = local
         self._versions = Versions(self._reader, settings.index_version, lambda reader: self.core.use(reader.index))
         self._serves = serve
+        self._start_seconds = start_seconds
         self.on_decision: Callable[[records.DecisionRecord], None] | None = None
         self.tokenizers = self._pool = TokenizerPool(
             tokenizer or TokenizerSettings(), also_named=also_named(pairs(settings.aliases, "aliases"))
@@ -203,7 +208,7 @@ class ScorerService:
 
         Raises:
             SettingsError: an address cannot be bound or a certificate cannot be read.
-            LogError: Kafka does not answer within ``start_timeout_seconds``.
+            LogError: Kafka does not answer within ``start_seconds``.
         """
         await self._telemetry.start()
         self._telemetry.add_check("scores", self.unready)
@@ -212,7 +217,7 @@ class ScorerService:
         await self._set_health(serving=False)
         self._begun = time.monotonic()
         self._decided.start()
-        await self._versions.start(self._settings.start_timeout_seconds)
+        await self._versions.start(self._start_seconds)
         if not self._settings.index_version:
             self._background.start(self._versions.run())
         self._background.start(self._housekeeping())

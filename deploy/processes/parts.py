@@ -124,14 +124,14 @@ def _topics_of(settings: WorkerSettings) -> tuple[Topic, ...]:
 
 
 async def _scorer(sections: Mapping[str, Any], stop: asyncio.Event, prepared: bool) -> Service | None:
-    from kvatlas.deploy.brokers.rights import check_rights, rights_of  # noqa: PLC0415
+    from kvatlas.deploy.brokers.rights import START_SECONDS, check_rights, rights_of  # noqa: PLC0415
     from kvatlas.scorer.service import ScorerService  # noqa: PLC0415
 
-    settings, kafka = sections["scorer"], sections["kafka"]
-    service = ScorerService(settings, kafka, tokenizer=sections.get("tokenizer"))
+    kafka = sections["kafka"]
+    service = ScorerService(sections["scorer"], kafka, tokenizer=sections.get("tokenizer"))
     if prepared:
         return service
-    check = check_rights(kafka, rights_of("scorer", kafka), wait_seconds=settings.start_timeout_seconds)
+    check = check_rights(kafka, rights_of("scorer", kafka), wait_seconds=START_SECONDS)
     return service if await common.unless_stopped(stop, check) else None
 
 

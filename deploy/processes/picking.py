@@ -133,10 +133,9 @@ class ScorerWithPicker(WithPicker):
         *,
         serve: bool = False,
     ) -> None:
-        patient = msgspec.structs.replace(scorer, start_timeout_seconds=_FOR_EVER_SECONDS)
         if not serve:
-            patient = msgspec.structs.replace(patient, telemetry_listen="")
-        self._inner = ScorerService(patient, kafka, tokenizer=tokenizer, serve=serve)
+            scorer = msgspec.structs.replace(scorer, telemetry_listen="")
+        self._inner = ScorerService(scorer, kafka, tokenizer=tokenizer, serve=serve, start_seconds=_FOR_EVER_SECONDS)
         super().__init__(settings, self._inner, self._inner)
 
     @property

@@ -18,6 +18,7 @@ import msgspec
 
 from kvatlas.bridge.model.block_key import TOKEN_BYTES
 from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.deploy.brokers.rights import START_SECONDS
 from kvatlas.deploy.reindex.prompts import Prompt
 from kvatlas.scorer.errors import NotReadyError
 from kvatlas.scorer.lookups.versions import VersionReader
@@ -93,7 +94,6 @@ class Versions:
         self._readers = [VersionReader(name, kafka, client_id="kvatlas-reindex") for name in (old, new)]
         self._scorers = [_scorer(reader, settings) for reader in self._readers]
         self._deadline_seconds = settings.deadline_ms / 1e3
-        self._timeout_seconds = settings.start_timeout_seconds
 
     async def __aenter__(self) -> Versions:
         """Read pods and workers.
@@ -105,7 +105,7 @@ class Versions:
             reader.start()
         try:
             for reader in self._readers:
-                await reader.wait(self._timeout_seconds)
+                await reader.wait(START_SECONDS)
         except BaseException:
             await self.__aexit__()
             raise

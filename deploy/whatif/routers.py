@@ -159,9 +159,9 @@ class CacheOnly(_Precise):
 class _Replica:
     """One picker of ours: what it knows of load, and decisions that vouch for blocks not announced yet."""
 
-    def __init__(self, knobs: Knobs) -> None:
+    def __init__(self, knobs: Knobs, number: int) -> None:
         self.book = LoadBook(LoadOptions(tokens_per_second=knobs.load_tokens_per_second, request_seconds=600.0))
-        self.chooser = Chooser(knobs.weights, knobs.rules, random.Random(knobs.seed).random)  # noqa: S311
+        self.chooser = Chooser(knobs.weights, knobs.rules, random.Random(knobs.seed + number).random)  # noqa: S311
         self.vouched: list[Counter[int]] = [Counter() for _ in range(knobs.pods)]
         self._until: deque[tuple[float, int, Sequence[int]]] = deque()
 
@@ -188,7 +188,7 @@ class Kvatlas(_Precise):
     def __init__(self, knobs: Knobs, *, cache: bool = True) -> None:
         super().__init__(knobs)
         self._cache = cache
-        self._replicas = [_Replica(knobs) for _ in range(knobs.replicas)]
+        self._replicas = [_Replica(knobs, number) for number in range(knobs.replicas)]
         self._endpoints = [Endpoint(str(pod), str(pod)) for pod in range(knobs.pods)]
         self._told: deque[tuple[float, int, Request, int, float]] = deque()
 

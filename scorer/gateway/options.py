@@ -21,7 +21,7 @@ class PickerSettings(Section, frozen=True, kw_only=True):
     CONSTANTS: ClassVar[frozenset[str]] = frozenset((
         "body_piece_bytes", "decode_tokens", "discovery_seconds", "fallbacks", "full_tokens",
         "max_body_bytes", "near_tokens", "queue_weight", "request_seconds", "session_seconds", "sessions",
-        "share", "soft_usage", "stale_seconds", "temperature",
+        "share", "soft_usage", "stale_seconds",
     ))  # fmt: skip
 
     listen: Annotated[str, Meta(description="ext_proc address, host:port; port 0 takes a free one")] = "127.0.0.1:9002"
@@ -94,6 +94,15 @@ class PickerSettings(Section, frozen=True, kw_only=True):
         int,
         Meta(description="a prompt of which nobody holds more goes to the pod that got such a one longest ago", ge=0),
     ] = 0
+    temperature_tokens: Annotated[
+        float,
+        Meta(
+            description="pods whose costs are equal (within 64 tokens) are drawn by softmax over cost with this "
+            "temperature, in prompt tokens; 0: the least cost",
+            ge=0,
+            le=1e9,
+        ),
+    ] = 0.0
     hot_tokens: Annotated[
         float,
         Meta(description="a queue longer than the shortest by more is left for the second best; 0: never", ge=0),
@@ -159,6 +168,7 @@ class PickerSettings(Section, frozen=True, kw_only=True):
     def rules(self) -> Rules:
         """Return the rules of the choice."""
         return Rules(
+            temperature_tokens=self.temperature_tokens,
             cold_tokens=self.cold_tokens,
             hot_tokens=self.hot_tokens,
             burst=self.burst,

@@ -8,8 +8,9 @@ In order:
 3. An endpoint whose queue is longer than the shortest one by more than the hot limit is taken only when all are:
    the second best is taken instead of a hot pod.
 4. Of the rest, the least cost. Costs within ``near_tokens`` of it are equal; among equals the session's pod wins, a
-   prompt that nobody holds goes to the pod that got such a prompt longest ago, and else the draw decides: by a
-   temperature, or the least cost where that is 0.
+   prompt that nobody holds goes to the pod that got such a prompt longest ago, and else the least cost, or above a
+   temperature of 0 a draw: an endpoint that costs ``d`` tokens more than the least has ``exp(-d / temperature)`` of its
+   chance.
 5. A burst of one new prefix: the first request's pod is its speculative holder. ``cost`` lets the cost decide, in
    which the queue before it counts; ``hold`` keeps the burst there up to the hot limit; ``spread`` gives speculative
    blocks no credit.
@@ -34,7 +35,7 @@ class Rules(NamedTuple):
 
     Attributes:
         near_tokens: costs so close are equal.
-        temperature: 0 takes the least cost; above it, equals are drawn with ``exp(-distance / (near * temperature))``.
+        temperature_tokens: of the draw among equals, in prompt tokens; 0 takes the least cost.
         cold_tokens: a prompt of which nobody holds more than this is cold.
         hot_tokens: a pod whose queue is longer than the shortest by more is left out; 0: never.
         burst: one of :data:`BURSTS`.
@@ -44,7 +45,7 @@ class Rules(NamedTuple):
     """
 
     near_tokens: float = 64.0
-    temperature: float = 0.0
+    temperature_tokens: float = 0.0
     cold_tokens: int = 0
     hot_tokens: float = 0.0
     burst: str = "cost"
@@ -186,7 +187,7 @@ class Chooser:
             return mine, "session"
         if cold:
             return min(near, key=lambda one: (self._cold.get(one.endpoint.address, 0), one.cost.total)), "cold"
-        if rules.temperature > 0:
+        if rules.temperature_tokens > 0:
             return self._drawn(near), "drawn"
         return best, "cost"
 
@@ -200,9 +201,8 @@ class Chooser:
         return next(one for one in ordered if one.held.tokens == most and one.held.speculative)
 
     def _drawn(self, near: list[Candidate]) -> Candidate:
-        scale = max(self.rules.near_tokens * self.rules.temperature, 1e-9)
-        least = near[0].cost.total
-        odds = [math.exp(-(one.cost.total - least) / scale) for one in near]
+        temperature, least = self.rules.temperature_tokens, near[0].cost.total
+        odds = [math.exp((least - one.cost.total) / temperature) for one in near]
         left = self._draw() * sum(odds)
         for one, share in zip(near, odds, strict=True):
             left -= share

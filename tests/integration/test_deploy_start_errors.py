@@ -32,7 +32,7 @@ def taken() -> Iterator[str]:
 @pytest.mark.parametrize(
     "words",
     [
-        ["scorer", "--start-timeout-seconds=3"],
+        ["scorer"],
         ["topics"],
         ["top", "--once"],
         ["replay"],

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -91,10 +95,38 @@ def test_all_past_their_limit_is_saturated_and_none_is_not() -> None:
 
 def test_temperature_draws_among_equals_only() -> None:
     draws = iter([0.0, 0.3, 0.6, 0.99] * 10)
-    chooser = Chooser(CostWeights(), Rules(temperature=1e6, near_tokens=64), lambda: next(draws))
+    chooser = Chooser(CostWeights(), Rules(temperature_tokens=1e6), lambda: next(draws))
     held = {"pod-0": gpu(5_000), "pod-1": gpu(5_000), "pod-2": gpu(5_016)}
-    picked = {choose(chooser, held).best.endpoint.pod for _ in range(8)}
-    assert picked == {"pod-0", "pod-1", "pod-2"}
+    choices = [choose(chooser, held) for _ in range(8)]
+    assert {choice.best.endpoint.pod for choice in choices} == {"pod-0", "pod-1", "pod-2"}
+    assert {choice.rule for choice in choices} == {"drawn"}
+
+
+@pytest.mark.parametrize("temperature", [4.0, 16.0, 64.0])
+def test_temperature_is_of_a_softmax_over_cost_in_prompt_tokens(temperature: float) -> None:
+    """A pod that costs d tokens more is drawn exp(-d / temperature) times as often; one outside the band never."""
+    held = {"pod-0": gpu(5_000), "pod-1": gpu(5_016), "pod-2": gpu(5_064), "pod-3": gpu(4_999)}
+    draws = iter((number + 0.5) / 10_000 for number in range(10_000))
+    chooser = Chooser(CostWeights(), Rules(temperature_tokens=temperature), lambda: next(draws))
+    drawn = Counter(choose(chooser, held).best.endpoint.pod for _ in range(10_000))
+    odds = {"pod-2": 1.0, "pod-1": math.exp(-48 / temperature), "pod-0": math.exp(-64 / temperature)}
+    for pod, share in odds.items():
+        assert drawn[pod] == pytest.approx(10_000 * share / sum(odds.values()), abs=2)
+    assert drawn["pod-3"] == 0
+
+
+def test_temperature_does_not_come_before_the_session_or_turns_of_cold_prompts() -> None:
+    chooser = Chooser(CostWeights(), Rules(temperature_tokens=1e9))
+    held = {pod.pod: gpu(5_000) for pod in PODS}
+    assert {choose(chooser, held, sticky=PODS[3].address).best.endpoint.pod for _ in range(20)} == {"pod-3"}
+    assert {choose(chooser, {}).rule for _ in range(20)} == {"cold"}
+
+
+def test_without_temperature_and_at_nearly_none_the_least_cost_is_taken() -> None:
+    held = {"pod-1": gpu(5_000), "pod-2": gpu(5_001)}
+    for temperature, rule in ((0.0, "cost"), (5e-324, "drawn")):
+        choice = choose(Chooser(CostWeights(), Rules(temperature_tokens=temperature)), held)
+        assert (choice.best.endpoint.pod, choice.rule) == ("pod-2", rule)
 
 
 def test_subset_matches_address_or_ip() -> None:
@@ -137,7 +169,7 @@ def test_cost_is_never_negative_and_never_less_for_more_load(prompt: int, held: 
 def test_choice_names_each_endpoint_once_and_stays_near_the_least_cost(
     held: dict[str, Held], loads: list[Load], burst: str, temperature: float
 ) -> None:
-    rules = Rules(burst=burst, temperature=temperature, most_usage=1.0)
+    rules = Rules(burst=burst, temperature_tokens=temperature, most_usage=1.0)
     by_address = dict(zip((pod.address for pod in PODS), loads, strict=True))
     choice = Chooser(CostWeights(), rules, lambda: 0.5).choose(Ask("m", 9_000, held), PODS, by_address.__getitem__)
     free = [pod for pod in PODS if not (by_address[pod.address].usage >= 1.0 and by_address[pod.address].waiting > 0)]
