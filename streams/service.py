@@ -228,6 +228,8 @@ class WorkerService:
         self._watch(Watchdog(app.waiting, app.source_end, app.source_consumer().rewind).run())
         if app.publisher is not None:
             self._watch(app.publisher.run())
+        if app.sessions is not None:
+            self._watch(app.sessions.run())
         self._start_mirror(app)
         for name, sweep in ((BLOCK_INDEX, sweep_index), (ENGINE_BLOCKS, sweep_engine_blocks)):
             table = app.bulk_table(name)

@@ -35,11 +35,14 @@ from kvatlas.deploy.history.playback import _frames, _time_ms
 from kvatlas.deploy.history.show import _ROWS, describe
 from kvatlas.deploy.history.summary import read_message
 from kvatlas.deploy.reindex.prompts import Chains
+from kvatlas.scorer.gateway.options import PickerSettings
+from kvatlas.scorer.gateway.state import PickerState
 from kvatlas.scorer.library.backends.mirror import MirrorBackend, MirrorFollower, Snapshot
 from kvatlas.scorer.library.indexer import Indexer
 from kvatlas.scorer.library.replica import PartitionView, Replica
 from kvatlas.scorer.lookups.pods import PodTable
 from kvatlas.scorer.options import ScorerSettings
+from kvatlas.scorer.picker.endpoints import Endpoint
 from kvatlas.scorer.scoring.decisions import Decisions
 from kvatlas.streams.errors import FencedError
 from kvatlas.streams.index.apply import apply_blocks, live_holders, sweep_index
@@ -73,12 +76,14 @@ EXAMPLES: list[msgspec.Struct] = [
     records.IndexCatalog(),
     records.IndexCatalog(active="v2", versions={"v2": records.IndexVersion(block_size_tokens=32)}, updated_ns=1),
     records.DecisionRecord(request_id="r", pod="p", keys=bytes(32), expires_ns=2**62, scores={"p": (1.0, 2)}),
+    records.DecisionRecord(kind="sessions", request_id="", pod="p", sessions={"a" * 16: 2**62, "": 1}),
+    records.DecisionRecord(kind="served", request_id="r", pod="p", cached_tokens=3),
     records.KeyedBatch(
         timestamp=1.0,
         events=[
             records.KeyedStored(
                 engine_keys=[b"e"], parent=None, block_keys=bytes(16), keys_per_block=1, tier=1, group=0, kind=0,
-                window_tokens=0, block_size_tokens=16,
+                window_tokens=0, block_size_tokens=16, session="a" * 16,
             ),
             records.KeyedRemoved(engine_keys=[b"e"], tier=1, group=0),
             records.KeyedCleared(),
@@ -278,19 +283,24 @@ def test_a_bridge_starts_from_any_log(
 @fuzzed
 @given(st.lists(st.tuples(keys, values), max_size=8))
 def test_scorers_and_workers_take_any_pod_worker_and_decision(found: list[tuple[Value, Value]]) -> None:
-    """What they have taken in answers every question about pods, routes and layouts."""
+    """What they have taken in answers every question about pods, routes, layouts and load."""
+    picker = PickerState(PickerSettings(), lambda: 5.0)
+    picker.use([Endpoint("h:1", "p")])
     pods, workers, decisions = PodTable(), WorkerDirectory(lambda: 5), Decisions(ScorerSettings(), None)
     book, others = PodDirectory(), WorkerDirectory(lambda: 5)
     for key, value in found:
         pods.apply(key, value)
         workers.apply(key, value)
-        decisions.apply(value, 5)
+        if (record := decisions.apply(value, 5)) is not None:
+            picker.take(record)
         book.apply(key, value)
         others.apply(key, value)
     pods.set_block_size(16)
     _ = pods.fleet, book.records(), book.ended(), book.gone_since(2**62), others.owner(0, "me")
     workers.route(0)
     _ = workers.uncovered(), workers.covered, workers.layout
+    picker.measure()
+    picker.sessions.get(["a" * 16], 5.0)
     decisions.expire(2**63)
     assert not decisions.open
 

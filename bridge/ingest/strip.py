@@ -325,4 +325,5 @@ def _part(event: Stored, start: int, end: int, packed: bytes, per: int) -> Keyed
         adapted=event.lora is not None,
         chunk_tokens=len(event.tokens) // TOKEN_BYTES if event.unnamed and not event.masked else 0,
         lora=event.lora or "",
+        session=event.session,
     )

@@ -130,6 +130,7 @@ class Stored(msgspec.Struct, frozen=True, kw_only=True, gc=False):
             is known of an engine key stands.
         bare: an unnamed event that says no group either, as stores do whose keys are not the engine's own.
         context: tokens between the last announced block and ``parent``, when the event has them.
+        session: hash of the client's session, of stores on the GPU; empty for none. It names no block.
     """
 
     keys: list[bytes]
@@ -150,6 +151,7 @@ class Stored(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     unnamed: bool = False
     bare: bool = False
     context: Context | None = None
+    session: str = ""
 
 
 class Removed(msgspec.Struct, frozen=True, kw_only=True, gc=False):

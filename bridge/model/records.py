@@ -231,10 +231,10 @@ class DecisionRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A router sent a request to a pod (``kind`` decision), or what came of it.
 
     What came of it is what the events showed later (``kind`` outcome), or the engine's own word on its way back through
-    the gateway (``kind`` served).
+    the gateway (``kind`` served). A worker's is of no request: whose blocks a pod has stored (``kind`` sessions).
 
     Attributes:
-        request_id: the router's id of the request, the Kafka key.
+        request_id: the router's id of the request, the Kafka key; empty in ``sessions``, whose key is the pod.
         pod: pod id it went to.
         pod_epoch: the pod's epoch when the decision was made.
         model: model name.
@@ -244,8 +244,7 @@ class DecisionRecord(msgspec.Struct, frozen=True, kw_only=True):
         scores: pod id -> (score, matched blocks) at decision time, best first, bounded.
         freshness: what the scores were based on: partition -> applied offset.
         pod_sequences: pod id -> last sequence known at decision time.
-        scorer: who recorded it.
-        decided_ns: wall clock in ns.
+        scorer, decided_ns: who recorded it, and when: wall clock in ns.
         expires_ns: when the speculative holder ends at the latest.
         policy: how the pod was chosen, for people and what-if.
         outcome: ``hit``, ``unproven``, ``cold``, ``lost-eviction``, ``lost-stale``, ``wrong`` or empty while open.
@@ -254,14 +253,14 @@ class DecisionRecord(msgspec.Struct, frozen=True, kw_only=True):
         prompt_tokens: length of the prompt; of ``served`` by the engine's word, -1 when it does not say.
         predicted_tokens: tokens that the pod was expected to have cached.
         compute_tokens: tokens that it was expected to compute, for the load that pickers share.
-        session: hash of the client's session, empty for none.
-        tenant: hash of the request's cache salt, empty for none.
+        session, tenant: hash of the client's session, of the request's cache salt; empty for none.
         degraded: why the prompt was not scored, empty when it was.
         cached_tokens: of ``served``: tokens that the engine had cached, -1 when it does not say.
         first_token_ms: of ``served``: from the decision to the first token of a stream, -1 where there is none.
         status: of ``served``: HTTP status of the response, 0 when it was not seen.
         cause: of ``served``: why prediction and engine differ.
         regret_tokens: of ``served``: tokens that the best other pod would have cost less.
+        sessions: of ``sessions``: hash of a session -> when the bridge received the event that named it, ns.
     """
 
     v: int = SCHEMA_VERSION
@@ -295,6 +294,7 @@ class DecisionRecord(msgspec.Struct, frozen=True, kw_only=True):
     status: Sequence = 0
     cause: str = ""
     regret_tokens: float = 0.0
+    sessions: dict[str, Nanoseconds] = {}
 
 
 class KeyedStored(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag="stored"):
@@ -306,8 +306,8 @@ class KeyedStored(msgspec.Struct, frozen=True, kw_only=True, array_like=True, ta
         block_keys: packed canonical keys, ``len(engine_keys) * keys_per_block`` of them.
         keys_per_block: canonical blocks in one engine block; 0 for blocks that could not be keyed, which mean what an
             event without tokens means: a tier is added to blocks that are known already.
-        tier, group, window_tokens, block_size_tokens, lookahead, ownership, unnamed, bare, kind, lora: as in
-            :class:`kvatlas.bridge.model.events.Stored`; kind -1 when the event does not say, lora empty for none.
+        tier, group, window_tokens, block_size_tokens, lookahead, ownership, unnamed, bare, kind, lora,
+            session: as in :class:`kvatlas.bridge.model.events.Stored`; kind is -1, and lora empty, for none said.
         names: as ``block_keys``, what the index knows the blocks by where the token behind a block counts; else empty.
         salted, pictured, adapted: the event's blocks have a salt, extra keys, an adapter.
         chunk_tokens: tokens of an unnamed event, which the tier loads as one.
@@ -332,6 +332,7 @@ class KeyedStored(msgspec.Struct, frozen=True, kw_only=True, array_like=True, ta
     adapted: bool = False
     chunk_tokens: int = 0
     lora: str = ""
+    session: str = ""
 
 
 class KeyedRemoved(msgspec.Struct, frozen=True, kw_only=True, array_like=True, tag="removed"):

@@ -71,7 +71,7 @@ TOPIC_RIGHTS: Final[dict[str, dict[str, tuple[str, ...]]]] = {
         topics.PODS: ("Read", "Write"),
         topics.BLOCKS: ("Read", "Write"),
         topics.WORKERS: ("Read", "Write"),
-        topics.DECISIONS: ("Describe",),
+        topics.DECISIONS: ("Write",),
         "engine_blocks": ("Read", "Write"),
         "block_index": ("Read", "Write"),
     },

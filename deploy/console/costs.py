@@ -16,7 +16,7 @@ from kvatlas.bridge.model.records import GONE, DecisionRecord, PodRecord
 from kvatlas.scorer.gateway import discovery
 from kvatlas.scorer.gateway.options import PickerSettings
 from kvatlas.scorer.gateway.state import PickerState
-from kvatlas.scorer.picker.affinity import session_of
+from kvatlas.scorer.picker.affinity import sessions_of
 from kvatlas.scorer.picker.choose import Ask, Candidate, Chooser, eligible
 from kvatlas.scorer.picker.endpoints import BOTH, DECODE, Endpoint, held_of
 from kvatlas.scorer.v1 import scorer_pb2 as pb
@@ -75,7 +75,7 @@ class Costs:
         """
         now = self._clock()
         held = {pod: held_of(found, scored.block_size_tokens) for pod, found in scored.scores.items()}
-        sticky = self._state.sessions.get(session_of({}, session), now) if session else ""
+        sticky = self._state.sessions.get(sessions_of({}, session), now)
         endpoints = eligible(self._state.endpoints, model, (BOTH, DECODE), None)
         chooser = Chooser(self._settings.weights(), self._settings.rules(), draw=lambda: 0.0)
         choice = chooser.choose(

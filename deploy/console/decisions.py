@@ -18,6 +18,7 @@ from kvatlas.bridge.errors import WireError
 from kvatlas.bridge.model import records
 from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.model.records import DecisionRecord
+from kvatlas.bridge.model.sessions import SESSIONS
 
 #: Most nodes of a prefix tree.
 _NODES: Final = 400
@@ -99,7 +100,7 @@ class DecisionLog:
         self._number += 1
         if record.kind == "decision":
             self._requests[record.request_id] = Decided(self._number, record)
-        elif known is not None:
+        elif known is not None and record.kind != SESSIONS:
             setattr(known, "served" if record.kind == "served" else "outcome", record)
             known.number = self._number
         else:

@@ -72,7 +72,8 @@ def _decision_row(found: dict[str, Any]) -> str:
     one = found["decision"]
     real = one["real_blocks"] if one["real_blocks"] >= 0 else ""
     blocks = f"of {one['blocks']} blocks" if one["blocks"] else ""
-    what = " ".join(filter(None, (one["outcome"], one["policy"], blocks)))
+    sessions = f"{len(one['sessions'])} sessions" if one["sessions"] else ""
+    what = " ".join(filter(None, (one["outcome"], one["policy"], blocks, sessions)))
     head = f"{one['request_id']:<24}{one['kind']:<10}{one['pod']:<20}"
     return f"{head}{one['predicted_blocks']:>10}{real:>6}  {what}".rstrip()
 

@@ -131,7 +131,7 @@ async def find(reader: LogReader, request_id: str) -> Found:
                 outcome = found
             elif found.kind == "served":
                 served = found
-            else:
+            elif found.kind == "decision":
                 decision = found
     if decision is None:
         raise KvatlasError(

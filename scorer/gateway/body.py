@@ -10,8 +10,12 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from kvatlas.bridge.model.sessions import NAME_BYTES
+
 _decode: Final = msgspec.json.Decoder().decode
 _LONGEST_NAME: Final = 256
+#: Characters of a session's name: all that an engine's event may say.
+_LONGEST_SESSION: Final = NAME_BYTES
 #: A model's or session's name in a body of very many values is not looked at beyond so many bytes.
 _NAME_BYTES: Final = 8_192
 #: Strings and containers of a body that is decoded at once; more hold the event loop. Numbers cost little.
@@ -68,7 +72,7 @@ def _body(document: Mapping[str, Any] | None, model: Any, session: Any, estimate
     return Body(
         document,
         model if isinstance(model, str) and len(model) <= _LONGEST_NAME else "",
-        session[:_LONGEST_NAME] if isinstance(session, str) else "",
+        session[:_LONGEST_SESSION] if isinstance(session, str) else "",
         estimate,
     )
 

@@ -22,7 +22,7 @@ from kvatlas.scorer.gateway.outcome import ResponseWatch
 from kvatlas.scorer.gateway.prefixes import Prefixes, Prompt
 from kvatlas.scorer.gateway.state import OpenDecision, PickerState
 from kvatlas.scorer.picker import names
-from kvatlas.scorer.picker.affinity import session_of
+from kvatlas.scorer.picker.affinity import sessions_of
 from kvatlas.scorer.picker.choose import Ask, Candidate, Choice, Chooser, eligible
 from kvatlas.scorer.picker.endpoints import BOTH, DECODE, PREFILL, Endpoint
 from kvatlas.scorer.picker.load import Load, saturation
@@ -121,8 +121,8 @@ class PickerDecider:
         if known.degraded == UNREADABLE and incoming.whole and self._settings.unreadable == "refuse":
             return self.refuse(400, "the request's body cannot be read as what its path takes", UNREADABLE)
         now = self._clock()
-        session = session_of(incoming.headers, known.body.session if known.body is not None else "")
-        ask = _ask(incoming, known, self._state.sessions.get(session, now) if session else "")
+        sessions = sessions_of(incoming.headers, known.body.session if known.body is not None else "")
+        ask = _ask(incoming, known, self._state.sessions.get(sessions, now) if sessions else "")
         answering = self._eligible(ask.model, _ANSWERING, incoming.subset)
         if self._sheds(incoming, answering, now):
             return self.refuse(
@@ -131,7 +131,7 @@ class PickerDecider:
         choice = self._chooser.choose(ask, answering, self._loads(now))
         if not choice.candidates:
             return self._none(choice, ask.model)
-        return self._route(_Case(incoming, known, ask, session, now), choice)
+        return self._route(_Case(incoming, known, ask, sessions[0] if sessions else "", now), choice)
 
     def _eligible(self, model: str, roles: tuple[str, ...], subset: frozenset[str] | None) -> list[Endpoint]:
         return eligible(self._state.endpoints, self._state.served(model), roles, subset)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 from kvatlas.bridge.model.loads import (
@@ -16,10 +17,11 @@ from kvatlas.bridge.model.loads import (
     load_age_seconds,
 )
 from kvatlas.bridge.model.records import DecisionRecord, PodRecord
+from kvatlas.bridge.model.sessions import MOST_SESSIONS, SESSIONS, is_hash
 from kvatlas.scorer.gateway import metrics
 from kvatlas.scorer.gateway.options import PickerSettings
 from kvatlas.scorer.picker.affinity import Sessions
-from kvatlas.scorer.picker.endpoints import Endpoint
+from kvatlas.scorer.picker.endpoints import PREFILL, Endpoint
 from kvatlas.scorer.picker.load import EngineReport, LoadBook
 from kvatlas.scorer.picker.verdict import Prediction
 from kvatlas.scorer.scoring.decisions import DECISION, SERVED
@@ -62,6 +64,7 @@ class PickerState:
         self._clock = clock
         self._own = settings.name
         self._models: frozenset[str] = frozenset()
+        self._answering: Mapping[str, str] = {}
         self._open: OrderedDict[str, OpenDecision] = OrderedDict()
 
     def use(self, endpoints: Sequence[Endpoint]) -> None:
@@ -70,6 +73,7 @@ class PickerState:
             return
         self.endpoints = tuple(endpoints)
         self.loads.keep(frozenset(one.address for one in endpoints))
+        self._answering = {one.pod: one.address for one in reversed(self.endpoints) if one.role != PREFILL}
         self._models = frozenset(one.model for one in endpoints)
 
     def served(self, model: str) -> str:
@@ -96,11 +100,13 @@ class PickerState:
         return self._open.pop(request_id, None)
 
     def take(self, record: DecisionRecord) -> None:
-        """Take a record of ``kv-decisions``: another picker's decision, or the end of a request."""
+        """Take a record of ``kv-decisions``: another picker's decision, the end of a request, or pods' sessions."""
         if record.scorer == self._own:
             return
         if record.kind == SERVED:
             self.close(record.request_id)
+        elif record.kind == SESSIONS:
+            self._take_sessions(record)
         elif record.kind == DECISION and record.endpoint:
             metrics.FOREIGN.inc()
             metrics.SHARING.observe(max(0.0, (time.time_ns() - record.decided_ns) / 1e9))
@@ -114,6 +120,19 @@ class PickerState:
             )
             foreign = OpenDecision(prediction, self._clock(), record.pod_epoch)
             self.decided(record.request_id, foreign, record.compute_tokens, record.session)
+
+    def _take_sessions(self, record: DecisionRecord) -> None:
+        """Note which sessions a pod's own events have named, where that is newer than what is known.
+
+        A pod that only computes prompts does not answer the session's next request.
+        """
+        address = self._answering.get(record.pod)
+        if address is None:
+            return
+        now, now_ns = self._clock(), time.time_ns()
+        for session, seen_ns in islice(record.sessions.items(), MOST_SESSIONS):
+            if is_hash(session):
+                self.sessions.put(session, address, now - max(now_ns - seen_ns, 0) / 1e9)
 
     def take_reports(self, pods: Mapping[str, PodRecord], now_ns: int) -> None:
         """Use what pods report through the bridge, where it is newer than what is read of them here.

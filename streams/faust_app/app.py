@@ -32,6 +32,7 @@ from kvatlas.streams.tasks.index_task import IndexTask
 from kvatlas.streams.tasks.output import Output
 from kvatlas.streams.tasks.pods import PodPublisher
 from kvatlas.streams.tasks.resolve_task import ResolveTask
+from kvatlas.streams.tasks.sessions import SessionPublisher
 from kvatlas.streams.tasks.task import PartitionTask, TaskLimits, TaskParts
 from kvatlas.streams.tasks.task_set import TaskSet
 
@@ -68,6 +69,7 @@ class WorkerApp(faust.App):
         roles_listener: called when roles changed, with whether all active partitions are caught up.
         lease: whether the group surely counts this worker in.
         publisher: of pod records; None when the resolve agent does not run here.
+        sessions: tells where sessions were seen; None as above.
         on_failed: called with the error, from any thread, when something has ended that nothing repairs.
     """
 
@@ -77,6 +79,7 @@ class WorkerApp(faust.App):
     kafka: KafkaSettings
     lease: Lease
     publisher: PodPublisher | None
+    sessions: SessionPublisher | None
     roles_listener: Callable[[bool], None] | None
     on_failed: Callable[[BaseException], None]
 
@@ -204,7 +207,7 @@ def build_app(
     app.roles_listener = None
     app.on_failed = on_crash
     app.kafka = kafka
-    app.publisher = None
+    app.publisher = app.sessions = None
     app.tasks, app.sources = {}, {}
     budget = RocksBudget(_BLOCK_CACHE_BYTES, _WRITE_BUFFER_BYTES, on_failed=on_crash)
     engine_changelog, index_changelog = (
@@ -216,7 +219,7 @@ def build_app(
         (kafka.topic(topics.DLQ), partitions[topics.DLQ]),
         kafka.topic(topics.EVENTS),
     )
-    parts = _Parts(app, settings, kafka, partitions, output, budget, clock, on_crash, slice_updates)
+    parts = _Parts(app, settings, kafka, partitions, output, budget, clock, on_crash, slice_updates, worker_id)
     tables: dict[str, str] = {}
     if settings.role in ("all", "resolve"):
         tables[engine_changelog] = ENGINE_BLOCKS
@@ -258,6 +261,7 @@ class _Parts(NamedTuple):
     clock: Callable[[], int]
     on_crash: Callable[[BaseException], None]
     slice_updates: int
+    worker_id: str
 
 
 def _add_resolve(parts: _Parts, changelog: str) -> None:
@@ -268,10 +272,16 @@ def _add_resolve(parts: _Parts, changelog: str) -> None:
         (parts.kafka.topic(topics.PODS), partitions[topics.PODS]),
         writer=pod_ids.streams_writer(settings.index_version),
     )
+    app.sessions = sessions = SessionPublisher(
+        app.aiokafka_producer,
+        (parts.kafka.topic(topics.DECISIONS), partitions[topics.DECISIONS]),
+        worker=parts.worker_id,
+        clock=parts.clock,
+    )
 
     def make_task(common: TaskParts) -> ResolveTask:
         resolver = Resolver(options, partitions[settings.blocks_topic], parts.clock)
-        return ResolveTask(common, resolver, output=parts.output, pods=publisher)
+        return ResolveTask(common, resolver, output=parts.output, pods=publisher, sessions=sessions)
 
     _add_tasks(
         parts,

@@ -51,6 +51,18 @@ class DeadLetter(NamedTuple):
     headers: Mapping[str, bytes]
 
 
+class Sighting(NamedTuple):
+    """Where a session was seen.
+
+    Attributes:
+        pod: pod id whose event named it.
+        receive_ns: when the bridge received that.
+    """
+
+    pod: str
+    receive_ns: int
+
+
 class PodUpdates:
     """One pod's updates within one incarnation, in order; :attr:`last` moves with every message.
 
@@ -87,6 +99,7 @@ class Effects:
     Attributes:
         dead: events and messages for ``kv-events-dlq``.
         counts: what happened, by name, for metrics.
+        sessions: hash of each session that a store named -> where that was last.
         notices: (pod, text) of what an operator should know of a pod's events, for the log, once a pod.
         urgent: an epoch rose, so the pod records must be readable before the updates.
         receive_ns: newest receive time (bridge clock, ns) among the applied messages.
@@ -96,6 +109,7 @@ class Effects:
         self.partitions = partitions
         self.dead: list[DeadLetter] = []
         self.counts: Counter[str] = Counter()
+        self.sessions: dict[str, Sighting] = {}
         self.notices: list[tuple[str, str]] = []
         self.urgent = False
         self.receive_ns = 0
@@ -115,6 +129,7 @@ class Effects:
     def absorb(self, other: Effects) -> None:
         """Take over the effects of messages of other pods, or of earlier messages of the same."""
         self.dead += other.dead
+        self.sessions.update(other.sessions)
         self.notices += other.notices
         self.counts.update(other.counts)
         self.urgent = self.urgent or other.urgent

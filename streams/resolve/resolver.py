@@ -13,7 +13,7 @@ from kvatlas.bridge.model.adapters import CLEARS_HOST, adapter
 from kvatlas.bridge.model.block_key import root_key
 from kvatlas.bridge.model.events import Event, Limits, Removed, Stored, Tier
 from kvatlas.streams.index.view import View
-from kvatlas.streams.resolve.effects import Effects, PodUpdates
+from kvatlas.streams.resolve.effects import Effects, PodUpdates, Sighting
 from kvatlas.streams.resolve.engine_blocks import PodState
 from kvatlas.streams.resolve.message import ABSENT, Message, parse_message
 from kvatlas.streams.resolve.naming import note_limits, note_names, note_stripped
@@ -279,6 +279,8 @@ class Resolver:
     ) -> None:
         if isinstance(event, Stored):
             effects.counts["blocks_stored"] += len(event.keys)
+            if event.session:
+                effects.sessions[event.session] = Sighting(state.pod, state.receive_ns)
             if event.tier == Tier.SHARED and not state.store:
                 state.store = self._options.store
             note_names(state, event, effects)
@@ -347,6 +349,8 @@ class Resolver:
             self._event(stored, _EMPTY, state, blocks, effects)
             return
         effects.counts["blocks_stored"] += len(stored.keys)
+        if stored.session:
+            effects.sessions[stored.session] = Sighting(state.pod, state.receive_ns)
         if stored.tier == Tier.SHARED and not state.store:
             state.store = self._options.store
         table_keys = blocks.table_keys(stored)

@@ -10,6 +10,7 @@ from kvatlas.bridge.errors import LimitError, WireError
 from kvatlas.bridge.model import records
 from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.model.events import Kind, Limits, Removed, Stored, Tier
+from kvatlas.bridge.model.sessions import is_hash
 
 KeyedEvent = records.KeyedStored | records.KeyedRemoved | records.KeyedCleared
 
@@ -52,6 +53,7 @@ def stored_of(event: records.KeyedStored) -> tuple[Stored, list[bytes], list[byt
         ownership=event.ownership,
         unnamed=event.unnamed,
         bare=event.bare,
+        session=event.session if is_hash(event.session) else "",
     )
     return stored, _cut(event.block_keys, width), _cut(event.names, width)
 

@@ -23,6 +23,7 @@ from kvatlas.streams.tasks.pod_lane import (
     PodLane,
 )
 from kvatlas.streams.tasks.pods import PodPublisher
+from kvatlas.streams.tasks.sessions import SessionPublisher
 from kvatlas.streams.tasks.task import PartitionTask, TaskParts
 
 logger = logging.getLogger(__name__)
@@ -61,15 +62,24 @@ class ResolveTask(PartitionTask):
         resolver: applies messages; of this task alone.
         output: sends block updates and dead letters.
         pods: sends pod records.
+        sessions: tells where sessions were seen.
     """
 
     agent: ClassVar[str] = "resolve"
 
-    def __init__(self, parts: TaskParts, resolver: Resolver, *, output: Output, pods: PodPublisher) -> None:
+    def __init__(
+        self,
+        parts: TaskParts,
+        resolver: Resolver,
+        *,
+        output: Output,
+        pods: PodPublisher,
+        sessions: SessionPublisher,
+    ) -> None:
         super().__init__(parts)
         self._resolver = resolver
         self._output = output
-        self._publisher = pods
+        self._publisher, self._sessions = pods, sessions
         self._lanes: dict[str, PodLane] = {}
         self._lane_bytes = 0
         self._newest = self.last_offset
@@ -109,6 +119,8 @@ class ResolveTask(PartitionTask):
         self.advance(applied, effects.receive_ns, updates=effects.updates, counts=effects.counts)
         self._pods, self._segments, self._dead = effects.pods, effects.segments, effects.dead
         self._urgent, self._newest_ns = effects.urgent, effects.receive_ns
+        if effects.sessions:
+            self._sessions.offer(effects.sessions)
         return True
 
     async def _message(self, record: Any, turn: _Turn) -> None:

@@ -6,16 +6,23 @@ import asyncio
 import contextlib
 import itertools
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 from prometheus_client import REGISTRY
 
+from kvatlas.bridge.errors import KvatlasError
+from kvatlas.bridge.model import topics
+from kvatlas.bridge.model.pod_ids import pod_partition
+from kvatlas.bridge.model.sessions import session_hash
 from kvatlas.bridge.model.topics import TOPICS
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.kafka import KafkaNode
 from kvatlas.deploy.brokers.topics import ensure_topics
+from kvatlas.deploy.history.log import LogReader
+from kvatlas.deploy.history.story import find
 from kvatlas.deploy.processes.picking import ScorerWithPicker
 from kvatlas.scorer.gateway import metrics
 from kvatlas.scorer.gateway.options import PickerSettings
@@ -23,6 +30,7 @@ from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.picker.route import Destination, Incoming
 from kvatlas.scorer.picker.verdict import Prediction
 from kvatlas.scorer.tokenization.options import TokenizerSettings
+from tests.integration.log_support import read_topic
 from tests.integration.scorer_support import ScoringFleet
 from tests.integration.streams_support import WorkerProcess, make_topics, producing
 
@@ -228,6 +236,69 @@ async def test_kafka_that_goes_away_leaves_load_alone_until_it_is_back(
         await site.until(known)
     finally:
         await site.one.stop()
+
+
+CAPTURES = Path(__file__).parents[1] / "data" / "captures"
+
+
+def recorded(name: str, case: str) -> bytes:
+    """A message made by an engine's own encoder; its session is ``agent-7``."""
+    found = json.loads((CAPTURES / name).read_text())[case]
+    assert found["json"][1][0]["session_id"] == "agent-7"
+    return bytes.fromhex(found["hex"])
+
+
+async def test_a_session_that_came_by_another_way_is_known_by_its_pods_own_events(
+    brokers: str, topic_prefix: str, tmp_path: Path, workers: list[WorkerProcess]
+) -> None:
+    """No picker has sent it anywhere; the engines' events name it, by a hash, and the newest place counts."""
+    kafka = await make_topics(brokers, topic_prefix)
+    workers.append(WorkerProcess(kafka, tmp_path / "w"))
+    await workers[0].ready()
+    endpoints = [f"{address},pod={pod},model=m" for address, pod in zip(ADDRESSES, "ab", strict=True)]
+    settings = PickerSettings(name="A", listen="127.0.0.1:0", endpoints=endpoints, scrape_seconds=0, drain_seconds=0)
+    one = ScorerWithPicker(settings, kafka, ScorerSettings(name="A"), TokenizerSettings())
+    await one.start()
+    state, routed = one.picker.state, metrics.DECISIONS.labels("routed", "session")._value
+    incoming = Incoming({":path": "/v1/completions", "x-session-id": "agent-7"}, b"{}", None, "r")
+    try:
+        async with asyncio.timeout(90), producing(kafka) as producer:
+            await one._inner._decided.caught_up.wait()
+            await producer.send_and_wait(kafka.topic(topics.DECISIONS), b"\xc1 no record", key=b"a")
+            for engine, pod, address, value in (
+                ("vllm", "a", ADDRESSES[0], recorded("golden_vllm_offload.json", "selfdesc_session.0")),
+                ("sglang", "b", ADDRESSES[1], recorded("golden_sglang.json", "0.5.23/store_session")),
+            ):
+                fields = {
+                    topics.H_SEQUENCE: 0,
+                    topics.H_INCARNATION: 1,
+                    topics.H_RECEIVE_NS: time.time_ns(),
+                    topics.H_ENGINE: engine,
+                    topics.H_MODEL: "m",
+                }
+                await producer.send_and_wait(
+                    kafka.topic(topics.EVENTS),
+                    value,
+                    key=pod.encode(),
+                    headers=[(name, str(field).encode()) for name, field in fields.items()],
+                    partition=pod_partition(pod, kafka.partitions),
+                )
+                while state.sessions.get([session_hash("agent-7")], time.monotonic()) != address:
+                    await asyncio.sleep(0.01)
+                before = routed.get()
+                decision = await one.picker.decider.decide(incoming)
+                assert isinstance(decision, Destination)
+                assert decision.addresses[0] == address
+                assert routed.get() == before + 1
+                state.close("r")
+    finally:
+        await one.stop()
+    values = [record.value for record in await read_topic(brokers, kafka.topic(topics.DECISIONS), kafka.partitions)]
+    assert sum(b"sessions" in value for value in values) >= 2
+    assert not any(b"agent-7" in value for value in values)
+    async with LogReader(kafka) as reader:
+        with pytest.raises(KvatlasError, match="no decision about request 'a'"):
+            await find(reader, "a")
 
 
 def sharing(name: str) -> float:

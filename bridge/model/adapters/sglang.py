@@ -1,7 +1,8 @@
 """SGLang's events, from 0.5.12 on.
 
 Arrays up to 0.5.19, of 5 elements and more for a stored block; 0.5.18 and 0.5.19 put a map behind the medium, at index
-7, with the cache salt. Maps since 0.5.20, with ``cache_salt``, ``session_id`` and ``lora_name`` as fields of their own.
+7, with the cache salt and in one build the session. Maps since 0.5.20, with ``cache_salt``, ``session_id`` and
+``lora_name`` as fields of their own.
 Salt and adapter stand on every event of a chain, on every tier.
 
 With speculative decoding (EAGLE, NEXTN) ``token_ids`` is a list of overlapping pairs, see
@@ -29,7 +30,8 @@ from kvatlas.bridge.model.adapters.fields import (
     decode_batch,
 )
 from kvatlas.bridge.model.block_key import ExtraKey
-from kvatlas.bridge.model.events import Batch, Limits
+from kvatlas.bridge.model.events import Batch, Limits, Stored, Tier
+from kvatlas.bridge.model.sessions import session_in
 
 NAME: Final = "sglang"
 
@@ -37,6 +39,17 @@ NAME: Final = "sglang"
 class _SglangStored(StoredFields, gc=False, frozen=True):
     token_ids: list[int | list[int]]  # type: ignore[assignment]
     lora_name: Any = None
+
+    @property
+    def session(self) -> Any:
+        """What the event says of its session, None for nothing."""
+        more = self.lora_name
+        return more.get("session_id") if isinstance(more, dict) else None
+
+    @property
+    def more(self) -> bool:
+        """Tell whether a session is named."""
+        return bool(self.session)
 
 
 class SglangStoredArray(_SglangStored, gc=False, frozen=True, array_like=True, tag="BlockStored"):
@@ -47,6 +60,12 @@ class SglangStoredMap(_SglangStored, gc=False, frozen=True, tag="BlockStored"):
     """BlockStored as a map."""
 
     cache_salt: str | None = None
+    session_id: Any = None
+
+    @property
+    def session(self) -> Any:
+        """What the event says of its session, None for nothing."""
+        return self.session_id
 
 
 def decode(payload: bytes, limits: Limits) -> Batch:
@@ -80,6 +99,12 @@ def _extra(fields: _SglangStored, lora: str | None) -> list[list[ExtraKey]]:
     return [[("raw", value) for value in entry or () if value != lora] for entry in values]
 
 
+def _finish(fields: _SglangStored, stored: Stored, _limits: Limits) -> Stored:
+    if stored.tier is not Tier.GPU:
+        return stored
+    return msgspec.structs.replace(stored, session=session_in(fields.session))
+
+
 def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
@@ -88,4 +113,5 @@ _FORMAT: Final = Format(
     array=msgspec.msgpack.Decoder(SglangStoredArray | RemovedArray | ClearedArray),
     map=msgspec.msgpack.Decoder(SglangStoredMap | RemovedMap | ClearedMap),
     names=_names,
+    finish=_finish,
 )

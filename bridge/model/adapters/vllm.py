@@ -33,6 +33,7 @@ from kvatlas.bridge.model.adapters.fields import (
 )
 from kvatlas.bridge.model.block_key import ExtraKey, pack_tokens
 from kvatlas.bridge.model.events import Batch, Context, Limits, Stored, Tier, engine_key
+from kvatlas.bridge.model.sessions import session_in
 
 NAME: Final = "vllm"
 _PAIR: Final = 2
@@ -46,6 +47,7 @@ class VllmStoredMap(StoredFields, gc=False, frozen=True, tag="BlockStored"):
     """BlockStored as a map; only maps ever had the fields listed here."""
 
     ownership: str | None = None
+    session_id: Any = None
     lookahead_token_ids: Any = None
     skipped_parent_block_hash: HashValue | None = None
     skipped_token_ids: list[int] | None = None
@@ -54,7 +56,7 @@ class VllmStoredMap(StoredFields, gc=False, frozen=True, tag="BlockStored"):
     @property
     def more(self) -> bool:
         """Tell whether any of these fields says something."""
-        return bool(self.ownership or self.lookahead_token_ids or self.skipped_token_ids)
+        return bool(self.session_id or self.ownership or self.lookahead_token_ids or self.skipped_token_ids)
 
 
 def decode(payload: bytes, limits: Limits) -> Batch:
@@ -122,6 +124,8 @@ def _finish(fields: StoredFields, stored: Stored, limits: Limits) -> Stored:
             more["lookahead"] = True
         if fields.ownership:
             more["ownership"] = fields.ownership
+        if fields.session_id and stored.tier is Tier.GPU:
+            more["session"] = session_in(fields.session_id)
         if fields.skipped_token_ids:
             more["context"] = _context(fields, fields.skipped_token_ids, limits)
     return msgspec.structs.replace(stored, **more)

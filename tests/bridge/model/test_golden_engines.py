@@ -12,6 +12,7 @@ import pytest
 from kvatlas.bridge.model.adapters import adapter
 from kvatlas.bridge.model.block_key import pack_tokens
 from kvatlas.bridge.model.events import Batch, Cleared, Event, Kind, Limits, Removed, Stored, Tier, engine_key
+from kvatlas.bridge.model.sessions import session_hash
 
 DATA = Path(__file__).parents[2] / "data" / "captures"
 SGLANG: dict[str, dict[str, Any]] = json.loads((DATA / "golden_sglang.json").read_text())
@@ -85,6 +86,7 @@ def test_sglang(name: str) -> None:
             assert stored.tokens == pack_tokens([token % 2**32 for token in firsts])
             assert stored.ahead == (pack_tokens([tokens[-1][1]]) if pairs else b"")
             assert stored.cache_salt == told.get("cache_salt")
+            assert stored.session == session_hash(told.get("session_id", ""))
             assert not stored.unnamed
             size = told["block_size"]
             assert stored.extra == (
@@ -119,6 +121,7 @@ def test_vllm_offload(name: str) -> None:
             stored = check_stored(found, told, tier)
             assert stored.tokens == pack_tokens(told["token_ids"])
             assert stored.ownership == told.get("ownership", "")
+            assert stored.session == session_hash(told.get("session_id", ""))
             assert stored.unnamed == (tier != Tier.GPU)
             assert (stored.kind is None) == ("kv_cache_spec_kind" not in told)
             entries = told.get("extra_keys") or []
@@ -126,6 +129,46 @@ def test_vllm_offload(name: str) -> None:
             assert stored.cache_salt == next((text for text in salts if text != told["lora_name"]), None)
             items = [[("mm", *item) for item in entry or () if isinstance(item, list)] for entry in entries]
             assert stored.extra == (items if any(items) else [])
+
+
+def test_sessions_are_in_both_engines_files() -> None:
+    """The files have what is asserted above."""
+    for cases in (SGLANG, OFFLOAD):
+        assert any("session_id" in json.dumps(case.get("json")) for case in cases.values())
+
+
+PLAIN = {"type": "BlockStored", "block_hashes": [1], "parent_block_hash": None, "token_ids": [1, 2], "block_size": 2}
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize("odd", [None, "", 7, b"s", ["s"], {"s": 1}, "s" * 1_025, "\u00e9" * 513])
+def test_what_is_no_session_costs_an_event_nothing(engine: str, odd: Any) -> None:
+    """A session only tells whose blocks they are: what is odd, or longer than a name, is left out."""
+    both = [PLAIN | {"session_id": odd}, PLAIN]
+    batch = adapter(engine)(msgspec.msgpack.encode([0.0, both, 0]), Limits())
+    assert not batch.rejected
+    assert batch.events[0] == batch.events[1]
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_a_session_is_told_of_stores_on_the_gpu_alone(engine: str) -> None:
+    """Every name up to 1 KiB, by its hash; an offload event says nothing of who asks for its blocks."""
+    longest = "\u00e9" * 512
+    events = [PLAIN | {"session_id": longest, "medium": medium} for medium in ("GPU", "CPU")]
+    found = adapter(engine)(msgspec.msgpack.encode([0.0, events, 0]), Limits()).events
+    assert [one.session for one in found if isinstance(one, Stored)] == [session_hash(longest), ""]
+
+
+def test_a_session_beside_the_salt_of_sglangs_arrays() -> None:
+    """The map at index 7 of builds before 0.5.20; a list there, as in others, says nothing."""
+    event = ["BlockStored", [1], None, [1, 2], 2, None, "GPU"]
+    events = [[*event, {"cache_salt": "a", "session_id": "s"}], [*event, ["s"]]]
+    batch = adapter("sglang")(msgspec.msgpack.encode([0.0, events, 0]), Limits())
+    salted, other = batch.events
+    assert isinstance(salted, Stored)
+    assert isinstance(other, Stored)
+    assert (salted.cache_salt, salted.session) == ("a", session_hash("s"))
+    assert (other.cache_salt, other.session) == (None, "")
 
 
 def test_a_window_of_a_group_is_told() -> None:

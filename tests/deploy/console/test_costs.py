@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from kvatlas.bridge.model.records import DecisionRecord, PodRecord
 from kvatlas.deploy.console.costs import Costs
 from kvatlas.scorer.gateway.options import PickerSettings
-from kvatlas.scorer.picker.affinity import session_of
+from kvatlas.scorer.picker.affinity import sessions_of
 from kvatlas.scorer.picker.cost import cost_of
 from kvatlas.scorer.picker.endpoints import NOTHING, Held
 from kvatlas.scorer.picker.load import Load
@@ -47,7 +47,7 @@ def test_what_pickers_gave_out_is_load_and_a_session_stays() -> None:
     costs = Costs(SETTINGS, clock=lambda: now[0], clock_ns=lambda: 10 * SECOND)
     made = {"endpoint": "1.2.3.4:8000", "pod": "a", "scorer": "picker-1", "compute_tokens": 1_000.0, "model": "m"}
     costs.take(DecisionRecord(request_id="old", decided_ns=SECOND, **made))
-    costs.take(DecisionRecord(request_id="new", decided_ns=11 * SECOND, session=session_of({}, "chat"), **made))
+    costs.take(DecisionRecord(request_id="new", decided_ns=11 * SECOND, session=sessions_of({}, "chat")[0], **made))
     costs.look({"a": pod("a"), "b": pod("b")})
     scored = pb.ScoreResponse(prompt_tokens=100, block_size_tokens=16)
     rows = {row["pod"]: row for row in costs.of("m", scored, "chat")["pods"]}

@@ -41,7 +41,9 @@ def test_the_log_is_bounded_and_survives_garbage() -> None:
     log.apply(b"\xc1")
     log.apply(None)
     log.apply(decided("unknown", [], kind="outcome", outcome="hit"))
+    log.apply(decided("c", [], kind="sessions", sessions={"a" * 16: 1}))
     assert [request.decision.request_id for request in log.after(0, 100)] == ["b", "c"]
+    assert log.after(0, 100)[-1].outcome is None
     assert log.unreadable == 1
 
 

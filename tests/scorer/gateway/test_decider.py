@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import selectors
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from kvatlas.bridge.errors import OverloadedError
 from kvatlas.bridge.model.records import DecisionRecord
+from kvatlas.bridge.model.sessions import session_hash
 from kvatlas.scorer.errors import NotReadyError, UnknownModelError
 from kvatlas.scorer.gateway import metrics
 from kvatlas.scorer.gateway.decider import Made, PickerDecider
@@ -273,6 +275,71 @@ async def test_session_comes_back_by_header_or_body() -> None:
     assert first not in others
     assert await desk.picked(x_session_id="s") == first
     assert all(made.session != "s" for made in desk.made)
+
+
+def seen(pod: str, seconds_ago: float = 0.0, *sessions: str, **more: int) -> DecisionRecord:
+    """A worker's word on the sessions that a pod's events named."""
+    seen_ns = time.time_ns() - int(seconds_ago * 1e9)
+    told = {session_hash(session): seen_ns for session in sessions or ("s",)} | more
+    return DecisionRecord(kind="sessions", request_id="", pod=pod, scorer="w", decided_ns=seen_ns, sessions=told)
+
+
+@pytest.mark.parametrize("named", [{"x_session_id": "s"}, {"body": {**BODY, "session_id": "s"}}])
+async def test_a_session_that_came_by_another_way_is_known_by_its_pods_events(named: dict[str, Any]) -> None:
+    """No picker has sent it anywhere; the pod's own events say where it is."""
+    for pod, address in (("b", "10.0.0.2:8000"), ("c", "10.0.0.3:8000")):
+        desk = Desk(Stub())
+        desk.state.take(seen(pod))
+        assert await desk.picked(**named) == address
+        assert desk.made[0].policy == "picker:session"
+
+
+async def test_a_session_is_found_by_what_the_header_and_by_what_the_body_names() -> None:
+    """Engines may say either on their events; the later place counts, and the header's name is remembered."""
+    desk = Desk(Stub())
+    both = {"x_session_id": "header", "body": {**BODY, "session_id": "body"}}
+    desk.state.take(seen("b", 5, "body"))
+    assert await desk.picked(**both) == "10.0.0.2:8000"
+    desk.now += 1
+    desk.state.take(seen("c", 0, "body"))
+    assert await desk.picked(**both) == "10.0.0.3:8000"
+    assert {made.session for made in desk.made} == {session_hash("header")}
+
+
+async def test_pods_events_say_nothing_against_what_is_newer() -> None:
+    """Neither against a later decision, nor after the time that a session is remembered."""
+    desk = Desk(Stub())
+    first = await desk.picked(x_session_id="s")
+    desk.state.close("r1")
+    other = next(pod for pod, address in (("a", "10.0.0.1:8000"), ("b", "10.0.0.2:8000")) if address != first)
+    desk.state.take(seen(other, 5))
+    assert await desk.picked(x_session_id="s") == first
+    desk.state.close("r1")
+    for record in (seen("b", 601, "old"), seen("nobody", 0, "elsewhere")):
+        desk.state.take(record)
+    taken = {await desk.picked(x_session_id=session) for session in ("old", "elsewhere")}
+    assert [made.policy for made in desk.made[-2:]] == ["picker:cold", "picker:cold"]
+    assert len(taken) == 2
+
+
+async def test_a_session_is_not_held_to_the_pod_that_computes_its_prompts() -> None:
+    """Prefill pods store a session's blocks too, and answer nothing."""
+    desk = Desk(Stub())
+    desk.state.use([one for text in (*PODS[:2], PODS[2] + ",role=prefill") for one in parse_endpoint(text)])
+    desk.state.take(seen("b", 5))
+    desk.state.take(seen("c"))
+    assert await desk.picked(x_session_id="s") == "10.0.0.2:8000"
+
+
+def test_odd_sessions_of_a_record_are_left_out() -> None:
+    """What is no hash, or is of a clock that is ahead, harms nobody; there are never more than a picker keeps."""
+    desk = Desk(Stub())
+    desk.state.take(seen("a", 0, **{"": 1, "x" * 1_000_000: 1, session_hash("ahead"): 2**63 - 1}))
+    assert len(desk.state.sessions) == 2
+    assert desk.state.sessions.get([session_hash("ahead")], desk.now) == "10.0.0.1:8000"
+    many = {f"{number:016x}": time.time_ns() for number in range(100_050)}
+    desk.state.take(seen("b", 0, **many))
+    assert len(desk.state.sessions) == 100_000
 
 
 async def test_prefill_pod_is_chosen_unless_decode_holds_the_prefix() -> None:

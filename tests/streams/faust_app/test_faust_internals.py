@@ -159,7 +159,7 @@ def build(tmp_path: Any) -> WorkerApp:
     """Return an app that never starts."""
     settings = WorkerSettings(state_dir=str(tmp_path))
     kafka = KafkaSettings(brokers="127.0.0.1:1")
-    partitions = {topics.EVENTS: 3, "kv-blocks": 3, topics.PODS: 1, topics.DLQ: 1}
+    partitions = {topics.EVENTS: 3, "kv-blocks": 3, topics.PODS: 1, topics.DLQ: 1, topics.DECISIONS: 1}
     return build_app(
         settings, kafka, partitions=partitions, worker_id="w", clock=lambda: 0, on_crash=lambda _error: None
     )

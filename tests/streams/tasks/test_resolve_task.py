@@ -27,6 +27,7 @@ from kvatlas.streams.state.partition import PartitionState
 from kvatlas.streams.tasks.output import Output
 from kvatlas.streams.tasks.pods import PodPublisher
 from kvatlas.streams.tasks.resolve_task import ResolveTask
+from kvatlas.streams.tasks.sessions import SessionPublisher
 from kvatlas.streams.tasks.task import TaskLimits
 from kvatlas.streams.tasks.task_set import TaskSet
 
@@ -79,12 +80,17 @@ class Rig:
     def make(self) -> TaskSet:
         output = Output(lambda: self.producer, ("blocks", PARTITIONS), ("dlq", 1), "events")
         pods = PodPublisher(lambda: self.producer, ("pods", 1), 3600.0)
+        self.sessions = SessionPublisher(lambda: self.producer, ("decisions", 1), worker="w", clock=lambda: 7)
         return TaskSet(
             "resolve",
             self,
             TaskLimits(256, 8_192, 2_048, 0.02),
             make_task=lambda parts: ResolveTask(
-                parts, Resolver(ResolveOptions(), PARTITIONS, lambda: 7), output=output, pods=pods
+                parts,
+                Resolver(ResolveOptions(), PARTITIONS, lambda: 7),
+                output=output,
+                pods=pods,
+                sessions=self.sessions,
             ),
             on_failed=self.failed.append,
         )
