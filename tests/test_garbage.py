@@ -77,7 +77,7 @@ EXAMPLES: list[msgspec.Struct] = [
     records.IndexCatalog(active="v2", versions={"v2": records.IndexVersion(block_size_tokens=32)}, updated_ns=1),
     records.DecisionRecord(request_id="r", pod="p", keys=bytes(32), expires_ns=2**62, scores={"p": (1.0, 2)}),
     records.DecisionRecord(kind="sessions", request_id="", pod="p", sessions={"a" * 16: 2**62, "": 1}),
-    records.DecisionRecord(kind="served", request_id="r", pod="p", cached_tokens=3),
+    records.DecisionRecord(kind="served", request_id="r", pod="p", prompt_tokens=-1, cached_tokens=3),
     records.KeyedBatch(
         timestamp=1.0,
         events=[
@@ -156,6 +156,12 @@ fuzzed = settings(max_examples=300, deadline=None, suppress_health_check=list(He
 
 def a_record(key: Value, value: Value, found: tuple[tuple[str, bytes], ...] = (), topic: str = topics.EVENTS) -> Record:
     return Record(topic, 0, 7, 1_700_000_000_000, key, value, found)
+
+
+@pytest.mark.parametrize("record", EXAMPLES, ids=lambda record: type(record).__name__)
+def test_what_is_written_can_be_read(record: msgspec.Struct) -> None:
+    """Also where an engine says how much it had cached and not how long the prompt was."""
+    assert records.decode(type(record), records.encode(record)) == record
 
 
 @fuzzed

@@ -283,7 +283,7 @@ class DecisionRecord(msgspec.Struct, frozen=True, kw_only=True):
     real_blocks: Sequence = -1
     speculative_blocks: Count = 0
     endpoint: str = ""
-    prompt_tokens: Count = 0
+    prompt_tokens: Sequence = 0
     predicted_tokens: Count = 0
     compute_tokens: float = 0.0
     session: str = ""
