@@ -237,14 +237,15 @@ class AsyncScorerClient:
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._timeout = timeout_seconds
 
-    async def call(self, name: str, request: Any) -> Any:
-        """Call one unary RPC by name.
+    async def call(self, name: str, request: Any, *, token: str = "") -> Any:
+        """Call one unary RPC by name; ``token`` is for this call alone, in place of the client's.
 
         Raises:
             ClientError: the scorer refused it or could not be reached.
         """
+        metadata = (("authorization", f"Bearer {token}"),) if token else self._metadata
         try:
-            return await getattr(self._stub, name)(request, timeout=self._timeout, metadata=self._metadata)
+            return await getattr(self._stub, name)(request, timeout=self._timeout, metadata=metadata)
         except grpc.RpcError as error:
             raise _client_error(error) from error
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+import itertools
 import secrets
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
@@ -14,19 +15,24 @@ import msgspec
 from aiohttp import web
 from google.protobuf.json_format import MessageToDict
 
-from kvatlas.bridge.errors import SettingsError
+from kvatlas.bridge.errors import DECODE_ERRORS, SettingsError
 from kvatlas.bridge.model.block_key import KEY_BYTES, block_keys, pack_tokens, root_key, tenant_of
+from kvatlas.deploy.console import asked as questions
+from kvatlas.deploy.console.asked import Asked
 from kvatlas.deploy.console.costs import Costs
 from kvatlas.deploy.console.decisions import DecisionLog, prefixes
 from kvatlas.deploy.console.flow import TopicRates
 from kvatlas.deploy.console.past import Past
-from kvatlas.deploy.console.readers import Reader, Readers, request_of
+from kvatlas.deploy.console.readers import Reader, Readers
+from kvatlas.deploy.console.turns import Turns
 from kvatlas.deploy.history.ask import Question
 from kvatlas.deploy.history.watch import Picture, Watch
 from kvatlas.deploy.whatif.compare import hit_ratios, recorded_first_tokens
 from kvatlas.deploy.whatif.recorded import recording
+from kvatlas.scorer.api.bodies import HttpBody, Inflight
+from kvatlas.scorer.api.bounds import check_name
 from kvatlas.scorer.client import score_request
-from kvatlas.scorer.errors import ClientError
+from kvatlas.scorer.errors import ClientError, InputError
 from kvatlas.scorer.gateway.options import PickerSettings
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 
@@ -34,6 +40,13 @@ _LOOK_SECONDS: Final = 1.0
 _ROWS: Final = 500
 _POLICIES: Final = 8
 _TEXT: Final = 2_000
+#: Largest bodies: of a question about a prompt, and of one that only names policies.
+_ASK_BYTES: Final = 8 * 1024 * 1024
+_WHAT_IF_BYTES: Final = 64 * 1024
+#: Of all bodies that are read or worked on.
+_INFLIGHT_BYTES: Final = 64 * 1024 * 1024
+#: Answers up to this size are put into JSON at once: less than a few milliseconds of the event loop.
+_AT_ONCE_BYTES: Final = 64 * 1024
 #: States of a holder that an event says is there.
 _HELD: Final = ("live", "suspect")
 _MINUTE_NS: Final = 60 * 1_000_000_000
@@ -65,6 +78,9 @@ class Api:
         self._picker = picker
         self._costs = Costs(picker)
         self._name = secrets.token_hex(4)
+        self._inflight = Inflight(_INFLIGHT_BYTES)
+        self._views = Turns("views")
+        self._simulations = Turns("simulations", 4)
         self._looking = asyncio.Lock()
         self._picture: tuple[float, Picture | None] = (0.0, None)
         self._flow: tuple[float, list[dict[str, Any]]] = (0.0, [])
@@ -138,8 +154,10 @@ class Api:
 
     async def _get_prefixes(self, request: web.Request) -> web.Response:
         tenant, minutes = await self._tenant(request), _number(request, "minutes", 15)
+        model = request.query.get("model", "")
+        check_name(model, "model")
         requests = list(self._decisions.since(time.time_ns() - minutes * _MINUTE_NS, tenant))
-        tree, looked = await asyncio.to_thread(prefixes, requests, request.query.get("model", ""))
+        tree, looked = await self._views.run(lambda _gone: prefixes(requests, model))
         return _json({"tree": tree, "requests": looked, "minutes": minutes})
 
     async def _get_stretch(self, request: web.Request) -> web.Response:
@@ -174,7 +192,7 @@ class Api:
 
     async def _post_what_if(self, request: web.Request) -> web.Response:
         await self._readers.check_all(_reader(request))
-        body = await _object(request)
+        body = await self._object(request)
         policies, queued = (_policies(body, name) for name in ("policies", "queueing"))
         if not policies and not queued:
             raise SettingsError("policies or queueing: names as `kvatlas whatif` takes them")
@@ -182,18 +200,31 @@ class Api:
         if not isinstance(blocks, int) or not 0 < blocks <= 10_000_000:
             raise SettingsError("blocks: how many blocks a pod's cache has")
         since, until = str(body.get("since") or "-1h"), str(body.get("until") or "latest")
-        found = recording(await self._past.decisions(since, until))
+        decisions = await self._past.decisions(since, until)
 
-        def work() -> dict[str, Any]:
+        def work(gone: threading.Event) -> dict[str, Any]:
+            def wanted(_row: object) -> bool:
+                return not gone.is_set()
+
+            found = recording(decisions)
             return {
                 "requests": len(found.arrivals),
                 "skipped": found.skipped,
                 "pods": len(found.pods),
-                "rows": list(hit_ratios(found, policies, blocks)),
-                "first_tokens": list(recorded_first_tokens(found, queued, blocks, self._picker)),
+                "rows": list(itertools.takewhile(wanted, hit_ratios(found, policies, blocks))),
+                "first_tokens": list(
+                    itertools.takewhile(wanted, recorded_first_tokens(found, queued, blocks, self._picker))
+                ),
             }
 
-        return _json(await asyncio.to_thread(work))
+        return _json(await self._simulations.run(work))
+
+    async def _object(self, request: web.Request) -> dict[str, Any]:
+        with HttpBody(request, _WHAT_IF_BYTES, self._inflight) as body:
+            try:
+                return msgspec.json.decode(await body.read(), type=dict[str, Any])
+            except DECODE_ERRORS as error:
+                raise InputError(f"body: {error}") from error
 
     # --- ask --------------------------------------------------------------------------------------------------------
 
@@ -205,62 +236,62 @@ class Api:
         return _json({"pods": await self._past.changes(first, second)})
 
     async def _post_ask(self, request: web.Request) -> web.Response:
-        reader, body = _reader(request), await _object(request)
-        asked = request_of(body)
+        reader = _reader(request)
+        with HttpBody(request, _ASK_BYTES, self._inflight) as body:
+            return await self._answer(reader, *questions.read(await body.read()))
+
+    async def _answer(self, reader: Reader, question: Asked, asked: pb.ScoreRequest) -> web.Response:
         explained: pb.ExplainResponse | None = None
         try:
             explained = await self._readers.call(reader, "Explain", asked)
         except ClientError as error:
-            if error.code != "PERMISSION_DENIED" or body.get("at"):
+            if error.code != "PERMISSION_DENIED" or question.at:
                 raise
-        if body.get("at"):
+        if question.at:
             assert explained is not None
-            return _json(await self._then(reader, str(body["at"]), body, asked, explained))
+            return _json(await self._then(reader, question, asked, explained))
         scored = await self._readers.call(reader, "Score", asked) if explained is None else explained.scored
         usable = pb.ScoreRequest()
         usable.CopyFrom(asked)
         usable.usable_only = True
         self._costs.look(self._watch.pods)
-        model = self._model(body, explained)[0]
-        session = body.get("session_id")
-        costs = self._costs.of(
-            model,
-            await self._readers.call(reader, "Score", usable),
-            session if isinstance(session, str) else "",
-        )
-        return _json(
-            {"score": _plain(scored), "explain": None if explained is None else _plain(explained), "costs": costs}
-        )
+        model = self._model(question, explained)[0]
+        costs = self._costs.of(model, await self._readers.call(reader, "Score", usable), question.session_id or "")
+
+        def shown(_gone: threading.Event | None = None) -> web.Response:
+            explain = None if explained is None else _plain(explained)
+            return _json({"score": _plain(scored), "explain": explain, "costs": costs})
+
+        size = scored.ByteSize() + (0 if explained is None else explained.ByteSize())
+        return shown() if size <= _AT_ONCE_BYTES else await self._views.run(shown)
 
     async def _then(
-        self, reader: Reader, moment: str, body: dict[str, Any], asked: pb.ScoreRequest, explained: pb.ExplainResponse
+        self, reader: Reader, question: Asked, asked: pb.ScoreRequest, explained: pb.ExplainResponse
     ) -> dict[str, Any]:
         """Return the answer as of a moment, of the tokens that the scorer makes of the prompt."""
         made: pb.TokenizeResponse = await self._readers.call(reader, "Tokenize", asked)
         tokens = list(made.prompts[0].tokens)
-        model, lora = self._model(body, explained, tokens)
-        salt = body.get("cache_salt")
-        question = Question(tokens=tokens, lora=lora or None, cache_salt=salt if isinstance(salt, str) else None)
-        return await self._past.ask(moment, model, question)
+        model, lora = self._model(question, explained, tokens)
+        about = Question(tokens=tokens, lora=lora or None, cache_salt=question.cache_salt)
+        return await self._past.ask(question.at or "", model, about)
 
     def _model(
-        self, body: dict[str, Any], explained: pb.ExplainResponse | None, tokens: list[int] | None = None
+        self, question: Asked, explained: pb.ExplainResponse | None, tokens: list[int] | None = None
     ) -> tuple[str, str]:
         """Return model and adapter as the blocks are named by: a client may ask by an alias, or by the adapter.
 
         Raises:
             SettingsError: with tokens given: the blocks are named by more than these.
         """
-        name, lora = str(body["model"]), body.get("lora")
-        lora = lora if isinstance(lora, str) else ""
+        name, lora = question.model, question.lora or ""
         models = {record.model for record in self._watch.pods.values() if record.model}
         pairs = [(name, lora), *((one, lora) for one in models), *((one, name) for one in models)]
         if tokens is None or explained is None or not explained.blocks:
             return next(((one, other) for one, other in pairs if one in models), pairs[0])
-        size, salt = explained.scored.block_size_tokens, body.get("cache_salt")
+        size, salt = explained.scored.block_size_tokens, question.cache_salt
         first = pack_tokens(tokens[:size])
         for one, other in pairs:
-            root = root_key(one, other or None, salt if isinstance(salt, str) and salt else None)
+            root = root_key(one, other or None, salt or None)
             if block_keys(root, first, size)[0].hex() == explained.blocks[0].key:
                 return one, other
         raise SettingsError("this prompt's blocks are named by more than its text (pictures): the past is not asked")
@@ -275,7 +306,7 @@ def _plain(message: Any) -> Any:
 
 
 def _reader(request: web.Request) -> Reader:
-    return Reader(request.headers.get("x-scorer-token", ""), request.headers.get("x-cache-salt", ""))
+    return Reader.of(request.headers.get("x-scorer-token", ""), request.headers.get("x-cache-salt", ""))
 
 
 def _since(request: web.Request) -> str:
@@ -296,6 +327,7 @@ def _needed(request: web.Request, name: str) -> str:
     text = request.query.get(name, "")
     if not text:
         raise SettingsError(f"{name} is missing")
+    check_name(text, name)
     return text
 
 
@@ -319,13 +351,3 @@ def _policies(body: dict[str, Any], name: str) -> list[str]:
     if not isinstance(found, list) or len(found) > _POLICIES or not all(isinstance(one, str) for one in found):
         raise SettingsError(f"{name}: a list of up to {_POLICIES} names, as `kvatlas whatif` takes them")
     return found
-
-
-async def _object(request: web.Request) -> dict[str, Any]:
-    try:
-        body = json.loads(await request.read())
-    except (ValueError, RecursionError) as error:
-        raise SettingsError(f"the body is no JSON: {error}") from error
-    if not isinstance(body, dict):
-        raise SettingsError("the body is no JSON object")
-    return body

@@ -21,6 +21,7 @@ from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.model import pod_ids, topics
 from kvatlas.bridge.model.records import Control, DecisionRecord
 from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.deploy.console.turns import Turns
 from kvatlas.deploy.history import ask, story
 from kvatlas.deploy.history.beginnings import Beginning, find_beginning
 from kvatlas.deploy.history.changes import changes_between
@@ -30,11 +31,14 @@ from kvatlas.deploy.history.moment import EARLIEST, LATEST, Moment, parse_moment
 from kvatlas.deploy.history.rebuild import PastIndex, rebuild
 from kvatlas.deploy.history.summary import CLEARED, CONTROL
 from kvatlas.deploy.whatif.recorded import read_decisions
+from kvatlas.scorer.errors import DeadlineError
 from kvatlas.streams.resolve.resolver import ResolveOptions
 
 _LETTERS: Final = 500
 _MARKS: Final = 500
 _DECISIONS: Final = 200_000
+#: A question that reads for longer has to be asked about less: others wait.
+_QUESTION_SECONDS: Final = 300.0
 #: So much of a dead letter is shown.
 _SHOWN_BYTES: Final = 4_096
 
@@ -76,17 +80,30 @@ class Past:
     def __init__(self, kafka: KafkaSettings, options: ResolveOptions) -> None:
         self.options = options
         self._kafka = kafka
-        self._turn = asyncio.Lock()
+        self._turns = Turns("questions to the log")
 
     async def _read(self, work: Callable[[LogReader], Awaitable[T]]) -> T:
-        """Do work with a reader, on a thread with an event loop of its own."""
+        """Do work with a reader, on a thread with an event loop of its own.
+
+        Raises:
+            BusyError: too many questions wait.
+            DeadlineError: it takes too long.
+        """
 
         async def with_reader() -> T:
             async with LogReader(self._kafka, "kvatlas-console") as reader:
                 return await work(reader)
 
-        async with self._turn:
-            return await apart(with_reader())
+        async with self._turns.turn():
+            try:
+                async with asyncio.timeout(_QUESTION_SECONDS) as reading:
+                    return await apart(with_reader())
+            except TimeoutError as error:
+                if not reading.expired():
+                    raise
+                raise DeadlineError(
+                    f"the log was read for {_QUESTION_SECONDS:g} s, and not to its end: ask about a shorter time"
+                ) from error
 
     async def span(self) -> dict[str, float]:
         """Return the times of the first record on the log and of now, ms since the epoch; 0 for an empty log."""

@@ -6,23 +6,20 @@ or with a salt that the scorer lets it name, the decisions about that salt alone
 
 from __future__ import annotations
 
-import asyncio
-import json
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
-from kvatlas.bridge.errors import KvatlasError, SettingsError
-from kvatlas.scorer.client import ScorerClient, score_request
-from kvatlas.scorer.errors import ClientError
-from kvatlas.scorer.v1 import scorer_pb2 as pb
+from kvatlas.bridge.errors import KvatlasError
+from kvatlas.scorer.api.bounds import check_name
+from kvatlas.scorer.client import AsyncScorerClient, score_request
+from kvatlas.scorer.errors import ClientError, InputError
 
-_CLIENTS: Final = 64
+#: Readers whose rights are remembered.
+_SEEN: Final = 1_024
 _SEEN_SECONDS: Final = 10.0
 _DENIED: Final = ("PERMISSION_DENIED", "UNAUTHENTICATED")
-#: Fields that stand beside token ids; whatever else has no token ids is a request's body.
-_BESIDE: Final = ("lora", "cache_salt", "pods")
 
 
 class NotForReaderError(KvatlasError):
@@ -40,19 +37,32 @@ class Reader(NamedTuple):
     token: str
     salt: str
 
+    @classmethod
+    def of(cls, token: str, salt: str) -> Reader:
+        """Return a reader.
+
+        Raises:
+            InputError: token or salt cannot be one.
+        """
+        check_name(token, "x-scorer-token")
+        check_name(salt, "x-cache-salt")
+        if not (token.isascii() and (token.isprintable() or not token)):
+            raise InputError("x-scorer-token: has characters that no token has")
+        return cls(token, salt)
+
 
 class Readers:
-    """Scorer clients by token, and what their tokens may see.
+    """The scorer as readers may ask it: over one connection, each call with its reader's token.
 
     Args:
-        connect: makes a client with a token; empty for the console's own.
+        connect: makes a client of the scorer with the console's own token.
         clock: monotonic seconds.
     """
 
-    def __init__(self, connect: Callable[[str], ScorerClient], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, connect: Callable[[], AsyncScorerClient], clock: Callable[[], float] = time.monotonic) -> None:
         self._connect = connect
         self._clock = clock
-        self._clients: dict[str, ScorerClient] = {}
+        self._client: AsyncScorerClient | None = None
         self._seen: dict[tuple[str, str | None], tuple[float, bool]] = {}
 
     async def call(self, reader: Reader, name: str, request: Any) -> Any:
@@ -61,11 +71,9 @@ class Readers:
         Raises:
             ClientError: the scorer refused it or could not be reached.
         """
-        if reader.token not in self._clients:
-            if len(self._clients) >= _CLIENTS:
-                self._clients.pop(next(iter(self._clients))).close()
-            self._clients[reader.token] = self._connect(reader.token)
-        return await asyncio.to_thread(self._clients[reader.token].call, name, request)
+        if self._client is None:
+            self._client = self._connect()
+        return await self._client.call(name, request, token=reader.token)
 
     async def check_all(self, reader: Reader) -> None:
         """See that a reader may see what belongs to all tenants.
@@ -113,34 +121,12 @@ class Readers:
                     return known[1]
                 raise
             allowed = False
-        while len(self._seen) >= _CLIENTS:
+        while len(self._seen) >= _SEEN:
             self._seen.pop(next(iter(self._seen)))
         self._seen[reader.token, salt] = (self._clock(), allowed)
         return allowed
 
-    def close(self) -> None:
-        """Close the connections."""
-        for client in self._clients.values():
-            client.close()
-
-
-def request_of(body: Mapping[str, Any]) -> pb.ScoreRequest:
-    """Return the scorer's request for what was asked on the page: token ids, or the body of a request to an engine.
-
-    Raises:
-        SettingsError: it is neither, or names no model.
-    """
-    model = body.get("model")
-    if not isinstance(model, str) or not model:
-        raise SettingsError("model is missing")
-    given = {name: value for name, value in body.items() if value is not None and name not in ("at", "until")}
-    try:
-        if "tokens" in given:
-            return score_request(
-                model, tokens=given["tokens"], **{name: given[name] for name in _BESIDE if given.get(name)}
-            )
-        if not {"prompt", "messages", "input"} & given.keys():
-            raise SettingsError("one of prompt, messages, input and tokens is needed")
-        return pb.ScoreRequest(request_json=json.dumps(given))
-    except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
-        raise SettingsError(f"this is no prompt: {error}") from error
+    async def close(self) -> None:
+        """Close the connection."""
+        if self._client is not None:
+            await self._client.close()

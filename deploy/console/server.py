@@ -8,50 +8,32 @@ Scores and explanations are asked of the scorer with the reader's own scorer tok
 from __future__ import annotations
 
 import asyncio
-import hmac
 from collections.abc import Callable
-from importlib import resources
 from typing import Final
 
 from aiohttp import web
 
-from kvatlas.bridge.errors import KvatlasError, LogError, SettingsError
+from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.kafka.follower import TopicFollower
 from kvatlas.bridge.model import topics
 from kvatlas.bridge.runtime.restarts import Restarts
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.bridge.runtime.tasks import Background
-from kvatlas.deploy.console.api import Api, Handler
+from kvatlas.deploy.console.api import Api
 from kvatlas.deploy.console.flow import TopicRates
-from kvatlas.deploy.console.options import ConsoleSettings, ScorerAddress, is_loopback, token_of
+from kvatlas.deploy.console.options import ConsoleSettings, ScorerAddress, token_of
+from kvatlas.deploy.console.pages import Pages
 from kvatlas.deploy.console.past import Past
-from kvatlas.deploy.console.readers import NotForReaderError, Readers
+from kvatlas.deploy.console.readers import Readers
 from kvatlas.deploy.history.watch import Watch
-from kvatlas.scorer.client import ScorerClient, channel_credentials
-from kvatlas.scorer.errors import ClientError
+from kvatlas.scorer.client import AsyncScorerClient, channel_credentials
 from kvatlas.scorer.gateway.options import PickerSettings
 from kvatlas.streams.options import WorkerSettings
 from kvatlas.streams.resolve.options import resolve_options
 
-_BODY_BYTES: Final = 8 * 1024 * 1024
 #: Newest decisions kept in memory.
 _DECISIONS: Final = 5_000
 _CHECK_SECONDS: Final = 1.0
-_TYPES: Final = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
-_HEADERS: Final = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cache-control": "no-store",
-}
-_STATUS: Final = {
-    "INVALID_ARGUMENT": 400,
-    "NOT_FOUND": 404,
-    "UNAUTHENTICATED": 401,
-    "PERMISSION_DENIED": 403,
-    "RESOURCE_EXHAUSTED": 429,
-}
 
 
 class ConsoleService:
@@ -94,13 +76,7 @@ class ConsoleService:
             LogError: Kafka does not answer, or topics are missing.
             SettingsError: the address cannot be bound.
         """
-        app = web.Application(client_max_size=_BODY_BYTES, middlewares=[self._guard])
-        app.router.add_get("/", self._static)
-        app.router.add_get("/{name:[a-z]+\\.(?:js|css|svg)}", self._static)
-        for method, path, handler in self._api.routes():
-            app.router.add_route(method, path, handler)
-        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
-        await self._runner.setup()
+        self._runner = await Pages(self._api, self._token).runner()
         host, _, port = self._settings.listen.rpartition(":")
         try:
             site = web.TCPSite(self._runner, host.strip("[]"), int(port))
@@ -139,48 +115,11 @@ class ConsoleService:
         await self._follower.stop()
         await self._watch.__aexit__()
         await self._topics.close()
-        self._readers.close()
-
-    @web.middleware
-    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Ask for the token, put the headers of safety on every answer, and make errors JSON."""
-        try:
-            if not self._token and not is_loopback(request.host):  # a page elsewhere whose name leads here
-                return _error(403, "without a token the page answers to names of this machine alone")
-            if request.path.startswith("/api/"):
-                given = request.headers.get("authorization", "").removeprefix("Bearer ")
-                if self._token and not hmac.compare_digest(given.encode(), self._token.encode()):
-                    return _error(401, "the token is missing or wrong")
-            answer = await handler(request)
-        except web.HTTPException as error:
-            answer = _error(error.status, error.reason or "refused")
-        except (SettingsError, ValueError) as error:
-            answer = _error(400, str(error))
-        except NotForReaderError as error:
-            answer = _error(403, str(error))
-        except ClientError as error:
-            answer = _error(_STATUS.get(error.code, 502), f"the scorer: {error}")
-        except LogError as error:
-            answer = _error(503, str(error))
-        except KvatlasError as error:
-            answer = _error(500, str(error))
-        answer.headers.update(_HEADERS)
-        return answer
-
-    async def _static(self, request: web.Request) -> web.Response:
-        name = request.match_info.get("name", "index.html")
-        file = resources.files("kvatlas.deploy.console").joinpath("static", name)
-        if not file.is_file():
-            raise web.HTTPNotFound
-        return web.Response(body=file.read_bytes(), content_type=_TYPES[name.rpartition(".")[2]], charset="utf-8")
+        await self._readers.close()
 
 
-def _error(status: int, text: str) -> web.Response:
-    return web.json_response({"error": text}, status=status, headers=_HEADERS)
-
-
-def connector(settings: ConsoleSettings) -> Callable[[str], ScorerClient]:
-    """Return what makes a scorer client with a reader's token, or with the console's own for an empty one.
+def connector(settings: ConsoleSettings) -> Callable[[], AsyncScorerClient]:
+    """Return what makes a client of the scorer with the console's own token.
 
     Raises:
         SettingsError: `scorer` cannot be read, or a file that it names.
@@ -189,4 +128,4 @@ def connector(settings: ConsoleSettings) -> Callable[[str], ScorerClient]:
     credentials = None
     if scorer.tls:
         credentials = channel_credentials(scorer.ca or None, scorer.cert or None, scorer.key or None)
-    return lambda token: ScorerClient(scorer.address, token=token or scorer.token, credentials=credentials)
+    return lambda: AsyncScorerClient(scorer.address, token=scorer.token, credentials=credentials)

@@ -13,7 +13,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from kvatlas.scorer.errors import BusyError, DeadlineError, InputError, TooLargeError
-from kvatlas.scorer.options import MIB, ScorerSettings
+from kvatlas.scorer.options import MIB
 
 #: So much of each body is let in without a look at the others, so that small requests pass beside large ones.
 _FREE_BYTES: Final = 64 * 1024
@@ -64,9 +64,11 @@ class Inflight:
 class HttpBody:
     """One request's body; a context manager, whose end gives the counted bytes back."""
 
-    def __init__(self, request: web.Request, settings: ScorerSettings, inflight: Inflight) -> None:
+    def __init__(self, request: web.Request, most_bytes: int, inflight: Inflight, setting: str = "") -> None:
+        """Take a request; ``setting`` stands behind the number of bytes in refusals of larger bodies."""
         self._request = request
-        self._settings = settings
+        self._most = most_bytes
+        self._setting = setting
         self._inflight = inflight
         self._counted = 0
 
@@ -81,14 +83,13 @@ class HttpBody:
         """Return the whole body.
 
         Raises:
-            TooLargeError: it is larger than ``max_message_bytes``.
+            TooLargeError: it is larger than it may be.
             DeadlineError: it did not come in time.
             BusyError: bodies of others take the room.
             InputError: its content encoding is not what its header says.
         """
-        limit = self._settings.max_message_bytes
-        if (self._request.content_length or 0) > limit:
-            raise TooLargeError(f"body: at most {limit} bytes (max_message_bytes)")
+        if (self._request.content_length or 0) > self._most:
+            raise self._too_large()
         began = time.monotonic()
         found = bytearray()
         try:
@@ -99,8 +100,8 @@ class HttpBody:
                 if not chunk:
                     return await self._plain(bytes(found))
                 found += chunk
-                if len(found) > limit:
-                    raise TooLargeError(f"body: at most {limit} bytes (max_message_bytes)")
+                if len(found) > self._most:
+                    raise self._too_large()
                 self._count(len(found))
         except TimeoutError as error:
             raise DeadlineError(
@@ -116,16 +117,18 @@ class HttpBody:
             return body
         if encoding not in ("gzip", "deflate"):
             raise InputError(f"body: content encoding {encoding[:40]!r}; plain, gzip and deflate are taken")
-        limit = self._settings.max_message_bytes
         try:
             # Zlib's number for both heads, found by looking.
-            found = await asyncio.to_thread(zlib.decompressobj(wbits=47).decompress, body, limit + 1)
+            found = await asyncio.to_thread(zlib.decompressobj(wbits=47).decompress, body, self._most + 1)
         except zlib.error as error:
             raise InputError(f"body: is not {encoding}, as its header says: {error}") from error
-        if len(found) > limit:
-            raise TooLargeError(f"body: at most {limit} bytes (max_message_bytes)")
+        if len(found) > self._most:
+            raise self._too_large()
         self._count(len(body) + len(found))
         return found
+
+    def _too_large(self) -> TooLargeError:
+        return TooLargeError(f"body: at most {self._most} bytes{self._setting}")
 
     def _count(self, size: int) -> None:
         more = max(0, size - _FREE_BYTES) - self._counted

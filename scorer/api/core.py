@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -36,6 +37,8 @@ from kvatlas.scorer.v1 import scorer_pb2 as pb
 MAX_WATCHERS: Final = 64
 #: A first round is one packed lookup that most prompts fit in; later ones stay below what a worker takes at once.
 _CHUNKS: Final = Chunks(1_024, 16_384)
+#: Blocks that are explained without a thread: a few milliseconds of the event loop.
+_EXPLAINED_AT_ONCE: Final = 512
 
 
 class Core:
@@ -93,6 +96,7 @@ class Core:
             observe=observe,
         )
         self._prompts = Prompts()
+        self._explaining = asyncio.Lock()
 
     def unready(self) -> str | None:
         """Return why no score can be given now, None when it can."""
@@ -221,7 +225,11 @@ class Core:
         Raises:
             ScorerError: the prompt cannot be scored.
         """
-        return explained_reply((await self.run(request, deadline, all_blocks=True)).explained())
+        run = await self.run(request, deadline, all_blocks=True)
+        if len(run.keys) <= _EXPLAINED_AT_ONCE:
+            return explained_reply(run.explained())
+        async with self._explaining:  # one at a time: seconds of Python for a long prompt that many pods hold
+            return await asyncio.to_thread(lambda: explained_reply(run.explained()))
 
     async def report(
         self, request: pb.ReportDecisionRequest, deadline: float | None = None

@@ -21,23 +21,23 @@ Field names of our own messages are those of the proto file; unknown ones are an
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
-import math
 import ssl
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import web
 from google.protobuf.json_format import MessageToDict
 
-from kvatlas.bridge.errors import KvatlasError, OverloadedError, SettingsError
+from kvatlas.bridge.errors import KvatlasError, SettingsError
+from kvatlas.scorer.api import http_runner
 from kvatlas.scorer.api.bodies import HttpBody, Inflight
 from kvatlas.scorer.api.calls import Calls
-from kvatlas.scorer.api.status import ROLE_OF, code_of
-from kvatlas.scorer.errors import TooLargeError
+from kvatlas.scorer.api.status import ROLE_OF, code_of, http_status, retry_headers
 from kvatlas.scorer.tokenization.requests import SHAPES
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 
@@ -46,20 +46,7 @@ if TYPE_CHECKING:
 
 #: Requests that run when the server stops get so long to end, on every front.
 STOP_GRACE_SECONDS: Final = 2.0
-#: A connection without a whole request header for so long is closed: it holds a socket for nothing.
-HEADER_SECONDS: Final = 10.0
 
-_STATUS: Final = {
-    "INVALID_ARGUMENT": 400,
-    "UNAUTHENTICATED": 401,
-    "PERMISSION_DENIED": 403,
-    "NOT_FOUND": 404,
-    "FAILED_PRECONDITION": 409,
-    "RESOURCE_EXHAUSTED": 429,
-    "INTERNAL": 500,
-    "UNAVAILABLE": 503,
-    "DEADLINE_EXCEEDED": 504,
-}
 _POSTS: Final = {
     "score": "Score",
     "score_batch": "ScoreBatch",
@@ -70,7 +57,12 @@ _POSTS: Final = {
 #: What aiohttp tells of broken requests: one line each, without a traceback.
 _SERVER_LOG: Final = logging.getLogger("kvatlas.scorer.http")
 
+#: Messages up to this size are put into JSON at once: less than a few milliseconds of the event loop.
+_AT_ONCE_BYTES: Final = 64 * 1024
+
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+#: Messages, and what JSON they become.
+_Answer = tuple[Sequence[Any], Callable[[Sequence[Any]], Any]]
 
 
 class HttpFront:
@@ -82,6 +74,7 @@ class HttpFront:
         self._inflight = inflight
         self._tracing = tracing
         self._runner: web.AppRunner | None = None
+        self._showing = asyncio.Lock()
 
     async def start(self) -> str:
         """Bind and serve; returns ``host:port``.
@@ -97,18 +90,7 @@ class HttpFront:
             app.router.add_post(f"/v1/tokenize/{shape}", self._engine_body(f"tokenize/{shape}", "Tokenize", shape))
         app.router.add_get("/v1/pods", self._pods)
         app.router.add_get("/v1/pods/watch", self._watch)
-        self._runner = web.AppRunner(
-            app,
-            access_log=None,
-            logger=_SERVER_LOG,
-            handler_cancellation=True,
-            shutdown_timeout=STOP_GRACE_SECONDS,
-            # From the start of a connection, or the end of an answer, to the next whole header.
-            keepalive_timeout=HEADER_SECONDS,
-            lingering_time=1.0,
-            auto_decompress=False,  # aiohttp answers a false encoding with a traceback
-        )
-        await self._runner.setup()
+        self._runner = await http_runner.started(app, _SERVER_LOG, STOP_GRACE_SECONDS)
         host, _, port = self._settings.http_listen.rpartition(":")
         try:
             site = web.TCPSite(self._runner, host or None, int(port), ssl_context=self._tls())
@@ -136,31 +118,42 @@ class HttpFront:
             self._runner = None
 
     def _posted(self, path: str, name: str) -> _Handler:
-        async def answer(request: web.Request, body: HttpBody) -> Any:
-            return _fields(await self._calls.call(name, _metadata(request), body.read, "json", self._deadline))
+        async def answer(request: web.Request, body: HttpBody) -> _Answer:
+            found = await self._calls.call(name, _metadata(request), body.read, "json", self._deadline)
+            return (found,), lambda one: _fields(one[0])
 
         return self._handler(path, name, answer)
 
     def _engine_body(self, path: str, name: str, shape: str) -> _Handler:
-        async def answer(request: web.Request, body: HttpBody) -> Any:
-            found = await self._calls.body(name, _metadata(request), body.read, shape, self._deadline)
-            shown = [_fields(one) if name == "Score" else _tokens(one) for one in found]
-            return shown[0] if len(shown) == 1 else {"responses": shown}
+        def shown(found: Sequence[Any]) -> Any:
+            made = [_fields(one) if name == "Score" else _tokens(one) for one in found]
+            return made[0] if len(made) == 1 else {"responses": made}
+
+        async def answer(request: web.Request, body: HttpBody) -> _Answer:
+            return await self._calls.body(name, _metadata(request), body.read, shape, self._deadline), shown
 
         return self._handler(path, name, answer)
 
-    def _handler(self, path: str, name: str, answer: Callable[[web.Request, HttpBody], Awaitable[Any]]) -> _Handler:
+    def _handler(self, path: str, name: str, answer: Callable[[web.Request, HttpBody], Awaitable[_Answer]]) -> _Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
             # Before the body, which most of a refusal's cost would be.
             if (refused := self._calls.refusal(name)) is not None:
                 return _failed(refused)
             try:
-                with HttpBody(request, self._settings, self._inflight) as body:
-                    return web.json_response(await answer(request, body))
+                most = self._settings.max_message_bytes
+                with HttpBody(request, most, self._inflight, " (max_message_bytes)") as body:
+                    return await self._shown(*await answer(request, body))
             except KvatlasError as error:
                 return _failed(error)
 
         return handle if self._tracing is None else self._tracing.http(f"/v1/{path}", handle)
+
+    async def _shown(self, messages: Sequence[Any], shown: Callable[[Sequence[Any]], Any]) -> web.Response:
+        """Return messages as JSON; what is large is made on a thread, one at a time: it takes seconds of Python."""
+        if sum(message.ByteSize() for message in messages) <= _AT_ONCE_BYTES:
+            return web.json_response(shown(messages))
+        async with self._showing:
+            return await asyncio.to_thread(lambda: web.json_response(shown(messages)))
 
     def _deadline(self) -> float:
         return time.monotonic() + self._settings.deadline_ms / 1e3
@@ -215,7 +208,5 @@ def _tokens(message: pb.Tokenized) -> dict[str, Any]:
 
 
 def _failed(error: KvatlasError) -> web.Response:
-    code = code_of(error).name
-    status = 413 if isinstance(error, TooLargeError) else _STATUS.get(code, 500)
-    headers = {"Retry-After": str(math.ceil(error.retry_seconds))} if isinstance(error, OverloadedError) else None
-    return web.json_response({"error": str(error), "code": code}, status=status, headers=headers)
+    told = {"error": str(error), "code": code_of(error).name}
+    return web.json_response(told, status=http_status(error), headers=retry_headers(error))

@@ -8,13 +8,12 @@ from typing import Any, cast
 
 import pytest
 
-from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.model.block_key import tenant_of
-from kvatlas.deploy.console.readers import NotForReaderError, Reader, Readers, request_of
+from kvatlas.deploy.console.readers import NotForReaderError, Reader, Readers
 from kvatlas.scorer.api.security import Caller, Guard
 from kvatlas.scorer.api.status import ROLE_OF, code_of
-from kvatlas.scorer.client import ScorerClient
-from kvatlas.scorer.errors import ClientError, ScorerError
+from kvatlas.scorer.client import AsyncScorerClient
+from kvatlas.scorer.errors import ClientError, InputError, ScorerError
 
 
 def caller(token: str, *roles: Any, salts: list[str] | None = None) -> Caller:
@@ -34,21 +33,22 @@ GUARD = Guard(
 class Scorer:
     """A scorer's front door: it admits and refuses as the real one, and knows nothing."""
 
-    def __init__(self, token: str, away: Callable[[], bool]) -> None:
-        self._metadata = [("authorization", f"Bearer {token}")] if token else []
+    def __init__(self, own: str, away: Callable[[], bool]) -> None:
+        self._own = own
         self._away = away
 
-    def call(self, name: str, request: Any) -> str:
+    async def call(self, name: str, request: Any, *, token: str = "") -> str:
         """Answer a call that is allowed."""
         if self._away():
             raise ClientError("UNAVAILABLE", "nobody there")
+        used = token or self._own
         try:
-            GUARD.admit(self._metadata, ROLE_OF[name]).check(request)
+            GUARD.admit([("authorization", f"Bearer {used}")] if used else [], ROLE_OF[name]).check(request)
         except ScorerError as error:
             raise ClientError(code_of(error).name, str(error)) from error
         return name
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Nothing to close."""
 
 
@@ -56,7 +56,7 @@ def readers(
     own: str = "", clock: Callable[[], float] = lambda: 0.0, away: Callable[[], bool] = lambda: False
 ) -> Readers:
     """Readers of a console with a token of its own."""
-    return Readers(lambda token: cast("ScorerClient", Scorer(token or own, away)), clock)
+    return Readers(lambda: cast("AsyncScorerClient", Scorer(own, away)), clock)
 
 
 @pytest.mark.parametrize(
@@ -108,12 +108,27 @@ def test_a_salt_s_name_tells_it_from_others_and_from_none() -> None:
     assert "secret" not in tenant_of("secret")
 
 
-def test_a_question_is_token_ids_or_a_body() -> None:
-    """A body goes to the scorer as it is, without the page's own fields; nonsense is named."""
-    assert request_of({"model": "m", "tokens": [1, 2], "cache_salt": "s"}).cache_salt == "s"
-    body = request_of({"model": "m", "messages": [{"role": "user", "content": "x"}], "at": "-1m"}).request_json
-    assert "messages" in body
-    assert "at" not in body.replace("message", "")
-    for wrong in ({}, {"model": 3}, {"model": "m"}, {"model": "m", "tokens": "x"}, {"model": "m", "tokens": [-1]}):
-        with pytest.raises(SettingsError):
-            request_of(wrong)
+@pytest.mark.parametrize("token", ["t" * 1_025, "\udcff", "a\nb", "\u00e9"])
+def test_what_is_no_token_is_the_reader_s_error(token: str) -> None:
+    """It reaches neither the scorer nor what is remembered of readers."""
+    with pytest.raises(InputError, match="x-scorer-token"):
+        Reader.of(token, "")
+    with pytest.raises(InputError, match="x-cache-salt"):
+        Reader.of("", "s" * 1_025)
+
+
+async def test_what_is_remembered_of_readers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any number of tokens that nobody issued take no more memory, and no connection."""
+    monkeypatch.setattr("kvatlas.deploy.console.readers._SEEN", 10)
+    connected: list[int] = []
+
+    def connect() -> AsyncScorerClient:
+        connected.append(1)
+        return cast("AsyncScorerClient", Scorer("", lambda: False))
+
+    found = Readers(connect, lambda: 0.0)
+    for number in range(100):
+        with pytest.raises(NotForReaderError):
+            await found.check_all(Reader(f"t{number}", ""))
+    assert len(found._seen) == 10
+    assert len(connected) == 1

@@ -7,9 +7,6 @@ import contextlib
 import gzip
 import json
 import resource
-import socket
-import threading
-import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -28,13 +25,11 @@ from kvatlas.scorer.errors import ClientError
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.tokenization.pool import TokenizerPool
 from kvatlas.scorer.v1 import scorer_pb2 as pb
+from tests.hostile_rig import MIB, Sent, check_waits, exchange, sending, waits_of
 from tests.scorer.rig import PARTITIONS, TOKENS, Index, Rig
 
-MIB = 2**20
 FOLDER = Path(__file__).parents[2] / "data" / "tokenizer"
 LONG_NAME = "n" * 1025
-#: What a machine takes for a sum of two million numbers on which all holds as it is said here; slower ones take longer.
-_PACE_SECONDS = 0.03
 USER = {"role": "user", "content": "x"}
 
 
@@ -101,76 +96,16 @@ BODIES: dict[str, Callable[[], tuple[str, bytes]]] = {
 }
 
 
-def _exchange(served: Served, data: bytes) -> int:
-    """Send raw bytes and return the status of the answer, 0 for a connection that was closed."""
-    with socket.create_connection((served.host, served.port), 600) as link:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            link.sendall(data)
-        answer = b""
-        with contextlib.suppress(ConnectionResetError):
-            while b"\r\n" not in answer and (part := link.recv(65536)):
-                answer += part
-    return int(answer.split()[1]) if answer else 0
-
-
-class Sent(list[Any]):
-    """What came of the work of threads, and the threads."""
-
-    threads: tuple[threading.Thread, ...] = ()
-
-    def spent(self) -> float:
-        """Return the processor time of this process without theirs."""
-        mine = [time.clock_gettime(time.pthread_getcpuclockid(one.ident)) for one in self.threads if one.ident]
-        return time.process_time() - sum(mine)
-
-
-@contextlib.asynccontextmanager
-async def _sending(work: Callable[[], Any], threads: int = 2) -> AsyncIterator[Sent]:
-    """Do something over and over in threads while a block runs; yields what it returned so far."""
-    stop, found = threading.Event(), Sent()
-
-    def run() -> None:
-        while not stop.is_set():
-            found.append(work())
-
-    running = found.threads = tuple(threading.Thread(target=run) for _ in range(threads))
-    for thread in running:
-        thread.start()
-    try:
-        yield found
-    finally:
-        stop.set()
-        for thread in running:
-            await asyncio.to_thread(thread.join)
-
-
 async def _waits(served: Served, beside: Sent, count: int = 200) -> tuple[list[float], list[float]]:
-    """Ask for small scores, one after the other; returns what each took, sorted: of the loop, and of the process.
-
-    In processor time, so that how busy the machine is with other work does not count: that of the loop's thread, and
-    that of this process without the senders, for whatever else holds the interpreter's lock.
-    """
-    loop, process = [], []
+    """Ask for small scores beside what is sent."""
     async with aiohttp.ClientSession() as session:
-        for _ in range(count):
-            began = time.thread_time(), beside.spent()
+
+        async def ask() -> None:
             async with session.post(f"http://{served.http}/v1/score", json={"model": "m", "tokens": TOKENS}) as reply:
                 assert reply.status == 200
                 await reply.read()
-            loop.append(time.thread_time() - began[0])
-            process.append(beside.spent() - began[1])
-            await asyncio.sleep(0.01)
-    return sorted(loop), sorted(process)
 
-
-def _check(waits: tuple[list[float], list[float]]) -> None:
-    """In 99 of 100 cases the loop is held for less than 100 ms, and nothing comes near what reading a body takes."""
-    began = time.thread_time()
-    sum(range(2_000_000))
-    pace = max(1.0, (time.thread_time() - began) / _PACE_SECONDS)
-    loop, process = waits
-    assert loop[197] < 0.1 * pace
-    assert process[197] < 0.5 * pace
+        return await waits_of(ask, beside, count)
 
 
 @pytest.mark.parametrize("name", BODIES)
@@ -180,12 +115,23 @@ async def test_large_bodies_do_not_hold_up_others(name: str, served: Served, mon
     path, body = BODIES[name]()
     assert 8 * MIB < len(body) <= served.rig.settings.max_message_bytes
     data = _post(path, body)
-    async with _sending(lambda: _exchange(served, data)) as answers:
+    async with sending(lambda: exchange(served.host, served.port, data)) as answers:
         while not answers:
             await asyncio.sleep(0.01)
         waits = await _waits(served, answers)
-    _check(waits)
+    check_waits(waits)
     assert set(answers) <= {200, 400, 413, 429}
+
+
+async def test_large_answers_do_not_hold_up_others(served: Served) -> None:
+    """A prompt of 9,000 blocks is explained block by block, in JSON, while others ask for scores."""
+    data = _post("explain", json.dumps({"model": "m", "tokens": [*TOKENS, *range(150_000)]}).encode())
+    async with sending(lambda: exchange(served.host, served.port, data)) as answers:
+        while not answers:
+            await asyncio.sleep(0.01)
+        waits = await _waits(served, answers, 30)
+    check_waits(waits)
+    assert 200 in answers
 
 
 @pytest.mark.parametrize("name", ["token ids", "items"])
@@ -208,17 +154,17 @@ async def test_large_messages_do_not_hold_up_others(name: str, served: Served) -
                 return str(failed.code().name)
             return "OK"
 
-    async with _sending(send) as answers:
+    async with sending(send) as answers:
         while not answers:
             await asyncio.sleep(0.01)
         waits = await _waits(served, answers)
-    _check(waits)
+    check_waits(waits)
     assert set(answers) <= {"RESOURCE_EXHAUSTED"}
 
 
 async def test_half_headers_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Connections that never finish a header, or send nothing, end after a while."""
-    monkeypatch.setattr("kvatlas.scorer.api.http_server.HEADER_SECONDS", 0.5)
+    monkeypatch.setattr("kvatlas.scorer.api.http_runner.HEADER_SECONDS", 0.5)
     async with _served() as served:
         links = []
         for number in range(50):
@@ -353,7 +299,7 @@ async def test_broken_bodies_are_the_caller_s_error(
     path: str, body: bytes, headers: str, status: int, served: Served, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A false encoding, names that are no folder, text that is no text: a clear status, and no traceback."""
-    assert await asyncio.to_thread(_exchange, served, _post(path, body, headers)) == status
+    assert await asyncio.to_thread(exchange, served.host, served.port, _post(path, body, headers)) == status
     assert not [record for record in caplog.records if record.exc_info]
 
 
