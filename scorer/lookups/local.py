@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple, Protocol
 from kvatlas.scorer.lookups.index import ServiceLookups
 from kvatlas.scorer.lookups.router import partitions_of
 from kvatlas.scorer.scoring.lookup import ACTIVE, RESTORING, STANDBY, UNANSWERED, Answers, Seen
-from kvatlas.streams.serving.answers import Readable, fill, read_all
+from kvatlas.streams.serving.answers import Readable, fill, read_slices
 
 _ROLES: Final = {"ACTIVE": ACTIVE, "STANDBY": STANDBY, "RESTORING": RESTORING}
 _FIRST_BLOCKS: Final = 128
@@ -80,16 +80,22 @@ class TableLookups:
         if not count:
             return Answers([None] * len(keys), {})
         numbers: list[int] = partitions_of(b"".join(keys), count).tolist()
-        states, seen = self._states(set(numbers))
-        active = {number: state for number, state in states.items() if seen[number].role == ACTIVE}
-        if len(active) == len(seen):
-            return Answers(read_all(keys, numbers, active), seen)
-        values: list[bytes | None] = [None] * len(keys)
-        fill(values, keys, numbers, active)
+        seen: dict[int, Seen] = {}
+
+        def active(touched: set[int]) -> dict[int, Partition]:
+            """Return the partitions that are this worker's, from the first slice on; what is told is as of that one."""
+            states, now = self._states(touched)
+            for number in touched:
+                seen.setdefault(number, now[number])
+            return {n: state for n, state in states.items() if now[n].role == seen[n].role == ACTIVE}
+
+        values, rows = await read_slices(keys, numbers, active)
+        if not rows:
+            return Answers(values, seen)
         if self._remote is not None:
-            rows = [row for row, number in enumerate(numbers) if number not in active]
+            missing = {numbers[row] for row in rows}
             answers = await self._remote.lookup([keys[row] for row in rows], deadline)
-            seen |= {number: state for number, state in answers.partitions.items() if number not in active}
+            seen |= {number: state for number, state in answers.partitions.items() if number in missing}
             for row, value in zip(rows, answers.values, strict=True):
                 values[row] = value
         self._fall_back(values, keys, numbers, seen)

@@ -27,7 +27,7 @@ from kvatlas.bridge.runtime.methods import add_service
 from kvatlas.bridge.runtime.rpc import Gate, pushback, rpc_server, serving
 from kvatlas.streams import metrics
 from kvatlas.streams.index.columns import answer_columns
-from kvatlas.streams.serving.answers import fill, read_all
+from kvatlas.streams.serving.answers import SLICE_KEYS, read_slices
 from kvatlas.streams.state.partition import PartitionState, Role
 from kvatlas.streams.v1 import block_index_pb2 as pb
 
@@ -36,10 +36,6 @@ SERVICE: Final = "kvatlas.v1.BlockIndex"
 _LAG_SECONDS: Final = 0.01
 #: Far more than wait their time out; a bound of memory.
 _MOST_LOOKUPS: Final = 4_096
-#: Keys that are read at once.
-_SLICE_KEYS: Final = 512
-#: Slices follow one another without a pass of the event loop for so long.
-_SLICES_SECONDS: Final = 0.002
 #: Lookups of more keys than a slice that wait for one another.
 _MOST_LARGE: Final = 64
 _LARGE_RETRY_SECONDS: Final = 0.1
@@ -140,7 +136,7 @@ class LookupService:
         return response
 
     async def _in_turn(self, packed: bytes, count: int, allow_standby: bool) -> pb.LookupResponse:
-        if count <= _SLICE_KEYS:
+        if count <= SLICE_KEYS:
             return await self._answer(packed, count, allow_standby)
         if self._large >= _MOST_LARGE:
             raise OverloadedError(f"{self._large} large lookups are worked on; try again", _LARGE_RETRY_SECONDS)
@@ -160,23 +156,9 @@ class LookupService:
         heads = np.frombuffer(packed, dtype=">u4")[:: KEY_BYTES // 4] if count else np.empty(0, dtype=np.uint32)
         numbers: list[int] = (heads % np.uint32(self._partition_count)).tolist()
         told: dict[int, tuple[Role, pb.PartitionState]] = {}
-        values: list[bytes | None] = []
-        unanswered: list[int] = []
-        until = time.perf_counter() + _SLICES_SECONDS
-        for first in range(0, count, _SLICE_KEYS):
-            if first and time.perf_counter() > until:
-                await asyncio.sleep(0)
-                until = time.perf_counter() + _SLICES_SECONDS
-            some, theirs = keys[first : first + _SLICE_KEYS], numbers[first : first + _SLICE_KEYS]
-            touched = set(theirs)
-            readable = self._readable(touched, allow_standby, told)
-            if len(readable) == len(touched):
-                values += read_all(some, theirs, readable)
-            else:
-                found: list[bytes | None] = [None] * len(some)
-                fill(found, some, theirs, readable)
-                values += found
-                unanswered += [row for row, number in enumerate(theirs, first) if number not in readable]
+        values, unanswered = await read_slices(
+            keys, numbers, lambda touched: self._readable(touched, allow_standby, told)
+        )
         columns, index = answer_columns(values, unanswered)
         states = [state for _, (_, state) in sorted(told.items())]
         return pb.LookupResponse(values=columns, index=index, partitions=states, worker=self._worker)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import time
 from collections.abc import Sequence
@@ -176,3 +177,29 @@ async def test_ready_once_a_partition_can_answer(role: Role) -> None:
     assert tables.unready() == ("nobody else" if role is Role.RESTORING else None)
     await tables.close()
     assert remote.closed
+
+
+class Slow(Part):
+    """A partition whose reads take time, as those of keys that are in no cache do."""
+
+    def answer(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        time.sleep(len(keys) * 1e-5)
+        return super().answer(keys)
+
+
+async def test_many_keys_are_read_slice_by_slice_and_what_goes_meanwhile_is_asked_elsewhere() -> None:
+    """The loop goes on between slices; a partition that this worker loses there is not read any more."""
+    many = [number.to_bytes(16, "little") for number in range(4_096)]
+    held = dict.fromkeys(many, b"held")
+    here = {number: Slow(Role.ACTIVE, held) for number in range(COUNT)}
+    remote = Others(dict.fromkeys(many, b"there"))
+    asked = asyncio.create_task(lookups(dict(here), remote).lookup(many, 0.0))
+    while not here[0].read:
+        await asyncio.sleep(0)
+    assert sum(len(part.read) for part in here.values()) < len(many) / 2
+    here[0].role = Role.RESTORING
+    answers = await asked
+    assert answers.values == [b"there" if key in set(remote.asked) else b"held" for key in many]
+    assert {partition_of(key, COUNT) for key in remote.asked} == {0}
+    assert answers.partitions[0] == Seen("active", "other", 3, 0)
+    assert len(here[0].read) + len(remote.asked) == sum(partition_of(key, COUNT) == 0 for key in many)
