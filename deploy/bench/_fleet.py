@@ -16,6 +16,7 @@ from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.adapters.fields import encode_batch
 from kvatlas.bridge.model.records import Control
 from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.deploy.bench._figures import headers
 from kvatlas.deploy.sim import traffic
 from kvatlas.deploy.sim.cache import Request
 from kvatlas.deploy.sim.options import SimPlan
@@ -51,15 +52,7 @@ class _LogPublisher:
         """Do nothing: there is no socket."""
 
     def _put(self, value: bytes, content: str, sequence: int) -> None:
-        headers = [
-            (topics.H_SEQUENCE, str(sequence).encode()),
-            (topics.H_INCARNATION, str(self._incarnation).encode()),
-            (topics.H_RECEIVE_NS, str(time.time_ns()).encode()),
-            (topics.H_ENGINE, b"vllm"),
-            (topics.H_MODEL, self._model.encode()),
-            (topics.H_CONTENT_TYPE, content.encode()),
-        ]
-        self._sink.put((self._pod, value, headers))
+        self._sink.put((self._pod, value, headers(sequence, self._incarnation, self._model, content)))
 
 
 class LogFleet:
@@ -125,11 +118,11 @@ class LogFleet:
         pending = []
         while True:
             try:
-                key, value, headers = self._sink.get_nowait()
+                key, value, told = self._sink.get_nowait()
             except queue.Empty:
                 break
             partition = pod_ids.pod_partition(key.decode(), self._partitions)
-            pending.append(await producer.send(self._topic, value, key=key, headers=headers, partition=partition))
+            pending.append(await producer.send(self._topic, value, key=key, headers=told, partition=partition))
         for sent in pending:
             await sent
         return len(pending)

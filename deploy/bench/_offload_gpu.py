@@ -13,7 +13,8 @@ import torch
 from kvatlas.connector.files.layout import checksum
 from kvatlas.connector.offload.engine import host_memory
 from kvatlas.connector.offload.transfer import Mover, PagedKV, Placement
-from kvatlas.deploy.bench._offload_rig import MB, figure, timed
+from kvatlas.deploy.bench._figures import figure
+from kvatlas.deploy.bench._offload_rig import MB, moved, timed
 
 _SIZES: Final = {"2MB": 2 * MB, "16MB": 16 * MB}
 _LAYERS: Final = 4
@@ -132,7 +133,7 @@ class _Case:
                     times[key].append(seconds)
         for key in ("store", "load", "both"):
             size = self._total * (2 if key == "both" else 1)
-            yield figure(f"gpu-{key}-{name}", times[key], times[f"plain-{key}"], size)
+            yield moved(f"gpu-{key}-{name}", times[key], times[f"plain-{key}"], size)
 
     def matmul(self, rounds: int) -> dict[str, Any]:
         """Return how long a stream of bf16 products takes while stores go on, beside how long it takes alone."""
@@ -163,7 +164,4 @@ class _Case:
             done.set()
             running.result()
         value, baseline = statistics.median(beside), statistics.median(alone)
-        return {
-            "bench": "offload", "case": "gpu-matmul", "value": round(value, 4), "unit": "s",
-            "baseline": round(baseline, 4), "ratio": round(value / baseline, 3),
-        }  # fmt: skip
+        return figure("gpu-matmul", value, "s", baseline=baseline, ratio=value / baseline)

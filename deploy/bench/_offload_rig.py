@@ -10,22 +10,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
+from kvatlas.deploy.bench._figures import figure
+
 MB: Final = 1 << 20
 
 
-def figure(case: str, seconds: Sequence[float], plain: Sequence[float], size: int) -> dict[str, Any]:
+def moved(case: str, seconds: Sequence[float], plain: Sequence[float], size: int) -> dict[str, Any]:
     value, baseline = size / statistics.median(seconds) / 1e9, size / statistics.median(plain) / 1e9
-    ranked = sorted(seconds)
-    return {
-        "bench": "offload",
-        "case": case,
-        "value": round(value, 3),
-        "unit": "GB/s",
-        "p50": round(value, 3),
-        "p99": round(size / ranked[-1] / 1e9, 3),
-        "baseline": round(baseline, 3),
-        "ratio": round(value / baseline, 3),
-    }
+    slowest = size / max(seconds) / 1e9
+    return figure(case, value, "GB/s", p50=value, p99=slowest, baseline=baseline, ratio=value / baseline)
 
 
 def fresh_memory(size: int) -> memoryview:

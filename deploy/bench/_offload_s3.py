@@ -15,7 +15,7 @@ from kvatlas.connector.files.layout import Fingerprint
 from kvatlas.connector.objects.client import connect
 from kvatlas.connector.objects.settings import ObjectTierSettings
 from kvatlas.connector.objects.tier import ObjectTier
-from kvatlas.deploy.bench._offload_rig import MB, figure, fresh_memory, good, threaded, timed
+from kvatlas.deploy.bench._offload_rig import MB, fresh_memory, good, moved, threaded, timed
 
 _SIZES: Final = {"2MB": 2 * MB, "16MB": 16 * MB}
 _ORDERS: Final = (("plain-store", "store", "plain-load", "load"), ("store", "plain-store", "load", "plain-load"))
@@ -81,5 +81,5 @@ def _one_size(
                     times[key].append(seconds)
             tier.evict([block.key for block in blocks])
             obstore.delete(store, [f"plain/{part}" for part in range(len(parts))])
-    yield figure(f"s3-store-{name}", times["store"], times["plain-store"], size)
-    yield figure(f"s3-load-{name}", times["load"], times["plain-load"], size)
+    yield moved(f"s3-store-{name}", times["store"], times["plain-store"], size)
+    yield moved(f"s3-load-{name}", times["load"], times["plain-load"], size)

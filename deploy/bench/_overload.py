@@ -14,6 +14,7 @@ import grpc
 import grpc.aio
 
 from kvatlas.deploy.bench import _serving
+from kvatlas.deploy.bench._figures import figure
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 
 _TOKENS: Final = 8_192
@@ -65,20 +66,19 @@ def overloaded(address: str, seconds: float) -> Iterator[dict[str, Any]]:
         gc.enable()
     sent = sum(counted.ended.values())
     goodput = counted.ended["good"] / took
-    figure: dict[str, Any] = {"bench": "score", "case": "load-overload", "value": round(goodput), "unit": "answers/s"}
-    yield {**figure, **_percentiles(counted.good_ms), "baseline": round(best), "ratio": round(goodput / best, 2)}
-    yield {"bench": "score", "case": "load-overload sent", "value": round(sent / took), "unit": "requests/s"}
+    beside = {"baseline": best, "ratio": goodput / best}
+    yield figure("load-overload", goodput, "answers/s", **_percentiles(counted.good_ms), **beside)
+    yield figure("load-overload sent", sent / took, "requests/s")
     for how, count in sorted((counted.ended - Counter(good=counted.ended["good"])).items()):
         times = _percentiles(counted.refused_ms) if how == "refused" else {}
-        share = round(100 * count / sent, 2)
-        yield {"bench": "score", "case": f"load-overload {how}", "value": share, "unit": "%", **times}
+        yield figure(f"load-overload {how}", 100 * count / sent, "%", **times)
 
 
 def _percentiles(times: list[float]) -> dict[str, float]:
     if len(times) < 2:
         return {}
     cuts = statistics.quantiles(times, n=100)
-    return {"p50": round(cuts[49], 3), "p99": round(cuts[98], 3)}
+    return {"p50": cuts[49], "p99": cuts[98]}
 
 
 async def _closed(address: str, callers: int, seconds: float) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import multiprocessing
-import statistics
 import sys
 import time
 from collections import Counter
@@ -19,6 +18,7 @@ import numpy as np
 from kvatlas.bridge.model import topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.bench import _rig, _serving
+from kvatlas.deploy.bench._figures import figure, spread
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 from kvatlas.streams.index.blocks_record import OP_ADD, OP_REMOVE
 
@@ -57,19 +57,11 @@ def under_load(
         process.join(30)
         if process.is_alive():
             process.kill()
-    cuts = statistics.quantiles(times, n=100)
     case = f"load-{args.rate:.0f}"
-    yield {
-        "bench": "score",
-        "case": case,
-        "value": round(cuts[49], 3),
-        "unit": "ms",
-        "p50": round(cuts[49], 3),
-        "p99": round(cuts[98], 3),
-    }
+    yield spread(case, times, "ms")
     slow = sum(found > _SLOW_MS for found in times) / len(times)
-    yield {"bench": "score", "case": f"{case} past {_SLOW_MS:g} ms", "value": round(slow * 100, 2), "unit": "%"}
-    yield {"bench": "score", "case": f"{case} ingested meanwhile", "value": round(rate), "unit": "updates/s"}
+    yield figure(f"{case} past {_SLOW_MS:g} ms", slow * 100, "%")
+    yield figure(f"{case} ingested meanwhile", rate, "updates/s")
 
 
 async def _ask(address: str, rate: float, seconds: float) -> list[float]:

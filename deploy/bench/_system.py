@@ -19,7 +19,7 @@ import threading
 import time
 import urllib.request
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -28,6 +28,7 @@ from kvatlas.bridge.errors import KvatlasError
 from kvatlas.bridge.model.adapters.fields import encode_batch
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.runtime.settings import KafkaSettings, LogSettings
+from kvatlas.deploy.bench._figures import removed, stored
 from kvatlas.deploy.processes.launcher import Launcher
 from kvatlas.scorer.client import ScorerClient
 from kvatlas.scorer.options import ScorerSettings
@@ -128,10 +129,10 @@ class _Pod:
         """Return the next message: 32 blocks stored and, once the cache is full, 32 removed."""
         last = self._held[-1][-1] if self._held else None
         first, second = self._hashes(), self._hashes()
-        events: list[Mapping[str, Any]] = [self._stored(first, last), self._stored(second, None)]
+        events = [stored(first, self._tokens(), parent=last), stored(second, self._tokens())]
         self._held.append(first + second)
         if full:
-            events.append({"type": "BlockRemoved", "block_hashes": self._held.popleft(), "medium": "GPU"})
+            events.append(removed(self._held.popleft()))
         return encode_batch(time.time(), events, 0)
 
     def _hashes(self) -> list[int]:
@@ -139,17 +140,8 @@ class _Pod:
         self._next += RUN_BLOCKS
         return found
 
-    def _stored(self, hashes: list[int], parent: int | None) -> dict[str, Any]:
-        return {
-            "type": "BlockStored",
-            "block_hashes": hashes,
-            "parent_block_hash": parent,
-            "token_ids": [self._random.randrange(150_000) for _ in range(RUN_BLOCKS * _TOKENS)],
-            "block_size": _TOKENS,
-            "lora_id": None,
-            "medium": "GPU",
-            "lora_name": None,
-        }
+    def _tokens(self) -> list[int]:
+        return [self._random.randrange(150_000) for _ in range(RUN_BLOCKS * _TOKENS)]
 
 
 class Engines(NamedTuple):
@@ -265,14 +257,7 @@ def lookups(probe: EnginePublisher, address: str, count: int) -> Iterator[float]
 
 def _until_scored(client: ScorerClient, probe: EnginePublisher, tokens: list[int], first: int) -> float:
     """Store a prompt on the probe; returns the ms from the publish call to the first score that counts it whole."""
-    event = {
-        "type": "BlockStored",
-        "block_hashes": list(range(first, first + len(tokens) // _TOKENS)),
-        "parent_block_hash": None,
-        "token_ids": tokens,
-        "block_size": _TOKENS,
-        "medium": "GPU",
-    }
+    event = stored(list(range(first, first + len(tokens) // _TOKENS)), tokens)
     began = time.monotonic()
     probe.publish([event], timestamp=time.time())
     while client.score(_MODEL, tokens=tokens).scores["bench-probe"].matched_tokens < len(tokens):

@@ -29,6 +29,7 @@ from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.relay.service import BridgeService
 from kvatlas.bridge.runtime.interpreter import tune_interpreter
 from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.deploy.bench._figures import figure, stored
 from kvatlas.deploy.brokers.kafka import KafkaNode
 from kvatlas.deploy.brokers.topics import ensure_topics
 
@@ -63,17 +64,17 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if "throughput" in cases:
             baseline = _run(_baseline(args, brokers))
             found = _run(_bridge(args, brokers, args.messages))
-            yield _figure("throughput", found.rate, "messages/s", baseline=baseline, ratio=found.rate / baseline)
-            yield _figure("throughput-cpu", found.cpu_us, "us of CPU/message")
+            yield figure("throughput", found.rate, "messages/s", baseline=baseline, ratio=found.rate / baseline)
+            yield figure("throughput-cpu", found.cpu_us, "us of CPU/message")
         if "latency" in cases:
             seconds = args.seconds + _WARM_SECONDS
             delays = _run(_bridge(args, brokers, int(args.rate * seconds), rate=args.rate)).delays
             p50, p99 = delays[len(delays) // 2], delays[int(len(delays) * 0.99)]
-            yield _figure("latency", p99, "ms", p50=p50, p99=p99)
+            yield figure("latency", p99, "ms", p50=p50, p99=p99)
         for name in ("none", "lz4", "zstd") if "compression" in cases else ():
             found = _run(_bridge(args, brokers, args.messages // 2, compression=name))
             more = {"cpu_us": found.cpu_us, "messages_per_second": found.rate, "of_payload": found.part}
-            yield _figure(f"compression-{name}", found.stored_bytes, "B/message", **more)
+            yield figure(f"compression-{name}", found.stored_bytes, "B/message", **more)
 
 
 class _Found(NamedTuple):
@@ -95,16 +96,6 @@ def _run(main: Coroutine[Any, Any, _T]) -> _T:
     return uvloop.run(main)
 
 
-def _figure(case: str, value: float, unit: str, **more: float) -> dict[str, Any]:
-    return {
-        "bench": "bridge",
-        "case": case,
-        "value": round(value, 3),
-        "unit": unit,
-        **{k: round(v, 3) for k, v in more.items()},
-    }
-
-
 def _payloads() -> list[bytes]:
     """Return messages as an engine encodes them, none like another."""
     chance = random.Random(7)  # noqa: S311 # traffic, not secrets
@@ -112,17 +103,10 @@ def _payloads() -> list[bytes]:
 
 
 def _stored(chance: random.Random) -> dict[str, Any]:
-    return {
-        "type": "BlockStored",
-        "block_hashes": [chance.getrandbits(64) for _ in range(_BLOCKS)],
-        "parent_block_hash": chance.getrandbits(64),
-        # The rank of a word of Zipf's law, up to the vocabulary's size.
-        "token_ids": [int(_VOCABULARY ** chance.random()) for _ in range(_BLOCKS * _TOKENS)],
-        "block_size": _TOKENS,
-        "lora_id": None,
-        "medium": "GPU",
-        "lora_name": None,
-    }
+    hashes, parent = [chance.getrandbits(64) for _ in range(_BLOCKS)], chance.getrandbits(64)
+    # The rank of a word of Zipf's law, up to the vocabulary's size.
+    tokens = [int(_VOCABULARY ** chance.random()) for _ in range(_BLOCKS * _TOKENS)]
+    return stored(hashes, tokens, parent=parent)
 
 
 def _publish(pods: int, messages: int, rate: float, addresses: Any, go: Any) -> None:

@@ -13,10 +13,13 @@ import time
 from collections.abc import Iterator
 from typing import Any, Final
 
+from kvatlas.deploy.bench._figures import figure
+
 HELP: Final = "how fast this machine runs Python, on one core and on all at once (million steps/s)"
 
 _STEPS: Final = 100_000
 _ROUNDS: Final = 5
+_UNIT: Final = "million steps/s"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,11 +31,11 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield the figures."""
     cores = os.cpu_count() or 1
     one = spin(args.rounds)
-    yield _figure("spin", one)
+    yield figure("spin", one, _UNIT)
     with multiprocessing.get_context("spawn").Pool(cores) as pool:
         pool.map(spin, [1] * cores, chunksize=1)  # all of them have started
         together = sum(pool.map(spin, [args.rounds] * cores, chunksize=1))
-    yield _figure(f"spin, {cores} cores", together) | {"baseline": one, "ratio": round(together / one, 2)}
+    yield figure(f"spin, {cores} cores", together, _UNIT, baseline=one, ratio=round(together / one, 2))
 
 
 def spin(rounds: int = _ROUNDS) -> float:
@@ -48,7 +51,3 @@ def _round() -> float:
         key = packed[number & 255 : (number & 255) + 16]
         seen[key] = seen.get(key, 0) + number
     return time.perf_counter() - began
-
-
-def _figure(case: str, value: float) -> dict[str, Any]:
-    return {"bench": "calibrate", "case": case, "value": value, "unit": "million steps/s"}

@@ -7,12 +7,12 @@ built for, in messages as engines with full caches send them, see :mod:`kvatlas.
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Iterator
 from typing import Any, Final
 
 from kvatlas.deploy.bench import _rig, _system
+from kvatlas.deploy.bench._figures import figure, spread
 
 HELP: Final = "from an engine's message on ZMQ to its blocks in a score, while other blocks are ingested (ms)"
 
@@ -49,10 +49,9 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         _system.until(metrics, engines.filled)
         began = engines.send(rate)
         time.sleep(_SETTLE_SECONDS)
-        delays = sorted(_system.freshness(probe, address, probes))
-        lookups = sorted(_system.lookups(probe, address, probes))
+        delays = list(_system.freshness(probe, address, probes))
+        lookups = list(_system.lookups(probe, address, probes))
         carried = (_system.metric(metrics, _system.UPDATES) - engines.filled) / (time.time() - began)
-    for case, found in (("ZMQ to score", delays), ("lookup of 512 keys", lookups)):
-        p50, p99 = round(statistics.median(found), 2), round(found[int(len(found) * 0.99)], 2)
-        yield {"bench": "freshness", "case": case, "value": p50, "unit": "ms", "p50": p50, "p99": p99}
-    yield {"bench": "freshness", "case": "load meanwhile", "value": round(carried), "unit": "blocks/s"}
+    yield spread("ZMQ to score", delays, "ms")
+    yield spread("lookup of 512 keys", lookups, "ms")
+    yield figure("load meanwhile", carried, "blocks/s")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import statistics
 import tempfile
 import time
 from collections import Counter
@@ -24,6 +23,7 @@ import numpy as np
 from kvatlas.bridge.model.block_key import KEY_BYTES, partition_of
 from kvatlas.bridge.runtime.interpreter import tune_interpreter
 from kvatlas.deploy.bench import _rig
+from kvatlas.deploy.bench._figures import figure, spread
 from kvatlas.streams.index.apply import apply_blocks, is_entry, table_keys_of
 from kvatlas.streams.index.blocks_record import decode_blocks
 from kvatlas.streams.index.columns import answer_columns
@@ -57,18 +57,13 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         grown = _Grown(Path(folder), args.pods, args.partitions)
         tune_interpreter()
         rate = grown.fill(args.entries, active)
-        yield _row(f"{name}: update rate at that size", rate, "updates/CPU s")
+        yield figure(f"{name}: update rate at that size", rate, "updates/CPU s")
         delays = grown.lookups()
-        p50, p99 = (round(at * 1e3, 3) for at in (statistics.median(delays), delays[int(len(delays) * 0.99)]))
-        yield _row(f"{name}: lookup of {_LOOKUP} keys", p50, "ms") | {"p50": p50, "p99": p99}
-        yield _row(f"{name}: restore", grown.restore(Path(folder) / "restored"), "entries/CPU s")
-        yield _row(f"{name}: memory", grown.memory_bytes(), "bytes an entry")
-        yield _row(f"{name}: disk", grown.disk_bytes(), "bytes an entry")
+        yield spread(f"{name}: lookup of {_LOOKUP} keys", delays, "ms")
+        yield figure(f"{name}: restore", grown.restore(Path(folder) / "restored"), "entries/CPU s")
+        yield figure(f"{name}: memory", grown.memory_bytes(), "bytes an entry")
+        yield figure(f"{name}: disk", grown.disk_bytes(), "bytes an entry")
         grown.close()
-
-
-def _row(case: str, value: float, unit: str) -> dict[str, Any]:
-    return {"bench": "growth", "case": case, "value": round(value) if value > 1_000 else round(value, 3), "unit": unit}
 
 
 def _resident_bytes() -> int:
@@ -136,7 +131,7 @@ class _Grown:
         state.overlay.committed(changes)
 
     def lookups(self) -> list[float]:
-        """Return the sorted CPU seconds of lookups: prompts stored at any time, of which part is cached."""
+        """Return the milliseconds of CPU of lookups: prompts stored at any time, of which part is cached."""
         found = []
         for number in range(_LOOKUPS):
             walk = self._walks[number * 7919 % len(self._walks)]
@@ -147,9 +142,9 @@ class _Grown:
                 asked.setdefault(partition_of(key, len(self._states)), []).append(key)
             values = [value for at, some in asked.items() for value in self._states[at].answer(some)]
             answer_columns(values)
-            found.append(time.thread_time() - began)
+            found.append((time.thread_time() - began) * 1e3)
             assert None not in values
-        return sorted(found)
+        return found
 
     def restore(self, folder: Path) -> float:
         """Return the entries a second at which one partition is written anew from what a changelog would bring."""

@@ -16,6 +16,7 @@ from kvatlas.bridge.model import pod_ids, topics
 from kvatlas.bridge.model.adapters.fields import encode_batch
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.bench import _rig
+from kvatlas.deploy.bench._figures import figure, headers, stored
 from kvatlas.streams.index.blocks_record import OP_ADD, decode_blocks
 from kvatlas.streams.index.holders import HOLDER_BYTES, add_holder, remove_holder
 
@@ -28,6 +29,7 @@ _BASELINE_UPDATES: Final = 100_000
 _BASELINE_SECONDS: Final = 20.0
 _ENGINE_BLOCKS: Final = 600_000
 _BLOCKS_PER_MESSAGE: Final = 64
+_ENGINES: Final = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,22 +48,18 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 stock = asyncio.run(_baseline(bootstrap, folder / "stock", args, updates_per_record=1))
                 batched = asyncio.run(_baseline(bootstrap, folder / "batched", args))
             rate, memory = asyncio.run(_index(bootstrap, folder / "index", args))
-            figure: dict[str, Any] = {"bench": "index", "case": "index", "value": round(rate), "unit": "updates/s"}
-            if stock:
-                figure |= {"baseline": round(stock), "ratio": round(rate / stock, 1)}
-            yield figure
+            yield figure("index", rate, "updates/s", **({"baseline": stock, "ratio": rate / stock} if stock else {}))
             if batched:
-                figure |= {"case": "index beside stock on our batches", "baseline": round(batched)}
-                yield figure | {"ratio": round(rate / batched, 1)}
-            for case, value, unit in memory:
-                yield {"bench": "index", "case": case, "value": round(value, 1), "unit": unit}
+                case = "index beside stock on our batches"
+                yield figure(case, rate, "updates/s", baseline=batched, ratio=rate / batched)
+            for case, value in memory.items():
+                yield figure(case, value, "bytes")
         if args.case in ("all", "resolve+index"):
             rate, cpu = asyncio.run(_resolve_index(bootstrap, folder / "both", args))
-            figure = {"bench": "index", "case": "resolve+index", "value": round(rate), "unit": "blocks/s"}
-            yield figure | {"cpu_us_per_block": round(cpu * 1e6, 2)}
+            yield figure("resolve+index", rate, "blocks/s", cpu_us_per_block=cpu * 1e6)
 
 
-async def _index(bootstrap: str, folder: Path, args: argparse.Namespace) -> tuple[float, list[tuple[str, float, str]]]:
+async def _index(bootstrap: str, folder: Path, args: argparse.Namespace) -> tuple[float, dict[str, float]]:
     kafka = await _rig.fresh_topics(bootstrap, args.partitions)
     topic = kafka.topic(topics.BLOCKS)
     load = _rig.Load(_PODS, args.partitions)
@@ -94,14 +92,10 @@ async def _index(bootstrap: str, folder: Path, args: argparse.Namespace) -> tupl
             for generation in (state.cache.young, state.cache.old)
             for value in generation.values()
         )
-        memory = [
-            ("disk bytes per (block, pod)", disk / max(entries, 1), "bytes"),
-            (
-                "cache bytes per (block, pod)",
-                sum(state.cache.size_bytes for state in states) / max(cached, 1),
-                "bytes",
-            ),
-        ]
+        memory = {
+            "disk bytes per (block, pod)": disk / max(entries, 1),
+            "cache bytes per (block, pod)": sum(state.cache.size_bytes for state in states) / max(cached, 1),
+        }
     return (filled + updates - first) / (ended - began), memory
 
 
@@ -201,8 +195,8 @@ async def _resolve_index(bootstrap: str, folder: Path, args: argparse.Namespace)
     start = _rig.applied("index")
     async with _rig.producer(kafka) as target:
         pending = [
-            await target.send(kafka.topic(topics.EVENTS), value, key=key, headers=headers, partition=partition)
-            for key, value, headers, partition in engine_messages(blocks, 8, kafka.partitions)
+            await target.send(kafka.topic(topics.EVENTS), value, key=key, headers=told, partition=partition)
+            for key, value, told, partition in _engine_messages(blocks, kafka.partitions)
         ]
         await asyncio.gather(*pending)
     async with _rig.worker(kafka, folder):
@@ -213,40 +207,20 @@ async def _resolve_index(bootstrap: str, folder: Path, args: argparse.Namespace)
     return counted / (ended - began), cpu / counted
 
 
-def engine_messages(
-    blocks: int, pods: int, partitions: int, incarnation: int = 1_700_000_000
-) -> Iterator[tuple[bytes, bytes, list[tuple[str, bytes]], int]]:
+def _engine_messages(blocks: int, partitions: int) -> Iterator[tuple[bytes, bytes, list[tuple[str, bytes]], int]]:
     """Yield raw vLLM messages as the bridge puts them on ``kv-events``: key, value, headers, partition.
 
     Each message is an engine step of 64 blocks in two events, one that continues an earlier prompt and one new.
     """
     half = _BLOCKS_PER_MESSAGE // 2
-    for number in range(blocks // _BLOCKS_PER_MESSAGE + (1 if blocks % _BLOCKS_PER_MESSAGE else 0)):
-        pod = f"bench-{number % pods}"
+    for number in range(-(-blocks // _BLOCKS_PER_MESSAGE)):
+        pod = f"bench-{number % _ENGINES}"
         base = number * _BLOCKS_PER_MESSAGE
         events: list[Mapping[str, Any]] = []
         for at in (base, base + half):
-            size = min(half, blocks - at)
-            if size <= 0:
-                continue
-            tokens = list(range(at * 16, (at + size) * 16))
-            events.append(
-                {
-                    "type": "BlockStored",
-                    "block_hashes": [(1 << 63) | key for key in range(at, at + size)],
-                    "parent_block_hash": None,
-                    "token_ids": tokens,
-                    "block_size": 16,
-                    "medium": "GPU",
-                }
-            )
+            if keys := range(at, min(at + half, blocks)):
+                tokens = list(range(keys.start * 16, keys.stop * 16))
+                events.append(stored([(1 << 63) | key for key in keys], tokens))
         value = encode_batch(time.time(), events, 0)
-        headers = [
-            (topics.H_SEQUENCE, str(number // pods).encode()),
-            (topics.H_INCARNATION, str(incarnation).encode()),
-            (topics.H_RECEIVE_NS, str(time.time_ns()).encode()),
-            (topics.H_ENGINE, b"vllm"),
-            (topics.H_MODEL, b"bench"),
-            (topics.H_CONTENT_TYPE, topics.CONTENT_ENGINE.encode()),
-        ]
-        yield pod.encode(), value, headers, pod_ids.pod_partition(pod, partitions)
+        told = headers(number // _ENGINES, 1_700_000_000, "bench")
+        yield pod.encode(), value, told, pod_ids.pod_partition(pod, partitions)

@@ -23,6 +23,7 @@ from kvatlas.bridge.model import epochs, pod_ids
 from kvatlas.bridge.model.adapters.fields import encode_batch
 from kvatlas.bridge.model.block_key import block_keys, pack_tokens, root_key
 from kvatlas.bridge.model.events import Kind, Tier
+from kvatlas.deploy.bench._figures import figure, removed, spread, stored
 from kvatlas.deploy.bench._mirror import mirror_rate
 from kvatlas.scorer.library.backends.base import Backend
 from kvatlas.scorer.library.backends.memory import MemoryBackend
@@ -60,11 +61,11 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """
     wanted = args.case or _CASES
     if "memory-add" in wanted:
-        yield _figure("memory-add", _adds(), "us/key")
+        yield spread("memory-add", _adds(), "us/key")
     if "memory-lookup" in wanted:
-        yield _figure("memory-lookup", _lookups(), "us/key")
+        yield spread("memory-lookup", _lookups(), "us/key")
     if "memory-score-8192" in wanted:
-        yield _figure("memory-score-8192", asyncio.run(_scores(MemoryBackend(), args)), "ms")
+        yield spread("memory-score-8192", asyncio.run(_scores(MemoryBackend(), args)), "ms")
     if "redis-score-8192" in wanted:
         yield asyncio.run(_redis(args))
     if "events" in wanted:
@@ -133,7 +134,7 @@ def _engines(args: argparse.Namespace, tokens: list[int]) -> Iterator[tuple[list
             held[f"pod-{number}"] = count = blocks * (number + 1) // args.pods
             publisher = _publisher(f"pod-{number}")
             publishers.append(publisher)
-            publisher.publish([_stored(list(range(1, count + 1)), tokens[: count * _SIZE])], timestamp=1.0)
+            publisher.publish([stored(list(range(1, count + 1)), tokens[: count * _SIZE])], timestamp=1.0)
         yield [f"{publisher.endpoint},{publisher.replay_endpoint}" for publisher in publishers], held
     finally:
         for publisher in publishers:
@@ -144,18 +145,6 @@ def _publisher(pod: str) -> EnginePublisher:
     publisher = EnginePublisher("tcp://127.0.0.1:*", "tcp://127.0.0.1:*", topic=f"kv@{pod}@{_MODEL}")
     publisher.start()
     return publisher
-
-
-def _stored(keys: list[int], tokens: list[int]) -> dict[str, Any]:
-    return {
-        "type": "BlockStored",
-        "block_hashes": keys,
-        "parent_block_hash": None,
-        "token_ids": tokens,
-        "block_size": _SIZE,
-        "lora_id": None,
-        "medium": "GPU",
-    }
 
 
 async def _applied(indexer: Indexer, pods: int, sequence: int) -> None:
@@ -203,8 +192,7 @@ async def _redis(args: argparse.Namespace) -> dict[str, Any]:
                     plain.append((time.perf_counter() - began) * 1e3)
                     if not all(values):
                         raise KvatlasError("the plain multi-get does not find the blocks that were scored")
-    figure, base = _figure("redis-score-8192", found, "ms"), statistics.median(plain)
-    return figure | {"baseline": round(base, 3), "ratio": round(figure["value"] / base, 2)}
+    return spread("redis-score-8192", found, "ms", statistics.median(plain))
 
 
 @contextmanager
@@ -245,9 +233,9 @@ def _payloads(blocks: int) -> list[bytes]:
     before: list[int] = []
     for _ in range(blocks // _BATCH):
         names = [rng.getrandbits(64) for _ in range(_BATCH)]
-        events: list[Mapping[str, Any]] = [_stored(names, rng.choices(range(32_000), k=_BATCH * _SIZE))]
+        events: list[Mapping[str, Any]] = [stored(names, rng.choices(range(32_000), k=_BATCH * _SIZE))]
         if len(found) % 2:
-            events.append({"type": "BlockRemoved", "block_hashes": before, "medium": "GPU"})
+            events.append(removed(before))
         before = names
         found.append(encode_batch(1.0 + len(found), events, 0))
     return found
@@ -272,30 +260,11 @@ async def _events(args: argparse.Namespace) -> dict[str, Any]:
     finally:
         publisher.close()
     blocks = (len(payloads) - 1) * _BATCH
-    return {
-        "bench": "library",
-        "case": "events",
-        "value": round(blocks / seconds),
-        "unit": "blocks/s",
-        "per_cpu_second": round(blocks / cpu_seconds),
-    }
+    return figure("events", blocks / seconds, "blocks/s", per_cpu_second=blocks / cpu_seconds)
 
 
 def _mirror(args: argparse.Namespace) -> dict[str, Any]:
     """Changed entries into a mirror on a local server."""
     with _server() as url:
         rate, per_cpu_second = asyncio.run(mirror_rate(url, args.blocks))
-    figure = {"bench": "library", "case": "mirror", "value": round(rate), "unit": "entries/s"}
-    return figure | {"per_cpu_second": round(per_cpu_second)}
-
-
-def _figure(case: str, values: list[float], unit: str) -> dict[str, Any]:
-    ordered = sorted(values)
-    return {
-        "bench": "library",
-        "case": case,
-        "value": round(statistics.median(ordered), 3),
-        "unit": unit,
-        "p50": round(statistics.median(ordered), 3),
-        "p99": round(ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))], 3),
-    }
+    return figure("mirror", rate, "entries/s", per_cpu_second=per_cpu_second)

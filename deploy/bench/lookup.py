@@ -14,6 +14,7 @@ from typing import Any, Final, cast
 
 from kvatlas.bridge.errors import KvatlasError
 from kvatlas.bridge.model.block_key import KEY_BYTES, block_keys, pack_tokens, partition_of, root_key
+from kvatlas.deploy.bench._figures import figure
 from kvatlas.scorer.lookups.local import LocalTables, TableLookups
 from kvatlas.streams.serving.lookup_service import LookupService
 from kvatlas.streams.state.changelog import Meta
@@ -76,14 +77,8 @@ async def _cases(states: Mapping[int, PartitionState], args: argparse.Namespace)
     made = []
     for prefix, lookup in lookups.items():
         loaded = await _best(lookup, keys, {**values, **newer}, args)
-        made.append(_figure(f"{prefix}idle", idle[prefix]))
-        made.append(
-            {
-                **_figure(f"{prefix}loaded", loaded),
-                "baseline": round(idle[prefix], 1),
-                "ratio": round(loaded / idle[prefix], 2),
-            }
-        )
+        made.append(figure(f"{prefix}idle", idle[prefix], "us"))
+        made.append(figure(f"{prefix}loaded", loaded, "us", baseline=idle[prefix], ratio=loaded / idle[prefix]))
     return made
 
 
@@ -164,7 +159,3 @@ async def _best(
 def _fresh(packed: bytes) -> list[bytes]:
     """Return keys that nobody has hashed yet, as every request brings them."""
     return [packed[at : at + KEY_BYTES] for at in range(0, len(packed), KEY_BYTES)]
-
-
-def _figure(case: str, value: float) -> dict[str, Any]:
-    return {"bench": "lookup", "case": case, "value": round(value, 1), "unit": "us"}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from kvatlas.deploy.bench._offload_rig import MB, figure, fresh_memory, good, threaded, timed
+from kvatlas.deploy.bench._offload_rig import MB, fresh_memory, good, moved, threaded, timed
 
 HELP: Final = "KV offload: file tier beside pwritev/preadv, GPU copies beside one large pinned copy"
 
@@ -159,8 +159,8 @@ def _file_cases(args: argparse.Namespace, directory: Path, name: str, per_file: 
                     times[key].append(seconds)
             plain.clear()
             tier.evict([block.key for block in blocks])
-    yield figure(f"file-store-{name}", times["store"], times["plain-store"], size)
-    yield figure(f"file-load-{name}", times["load"], times["plain-load"], size)
+    yield moved(f"file-store-{name}", times["store"], times["plain-store"], size)
+    yield moved(f"file-load-{name}", times["load"], times["plain-load"], size)
 
 
 def _other_formats(args: argparse.Namespace, directory: Path, name: str, per_file: int) -> Iterator[dict[str, Any]]:
@@ -212,10 +212,8 @@ def _other_formats(args: argparse.Namespace, directory: Path, name: str, per_fil
                     seconds["load"].append(load)
     for label in formats:
         for direction in ("store", "load"):
-            beside = figure(
-                f"file-{direction}-{name}-beside-{label}", times["tier"][direction], times[label][direction], size
-            )
-            yield beside
+            case = f"file-{direction}-{name}-beside-{label}"
+            yield moved(case, times["tier"][direction], times[label][direction], size)
 
 
 def _save_all(threads: int, tensors: Sequence[Any], save: Callable[[Any, Path], object], target: Path) -> None:

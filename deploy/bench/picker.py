@@ -28,6 +28,7 @@ import msgspec
 from kvatlas.bridge.errors import KvatlasError
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.runtime.settings import KafkaSettings, LogSettings
+from kvatlas.deploy.bench._figures import figure
 from kvatlas.deploy.bench._http import FastPod, closed_loop, open_loop, post
 from kvatlas.deploy.gateway.config import KINDS, GatewayOptions, document, plain
 from kvatlas.deploy.gateway.envoy import Envoy
@@ -140,9 +141,7 @@ class _Stand:
         return address
 
     def _healthy(self, name: str) -> bool:
-        return (
-            self._envoys[name].stats("cluster.picker.membership_healthy").get("cluster.picker.membership_healthy") == 1
-        )
+        return self._envoys[name].stats(_HEALTHY).get(_HEALTHY) == 1
 
     def _launch(self, tokenizer: TokenizerSettings) -> None:
         scorer = ScorerSettings(listen="127.0.0.1:0", outcome_delay_ms=0.0)
@@ -247,19 +246,18 @@ class _Stand:
         figures = {name: _figures(rounds, self._args.seconds) for name, rounds in taken.items()}
         alone = figures["alone"]
         for name, found in figures.items():
-            figure = _figure(f"{case}-{name}", found["rate"], "requests/s")
-            yield {**figure, "p50": found["p50"] * 1e3, "p99": found["p99"] * 1e3}
+            yield figure(f"{case}-{name}", found["rate"], "requests/s", p50=found["p50"] * 1e3, p99=found["p99"] * 1e3)
             if name != "alone":
                 of = "" if name == "picker" else f"{name}-"
-                yield _figure(f"{case}-{of}p50-ratio", found["p50"] / alone["p50"], "times")
-                yield _figure(f"{case}-{of}p99-ratio", found["p99"] / alone["p99"], "times")
+                yield figure(f"{case}-{of}p50-ratio", found["p50"] / alone["p50"], "times")
+                yield figure(f"{case}-{of}p99-ratio", found["p99"] / alone["p99"], "times")
                 count = sum(len(one) for one in taken[name])
-                yield _figure(f"{case}-{of}cpu", spent[name] / max(count, 1) * 1e3, "ms/request")
+                yield figure(f"{case}-{of}cpu", spent[name] / max(count, 1) * 1e3, "ms/request")
         scored = self._counted("kvatlas_picker_decisions_total") or 1.0
-        yield _figure(f"{case}-degraded", self._counted("kvatlas_picker_degraded_total") / scored, "share so far")
+        yield figure(f"{case}-degraded", self._counted("kvatlas_picker_degraded_total") / scored, "share so far")
         decided = self._counted("kvatlas_picker_decision_seconds_count") or 1.0
         seconds = self._counted("kvatlas_picker_decision_seconds_sum")
-        yield _figure(f"{case}-decision", seconds / decided * 1e3, "ms on average so far")
+        yield figure(f"{case}-decision", seconds / decided * 1e3, "ms on average so far")
 
     def _send(self, case: str, name: str, requests: Sequence[bytes], seconds: float) -> list[float]:
         address = self._envoys[name].address
@@ -277,12 +275,7 @@ class _Stand:
             before = self._cpu()
             taken = self._loop.run_until_complete(closed_loop(address, request, 4, self._args.seconds))
             spent = (self._cpu() - before) * 1e3
-            yield {
-                "bench": "picker",
-                "case": f"stream-{name}-cpu",
-                "value": spent / len(taken) / 100,
-                "unit": "ms/chunk",
-            }
+            yield figure(f"stream-{name}-cpu", spent / len(taken) / 100, "ms/chunk")
 
     def _shared(self) -> Iterator[dict[str, Any]]:
         """How late the decisions of a picker under 100 requests/s count at a second one."""
@@ -305,9 +298,9 @@ class _Stand:
         finally:
             second.terminate()
             second.wait(time.monotonic() + 10)
-        yield _figure("shared", total / max(count, 1.0) * 1e3, "ms on average")
-        yield _figure("shared-in-50-ms", soon / max(count, 1.0), "share of decisions")
-        yield _figure("shared-heard", count, "decisions")
+        yield figure("shared", total / max(count, 1.0) * 1e3, "ms on average")
+        yield figure("shared-in-50-ms", soon / max(count, 1.0), "share of decisions")
+        yield figure("shared-heard", count, "decisions")
 
     def _counted(self, name: str, telemetry: str = "") -> float:
         """Return the sum of a metric of the picker, or of the one whose metrics are there."""
@@ -329,10 +322,6 @@ class _Stand:
 def _free_address() -> str:
     with socket.create_server(("127.0.0.1", 0)) as free:
         return f"127.0.0.1:{free.getsockname()[1]}"
-
-
-def _figure(case: str, value: float, unit: str) -> dict[str, Any]:
-    return {"bench": "picker", "case": case, "value": round(value, 4), "unit": unit}
 
 
 def _figures(rounds: Sequence[Sequence[float]], seconds: float) -> dict[str, float]:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from kvatlas.deploy.bench import _rig, _system
+from kvatlas.deploy.bench._figures import figure, spread
 
 HELP: Final = "events/s and blocks/s from ZMQ to table, and ZMQ-to-score freshness, on both brokers"
 
@@ -61,15 +61,10 @@ def _measure(kind: str, bootstrap: str, folder: Path, args: argparse.Namespace) 
         _system.until(metrics, engines.filled)
         cpu, began = _system.metric(metrics, _system.CPU_SECONDS), engines.send(0.0)
         seconds = _system.until(metrics, engines.filled + engines.updates) - began
-        yield _figure(kind, "blocks, ZMQ to table", engines.updates / seconds, "blocks/s")
-        yield _figure(kind, "events, ZMQ to table", messages * _system.EVENTS_PER_MESSAGE / seconds, "events/s")
+        yield figure(f"{kind}: blocks, ZMQ to table", engines.updates / seconds, "blocks/s")
+        yield figure(f"{kind}: events, ZMQ to table", messages * _system.EVENTS_PER_MESSAGE / seconds, "events/s")
         cpu = (_system.metric(metrics, _system.CPU_SECONDS) - cpu) / engines.updates
-        yield _figure(kind, "CPU of the worker", cpu * 1e6, "us/block")
+        yield figure(f"{kind}: CPU of the worker", cpu * 1e6, "us/block")
         engines.send(args.rate)
-        delays = sorted(_system.freshness(probe, address, args.probes))
-        p50, p99 = statistics.median(delays), delays[int(len(delays) * 0.99)]
-        yield _figure(kind, "freshness, ZMQ to score", p50, "ms", p50=round(p50, 2), p99=round(p99, 2))
-
-
-def _figure(kind: str, case: str, value: float, unit: str, **more: float) -> dict[str, Any]:
-    return {"bench": "pipeline", "case": f"{kind}: {case}", "value": round(value, 2), "unit": unit, **more}
+        delays = list(_system.freshness(probe, address, args.probes))
+        yield spread(f"{kind}: freshness, ZMQ to score", delays, "ms")

@@ -22,6 +22,7 @@ from kvatlas.bridge.kafka.config import client_config
 from kvatlas.bridge.model import topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.bench import _rig
+from kvatlas.deploy.bench._figures import figure
 from kvatlas.streams import metrics
 from kvatlas.streams.faust_app.app import BLOCK_INDEX
 from kvatlas.streams.options import WorkerSettings
@@ -45,20 +46,12 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         kafka = asyncio.run(_fill(bootstrap, args))
         _killed_after_filling(kafka, state, int(_ENTRIES * args.scale))
         seconds, entries = asyncio.run(_restart(kafka, state))
-        yield {"bench": "recovery", "case": "local", "value": round(seconds, 2), "unit": "s", "entries_read": entries}
+        yield figure("local", seconds, "s", entries_read=entries)
         shutil.rmtree(state)
         plain = asyncio.run(_read_plainly(kafka))
         seconds, entries = asyncio.run(_restart(kafka, state))
-        yield {
-            "bench": "recovery",
-            "case": "changelog",
-            "value": round(entries / seconds),
-            "unit": "entries/s",
-            "entries_read": entries,
-            "seconds": round(seconds, 2),
-            "baseline": round(plain, 2),
-            "ratio": round(seconds / plain, 2),
-        }
+        told = {"entries_read": entries, "seconds": seconds, "baseline": plain, "ratio": seconds / plain}
+        yield figure("changelog", entries / seconds, "entries/s", **told)
 
 
 async def _fill(bootstrap: str, args: argparse.Namespace) -> KafkaSettings:

@@ -21,6 +21,7 @@ from kvatlas.bridge.model.adapters.vllm import decode
 from kvatlas.bridge.model.events import Limits
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.bench import _rig
+from kvatlas.deploy.bench._figures import figure, headers, removed, stored
 from kvatlas.deploy.history.filters import Filter, Wanted
 from kvatlas.deploy.history.log import LogReader
 from kvatlas.deploy.history.moment import EARLIEST, LATEST
@@ -96,8 +97,7 @@ def _rates(count: int, since: tuple[float, float]) -> tuple[float, float]:
 
 def _row(case: str, rates: tuple[float, float], unit: str, baseline: float) -> dict[str, Any]:
     value, per_cpu = rates
-    row = {"bench": "replay", "case": case, "value": round(value, 1), "unit": unit, "per_cpu_second": round(per_cpu, 1)}
-    return {**row, "baseline": round(baseline, 1), "ratio": round(value / baseline, 3)}
+    return figure(case, value, unit, per_cpu_second=per_cpu, baseline=baseline, ratio=value / baseline)
 
 
 async def _fill(kafka: KafkaSettings, partitions: int, count: int) -> None:
@@ -108,38 +108,20 @@ async def _fill(kafka: KafkaSettings, partitions: int, count: int) -> None:
         for number in range(count):
             pod = f"pod-{number % _PODS}"
             sequence = number // _PODS
-            headers = [
-                (topics.H_SEQUENCE, str(sequence).encode()),
-                (topics.H_INCARNATION, b"1"),
-                (topics.H_MODEL, _MODEL.encode()),
-                (topics.H_ENGINE, b"vllm"),
-                (topics.H_CONTENT_TYPE, topics.CONTENT_ENGINE.encode()),
-            ]
             await producer.send(
                 topic,
                 _payload(rng, number, sequence),
                 key=pod.encode(),
                 partition=pod_ids.pod_partition(pod, partitions),
-                headers=headers,
+                headers=headers(sequence, 1, _MODEL),
             )
         await producer.flush()
 
 
 def _payload(rng: random.Random, number: int, sequence: int) -> bytes:
     hashes = [(number << 8) + block for block in range(_BLOCKS)]
-    events: list[dict[str, Any]] = [
-        {
-            "type": "BlockStored",
-            "block_hashes": hashes,
-            "parent_block_hash": None,
-            "token_ids": [rng.randrange(32_000) for _ in range(_BLOCKS * _BLOCK_TOKENS)],
-            "block_size": _BLOCK_TOKENS,
-            "lora_id": None,
-            "medium": "GPU",
-            "lora_name": None,
-        }
-    ]
+    events = [stored(hashes, [rng.randrange(32_000) for _ in range(_BLOCKS * _BLOCK_TOKENS)])]
     if sequence % 4 == 3:
         old = ((number - _PODS) << 8) + _BLOCKS - 1
-        events.append({"type": "BlockRemoved", "block_hashes": [old], "medium": "GPU"})
-    return encode_batch(1.0, list(events), 0)
+        events.append(removed([old]))
+    return encode_batch(1.0, events, 0)

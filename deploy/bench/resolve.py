@@ -12,6 +12,7 @@ from typing import Any, Final
 from kvatlas.bridge.model.adapters.fields import encode_batch
 from kvatlas.bridge.model.adapters.vllm import decode
 from kvatlas.bridge.model.events import Limits
+from kvatlas.deploy.bench._figures import figure, removed, stored
 from kvatlas.streams.index.apply import apply_blocks
 from kvatlas.streams.index.blocks_record import BlocksRecord, decode_blocks
 from kvatlas.streams.index.columns import answer_columns
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def _figure(case: str, seconds: float, count: int, unit: str) -> dict[str, Any]:
-    return {"bench": "resolve", "case": case, "value": round(count / seconds), "unit": unit}
+    return figure(case, count / seconds, unit)
 
 
 def _best(args: argparse.Namespace, work: Callable[[], object]) -> float:
@@ -70,32 +71,18 @@ def _payloads(count: int, size: int, *, removals: bool = False) -> list[bytes]:
     chance = random.Random(7)  # noqa: S311 # the same load every time
     made = []
     last: list[Any] = []
+    spec = {"group_idx": 0, "kv_cache_spec_kind": "full_attention"}
     for _ in range(count):
         events: list[Any] = []
         for _ in range(_EVENTS):
             hashes = [chance.getrandbits(64) for _ in range(_BLOCKS)]
             tokens = [chance.randrange(150_000) for _ in range(_BLOCKS * size)]
-            events.append(_stored(hashes, tokens, size))
+            events.append(stored(hashes, tokens, size=size) | spec)
         made.append(encode_batch(1.0, last + events if removals else events, 0))
-        last = [{"type": "BlockRemoved", "block_hashes": event["block_hashes"], "medium": "GPU"} for event in events]
+        last = [removed(event["block_hashes"]) for event in events]
     if removals:
         made.append(encode_batch(1.0, last, 0))
     return made
-
-
-def _stored(hashes: list[int], tokens: list[int], size: int) -> dict[str, Any]:
-    return {
-        "type": "BlockStored",
-        "block_hashes": hashes,
-        "parent_block_hash": None,
-        "token_ids": tokens,
-        "block_size": size,
-        "lora_id": None,
-        "medium": "GPU",
-        "lora_name": None,
-        "group_idx": 0,
-        "kv_cache_spec_kind": "full_attention",
-    }
 
 
 def _decode(payloads: list[bytes]) -> None:

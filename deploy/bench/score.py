@@ -22,6 +22,7 @@ import grpc
 
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.bench import _rig, _serving
+from kvatlas.deploy.bench._figures import spread
 from kvatlas.deploy.bench._overload import overloaded
 from kvatlas.deploy.bench._score_load import under_load
 from kvatlas.deploy.processes.colocated import ScoringWorker
@@ -95,7 +96,7 @@ def _compared(case: str, address: str, size: int, count: int, *, repeated: bool 
         answer = ask(full, timeout=60)
         assert all(answer.scores[_serving.pod_name(n)].matched_tokens == size for n in range(_serving.PODS))
         times, baseline = _in_turn((lambda: ask(full, timeout=60), lambda: ask(empty, timeout=60)), count)
-    return figure(case, times, statistics.median(baseline))
+    return spread(case, times, "ms", statistics.median(baseline))
 
 
 def _in_turn(calls: Sequence[Callable[[], Any]], count: int) -> list[list[float]]:
@@ -135,21 +136,4 @@ async def _in_process(kafka: KafkaSettings, folder: Path, calls: int) -> dict[st
             await asyncio.sleep(0)
     finally:
         await service.stop()
-    return figure(f"inprocess-{_SIZES[0]}", times[_WARM_CALLS:], None)
-
-
-def figure(case: str, times: Sequence[float], baseline: float | None) -> dict[str, Any]:
-    """Return a figure of milliseconds."""
-    ordered = sorted(times)
-    p50 = statistics.median(ordered)
-    found: dict[str, Any] = {
-        "bench": "score",
-        "case": case,
-        "value": round(p50, 3),
-        "unit": "ms",
-        "p50": round(p50, 3),
-        "p99": round(ordered[min(int(len(ordered) * 0.99), len(ordered) - 1)], 3),
-    }
-    if baseline is not None:
-        found |= {"baseline": round(baseline, 3), "ratio": round(p50 / baseline, 2)}
-    return found
+    return spread(f"inprocess-{_SIZES[0]}", times[_WARM_CALLS:], "ms")

@@ -14,6 +14,7 @@ from typing import Any, Final
 from tokenizers import Tokenizer
 
 from kvatlas.bridge.errors import KvatlasError, SettingsError
+from kvatlas.deploy.bench._figures import spread
 from kvatlas.scorer.tokenization.files import TOKENIZER_FILE
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.tokenization.pool import TokenizerPool
@@ -124,15 +125,6 @@ def _text(rng: random.Random) -> str:
 
 
 def _figure(case: str, values: list[float], baseline: list[float]) -> dict[str, Any]:
-    ordered = sorted(value * 1000 for value in values)
-    p50, base = statistics.median(ordered), statistics.median(baseline) * 1000
-    return {
-        "bench": "tokenize",
-        "case": case,
-        "value": round(p50, 3),
-        "unit": "ms",
-        "p50": round(p50, 3),
-        "p99": round(ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))], 3),
-        "baseline": round(base, 3),
-        "ratio": round(base / p50, 1),
-    }
+    found = spread(case, [value * 1e3 for value in values], "ms")
+    base = statistics.median(baseline) * 1e3
+    return found | {"baseline": round(base, 3), "ratio": round(base / found["value"], 1)}

@@ -22,6 +22,7 @@ from typing import Any, Final
 from kvatlas.bridge.errors import KvatlasError
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.runtime.settings import KafkaSettings, LogSettings
+from kvatlas.deploy.bench._figures import figure
 from kvatlas.deploy.gateway.tiny_tokenizer import text
 from kvatlas.deploy.processes.demo_gateway import DemoGateway
 from kvatlas.deploy.sim.options import SimPlan
@@ -78,16 +79,12 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         finally:
             demo.stop()
     found = Counter(verdict for name, verdict in verdicts.items() if name.startswith(_MEASURED))
-    yield _figure("exact", round(found["exact"] / args.requests, 5), "share")
-    yield _figure("requests", round(args.requests / seconds, 1), "requests/s")
-    yield _figure("cached", round(chats.cached / max(chats.prompt, 1), 3), "share of prompt tokens")
+    yield figure("exact", found["exact"] / args.requests, "share")
+    yield figure("requests", args.requests / seconds, "requests/s")
+    yield figure("cached", chats.cached / max(chats.prompt, 1), "share of prompt tokens")
     for verdict, count in found.items():
         if verdict != "exact":
-            yield _figure(verdict.replace(" ", "-"), count, "requests")
-
-
-def _figure(case: str, value: float, unit: str) -> dict[str, Any]:
-    return {"bench": "truth", "case": case, "value": value, "unit": unit}
+            yield figure(verdict.replace(" ", "-"), count, "requests")
 
 
 class _Chats:

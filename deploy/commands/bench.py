@@ -1,8 +1,8 @@
 """``kvatlas bench``: finds a benchmark's module and prints its figures.
 
 A benchmark is one module in ``kvatlas.deploy.bench`` with ``HELP``, ``add_arguments(parser)`` and ``run(args)``, which
-yields one dict per figure: ``bench``, ``case``, ``value``, ``unit`` and, where they make sense, ``p50``, ``p99``,
-``baseline`` and ``ratio``. ``spin``, how fast the machine is at that moment, is put beside each.
+yields one dict per figure: ``case``, ``value``, ``unit`` and, where they make sense, ``p50``, ``p99``, ``baseline`` and
+``ratio``. Its name goes before each, and ``spin``, how fast the machine is at that moment, behind it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from kvatlas.bridge.errors import SettingsError
 from kvatlas.deploy import bench
 from kvatlas.deploy.bench.calibrate import spin
 
-HELP: Final = "run a benchmark"
 _COLUMNS: Final = ("case", "value", "unit", "p50", "p99", "baseline", "ratio", "spin")
 
 
@@ -74,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     if not options.json:
         print(_row(dict(zip(_COLUMNS, _COLUMNS, strict=True))), flush=True)
     for figure in figures:
-        told = {**figure, "spin": spin()}
+        told = {"bench": args.name, **figure, "spin": spin()}
         print(json.dumps(told) if options.json else _row(told), flush=True)
     return 0
 
