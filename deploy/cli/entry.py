@@ -1,6 +1,6 @@
 """The ``kvatlas`` command: finds the subcommand's module and runs it.
 
-A subcommand is one module in ``kvatlas.deploy.commands`` with ``HELP`` (one line), ``add_arguments(parser)`` and
+A subcommand is one module in ``kvatlas.deploy.commands`` with ``add_arguments(parser)`` and
 ``run(args) -> int``. Only the module that is asked for is imported, so ``kvatlas score`` starts without Faust.
 """
 

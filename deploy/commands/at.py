@@ -23,7 +23,6 @@ from kvatlas.deploy.history.moment import FORMS, Moment, parse_moment
 from kvatlas.deploy.history.rebuild import PastIndex, rebuild
 from kvatlas.streams.resolve.resolver import ResolveOptions
 
-HELP: Final = "ask the index as of a past moment"
 QUESTIONS: Final = ("score", "explain", "pods", "save")
 
 

@@ -22,8 +22,6 @@ from kvatlas.streams.errors import StreamsError
 from kvatlas.streams.options import WorkerSettings
 from kvatlas.streams.resolve.options import resolve_options
 
-HELP: Final = "compare the index with what pods really hold"
-
 _TIMEOUT_SECONDS: Final = 60.0
 
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import Final
 
 from kvatlas.bridge.runtime.logs import configure_logging
 from kvatlas.deploy.cli import common
 from kvatlas.deploy.processes import main
-
-HELP: Final = "subscribe to engines and put their events on Kafka"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

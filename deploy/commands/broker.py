@@ -16,7 +16,6 @@ from kvatlas.bridge.errors import SettingsError
 from kvatlas.deploy.brokers.kafka import KafkaNode, NodeState, read_state, stop_node
 from kvatlas.deploy.brokers.security import Security
 
-HELP: Final = "start, stop or look at a local Apache Kafka"
 DEFAULT_DATA_DIR: Final = Path(".kvatlas/kafka")
 _STATUS_NOT_RUNNING: Final = 3  # what service managers use for "not running"
 

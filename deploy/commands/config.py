@@ -8,7 +8,7 @@ import os
 import types
 import typing
 from pathlib import Path
-from typing import Any, Final, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import msgspec
 
@@ -16,8 +16,6 @@ from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.runtime import settings
 from kvatlas.bridge.runtime.settings import ENV_FILE, Field
 from kvatlas.deploy.cli import common
-
-HELP: Final = "show every setting with its source names and default"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,6 @@ from kvatlas.deploy.cli import common
 from kvatlas.deploy.processes import main
 from kvatlas.deploy.processes.parts import PARTS
 
-HELP: Final = "web page of fleet, prefixes, decisions and flow"
 #: What events mean, as the workers run; the rest of ``[worker]``, and ``[picker]``, comes from file and environment.
 _MEANING: Final = ("block_size_tokens", "announcements", "strict_gaps", "clears", "default_store")
 

@@ -21,7 +21,6 @@ from kvatlas.deploy.cli import common
 from kvatlas.deploy.processes.demo import Check, Demo, DemoError, PodView
 from kvatlas.deploy.sim.options import SimPlan
 
-HELP: Final = "run the whole pipeline on simulated pods and check its answers"
 _LINE_SECONDS: Final = 2.0
 
 

@@ -25,7 +25,6 @@ from kvatlas.scorer.client import ScorerClient
 
 #: How long an engine that shares two cores with everything else may take to answer the doctor.
 _PATIENCE_SECONDS: Final = 60.0
-HELP: Final = "send chats through a real Envoy and check that they arrive where their prefix is"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,6 @@ import asyncio
 import tempfile
 import time
 from pathlib import Path
-from typing import Final
 
 import msgspec
 
@@ -23,8 +22,6 @@ from kvatlas.deploy.commands.at import (
 from kvatlas.deploy.history.changes import PodChange, changes_between
 from kvatlas.deploy.history.log import LogReader
 from kvatlas.deploy.history.moment import FORMS, Moment, parse_moment
-
-HELP: Final = "what changed per pod between two moments"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import json
 import sys
-from typing import Final
 
 import msgspec
 
@@ -16,8 +15,6 @@ from kvatlas.deploy.commands import score
 from kvatlas.deploy.doctor.examine import Examined, examine
 from kvatlas.deploy.doctor.findings import Finding, exit_code, markdown, page
 from kvatlas.deploy.doctor.log import look_at_log
-
-HELP: Final = "check engines, Kafka, workers and scorer, and say what to fix"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

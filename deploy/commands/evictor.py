@@ -16,7 +16,6 @@ from kvatlas.connector.files.catalog import DiskBudget
 from kvatlas.connector.files.evictor import Report, evict_root
 from kvatlas.deploy.cli.common import at_least
 
-HELP: Final = "keep a shared offload folder or bucket within its budget"
 _UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 

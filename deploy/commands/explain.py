@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Final
 
 from google.protobuf.json_format import MessageToDict
 
 from kvatlas.deploy.commands import score
 from kvatlas.scorer.v1 import scorer_pb2 as pb
-
-HELP: Final = "ask a scorer why, block by block"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,6 @@ from kvatlas.deploy.cli import common
 from kvatlas.deploy.gateway.config import KINDS, GatewayOptions, document
 from kvatlas.deploy.gateway.envoy import Envoy
 
-HELP: Final = "run a real Envoy before a picker, or print its configuration"
 _LOOK_SECONDS: Final = 0.5
 #: How long "ready" waits for a picker; whoever starts it later is heard all the same.
 _PICKER_SECONDS: Final = 10.0

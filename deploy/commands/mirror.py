@@ -11,7 +11,6 @@ from kvatlas.deploy.cli import common
 from kvatlas.deploy.processes import main
 from kvatlas.deploy.processes.parts import PARTS
 
-HELP: Final = "copy the index to Redis or Valkey, beside the workers"
 #: Of the workers' settings.
 _FLAGS: Final = (
     "mirror", "mirror_prefix", "mirror_password_file", "mirror_cafile", "app", "index_version", "block_size_tokens",

@@ -9,8 +9,6 @@ from kvatlas.bridge.runtime.logs import configure_logging
 from kvatlas.deploy.cli import common
 from kvatlas.deploy.processes import main
 
-HELP: Final = "pick the pod for a gateway's next request (Envoy, Gateway API)"
-
 #: Settings of the scorer inside: the engine's own word replaces the later look at the index.
 DEFAULTS: Final = {"scorer": {"outcome_delay_ms": 0.0}}
 

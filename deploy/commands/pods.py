@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Final
 
 from google.protobuf.json_format import MessageToDict
 
 from kvatlas.bridge.model import records
 from kvatlas.deploy.commands import score
 from kvatlas.scorer.v1 import scorer_pb2 as pb
-
-HELP: Final = "list or watch the pods a scorer knows"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,8 +24,6 @@ from kvatlas.deploy.reindex.progress import Progress, ProgressReader
 from kvatlas.deploy.reindex.prompts import recent_prompts
 from kvatlas.scorer.options import ScorerSettings
 
-HELP: Final = "build a new index version beside the live one"
-
 _SEED: Final = 1
 _COMMIT_SECONDS: Final = 2.0
 _SHOWN_DIFFERENCES: Final = 20

@@ -28,7 +28,6 @@ from kvatlas.deploy.history.show import HEADS, describe, event_rows, row
 from kvatlas.deploy.history.summary import TYPES
 from kvatlas.deploy.history.window import Window, range_of
 
-HELP: Final = "read, filter, save or play back the event log"
 _TOPICS: Final = (topics.EVENTS, topics.BLOCKS, topics.DECISIONS, topics.PODS, topics.WORKERS, topics.DLQ)
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 

@@ -18,7 +18,6 @@ from kvatlas.scorer.errors import ClientError, InputError
 from kvatlas.scorer.tokenization.requests import shape_of_body
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 
-HELP: Final = "ask a scorer for scores"
 #: Fields of a line with token ids; any other line is a body of an engine's API, with these beside it.
 _KNOWN: Final = (
     "tokens",

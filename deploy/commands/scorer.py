@@ -9,7 +9,6 @@ from kvatlas.bridge.runtime.logs import configure_logging
 from kvatlas.deploy.cli import common
 from kvatlas.deploy.processes import main
 
-HELP: Final = "answer which pod holds a prompt's prefix"
 _SECTIONS: Final = ("kafka", "log", "scorer", "tokenizer")
 
 

@@ -6,7 +6,6 @@ import argparse
 import sys
 import threading
 import time
-from typing import Final
 
 import msgspec
 
@@ -15,8 +14,6 @@ from kvatlas.deploy.sim.fleet import Fleet
 from kvatlas.deploy.sim.options import SimPlan, SimSettings
 from kvatlas.deploy.sim.truth import TruthServer
 from kvatlas.scorer.tokenization.options import TokenizerSettings
-
-HELP: Final = "run a simulated fleet of pods that publish real events"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,6 @@ from typing import Final
 from kvatlas.deploy.commands import score
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 
-HELP: Final = "ask a scorer which token ids the engine makes of a request"
 _SHOWN_CHARACTERS: Final = 400
 
 

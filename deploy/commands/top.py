@@ -21,7 +21,6 @@ from kvatlas.deploy.cli.common import add_sections, async_stop_event, at_least, 
 from kvatlas.deploy.history.log import LogReader
 from kvatlas.deploy.history.watch import Picture, Watch
 
-HELP: Final = "live view of fleet, workers and scorers"
 _WIDE: Final = 240
 _TIERS: Final = ("gpu", "cpu", "disk")
 _EPILOG: Final = "Exit code with --once: 1 while a partition is not served or a named scorer does not answer, else 0."

@@ -7,7 +7,6 @@ import asyncio
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Final
 
 import msgspec
 
@@ -17,8 +16,6 @@ from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.rights import TOPIC_RIGHTS, contact, default_groups, rights_of
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.deploy.cli import common
-
-HELP: Final = "create the topics, or check those that exist"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

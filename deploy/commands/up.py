@@ -7,15 +7,12 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Final
 
 import msgspec
 
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.deploy.cli import common
 from kvatlas.deploy.processes.launcher import Launcher
-
-HELP: Final = "run broker, bridge, worker and scorer on this machine until interrupted"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

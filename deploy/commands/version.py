@@ -8,7 +8,6 @@ import json
 import platform
 from typing import Final
 
-HELP: Final = "print the version and what it runs on"
 _PARTS: Final = ("faust-streaming", "aiokafka", "rocksdict", "pyzmq", "grpcio", "tokenizers", "torch")
 
 

@@ -24,7 +24,6 @@ from kvatlas.deploy.whatif.recorded import Recording, read_decisions, recording
 from kvatlas.deploy.whatif.routers import ROUTERS, split
 from kvatlas.deploy.whatif.run import Outcome, read_trace, simulate
 
-HELP: Final = "replay decisions through other routing policies"
 _DEFAULT: Final = (
     "shared",
     "precise:1",

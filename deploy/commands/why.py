@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-from typing import Final
 
 from kvatlas.bridge.model import records
 from kvatlas.bridge.runtime.settings import KafkaSettings
@@ -19,8 +18,6 @@ from kvatlas.deploy.commands.at import (
 )
 from kvatlas.deploy.history.log import LogReader
 from kvatlas.deploy.history.story import Story, tell
-
-HELP: Final = "why a request went where it went, and what came of it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

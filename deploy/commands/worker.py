@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 
@@ -20,8 +20,6 @@ from kvatlas.deploy.processes.supervisor import Child, supervise
 from kvatlas.scorer.gateway.options import PickerSettings
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.streams.options import WorkerSettings
-
-HELP: Final = "materialise the block index and answer lookups"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
