@@ -15,7 +15,6 @@ import msgspec
 
 from kvatlas.bridge.model.numbers import RANKS_MAX, port_of, whole
 
-VLLM: Final = "vllm"
 SGLANG: Final = "sglang"
 
 #: Hosts that say "everywhere on my machine": the engine's own host stands for them.
@@ -52,7 +51,6 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
         version: its version, empty where it does not say.
         models: every served name of the model, the first is the engine's own.
         adapters: adapters (LoRA) that are served under names of their own.
-        max_model_len: longest prompt in tokens, None where it does not say.
         sources: event sockets by rank; empty where events are off.
         knows_sources: whether it has an endpoint that tells them at all.
         block_size_tokens: of its events, None where it does not say.
@@ -67,7 +65,6 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True):
     version: str = ""
     models: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
-    max_model_len: int | None = None
     sources: tuple[EventSource, ...] = ()
     knows_sources: bool = True
     block_size_tokens: int | None = None
@@ -105,7 +102,6 @@ def vllm_facts(url: str, *, sources: Any, models: Any, version: Any, metrics: st
         version=_text(version, "version"),
         models=_models(models),
         adapters=_models(models, adapters=True),
-        max_model_len=_longest(models),
         sources=tuple(sorted(found, key=lambda source: source.rank)),
         knows_sources=isinstance(sources, dict),
         block_size_tokens=next((size for size in sizes if size is not None), None),
@@ -140,7 +136,6 @@ def sglang_facts(url: str, *, info: Mapping[str, Any], models: Any, metrics: str
         engine="sglang",
         version=_text(info, "version"),
         models=_models(models) or ((_text(info, "served_model_name"),) if _text(info, "served_model_name") else ()),
-        max_model_len=_longest(models),
         sources=tuple(sources),
         knows_sources="kv_events" in info,
         block_size_tokens=size if isinstance(size, int) and size > 0 else None,
@@ -218,15 +213,6 @@ def _models(answer: Any, *, adapters: bool = False) -> tuple[str, ...]:
     entries = [entry for entry in data if isinstance(entry, dict)] if isinstance(data, list) else []
     names = [entry.get("id") for entry in entries if bool(entry.get("parent")) is adapters]
     return tuple(name for name in names if isinstance(name, str) and name)
-
-
-def _longest(answer: Any) -> int | None:
-    entries = answer.get("data") if isinstance(answer, dict) else None
-    for entry in entries if isinstance(entries, list) else ():
-        length = entry.get("max_model_len") if isinstance(entry, dict) else None
-        if isinstance(length, int):
-            return length
-    return None
 
 
 def _text(answer: Any, name: str) -> str:

@@ -6,7 +6,6 @@ Its topic is read from the start by every bridge, since nothing else tells what 
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Iterable
 from typing import Any, Final
 
@@ -27,8 +26,6 @@ from kvatlas.bridge.runtime.tasks import Background
 _TURN_SECONDS: Final = 0.2
 #: Chunks remembered per LMCache server, and tokens of as many in all: 16 million tokens of 256 a chunk.
 _CHUNKS: Final = 65_536
-
-log = logging.getLogger(__name__)
 
 
 class CacheServer(msgspec.Struct, frozen=True):

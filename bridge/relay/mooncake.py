@@ -8,7 +8,6 @@ nothing of what is in a pool, and says so by a new epoch.
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
@@ -38,8 +37,6 @@ _TURN_SECONDS: Final = 0.2
 _BLOCKS: Final = 1_000_000
 _PARTS_MAX: Final = 1_024
 _PODS_MAX: Final = 10_000
-
-log = logging.getLogger(__name__)
 
 
 class MasterSpec(msgspec.Struct, frozen=True):

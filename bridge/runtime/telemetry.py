@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import Callable, Iterable
 from typing import Final
 
@@ -36,8 +35,6 @@ _REASONS: Final = {
     431: "Too Large",
     503: "Unavailable",
 }
-
-log = logging.getLogger(__name__)
 
 
 class Telemetry:

@@ -7,7 +7,7 @@ import gc
 import statistics
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Final
 
 import grpc
@@ -24,8 +24,6 @@ _DEADLINE_SECONDS: Final = 0.5
 _CALLERS: Final = (4, 16, 64)
 _FACTOR: Final = 2.0
 _CODES: Final = {grpc.StatusCode.RESOURCE_EXHAUSTED: "refused", grpc.StatusCode.DEADLINE_EXCEEDED: "late"}
-
-_Ask = Callable[[], Awaitable[None]]
 
 
 class _Counted:

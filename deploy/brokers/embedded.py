@@ -35,9 +35,6 @@ from typing import Any, Final, Self
 
 from kvatlas.deploy.brokers.errors import BrokerSetupError, BrokerStartError, BrokerStateError
 
-LABEL: Final = "embedded broker (in RAM, for demonstrations: keeps about 5 MB a partition and nothing after it stops)"
-"""How user-visible text names it."""
-
 PARTITIONS: Final = 4
 """Partitions of every topic; fixed in librdkafka."""
 

@@ -7,7 +7,6 @@ SHA-512) and an authorizer that denies what no ACL allows.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import secrets
 import subprocess
@@ -118,14 +117,6 @@ def security_properties(security: Security, store: KeyStore) -> dict[str, str]:
         "allow.everyone.if.no.acl.found": "false",
         "super.users": ";".join(supers),
     }
-
-
-def _kind_of_name(host: str) -> str:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return "dns"
-    return "ip"
 
 
 def _write_private(path: Path, text: str) -> None:

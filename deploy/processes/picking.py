@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import msgspec
 
@@ -23,18 +23,6 @@ from kvatlas.scorer.tokenization.options import TokenizerSettings
 
 #: A picker is useful without an index, so it waits for Kafka as long as it takes.
 _FOR_EVER_SECONDS: Final = 1e9
-
-
-class Part(Protocol):
-    """What lives beside the picker: a scorer, or a worker with one."""
-
-    ready: asyncio.Event
-
-    async def start(self) -> None:
-        """Start."""
-
-    async def stop(self) -> None:
-        """Stop."""
 
 
 class WithPicker:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Final, Literal
+from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
@@ -11,8 +11,6 @@ from kvatlas.scorer.picker.choose import Rules
 from kvatlas.scorer.picker.cost import CostWeights
 from kvatlas.scorer.picker.load import LoadOptions
 from kvatlas.scorer.picker.roles import RoleRules
-
-_MIB: Final = 1024 * 1024
 
 
 class PickerSettings(Section, frozen=True, kw_only=True):

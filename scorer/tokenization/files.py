@@ -44,17 +44,6 @@ PATTERNS: Final = (
     *_MISTRAL_FILES,
 )
 
-#: Names under which templates may use special tokens, and under which configs list them.
-SPECIAL_NAMES: Final = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
-
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, NamedTuple, cast
 
@@ -35,8 +34,6 @@ from kvatlas.streams.tasks.resolve_task import ResolveTask
 from kvatlas.streams.tasks.sessions import SessionPublisher
 from kvatlas.streams.tasks.task import PartitionTask, TaskLimits, TaskParts
 from kvatlas.streams.tasks.task_set import TaskSet
-
-logger = logging.getLogger(__name__)
 
 ENGINE_BLOCKS: Final = "engine_blocks"
 BLOCK_INDEX: Final = "block_index"

@@ -9,11 +9,11 @@ from typing import Any
 from aiokafka import AIOKafkaProducer
 
 from kvatlas.bridge.runtime.settings import KafkaSettings
-from kvatlas.deploy.bench._fleet import LogFleet
 from kvatlas.deploy.sim.cache import Request
 from kvatlas.deploy.sim.options import SimPlan
 from kvatlas.scorer.client import AsyncScorerClient
 from kvatlas.scorer.v1 import scorer_pb2 as pb
+from tests.log_fleet import LogFleet
 
 Score = tuple[int, int, float]
 

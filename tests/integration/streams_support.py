@@ -20,10 +20,10 @@ from kvatlas.bridge.model import topics
 from kvatlas.bridge.runtime.methods import stub_of
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.audit.audit import PodAudit, audit
-from kvatlas.deploy.bench._fleet import LogFleet
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.deploy.sim.options import SimPlan
 from kvatlas.streams.v1 import block_index_pb2 as pb
+from tests.log_fleet import LogFleet
 
 PARTITIONS = 4
 

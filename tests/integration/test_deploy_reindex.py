@@ -19,12 +19,12 @@ from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.adapters.fields import encode_batch
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.audit.audit import fold_events
-from kvatlas.deploy.bench._fleet import LogFleet
 from kvatlas.scorer.client import AsyncScorerClient
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.service import ScorerService
 from kvatlas.streams.resolve.resolver import ResolveOptions
 from tests.integration.streams_support import WorkerProcess, fleet_of, make_topics, producing, until_true
+from tests.log_fleet import LogFleet
 
 STEADY = "steady"
 MODEL = "m"

@@ -14,7 +14,6 @@ from kvatlas.bridge.model.block_key import KEY_BYTES
 from kvatlas.bridge.model.records import PodRecord, decode
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.audit.audit import PodAudit, compare
-from kvatlas.deploy.bench._fleet import LogFleet
 from kvatlas.scorer import Indexer
 from kvatlas.scorer.library.backends.errors import BackendError, ReadOnlyError
 from kvatlas.scorer.library.backends.mirror import MirrorBackend
@@ -22,6 +21,7 @@ from kvatlas.streams.mirror.layout import Names
 from tests.integration.pipeline_support import Service
 from tests.integration.redis_support import RedisServer
 from tests.integration.streams_support import WorkerProcess, assert_true, fleet_of, make_topics, producing, until_true
+from tests.log_fleet import LogFleet
 
 MODEL = "sim-model"
 NAMES = Names("kvatlas")

@@ -11,11 +11,11 @@ from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
 from kvatlas.bridge.model import topics
-from kvatlas.deploy.bench._fleet import LogFleet
 from kvatlas.deploy.sim.cache import Request
 from kvatlas.scorer import Indexer
 from kvatlas.scorer.library.backends.rocks import RocksBackend
 from tests.integration.streams_support import PARTITIONS, WorkerProcess, fleet_of, make_topics, producing
+from tests.log_fleet import LogFleet
 
 MODEL = "sim-model"
 

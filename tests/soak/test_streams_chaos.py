@@ -21,10 +21,10 @@ from kvatlas.bridge.model.directory import PodDirectory
 from kvatlas.bridge.model.workers import WorkerDirectory
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.audit.audit import compare, lookup_all, read_topic
-from kvatlas.deploy.bench._fleet import FIRST_INCARNATION, LogFleet
 from kvatlas.deploy.brokers.kafka import KafkaNode
 from kvatlas.streams.errors import StreamsError
 from tests.integration.streams_support import WorkerProcess, assert_true, fleet_of, make_topics, producing, until_true
+from tests.log_fleet import FIRST_INCARNATION, LogFleet
 
 SECONDS = float(os.environ.get("KVATLAS_CHAOS_SECONDS", "40"))
 PODS = 16

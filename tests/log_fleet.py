@@ -68,7 +68,7 @@ class LogFleet:
         self._topic = kafka.topic(topics.EVENTS)
         self._partitions = partitions
         self._sink: queue.SimpleQueue[_RECORD] = queue.SimpleQueue()
-        self._random = random.Random(settings.seed)  # noqa: S311 # traffic, not secrets
+        self._random = random.Random(settings.seed)
         self._traffic: Iterator[Request] = traffic.requests(settings)
         self._lock = threading.RLock()
         names = [f"{settings.pod_prefix}{number}" for number in range(settings.pods)]
