@@ -5,11 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import os
-import queue
-import subprocess
-import sys
-import threading
 import time
 from array import array
 from collections.abc import Iterator, Sequence
@@ -22,9 +17,15 @@ from kvatlas.bridge.errors import KvatlasError
 from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.block_key import block_keys, root_key
 from kvatlas.bridge.model.records import PodRecord
-from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.bridge.runtime.settings import KafkaSettings, LogSettings
 from kvatlas.deploy.bench import _rig
+from kvatlas.deploy.brokers.process import tail
+from kvatlas.deploy.processes.child import document
+from kvatlas.deploy.processes.supervisor import Child
 from kvatlas.scorer.client import ScorerClient
+from kvatlas.scorer.options import ScorerSettings
+from kvatlas.scorer.tokenization.options import TokenizerSettings
+from kvatlas.streams.options import WorkerSettings
 
 MODEL: Final = "bench"
 PODS: Final = 8
@@ -38,62 +39,6 @@ _STOP_SECONDS: Final = 20.0
 
 class ServiceError(KvatlasError):
     """A service of the benchmark did not become ready; the text ends with its log."""
-
-
-class Service:
-    """A `kvatlas` command in a process of its own; ends with the block.
-
-    Args:
-        log: file of its standard error.
-        words: the command line behind `kvatlas`.
-    """
-
-    def __init__(self, log: Path, *words: str) -> None:
-        self._log = log
-        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        with log.open("ab") as errors:
-            self.process = subprocess.Popen(  # noqa: S603 # our own command line
-                [sys.executable, "-m", "kvatlas.deploy", *words],
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            )
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._lines.put(line)
-        self._lines.put("")
-
-    def ready(self) -> dict[str, str]:
-        """Wait for the ready line; returns its addresses by name.
-
-        Raises:
-            ServiceError: it ended, or took too long.
-        """
-        with contextlib.suppress(queue.Empty):
-            words = self._lines.get(timeout=_READY_SECONDS).split()
-            if words[:1] == ["ready"]:
-                return dict(word.split("=", 1) for word in words[1:] if "=" in word)
-        raise ServiceError(f"not ready; its log ends:\n{self._log.read_text(errors='replace')[-2000:]}")
-
-    def __enter__(self) -> Service:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-
-def flags(kafka: KafkaSettings) -> tuple[str, ...]:
-    """Return the flags that lead a service to these topics."""
-    return (f"--brokers={kafka.brokers}", f"--topic-prefix={kafka.topic_prefix}", f"--partitions={kafka.partitions}")
 
 
 def tokens(count: int) -> bytes:
@@ -161,11 +106,32 @@ def until_filled(address: str, last: dict[int, int]) -> None:
 
 
 @contextlib.contextmanager
-def scoring_worker(kafka: KafkaSettings, folder: Path, *words: str) -> Iterator[dict[str, str]]:
-    """Run a worker with a scorer; gives their addresses."""
-    command = ("worker", "--with-scorer", f"--state-dir={folder / 'state'}", "--scorer-listen=127.0.0.1:0")
-    with Service(folder / "worker.log", *command, *flags(kafka), *words) as service:
-        yield service.ready()
+def scoring(part: str, kafka: KafkaSettings, folder: Path) -> Iterator[str]:
+    """Run a part that scores, in a process of its own; gives the scorer's address.
+
+    Raises:
+        KvatlasError: it ended, or took too long to be ready.
+    """
+    sections = {
+        "kafka": kafka,
+        "log": LogSettings(),
+        "worker": WorkerSettings(state_dir=str(folder / "state")),
+        "scorer": ScorerSettings(listen="127.0.0.1:0"),
+        "tokenizer": TokenizerSettings(),
+    }
+    log = folder / f"{part}.log"
+    child = Child(part, document(part, sections), log)
+    try:
+        until = time.monotonic() + _READY_SECONDS
+        while not child.ready.wait(0.1):
+            if (code := child.ended()) is not None:
+                raise child.told(code)
+            if time.monotonic() > until:
+                raise ServiceError(f"not ready; its log ends:\n{tail(log, 30)}")
+        yield child.address("scorer")
+    finally:
+        child.terminate()
+        child.wait(time.monotonic() + _STOP_SECONDS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -57,18 +57,17 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     with _rig.broker(args) as (bootstrap, folder):
         kafka = asyncio.run(_rig.fresh_topics(bootstrap, args.partitions))
         load = _rig.Load(_serving.PODS, args.partitions)
-        with _serving.scoring_worker(kafka, folder) as addresses:
+        with _serving.scoring("scoring-worker", kafka, folder) as address:
             beside = _serving.others(load, blocks)
-            _serving.until_filled(addresses["scorer"], asyncio.run(_serving.fill(kafka, load, beside)))
-            yield from _over_grpc(cases, addresses["scorer"], args.calls)
+            _serving.until_filled(address, asyncio.run(_serving.fill(kafka, load, beside)))
+            yield from _over_grpc(cases, address, args.calls)
             if "hop" in cases:
-                command = ("scorer", "--listen=127.0.0.1:0", *_serving.flags(kafka))
-                with _serving.Service(folder / "scorer.log", *command) as apart:
-                    yield _compared("hop-8192", apart.ready()["scorer"], _SIZES[0], args.calls)
+                with _serving.scoring("scorer", kafka, folder) as apart:
+                    yield _compared("hop-8192", apart, _SIZES[0], args.calls)
             if "overload" in cases:
-                yield from overloaded(addresses["scorer"], args.overload_seconds)
+                yield from overloaded(address, args.overload_seconds)
             if "load" in cases:
-                yield from under_load(kafka, addresses["scorer"], load, beside, args)
+                yield from under_load(kafka, address, load, beside, args)
         if "inprocess" in cases:
             yield asyncio.run(_in_process(kafka, folder, args.calls))
 
