@@ -27,6 +27,7 @@ from kvatlas.scorer.library.sync import SyncIndexer
 from kvatlas.scorer.scoring.walk import Weights
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 from kvatlas.streams.resolve.resolver import ResolveOptions
+from tests.engine_events import stored
 from tests.integration.pipeline_support import Service
 from tests.integration.streams_support import PARTITIONS, WorkerProcess, make_topics, producing
 
@@ -332,25 +333,6 @@ class World:
             {(pod.removesuffix(self._suffix), tier, group) for pod, tier, group in block}
             for block in self.subject.holders(tokens, model or self.model)
         ]
-
-
-def stored(
-    hashes: Sequence[int | bytes],
-    tokens: Sequence[int],
-    block_size: int,
-    parent: int | bytes | None = None,
-    **more: Any,
-) -> Mapping[str, Any]:
-    """Return a BlockStored event."""
-    return {
-        "type": "BlockStored",
-        "block_hashes": list(hashes),
-        "parent_block_hash": parent,
-        "token_ids": list(tokens),
-        "block_size": block_size,
-        "medium": "GPU",
-        **more,
-    }
 
 
 def removed(*hashes: int | bytes, medium: str = "GPU", **more: Any) -> Mapping[str, Any]:

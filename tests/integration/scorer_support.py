@@ -6,16 +6,62 @@ import asyncio
 import time
 from typing import Any
 
+import grpc.aio
 from aiokafka import AIOKafkaProducer
 
+from kvatlas.bridge.model.block_key import partition_of
+from kvatlas.bridge.model.pod_ids import pod_key
+from kvatlas.bridge.model.records import PodRecord, WorkerRecord, encode
+from kvatlas.bridge.runtime.methods import add_service
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.sim.cache import Request
 from kvatlas.deploy.sim.options import SimPlan
 from kvatlas.scorer.client import AsyncScorerClient
 from kvatlas.scorer.v1 import scorer_pb2 as pb
+from kvatlas.streams.index.columns import answer_columns
+from kvatlas.streams.v1 import block_index_pb2 as index_pb
 from tests.log_fleet import LogFleet
 
 Score = tuple[int, int, float]
+
+
+class TableWorker:
+    """A worker over a dict: its lookup service, announced on ``kv-workers``."""
+
+    def __init__(self, kafka: KafkaSettings, producer: AIOKafkaProducer, table: dict[bytes, bytes]) -> None:
+        self._kafka, self._producer, self._table = kafka, producer, table
+        self._server = grpc.aio.server()
+        add_service(self._server, index_pb, self)
+
+    async def Lookup(self, request: index_pb.LookupRequest, context: Any) -> index_pb.LookupResponse:  # noqa: N802
+        keys = [request.keys[at : at + 16] for at in range(0, len(request.keys), 16)]
+        values, index = answer_columns([self._table.get(key) for key in keys])
+        touched = {partition_of(key, self._kafka.partitions) for key in keys}
+        states = [index_pb.PartitionState(partition=p, role=index_pb.PartitionState.ACTIVE) for p in touched]
+        return index_pb.LookupResponse(values=values, index=index, partitions=states, worker="w")
+
+    async def start(self) -> None:
+        endpoint = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        await self._server.start()
+        now, count = time.time_ns(), self._kafka.partitions
+        worker = WorkerRecord(
+            worker="w",
+            endpoint=endpoint,
+            partitions=list(range(count)),
+            partition_count=count,
+            updated_ns=now,
+            expires_ns=now + 600_000_000_000,
+        )
+        await self._producer.send_and_wait(self._kafka.topic("kv-workers"), encode(worker), key=b"w")
+
+    async def stop(self) -> None:
+        await self._server.stop(0)
+
+
+async def announce_pod(kafka: KafkaSettings, producer: AIOKafkaProducer, name: str, epoch: int) -> None:
+    """Put a pod's record on ``kv-pods``, as the workers do."""
+    record = PodRecord(pod=name, writer="streams", model="m", block_size_tokens=16, epoch=epoch, valid_from=epoch)
+    await producer.send_and_wait(kafka.topic("kv-pods"), encode(record), key=pod_key("streams", name))
 
 
 class ScoringFleet:

@@ -6,7 +6,6 @@ import asyncio
 import functools
 import itertools
 import random
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,10 +28,12 @@ from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.relay.recovery import recover
 from kvatlas.bridge.relay.service import BridgeService
 from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.deploy.brokers.process import free_ports
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.scorer.scoring.answers import Scored
 from kvatlas.scorer.scoring.pick import PickQuery, choose
 from tests.bridge.engines.fake_engine import fake_engine
+from tests.engine_events import stored
 from tests.integration.log_support import read_topic
 
 _UNSCORED = Scored(prompt_tokens=0, block_size_tokens=16, blocks=0, scores={})
@@ -277,9 +278,7 @@ async def test_what_an_endpoint_says_of_its_engine_is_in_the_headers(brokers: st
 async def test_engines_may_connect_to_the_bridge(brokers: str, topic_prefix: str) -> None:
     """On a bound address pods are told by topic and rank, or by where they come from, and holes are replayed."""
     kafka = await _setup(brokers, topic_prefix)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    [port] = free_ports(1)
     settings = BridgeSettings(
         bind=["tcp://127.0.0.1:*", f"tcp://127.0.0.1:*,replay_port={port},model=n"],
         ownership="all",
@@ -314,19 +313,9 @@ async def test_stripped_messages_hold_keys_and_no_tokens(brokers: str, topic_pre
     engine = _engine()
     first_token = 1_234_567_000
 
-    def stored(number: int) -> list[dict[str, Any]]:
-        return [
-            {
-                "type": "BlockStored",
-                "block_hashes": [number + 1],
-                "parent_block_hash": number or None,
-                "token_ids": list(range(first_token + number * 16, first_token + number * 16 + 16)),
-                "block_size": 16,
-                "lora_id": None,
-                "medium": "GPU",
-                "lora_name": None,
-            }
-        ]
+    def block(number: int) -> list[dict[str, Any]]:
+        first = first_token + number * 16
+        return [stored([number + 1], range(first, first + 16), parent=number or None)]
 
     def pairs(messages: list[Any]) -> list[tuple[Any, dict[str, bytes]]]:
         return [(m, dict(m.headers)) for m in messages if dict(m.headers)["content_type"] == b"keys"]
@@ -335,7 +324,7 @@ async def test_stripped_messages_hold_keys_and_no_tokens(brokers: str, topic_pre
         bridge = _bridge(engine, kafka, strip_tokens=True)
         await bridge.start()
         await _true(lambda number=number: engine.subscribed > number)  # type: ignore[misc]
-        engine.publish(stored(number), timestamp=float(number))
+        engine.publish(block(number), timestamp=float(number))
         deadline = time.monotonic() + 90
         while len(pairs(messages := await _read(kafka, topics.EVENTS))) <= number:
             assert time.monotonic() < deadline, len(messages)

@@ -9,12 +9,11 @@ import sys
 import time
 from typing import Any
 
-from aiokafka import AIOKafkaConsumer, TopicPartition
-
 from kvatlas.bridge.engines.publisher import EnginePublisher
 from kvatlas.bridge.model import topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
+from tests.integration.log_support import read_topic
 
 _PODS, _KILLS = 5, 3
 #: How long a bridge serves, once it is ready, before it is killed.
@@ -23,20 +22,13 @@ _SERVED_SECONDS = 1.0
 
 async def _log(kafka: KafkaSettings) -> dict[str, list[tuple[int, int]]]:
     """Return per pod the (incarnation, sequence) on the log in order, first occurrences only."""
-    async with AIOKafkaConsumer(bootstrap_servers=kafka.brokers, enable_auto_commit=False) as consumer:
-        places = [TopicPartition(kafka.topic(topics.EVENTS), number) for number in range(kafka.partitions)]
-        consumer.assign(places)
-        await consumer.seek_to_beginning(*places)
-        ends = await consumer.end_offsets(places)
-        found: dict[str, dict[tuple[int, int], None]] = {}
-        while any([await consumer.position(place) < ends[place] for place in places]):
-            for messages in (await consumer.getmany(timeout_ms=200)).values():
-                for message in messages:
-                    headers: dict[str, Any] = dict(message.headers)
-                    if headers["content_type"] == b"engine":
-                        place = (int(headers["incarnation"]), int(headers["sequence"]))
-                        found.setdefault(message.key.decode(), {})[place] = None
-        return {pod: list(places) for pod, places in found.items()}
+    found: dict[str, dict[tuple[int, int], None]] = {}
+    for message in await read_topic(kafka.brokers, kafka.topic(topics.EVENTS), kafka.partitions):
+        headers: dict[str, Any] = dict(message.headers)
+        if headers["content_type"] == b"engine":
+            place = (int(headers["incarnation"]), int(headers["sequence"]))
+            found.setdefault(message.key.decode(), {})[place] = None
+    return {pod: list(places) for pod, places in found.items()}
 
 
 async def test_a_killed_bridge_loses_and_doubles_nothing(brokers: str, topic_prefix: str) -> None:

@@ -11,36 +11,28 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from aiokafka import AIOKafkaConsumer, TopicPartition
-
 from kvatlas.bridge.engines.publisher import EnginePublisher
 from kvatlas.bridge.model import topics
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.relay.service import BridgeService
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
+from tests.integration.log_support import read_topic
 
 _PODS, _PARTITIONS = 8, 4
 
 
 async def _log(kafka: KafkaSettings) -> tuple[dict[str, list[tuple[int, int]]], set[bytes]]:
     """Return per pod the (incarnation, sequence) on the log in order, repetitions too; and who produced how."""
-    async with AIOKafkaConsumer(bootstrap_servers=kafka.brokers, enable_auto_commit=False) as consumer:
-        places = [TopicPartition(kafka.topic(topics.EVENTS), number) for number in range(kafka.partitions)]
-        consumer.assign(places)
-        await consumer.seek_to_beginning(*places)
-        ends = await consumer.end_offsets(places)
-        found: dict[str, list[tuple[int, int]]] = {}
-        sources: set[bytes] = set()
-        while any([await consumer.position(place) < ends[place] for place in places]):
-            for messages in (await consumer.getmany(timeout_ms=200)).values():
-                for message in messages:
-                    headers: dict[str, Any] = dict(message.headers)
-                    if headers["content_type"] == b"engine":
-                        at = (int(headers["incarnation"]), int(headers["sequence"]))
-                        found.setdefault(message.key.decode(), []).append(at)
-                        sources.add(headers["source"])
-        return found, sources
+    found: dict[str, list[tuple[int, int]]] = {}
+    sources: set[bytes] = set()
+    for message in await read_topic(kafka.brokers, kafka.topic(topics.EVENTS), kafka.partitions):
+        headers: dict[str, Any] = dict(message.headers)
+        if headers["content_type"] == b"engine":
+            at = (int(headers["incarnation"]), int(headers["sequence"]))
+            found.setdefault(message.key.decode(), []).append(at)
+            sources.add(headers["source"])
+    return found, sources
 
 
 def _bridge(kafka: KafkaSettings, engines: list[EnginePublisher]) -> subprocess.Popen[str]:

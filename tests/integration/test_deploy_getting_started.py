@@ -14,20 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from kvatlas.deploy.brokers.process import free_ports
+
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = DOCS / "getting-started.md"
 #: Ports of the page that other tests may hold at the same time.
 PORTS = ("8100", "50051", "9464")
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports that were free a moment ago."""
-    found: list[int] = []
-    while len(found) < count:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            found.append(probe.getsockname()[1])
-    return found
 
 
 def free_block(count: int) -> range:

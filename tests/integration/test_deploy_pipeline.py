@@ -22,6 +22,7 @@ from kvatlas.deploy.sim.cache import Request
 from kvatlas.deploy.sim.fleet import Fleet
 from kvatlas.deploy.sim.options import SimPlan
 from kvatlas.scorer.client import ScorerClient
+from tests.engine_events import stored
 from tests.integration import pipeline_support as support
 from tests.integration.log_support import read_topic
 from tests.integration.pipeline_support import Service
@@ -162,16 +163,7 @@ def test_all_services_stop_while_kafka_is_away(own_kafka: KafkaNode, tmp_path: P
         pipeline.close()
 
 
-_STORE = {
-    "type": "BlockStored",
-    "block_hashes": [1, 2, 3, 4],
-    "parent_block_hash": None,
-    "token_ids": list(range(64)),
-    "block_size": 16,
-    "lora_id": None,
-    "medium": "GPU",
-    "lora_name": None,
-}
+_STORE = stored([1, 2, 3, 4], range(64))
 _TOPIC = b"kv@pod-evil@" + _MODEL.encode()
 
 

@@ -8,7 +8,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from kvatlas.bridge.model import pod_ids, records, topics
 from kvatlas.bridge.model.adapters.fields import encode_batch
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.audit.audit import fold_events
+from kvatlas.deploy.bench._figures import headers
 from kvatlas.scorer.client import AsyncScorerClient
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.service import ScorerService
 from kvatlas.streams.resolve.resolver import ResolveOptions
+from tests.engine_events import stored
 from tests.integration.streams_support import WorkerProcess, fleet_of, make_topics, producing, until_true
 from tests.log_fleet import LogFleet
 
@@ -32,14 +34,6 @@ TOKENS = list(range(1_000, 1_000 + 640))
 HELD = 512
 #: On a machine that has no time for heartbeats a worker would lose its partitions, which is not what is tested here.
 PATIENT = "--session-timeout-seconds=25"
-
-
-@pytest.fixture
-def workers() -> Iterator[list[WorkerProcess]]:
-    started: list[WorkerProcess] = []
-    yield started
-    for worker in started:
-        worker.close()
 
 
 async def reindex(kafka: KafkaSettings, *arguments: str) -> tuple[int, Any]:
@@ -63,29 +57,11 @@ async def reindex(kafka: KafkaSettings, *arguments: str) -> tuple[int, Any]:
 async def send_steady(kafka: KafkaSettings, producer: AIOKafkaProducer) -> None:
     """Publish a pod that holds the first :data:`HELD` tokens and never changes."""
     count = HELD // 16
-    stored = {
-        "type": "BlockStored",
-        "block_hashes": list(range(1, count + 1)),
-        "parent_block_hash": None,
-        "token_ids": TOKENS[:HELD],
-        "block_size": 16,
-        "lora_id": None,
-        "medium": "GPU",
-        "lora_name": None,
-    }
-    headers = [
-        (topics.H_SEQUENCE, b"0"),
-        (topics.H_INCARNATION, b"1"),
-        (topics.H_MODEL, MODEL.encode()),
-        (topics.H_ENGINE, b"vllm"),
-        (topics.H_CONTENT_TYPE, topics.CONTENT_ENGINE.encode()),
-        (topics.H_RECEIVE_NS, str(time.time_ns()).encode()),
-    ]
     await producer.send_and_wait(
         kafka.topic(topics.EVENTS),
-        encode_batch(time.time(), [stored], 0),
+        encode_batch(time.time(), [stored(range(1, count + 1), TOKENS[:HELD])], 0),
         key=STEADY.encode(),
-        headers=headers,
+        headers=headers(0, 1, MODEL),
         partition=pod_ids.pod_partition(STEADY, kafka.partitions),
     )
 

@@ -5,7 +5,6 @@ import functools
 import gzip
 import io
 import json
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from aiokafka import AIOKafkaProducer
 
 from kvatlas.bridge.model import block_key, pod_ids, records, topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.deploy.brokers.process import free_ports
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.deploy.cli.entry import main
 from kvatlas.deploy.history.capture import read_capture
@@ -151,9 +151,7 @@ def test_playback_sends_the_engine_s_own_bytes(log: list[str], tmp_path: Path):
 def test_a_capture_is_played_to_a_bridge(brokers: str, topic_prefix: str, tmp_path: Path):
     """A bridge that engines connect to takes a capture for the engines: the same messages are on its log, in order."""
     capture = Path(__file__).parents[2] / "deploy" / "examples" / "demo.kvcap"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    [port] = free_ports(1)
     flags = ["--brokers", brokers, "--topic-prefix", topic_prefix]
     bridge = Service(
         tmp_path / "bridge.log", "bridge", *flags, "--partitions=2", "--ownership=all", f"--bind=tcp://127.0.0.1:{port}"

@@ -8,7 +8,6 @@ import os
 import pty
 import select
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from kvatlas.deploy.brokers.process import free_ports
 from kvatlas.deploy.sim.fleet import Fleet
 from kvatlas.deploy.sim.options import SimPlan
 from kvatlas.deploy.sim.traffic import Request
@@ -91,14 +91,6 @@ def services() -> Iterator[list[Service]]:
         service.close()
 
 
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
-
-
 def top(*words: str) -> tuple[int, Any]:
     """Run `kvatlas top --once --json`; returns exit code and document."""
     done = subprocess.run(
@@ -116,10 +108,14 @@ def top(*words: str) -> tuple[int, Any]:
 def test_top_shows_what_pods_workers_and_scorers_do(brokers, topic_prefix, fleet, services, tmp_path):
     """Blocks per pod and tier are the pods' own; rates, latency and hits the scorer's; the JSON keeps its fields."""
     flags = [f"--brokers={brokers}", f"--topic-prefix={topic_prefix}", "--partitions=4"]
+    telemetry = f"127.0.0.1:{free_ports(1)[0]}"
     for name, words in (
         ("worker", [f"--state-dir={tmp_path / 'state'}", "--listen=127.0.0.1:0"]),
         ("bridge", [f"--engines={engine}" for engine in fleet.engines]),
-        ("scorer", ["--listen=127.0.0.1:0", f"--telemetry-listen=127.0.0.1:{free_port()}", "--outcome-delay-ms=100"]),
+        (
+            "scorer",
+            ["--listen=127.0.0.1:0", f"--telemetry-listen={telemetry}", "--outcome-delay-ms=100"],
+        ),
     ):
         services.append(Service(tmp_path / f"{name}.log", name, *flags, *words))
         if name == "scorer":

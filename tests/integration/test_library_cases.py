@@ -18,6 +18,7 @@ from kvatlas.scorer import Indexer
 from kvatlas.scorer.library.backends import Backend, MemoryBackend
 from kvatlas.scorer.library.backends.redis import RedisBackend
 from kvatlas.scorer.library.backends.rocks import RocksBackend
+from tests.engine_events import stored
 from tests.integration.cases_support import (
     CLEARED,
     HALF,
@@ -29,7 +30,6 @@ from tests.integration.cases_support import (
     follower,
     library_options,
     removed,
-    stored,
 )
 from tests.integration.pipeline_support import DATA
 from tests.integration.redis_support import RedisServer

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Any
 
 import grpc
 import grpc.aio
 from aiokafka import AIOKafkaProducer
 
-from kvatlas.bridge.model.block_key import block_keys, pack_tokens, partition_of, root_key
-from kvatlas.bridge.model.pod_ids import pod_key, pod_ref
-from kvatlas.bridge.model.records import PodRecord, WorkerRecord, encode
+from kvatlas.bridge.model.block_key import block_keys, pack_tokens, root_key
+from kvatlas.bridge.model.pod_ids import pod_ref
 from kvatlas.bridge.model.topics import TOPICS
-from kvatlas.bridge.runtime.methods import add_service, stub_of
+from kvatlas.bridge.runtime.methods import stub_of
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.scorer.client import AsyncScorerClient, score_request
@@ -22,27 +20,12 @@ from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.service import ScorerService
 from kvatlas.scorer.v1 import indexer_pb2
 from kvatlas.scorer.v1 import scorer_pb2 as pb
-from kvatlas.streams.index.columns import answer_columns
 from kvatlas.streams.index.holders import pack_holder
-from kvatlas.streams.v1 import block_index_pb2 as index_pb
+from tests.integration.scorer_support import TableWorker, announce_pod
 
 PARTITIONS = 4
 TOKENS = list(range(500, 500 + 96))
 KEYS = block_keys(root_key("m"), pack_tokens(TOKENS), 16)
-
-
-class Index:
-    """A lookup service over a dict."""
-
-    def __init__(self, table: dict[bytes, bytes]) -> None:
-        self.table = table
-
-    async def Lookup(self, request: index_pb.LookupRequest, context: Any) -> index_pb.LookupResponse:  # noqa: N802
-        keys = [request.keys[at : at + 16] for at in range(0, len(request.keys), 16)]
-        values, index = answer_columns([self.table.get(key) for key in keys])
-        touched = {partition_of(key, PARTITIONS) for key in keys}
-        states = [index_pb.PartitionState(partition=p, role=index_pb.PartitionState.ACTIVE) for p in touched]
-        return index_pb.LookupResponse(values=values, index=index, partitions=states, worker="w")
 
 
 async def test_two_scorers_follow_the_topics_and_share_decisions(
@@ -51,31 +34,14 @@ async def test_two_scorers_follow_the_topics_and_share_decisions(
     """Pods and workers come from Kafka, raised epochs take effect, a decision reaches the other scorer."""
     kafka = KafkaSettings(brokers=brokers, topic_prefix=topic_prefix, partitions=PARTITIONS)
     await ensure_topics(kafka, TOPICS)
-    server = grpc.aio.server()
     table = {key: pack_holder(pod_ref("a"), 0, 1, 0, 0, 5) for key in KEYS[:4]}
-    add_service(server, index_pb, Index(table))
-    endpoint = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-    await server.start()
     producer = AIOKafkaProducer(bootstrap_servers=brokers)
     await producer.start()
 
-    async def put_pod(name: str, epoch: int) -> None:
-        record = PodRecord(pod=name, writer="streams", model="m", block_size_tokens=16, epoch=epoch, valid_from=epoch)
-        await producer.send_and_wait(kafka.topic("kv-pods"), encode(record), key=pod_key("streams", name))
-
-    await put_pod("a", 5)
-    await put_pod("b", 5)
-    now = time.time_ns()
-    worker = WorkerRecord(
-        worker="w",
-        endpoint=endpoint,
-        partitions=list(range(PARTITIONS)),
-        partition_count=PARTITIONS,
-        updated_ns=now,
-        expires_ns=now + 600_000_000_000,
-    )
-    await producer.send_and_wait(kafka.topic("kv-workers"), encode(worker), key=b"w")
-
+    await announce_pod(kafka, producer, "a", 5)
+    await announce_pod(kafka, producer, "b", 5)
+    worker = TableWorker(kafka, producer, table)
+    await worker.start()
     socket = tmp_path / "scorer.socket"
     scorers = [
         ScorerService(ScorerSettings(listen="127.0.0.1:0", socket=str(socket), name="s0"), kafka),
@@ -107,7 +73,7 @@ async def test_two_scorers_follow_the_topics_and_share_decisions(
 
             await until(held)
 
-            await put_pod("a", 6)  # restarted: nothing stored before is there
+            await announce_pod(kafka, producer, "a", 6)  # restarted: nothing stored before is there
 
             async def ended() -> bool:
                 return "a" not in (await two.score("m", tokens=TOKENS)).scores
@@ -125,4 +91,4 @@ async def test_two_scorers_follow_the_topics_and_share_decisions(
         for scorer in scorers:
             await scorer.stop()
         await producer.stop()
-        await server.stop(0)
+        await worker.stop()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from kvatlas.deploy.brokers.process import free_ports
 from kvatlas.scorer.client import AsyncScorerClient
 from tests.integration.scorer_support import ScoringFleet, addresses_of, until_right
 from tests.integration.streams_support import WorkerProcess, make_topics, producing
@@ -20,18 +19,8 @@ _SESSION = ("--session-timeout-seconds=4",)
 
 
 @pytest.fixture
-def workers() -> Iterator[list[WorkerProcess]]:
-    started: list[WorkerProcess] = []
-    yield started
-    for worker in started:
-        worker.close()
-
-
-@pytest.fixture
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_ports(1)[0]
 
 
 async def test_one_process_ingests_and_scores(

@@ -7,44 +7,26 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-import grpc
-import grpc.aio
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from prometheus_client import REGISTRY
 
-from kvatlas.bridge.model.block_key import block_keys, pack_tokens, partition_of, root_key
-from kvatlas.bridge.model.pod_ids import pod_key, pod_ref
-from kvatlas.bridge.model.records import DecisionRecord, PodRecord, WorkerRecord, decode, encode
+from kvatlas.bridge.model.block_key import block_keys, pack_tokens, root_key
+from kvatlas.bridge.model.pod_ids import pod_ref
+from kvatlas.bridge.model.records import DecisionRecord, decode
 from kvatlas.bridge.model.topics import TOPICS
-from kvatlas.bridge.runtime.methods import add_service
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.topics import ensure_topics
 from kvatlas.scorer.client import AsyncScorerClient, score_request
 from kvatlas.scorer.options import ScorerSettings
 from kvatlas.scorer.service import ScorerService
 from kvatlas.scorer.v1 import scorer_pb2 as pb
-from kvatlas.streams.index.columns import answer_columns
 from kvatlas.streams.index.holders import pack_holder
-from kvatlas.streams.v1 import block_index_pb2 as index_pb
+from tests.integration.scorer_support import TableWorker, announce_pod
 
 PARTITIONS = 2
 EPOCH = 5
 DELAY_SECONDS = 4.0
-
-
-class Index:
-    """A worker's lookup service over a dict."""
-
-    def __init__(self) -> None:
-        self.table: dict[bytes, bytes] = {}
-
-    async def Lookup(self, request: index_pb.LookupRequest, context: Any) -> index_pb.LookupResponse:  # noqa: N802
-        keys = [request.keys[at : at + 16] for at in range(0, len(request.keys), 16)]
-        values, index = answer_columns([self.table.get(key) for key in keys])
-        touched = {partition_of(key, PARTITIONS) for key in keys}
-        states = [index_pb.PartitionState(partition=p, role=index_pb.PartitionState.ACTIVE) for p in touched]
-        return index_pb.LookupResponse(values=values, index=index, partitions=states, worker="w")
 
 
 class Pair:
@@ -58,8 +40,7 @@ class Pair:
 
     async def pod(self, name: str, epoch: int = EPOCH) -> None:
         """Announce a pod."""
-        record = PodRecord(pod=name, writer="streams", model="m", block_size_tokens=16, epoch=epoch, valid_from=epoch)
-        await self._producer.send_and_wait(self.kafka.topic("kv-pods"), encode(record), key=pod_key("streams", name))
+        await announce_pod(self.kafka, self._producer, name, epoch)
 
     def prompt(self, pod: str = "", blocks: int = 0, model: str = "m") -> tuple[list[int], list[bytes]]:
         """Return tokens and block keys of a new prompt of six blocks, some of them held by a pod."""
@@ -97,24 +78,12 @@ async def pair(brokers: str, topic_prefix: str) -> AsyncIterator[Pair]:
     """Two scorers; A and B judge their decisions after some seconds, so that a busy machine gets done before."""
     kafka = KafkaSettings(brokers=brokers, topic_prefix=topic_prefix, partitions=PARTITIONS)
     await ensure_topics(kafka, TOPICS)
-    index, server = Index(), grpc.aio.server()
-    add_service(server, index_pb, index)
-    endpoint = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-    await server.start()
     async with AIOKafkaProducer(bootstrap_servers=brokers) as producer:
-        made = Pair(kafka, producer, index.table)
+        made = Pair(kafka, producer, {})
+        worker = TableWorker(kafka, producer, made.table)
+        await worker.start()
         for name in ("a", "b"):
             await made.pod(name)
-        now = time.time_ns()
-        worker = WorkerRecord(
-            worker="w",
-            endpoint=endpoint,
-            partitions=list(range(PARTITIONS)),
-            partition_count=PARTITIONS,
-            updated_ns=now,
-            expires_ns=now + 600_000_000_000,
-        )
-        await producer.send_and_wait(kafka.topic("kv-workers"), encode(worker), key=b"w")
         scorers = [
             ScorerService(ScorerSettings(listen="127.0.0.1:0", name=name, outcome_delay_ms=DELAY_SECONDS * 1e3), kafka)
             for name in ("A", "B")
@@ -129,7 +98,7 @@ async def pair(brokers: str, topic_prefix: str) -> AsyncIterator[Pair]:
         finally:
             for scorer in scorers:
                 await scorer.stop()
-            await server.stop(0)
+            await worker.stop()
 
 
 async def _until(wanted: Callable[[], Awaitable[bool]]) -> None:

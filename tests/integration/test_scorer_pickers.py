@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -33,6 +33,7 @@ from kvatlas.scorer.tokenization.options import TokenizerSettings
 from tests.integration.log_support import read_topic
 from tests.integration.scorer_support import ScoringFleet
 from tests.integration.streams_support import WorkerProcess, make_topics, producing
+from tests.waiting import until
 
 ADDRESSES = ["10.0.0.1:8000", "10.0.0.2:8000"]
 PROMPT = {"model": "m", "prompt": "word " * 4_000}
@@ -63,13 +64,6 @@ async def pair(brokers: str, topic_prefix: str) -> AsyncIterator[list[ScorerWith
     yield made
     for one in made:
         await one.stop()
-
-
-async def until(true: Callable[[], bool]) -> None:
-    """Wait until something is so."""
-    async with asyncio.timeout(90):
-        while not true():
-            await asyncio.sleep(0.005)
 
 
 async def picked(one: ScorerWithPicker, request_id: str) -> str:
@@ -123,15 +117,6 @@ async def test_what_one_picker_gives_out_counts_at_the_other_until_anybody_sees_
     await first.stop()
     assert await picked(second, "after") in ADDRESSES
     assert loads.address_of("left") == left
-
-
-@pytest.fixture
-def workers() -> Iterator[list[WorkerProcess]]:
-    """Put every worker here; whatever still runs at the end is ended."""
-    made: list[WorkerProcess] = []
-    yield made
-    for worker in made:
-        worker.close()
 
 
 def degraded() -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -31,14 +30,6 @@ from tests.integration.streams_support import (
     wait_answer,
     wait_roles,
 )
-
-
-@pytest.fixture
-def workers() -> Iterator[list[WorkerProcess]]:
-    started: list[WorkerProcess] = []
-    yield started
-    for worker in started:
-        worker.close()
 
 
 async def test_index_is_true_after_a_kill_in_the_middle_of_the_stream(

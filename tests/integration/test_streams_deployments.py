@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from aiokafka import AIOKafkaProducer
 
 from kvatlas.bridge.kafka.config import client_config
@@ -23,14 +21,6 @@ from kvatlas.streams.options import WorkerSettings
 from kvatlas.streams.resolve import engine_blocks as eb
 from kvatlas.streams.service import WorkerService
 from tests.integration.streams_support import WorkerProcess, assert_true, fleet_of, make_topics, producing, until_true
-
-
-@pytest.fixture
-def workers() -> Iterator[list[WorkerProcess]]:
-    started: list[WorkerProcess] = []
-    yield started
-    for worker in started:
-        worker.close()
 
 
 async def test_resolve_and_index_run_apart(

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import shutil
 import signal
-import socket
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from aiokafka import AIOKafkaProducer
 from kvatlas.bridge.model import topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.audit.audit import read_records
+from kvatlas.deploy.brokers.process import free_ports
 from kvatlas.streams.options import WorkerSettings
 from kvatlas.streams.service import WorkerService
 from kvatlas.streams.state.changelog import META_KEY, Meta, decode_meta, encode_meta, send_batch, send_claim
@@ -38,14 +37,6 @@ from tests.integration.streams_support import (
 )
 
 FLAGS = ("--session-timeout-seconds=4",)
-
-
-@pytest.fixture
-def workers() -> Iterator[list[WorkerProcess]]:
-    started: list[WorkerProcess] = []
-    yield started
-    for worker in started:
-        worker.close()
 
 
 def index_changelog(kafka: KafkaSettings) -> str:
@@ -142,9 +133,7 @@ async def test_a_worker_whose_partitions_were_claimed_ends_and_comes_back(
     """A claim above its own ends the process at its next commit; the next one claims anew, goes on, and tells why."""
     kafka = await make_topics(brokers, topic_prefix)
     fleet = fleet_of(kafka)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        telemetry = f"127.0.0.1:{free.getsockname()[1]}"
+    telemetry = f"127.0.0.1:{free_ports(1)[0]}"
     worker = WorkerProcess(kafka, tmp_path / "w", *FLAGS, f"--telemetry-listen={telemetry}", supervised=True)
     workers.append(worker)
     await worker.ready()

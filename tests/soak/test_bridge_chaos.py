@@ -17,13 +17,13 @@ from typing import Any
 
 import msgspec
 import pytest
-from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from kvatlas.bridge.engines.publisher import EnginePublisher
 from kvatlas.bridge.model import records, topics
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.kafka import KafkaNode
 from kvatlas.deploy.brokers.topics import ensure_topics
+from tests.integration.log_support import read_topic
 
 _PODS, _PARTITIONS, _SECONDS, _STEP_SECONDS = 20, 4, 60.0, 0.1
 _RESTARTED, _FLOODED, _FORGETFUL = 0, 1, 2
@@ -137,15 +137,8 @@ class Found:
 
 async def _read(kafka: KafkaSettings) -> Found:
     found = Found()
-    async with AIOKafkaConsumer(bootstrap_servers=kafka.brokers, enable_auto_commit=False) as consumer:
-        places = [TopicPartition(kafka.topic(topics.EVENTS), number) for number in range(_PARTITIONS)]
-        consumer.assign(places)
-        await consumer.seek_to_beginning(*places)
-        ends = await consumer.end_offsets(places)
-        while any([await consumer.position(place) < ends[place] for place in places]):
-            for messages in (await consumer.getmany(timeout_ms=200)).values():
-                for message in messages:
-                    found.take(message)
+    for message in await read_topic(kafka.brokers, kafka.topic(topics.EVENTS), _PARTITIONS):
+        found.take(message)
     return found
 
 

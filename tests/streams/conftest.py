@@ -20,6 +20,7 @@ from kvatlas.streams.resolve import engine_blocks as eb
 from kvatlas.streams.resolve.effects import DeadLetter
 from kvatlas.streams.resolve.message import parse_message
 from kvatlas.streams.resolve.resolver import ResolveOptions, Resolver
+from tests.engine_events import removed, stored
 
 PARTITIONS = 4
 MODEL = "demo"
@@ -160,26 +161,6 @@ class World:
     def keys(self, tokens: Sequence[int], *, lora: str | None = None, salt: str | None = None) -> list[bytes]:
         root = root_key(MODEL, lora, salt)
         return block_keys(root, pack_tokens(tokens), self.options.block_size_tokens)
-
-
-def stored(hashes: Sequence[int], tokens: Sequence[int], size: int, parent: int | None = None, **more: Any) -> Any:
-    """Return a BlockStored event in the newest layout."""
-    return {
-        "type": "BlockStored",
-        "block_hashes": list(hashes),
-        "parent_block_hash": parent,
-        "token_ids": list(tokens),
-        "block_size": size,
-        "lora_id": None,
-        "medium": "GPU",
-        "lora_name": None,
-        **more,
-    }
-
-
-def removed(hashes: Sequence[int], medium: str = "GPU", **more: Any) -> Any:
-    """Return a BlockRemoved event in the newest layout."""
-    return {"type": "BlockRemoved", "block_hashes": list(hashes), "medium": medium, **more}
 
 
 class Make:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -14,6 +14,7 @@ from kvatlas.bridge.engines.spec import EngineSpec
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.bridge.options import BridgeSettings
 from tests.bridge.engines.kubernetes_api import Api, pod
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -38,13 +39,6 @@ def watch(settings: BridgeSettings) -> Iterator[PodWatch]:
     assert watch.listed.wait(90)
     yield watch
     watch.stop()
-
-
-def _until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 90
-    while not condition():
-        assert time.monotonic() < deadline, "did not come true"
-        time.sleep(0.01)
 
 
 def _names(watch: PodWatch) -> set[str]:
@@ -119,11 +113,11 @@ def test_pods_come_and_go_by_watch(api: Api, watch: PodWatch) -> None:
     """Added, ready and deleted pods are followed, with the selector that was asked for."""
     api.change("ADDED", pod("a", ready=False))
     api.change("ADDED", pod("b", "10.0.0.2"))
-    _until(lambda: _names(watch) == {"b"})
+    wait_until(lambda: _names(watch) == {"b"})
     api.change("MODIFIED", pod("a"))
-    _until(lambda: _names(watch) == {"a", "b"})
+    wait_until(lambda: _names(watch) == {"a", "b"})
     api.change("DELETED", pod("b", "10.0.0.2"))
-    _until(lambda: _names(watch) == {"a"})
+    wait_until(lambda: _names(watch) == {"a"})
     assert {path for path, _ in api.asked} == {"/api/v1/pods"}
     assert all(query["labelSelector"] == ["app=vllm"] for _, query in api.asked)
 
@@ -131,37 +125,37 @@ def test_pods_come_and_go_by_watch(api: Api, watch: PodWatch) -> None:
 def test_a_broken_watch_goes_on_where_it_ended(api: Api, watch: PodWatch) -> None:
     """When the server ends a watch, the next one starts at the last version seen, bookmarks included."""
     api.change("ADDED", pod("a"))
-    _until(lambda: _names(watch) == {"a"})
+    wait_until(lambda: _names(watch) == {"a"})
     bookmark = {"kind": "Pod", "apiVersion": "v1", "metadata": {"name": ""}, "spec": {"containers": None}, "status": {}}
     api.change("BOOKMARK", bookmark)
     last = api.version
-    _until(lambda: bool(api.watches))  # what it was told comes before its end
+    wait_until(lambda: bool(api.watches))  # what it was told comes before its end
     api.break_watches()
-    _until(lambda: [q["resourceVersion"] for _, q in api.asked if "watch" in q][-1] == [str(last)])
+    wait_until(lambda: [q["resourceVersion"] for _, q in api.asked if "watch" in q][-1] == [str(last)])
     api.change("ADDED", pod("b"))
-    _until(lambda: _names(watch) == {"a", "b"})
+    wait_until(lambda: _names(watch) == {"a", "b"})
     assert len([query for _, query in api.asked if "watch" not in query]) == 1
 
 
 def test_a_watch_that_is_cut_lists_again(api: Api, watch: PodWatch) -> None:
     """A connection that breaks in the middle of an event costs nothing: what came and went meanwhile is known."""
     api.change("ADDED", pod("a"))
-    _until(lambda: _names(watch) == {"a"})
+    wait_until(lambda: _names(watch) == {"a"})
     api.drop_watches()
     api.change("ADDED", pod("b"))
     api.change("DELETED", pod("a"))
-    _until(lambda: _names(watch) == {"b"})
+    wait_until(lambda: _names(watch) == {"b"})
 
 
 def test_an_expired_version_lists_again(api: Api, watch: PodWatch) -> None:
     """After 410 the pods are listed again, and what left meanwhile is gone."""
     api.change("ADDED", pod("a"))
     api.change("ADDED", pod("b"))
-    _until(lambda: _names(watch) == {"a", "b"})
+    wait_until(lambda: _names(watch) == {"a", "b"})
     del api.pods["a"]
     api.forget()
     api.break_watches()
-    _until(lambda: _names(watch) == {"b"})
+    wait_until(lambda: _names(watch) == {"b"})
 
 
 def test_an_api_that_is_away_changes_nothing(settings: BridgeSettings, api: Api) -> None:
@@ -182,7 +176,7 @@ def test_a_namespace_is_asked_for_alone(settings: BridgeSettings, api: Api) -> N
     """With a namespace only its pods are listed and watched."""
     watch = PodWatch(msgspec.structs.replace(settings, kubernetes_namespace="serving"), lambda: None)
     watch.start()
-    _until(lambda: len(api.asked) >= 2)
+    wait_until(lambda: len(api.asked) >= 2)
     watch.stop()
     assert {path for path, _ in api.asked} == {"/api/v1/namespaces/serving/pods"}
 

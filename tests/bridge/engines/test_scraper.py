@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 
 from aiohttp import web
 
 from kvatlas.bridge.engines.engine_metrics import EngineLoad
 from kvatlas.bridge.engines.scraper import LoadPage, Scraper
-
-
-async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(90):
-        while not true():
-            await asyncio.sleep(0.005)
+from tests.waiting import until
 
 
 async def test_an_engine_that_went_is_told_from_one_that_answers_otherwise() -> None:

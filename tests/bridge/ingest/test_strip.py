@@ -11,22 +11,14 @@ from kvatlas.bridge.ingest.strip import KnownBlocks, Stripped, Stripper
 from kvatlas.bridge.model.block_key import KEY_BYTES, block_keys, pack_tokens, root_key
 from kvatlas.bridge.model.events import Limits
 from kvatlas.bridge.model.records import KeyedCleared, KeyedRemoved, KeyedStored
+from tests.engine_events import stored
 
 _KEYS = block_keys(root_key("m"), pack_tokens(range(64)), 16)
 
 
 def _stored(number: int, parent: int | None) -> dict[str, Any]:
     """Return block ``number`` of the run 0..63, with engine key number + 1."""
-    return {
-        "type": "BlockStored",
-        "block_hashes": [number + 1],
-        "parent_block_hash": parent,
-        "token_ids": list(range(number * 16, number * 16 + 16)),
-        "block_size": 16,
-        "lora_id": None,
-        "medium": "GPU",
-        "lora_name": None,
-    }
+    return stored([number + 1], range(number * 16, number * 16 + 16), parent=parent)
 
 
 def _strip(*events: dict[str, Any], stripper: Stripper | None = None) -> Stripped:

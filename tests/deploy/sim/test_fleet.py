@@ -25,6 +25,7 @@ from kvatlas.deploy.sim.errors import UnknownPodError
 from kvatlas.deploy.sim.fleet import Fleet
 from kvatlas.deploy.sim.options import SimPlan
 from kvatlas.deploy.sim.truth import TruthServer
+from tests.waiting import wait_until
 
 MODEL = "sim-model"
 
@@ -203,7 +204,7 @@ def test_a_paused_fleet_is_silent() -> None:
     thread = threading.Thread(target=fleet.run, args=(stop,))
     thread.start()
     try:
-        _until(lambda: fleet.sent > 20)
+        wait_until(lambda: fleet.sent > 20)
         fleet.pause()
         count = sum(len(recorder.payloads) for recorder in recorders.made)
         sent = fleet.sent
@@ -211,7 +212,7 @@ def test_a_paused_fleet_is_silent() -> None:
         assert sum(len(recorder.payloads) for recorder in recorders.made) == count
         assert fleet.sent == sent
         fleet.resume()
-        _until(lambda: fleet.sent > sent)
+        wait_until(lambda: fleet.sent > sent)
     finally:
         stop.set()
         thread.join()
@@ -232,13 +233,6 @@ def test_an_unknown_pod_is_named() -> None:
 
 
 # --- over real sockets ------------------------------------------------------------------------------------------
-
-
-def _until(condition: Any, seconds: float = 90.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -320,7 +314,7 @@ def test_a_subscriber_receives_what_the_pods_publish(served: tuple[Fleet, str]) 
         socket.subscribe(b"")
         socket.connect(fleet.engines[0].split(",")[0])
         publisher: Any = fleet.pod("pod-0")._publisher
-        _until(lambda: publisher.subscribed)
+        wait_until(lambda: publisher.subscribed)
         fleet.serve(20)
         assert socket.poll(90_000)
         topic, sequence, payload = socket.recv_multipart()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -13,6 +12,7 @@ from kvatlas.deploy.gateway.config import KINDS
 from kvatlas.scorer.picker import names
 from kvatlas.scorer.picker.route import Decision, Destination, Incoming, Refusal
 from tests.scorer.gateway_rig import Seen, Stand
+from tests.waiting import wait_until
 
 MEMBERS = [kind for kind in KINDS if kind != "full-duplex"]
 
@@ -158,7 +158,7 @@ def test_observing_filter_sees_the_response_and_its_request_id(stand: Stand, kin
     def whole() -> bool:
         return any(seen.complete and seen.data for seen in stand.decider.exchanges.get(f"observed-{kind}", []))
 
-    _until(whole)
+    wait_until(whole)
     seen = next(one for one in stand.decider.exchanges[f"observed-{kind}"] if one.data)
     assert seen.served == stand.pods[1].address
     assert answer["digest"].encode() in seen.data
@@ -214,19 +214,12 @@ def test_client_that_leaves_ends_the_stream(stand: Stand, kind: str) -> None:
 
     stand.loop.run(leave())
     processor = stand.processors["headers"]
-    _until(lambda: processor.open == 0)
+    wait_until(lambda: processor.open == 0)
 
 
 def _wait(stand: Stand, request_id: str) -> Seen:
     def told() -> bool:
         return any(seen.complete is not None for seen in stand.decider.exchanges.get(request_id, []))
 
-    _until(told)
+    wait_until(told)
     return stand.decider.exchanges[request_id][-1]
-
-
-def _until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 90
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)

@@ -29,7 +29,9 @@ from kvatlas.scorer.library.metrics import IndexerCollector
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.tokenization.pool import TokenizerPool
 from kvatlas.streams.index.blocks_record import BlocksRecord
+from tests import engine_events
 from tests.faults import InjectedError, break_task, name_of, tasks_since
+from tests.waiting import until
 
 DATA = Path(__file__).parents[2] / "data"
 MODEL = "sim-model"
@@ -69,15 +71,8 @@ def spec(publisher: EnginePublisher) -> str:
 
 def stored(number: int, blocks: int = 1, parent: int | None = None) -> dict[str, Any]:
     """A store of blocks of 16 tokens, engine keys and tokens numbered from ``number``."""
-    return {
-        "type": "BlockStored",
-        "block_hashes": [number + at for at in range(blocks)],
-        "parent_block_hash": parent,
-        "token_ids": [token for at in range(blocks) for token in tokens_of(number + at)],
-        "block_size": 16,
-        "lora_id": None,
-        "medium": "GPU",
-    }
+    tokens = [token for at in range(blocks) for token in tokens_of(number + at)]
+    return engine_events.stored([number + at for at in range(blocks)], tokens, parent=parent)
 
 
 def tokens_of(number: int) -> list[int]:
@@ -161,12 +156,6 @@ async def test_recorded_streams_through_the_sockets(pod: str):
             assert hits > 0
     finally:
         publisher.close()
-
-
-async def until(condition: Any, seconds: float = 90) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 def last(indexer: Indexer, pod: str = "one") -> int:

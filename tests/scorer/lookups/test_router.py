@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 
 from kvatlas.bridge.model.block_key import partition_of
 from kvatlas.bridge.runtime.methods import add_service
+from kvatlas.deploy.brokers.process import free_ports
 from kvatlas.scorer.lookups.router import PartitionRouter
 from kvatlas.scorer.v1 import scorer_pb2 as pb
 from kvatlas.streams.v1 import block_index_pb2 as index_pb
@@ -190,9 +190,7 @@ async def test_the_deadline_of_a_caller_is_kept(monkeypatch: pytest.MonkeyPatch)
 
 async def test_a_worker_that_comes_back_is_found_again() -> None:
     """While it is away answers are partial, afterwards whole, over the same router and without an error between."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    endpoint = f"127.0.0.1:{free_ports(1)[0]}"
     async for rig in _watched(deadline_ms=1_000.0):
 
         async def up(rig: Watched = rig) -> grpc.aio.Server:
