@@ -17,6 +17,7 @@ from kvatlas.connector.files import scan
 from kvatlas.connector.files.blocks import Corrupt, Missing, Written
 from kvatlas.connector.files.catalog import Catalog, Found, Victim
 from kvatlas.connector.files.fs import FileSystem
+from kvatlas.connector.files.recent import Recent
 from kvatlas.connector.files.segments import SegmentFiles
 from kvatlas.connector.metrics import Metrics
 from kvatlas.connector.outcome import Outcome, Result, Results
@@ -47,6 +48,9 @@ class Holdings:
         monotonic: seconds that never go back.
         listener: told of every change in the order they happened, under the lock: it must return quickly, must not
             raise and must not call back.
+
+    Attributes:
+        distrusted: blocks that are reported absent for a while; their files stay.
     """
 
     def __init__(
@@ -65,12 +69,10 @@ class Holdings:
         self._segments = segments
         self._metrics = metrics
         self._read_only = read_only
-        self._distrust_seconds = distrust_seconds
-        self._monotonic = monotonic
         self._trim_quarantine = trim_quarantine
         self._listener = listener
         self._catalog = Catalog()
-        self._distrusted: dict[bytes, float] = {}
+        self.distrusted = Recent(distrust_seconds, monotonic)
         self._told: set[bytes] = set()
         self._lock = threading.Lock()
 
@@ -118,7 +120,7 @@ class Holdings:
                 with contextlib.suppress(OSError):
                     found = self._fs.stat(self._segments.path(key))
                     self._catalog.add(Found(key, found.st_ino, found.st_size, now_ns))
-                    self._distrusted.pop(key, None)
+                    self.distrusted.discard(key)
                     admitted.append(key)
             self._announce(removed=False, keys=tuple(admitted))
         return frozenset(admitted)
@@ -149,7 +151,7 @@ class Holdings:
             size: also ask for this payload, and verify it unless this run told of the block: its bytes were right
                 once in this run then. What :meth:`confirm` announces must have been found in this way or loaded.
         """
-        if self.is_distrusted(key):
+        if key in self.distrusted:
             return False
         try:
             written = self._segments.probe(key)
@@ -187,32 +189,11 @@ class Holdings:
         for key in before - on_disk:
             self.vanished(key)
 
-    # -- what is doubted -------------------------------------------------------------------------------------
-
-    def distrust(self, key: bytes) -> None:
-        """Report a block absent for a while; its file stays."""
-        with self._lock:
-            self._distrust(key)
-
-    def is_distrusted(self, key: bytes) -> bool:
-        """Return whether a block is to be reported absent."""
-        with self._lock:
-            until = self._distrusted.get(key)
-            if until is None:
-                return False
-            if self._monotonic() < until:
-                return True
-            del self._distrusted[key]
-            return False
-
-    def _distrust(self, key: bytes) -> None:
-        self._distrusted[key] = self._monotonic() + self._distrust_seconds
-
     # -- what goes -------------------------------------------------------------------------------------------
 
     def vanished(self, key: bytes) -> None:
         """Announce a block that was known and whose file is gone."""
-        if self.is_distrusted(key):
+        if key in self.distrusted:
             return
         with self._lock:
             if key not in self._catalog:
@@ -232,11 +213,11 @@ class Holdings:
         with self._lock:
             try:
                 if self._read_only:
-                    self._distrust(key)
+                    self.distrusted.add(key)
                 elif not self._segments.quarantine(key, error.inode):
                     return  # another writer has replaced it meanwhile
             except OSError:
-                self._distrust(key)
+                self.distrusted.add(key)
             self._catalog.remove(key)
             # An earlier run may have announced the file, so its end is announced even if this one did not.
             self._announce(removed=True, keys=(key,))

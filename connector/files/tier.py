@@ -294,7 +294,7 @@ class FileTier:
             return Result(Outcome.MISS, f"not usable: {error}")
         except OSError as error:
             self.metrics.count("failed")
-            self._holdings.distrust(block.key)
+            self._holdings.distrusted.add(block.key)
             return Result(Outcome.FAILED, error_text(error))
         self._moved(1, block.size_bytes, begin)
         return Result(Outcome.LOADED, tier=OffloadTier.FILE)

@@ -23,13 +23,13 @@ from kvatlas.connector.files.gather import Gather
 from kvatlas.connector.files.holdings import Change
 from kvatlas.connector.files.layout import Fingerprint
 from kvatlas.connector.files.pool import IoPool, Task
+from kvatlas.connector.files.recent import Recent
 from kvatlas.connector.metrics import Metrics
 from kvatlas.connector.objects import bodies
 from kvatlas.connector.objects.announced import Announced
 from kvatlas.connector.objects.bodies import Damaged
 from kvatlas.connector.objects.client import DeniedError, Objects, ObjectStoreError, connect
 from kvatlas.connector.objects.pause import Pause
-from kvatlas.connector.objects.recent import Recent
 from kvatlas.connector.objects.settings import ObjectTierSettings
 from kvatlas.connector.objects.uses import ObjectUses
 from kvatlas.connector.outcome import OffloadTier, Outcome, Result, Results
