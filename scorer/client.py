@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from array import array
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Final, Self
 
 import grpc
 import grpc.aio
 
+from kvatlas.bridge.model.block_key import pack_tokens
 from kvatlas.bridge.runtime.methods import stub_of
 from kvatlas.scorer.errors import ClientError
 from kvatlas.scorer.v1 import scorer_pb2 as pb
@@ -53,7 +51,7 @@ def score_request(
     """
     request = pb.ScoreRequest(model=model, lora=lora or "", cache_salt=cache_salt or "", pods=pods, **more)
     if tokens is not None:
-        request.tokens_packed = tokens if isinstance(tokens, bytes) else _pack(tokens)
+        request.tokens_packed = tokens if isinstance(tokens, bytes) else pack_tokens(tokens)
     if prompt is not None:
         request.prompt = prompt
     if messages is not None:
@@ -84,13 +82,6 @@ def _message(message: Mapping[str, Any]) -> pb.ChatMessage:
     if fields:
         found.extra_json = json.dumps(fields, ensure_ascii=False)
     return found
-
-
-def _pack(tokens: Sequence[int]) -> bytes:
-    packed = array("I", tokens)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return packed.tobytes()
 
 
 def channel_credentials(
@@ -210,9 +201,7 @@ class ScorerClient:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -321,9 +310,7 @@ class AsyncScorerClient:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 import time
-from array import array
 from collections.abc import Mapping
 from typing import Any, Final
 
-from kvatlas.bridge.model.block_key import TOKEN_BYTES, pack_wide_tokens
+from kvatlas.bridge.model.block_key import TOKEN_BYTES, pack_tokens, pack_wide_tokens
 from kvatlas.scorer.api.bounds import MAX_MESSAGES
 from kvatlas.scorer.errors import DeadlineError, InputError, TooLargeError, UnknownModelError
 from kvatlas.scorer.options import ScorerSettings
@@ -26,22 +24,10 @@ _SIDES: Final = {"": None, "left": "left", "right": "right"}
 def _given(tokens: Any) -> PromptTokens:
     """Return token ids as they were given; those above 32 bits are kept beside the packed ones."""
     try:
-        return PromptTokens(pack(tokens))
+        return PromptTokens(pack_tokens(tokens))
     except OverflowError:
         packed, wide = pack_wide_tokens(tokens)
         return PromptTokens(packed, wide=wide)
-
-
-def pack(tokens: Any) -> bytes:
-    """Pack a repeated field of numbers.
-
-    Raises:
-        OverflowError: one is above 32 bits.
-    """
-    packed = array("I", tokens)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return packed.tobytes()
 
 
 async def tokens_of(

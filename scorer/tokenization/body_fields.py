@@ -5,11 +5,10 @@ What the engine refuses is refused here as well, so that a prompt it will never 
 
 from __future__ import annotations
 
-import sys
-from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from kvatlas.bridge.model.block_key import pack_tokens
 from kvatlas.scorer.tokenization.errors import TokenizeInputError
 from kvatlas.scorer.tokenization.records import Place, Truncation
 
@@ -123,12 +122,9 @@ def packed(ids: Any, where: str) -> bytes:
     try:
         if not isinstance(ids, list) or not set(map(type, ids)) <= {int}:
             raise TypeError
-        values = array("I", ids)
+        return pack_tokens(ids)
     except (TypeError, OverflowError) as error:
         raise TokenizeInputError(f"{where}: token ids are whole numbers from 0 to {2**32 - 1}") from error
-    if sys.byteorder == "big":
-        values.byteswap()
-    return values.tobytes()
 
 
 def places_of(body: Mapping[str, Any]) -> tuple[Place, ...]:

@@ -11,6 +11,7 @@ from typing import Final
 import msgspec
 from tokenizers import AddedToken, Encoding, Tokenizer
 
+from kvatlas.bridge.model.block_key import pack_tokens
 from kvatlas.scorer.tokenization import cuts
 from kvatlas.scorer.tokenization.errors import BadModelError, TokenizeInputError
 from kvatlas.scorer.tokenization.files import TOKENIZER_FILE, ModelFiles
@@ -195,7 +196,7 @@ class Encoder:
         before, after = frames.pop()
         if frames or tuple(self._tokenizer.encode("", add_special_tokens=True).ids) != before + after:
             return None
-        return _pack(before), _pack(after)
+        return pack_tokens(before), pack_tokens(after)
 
 
 def _named_placeholders(files: ModelFiles) -> frozenset[int]:
@@ -258,11 +259,4 @@ def _slice(ids: bytes, tokens: int, *, left: bool) -> bytes:
 
 
 def _packed(encoding: Encoding) -> bytes:
-    return _pack(encoding.ids)
-
-
-def _pack(ids: Sequence[int]) -> bytes:
-    values = array("I", ids)
-    if sys.byteorder == "big":
-        values.byteswap()
-    return values.tobytes()
+    return pack_tokens(encoding.ids)

@@ -7,13 +7,12 @@ The system text carries the date of the engine's start of the conversation: its 
 from __future__ import annotations
 
 import json
-import sys
-from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cache
 from typing import Any, Final
 
+from kvatlas.bridge.model.block_key import pack_tokens
 from kvatlas.scorer.tokenization.errors import TokenizeInputError
 from kvatlas.scorer.tokenization.records import ChatInput
 
@@ -49,10 +48,7 @@ class HarmonyRenderer:
         for message in rest:
             made.add(message)
         ids = _render(encoding, _without_old_thoughts(made.found))
-        values = array("I", _with_old_headers(encoding, ids))
-        if sys.byteorder == "big":
-            values.byteswap()
-        return values.tobytes()
+        return pack_tokens(_with_old_headers(encoding, ids))
 
     def text(self, ids: Sequence[int]) -> str:
         """Return the text of token ids."""

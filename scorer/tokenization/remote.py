@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
-from array import array
-from collections.abc import Iterable
 from typing import Any, Final
 
 import grpc
 
+from kvatlas.bridge.model.block_key import pack_tokens
 from kvatlas.bridge.runtime.methods import stub_of
 from kvatlas.scorer.tokenization import convert
 from kvatlas.scorer.tokenization.errors import NoTokenizerError, TokenizeInputError, TokenizerBackendError
@@ -38,7 +36,7 @@ class RemoteEngine:
         answer = self.ask(self._stub.Tokenize, request)
         places = list(zip(answer.offset_pairs[::2], answer.offset_pairs[1::2], strict=True)) if offsets else None
         cut = _cut(truncation)
-        return Encoded(_packed(answer.input_ids[cut]), offsets=places[cut] if places is not None else None)
+        return Encoded(pack_tokens(answer.input_ids[cut]), offsets=places[cut] if places is not None else None)
 
     def known(self, text: str, *, add_special_tokens: bool, truncation: Truncation | None) -> Encoded | None:
         """Nothing is known without asking."""
@@ -83,7 +81,7 @@ class RemoteEngine:
         if kwargs:
             request.chat_template_kwargs = json.dumps(kwargs, ensure_ascii=False)
         answer = self.ask(self._stub.RenderChatCompletion, request)
-        return Encoded(_packed(answer.token_ids[_cut(truncation)]))
+        return Encoded(pack_tokens(answer.token_ids[_cut(truncation)]))
 
     def text(self, ids: bytes) -> str:  # noqa: ARG002 - the other service tells texts of no tokens
         """Return nothing: what tokens stand for is known over there alone."""
@@ -155,10 +153,3 @@ def _cut(truncation: Truncation | None) -> slice:
     if truncation.side != "right":
         return slice(-truncation.tokens, None) if truncation.tokens else slice(0)
     return slice(truncation.tokens)
-
-
-def _packed(ids: Iterable[int]) -> bytes:
-    values = array("I", ids)
-    if sys.byteorder == "big":
-        values.byteswap()
-    return values.tobytes()
