@@ -32,6 +32,8 @@ from kvatlas.bridge.model.sink import QueuedRecord
 from kvatlas.bridge.runtime.histogram import Buckets
 from kvatlas.bridge.runtime.settings import KafkaSettings
 
+_CLIENT_ID: Final = "kvatlas-bridge"
+_BATCH_BYTES: Final = 1024 * 1024
 _RETRY_SECONDS: Final = 0.5
 #: A right that is taken away and given back at once, as a tool that writes all of them anew does, ends nothing.
 _RIGHT_TRIES: Final = 6
@@ -103,19 +105,15 @@ class RecordProducer:
         self,
         settings: KafkaSettings,
         *,
-        client_id: str = "kvatlas-bridge",
         compression: str = "zstd",
         linger_seconds: float = 0.002,
-        batch_bytes: int = 1024 * 1024,
         message_bytes: int = 32 * 1024 * 1024,
         buffer_bytes: int = 256 * 1024 * 1024,
     ) -> None:
         """Describe the publisher; :meth:`start` connects."""
         self._settings = settings
-        self._client_id = client_id
         self._compression = None if compression == "none" else compression
         self._linger = linger_seconds
-        self._batch_bytes = batch_bytes
         self._message_bytes = message_bytes
         self._buffer_bytes = buffer_bytes
         self._producer: Any = None
@@ -147,11 +145,11 @@ class RecordProducer:
 
     async def _connect(self) -> AIOKafkaProducer:
         producer = AIOKafkaProducer(
-            **client_config(self._settings, self._client_id),
+            **client_config(self._settings, _CLIENT_ID),
             enable_idempotence=True,
             acks="all",
             compression_type=self._compression,
-            max_batch_size=self._batch_bytes,
+            max_batch_size=_BATCH_BYTES,
             max_request_size=self._message_bytes + 1024 * 1024,
             retry_backoff_ms=100,
         )

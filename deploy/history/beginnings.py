@@ -48,13 +48,11 @@ class Beginnings:
     Args:
         key: the block key looked for.
         block_size_tokens: canonical block size.
-        most_blocks: engine blocks that are followed at once.
     """
 
-    def __init__(self, key: bytes, block_size_tokens: int, most_blocks: int = _MOST_BLOCKS) -> None:
+    def __init__(self, key: bytes, block_size_tokens: int) -> None:
         self._key = key
         self._size = block_size_tokens
-        self._most = most_blocks
         self._links: dict[tuple[str, int, bytes], _Link] = {}
 
     def feed(self, record: Record) -> Beginning | None:
@@ -100,8 +98,8 @@ class Beginnings:
             if self._key in split_keys(keys):
                 return _beginning(link)
             self._links[message.pod, event.group, engine_key] = link
-        if len(self._links) > self._most:
-            raise SettingsError(f"more than {self._most} blocks were stored in this time; look at a shorter one")
+        if len(self._links) > _MOST_BLOCKS:
+            raise SettingsError(f"more than {_MOST_BLOCKS} blocks were stored in this time; look at a shorter one")
         return None
 
 

@@ -23,6 +23,7 @@ from kvatlas.streams.resolve.message import parse_message
 
 #: Longest prompt kept, in tokens: a longer one says nothing more about the index.
 LONGEST_TOKENS: Final = 16_384
+_MOST_ENDS: Final = 200_000
 
 
 class Prompt(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,10 +41,9 @@ class Prompt(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Chains:
-    """Prompts by the engine key that ends them, for each pod; ``blocks`` chain ends at most are remembered."""
+    """Prompts by the engine key that ends them, for each pod; so many ends at most are remembered."""
 
-    def __init__(self, blocks: int = 200_000) -> None:
-        self._blocks = blocks
+    def __init__(self) -> None:
         self._ends: dict[tuple[str, bytes], Prompt] = {}
 
     def add(self, record: Record) -> Iterator[Prompt]:
@@ -76,7 +76,7 @@ class Chains:
         for number, key in enumerate(event.keys, 1):
             # A later prompt may go on from any of the blocks.
             self._ends[pod, key] = msgspec.structs.replace(made, tokens=before.tokens + event.tokens[: number * step])
-        while len(self._ends) > self._blocks:
+        while len(self._ends) > _MOST_ENDS:
             self._ends.pop(next(iter(self._ends)))
         return made
 

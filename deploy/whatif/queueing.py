@@ -25,6 +25,8 @@ from kvatlas.deploy.whatif.fleet import Arrival, PrefixCache
 
 #: No prompt is free: the engine computes its last token again.
 _LEAST_TOKENS: Final = 1
+#: Between two looks at each pod's metrics.
+_SCRAPE_SECONDS: Final = 0.05
 
 
 class Request(NamedTuple):
@@ -137,14 +139,12 @@ class Simulation:
         engine: each pod's figures.
         pods: how many.
         event_seconds: after which a change of a cache, a first token or an end is known to routers.
-        scrape_seconds: between two looks at each pod's metrics.
     """
 
-    def __init__(self, engine: Engine, pods: int, *, event_seconds: float = 0.03, scrape_seconds: float = 0.05) -> None:
+    def __init__(self, engine: Engine, pods: int, *, event_seconds: float = 0.03) -> None:
         self._engine = engine
         self._pods = [_Pod(engine) for _ in range(pods)]
         self._delay = event_seconds
-        self._scrape = scrape_seconds
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._order = itertools.count()
 
@@ -171,7 +171,7 @@ class Simulation:
         for number, pod in enumerate(self._pods):
             self._router.scraped(number, pod.scrape(), now)
         if self._left:
-            self._at(now + self._scrape, self._look)
+            self._at(now + _SCRAPE_SECONDS, self._look)
 
     def _arrive(self, now: float, request: Request) -> None:
         number = self._router.choose(request, now)

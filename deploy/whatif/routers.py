@@ -12,7 +12,7 @@
 ===============  ===================================================================================================
 
 A request reaches one of the N replicas at random. What a replica decides itself it knows at once; what others decide
-after ``sync_seconds`` where the policy has a way to tell.
+after a moment where the policy has a way to tell.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from kvatlas.scorer.picker.endpoints import Endpoint, Held
 from kvatlas.scorer.picker.load import EngineReport, LoadBook, LoadOptions
 
 _SPECULATIVE_SECONDS: Final = 5.0
+#: Until a decision is known to the other replicas.
+_SYNC_SECONDS: Final = 0.05
 
 
 class Knobs:
@@ -42,7 +44,6 @@ class Knobs:
         engine: the pods' figures; a router of ours is told the prompt rate of its settings, which is this one.
         pods: how many.
         replicas: deciders.
-        sync_seconds: until a decision is known to the other replicas.
         seed: of random choices.
         weights, rules: of ours.
         load_tokens_per_second: prompt rate in our settings; None for the engine's.
@@ -54,7 +55,6 @@ class Knobs:
         pods: int,
         *,
         replicas: int = 1,
-        sync_seconds: float = 0.05,
         seed: int = 1,
         weights: CostWeights | None = None,
         rules: Rules | None = None,
@@ -63,7 +63,6 @@ class Knobs:
         self.engine = engine
         self.pods = pods
         self.replicas = replicas
-        self.sync_seconds = sync_seconds
         self.seed = seed
         self.weights = weights or CostWeights()
         # Nothing is refused in the model.
@@ -230,7 +229,7 @@ class Kvatlas(_Precise):
         uncached = choice.best.cost.compute
         replica.decided(request, pod, uncached, now)
         if len(self._replicas) > 1:
-            self._told.append((now + self.knobs.sync_seconds, by, request, pod, uncached))
+            self._told.append((now + _SYNC_SECONDS, by, request, pod, uncached))
         return pod
 
     def first_token(self, request: Request, pod: int, now: float) -> None:
@@ -296,7 +295,7 @@ class Dynamo(_Precise):
         uncached = float(request.tokens - self.held_tokens(request, pod))
         self._add(by, request, pod, uncached)
         if self.knobs.replicas > 1:
-            self._told.append((now + self.knobs.sync_seconds, by, request, pod, uncached))
+            self._told.append((now + _SYNC_SECONDS, by, request, pod, uncached))
         return pod
 
     def first_token(self, request: Request, pod: int, now: float) -> None:

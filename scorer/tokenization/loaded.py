@@ -6,16 +6,18 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from typing import Final
 
 from kvatlas.scorer.tokenization.backend import LoadedTokenizer, TokenizerBackend
 
 _Key = tuple[str, str]
+_FAILURE_SECONDS: Final = 5.0
 
 
 class Loaded:
     """Engines by backend and model. Safe to use from many threads.
 
-    A failed load is told again to everybody for ``failure_seconds`` and then tried again, so that a burst of requests
+    A failed load is told again to everybody for a moment and then tried again, so that a burst of requests
     for a model that does not exist is one look and not thousands.
     """
 
@@ -26,13 +28,11 @@ class Loaded:
         max_models: int,
         max_bytes: int,
         clock: Callable[[], float],
-        failure_seconds: float = 5.0,
     ) -> None:
         self._loader = loader
         self._max_models = max_models
         self._max_bytes = max_bytes
         self._clock = clock
-        self._failure_seconds = failure_seconds
         self._lock = threading.Lock()
         self._engines: OrderedDict[_Key, Future[LoadedTokenizer]] = OrderedDict()
         self._failed_at: dict[_Key, float] = {}
@@ -92,7 +92,7 @@ class Loaded:
         return gone
 
     def _forget_failures(self) -> None:
-        limit = self._clock() - self._failure_seconds
+        limit = self._clock() - _FAILURE_SECONDS
         for key in [key for key, failed_at in self._failed_at.items() if failed_at <= limit]:
             del self._failed_at[key]
             self._engines.pop(key, None)

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -18,6 +18,10 @@ from kvatlas.bridge.model.records import WorkerRecord
 
 logger = logging.getLogger(__name__)
 
+_RENEWED_SECONDS: Final = 2.0
+#: Several renewals may be late before scorers look elsewhere.
+_EXPIRY_NS: Final = 10_000_000_000
+
 
 class Announcer:
     """Writes this worker's record: at once when roles change, and at intervals so that it does not expire.
@@ -26,8 +30,6 @@ class Announcer:
         producer: returns the started ``AIOKafkaProducer``.
         topic: ``kv-workers`` and its number of partitions.
         describe: returns the record as it is now, without times.
-        interval_seconds: how often it is renewed.
-        expiry_seconds: how long it holds: several renewals may be late before scorers look elsewhere.
         clock: wall clock, ns since the epoch.
     """
 
@@ -37,15 +39,11 @@ class Announcer:
         topic: tuple[str, int],
         describe: Callable[[], WorkerRecord],
         *,
-        interval_seconds: float = 2.0,
-        expiry_seconds: float = 10.0,
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
         self._producer = producer
         self._topic, self._partitions = topic
         self._describe = describe
-        self._interval = interval_seconds
-        self._expiry_ns = int(expiry_seconds * 1e9)
         self._clock = clock
         self._changed = asyncio.Event()
 
@@ -62,7 +60,7 @@ class Announcer:
             except LogError as error:
                 logger.warning("kv-workers: not announced, tried again: %s", error)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), self._interval)
+                await asyncio.wait_for(self._changed.wait(), _RENEWED_SECONDS)
 
     async def announce(self) -> None:
         """Write the record now.
@@ -71,7 +69,7 @@ class Announcer:
             LogError: not acknowledged.
         """
         now = self._clock()
-        record = msgspec.structs.replace(self._describe(), updated_ns=now, expires_ns=now + self._expiry_ns)
+        record = msgspec.structs.replace(self._describe(), updated_ns=now, expires_ns=now + _EXPIRY_NS)
         await self._send(record.worker, records.encode(record))
 
     async def withdraw(self) -> None:

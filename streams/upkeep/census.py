@@ -28,6 +28,8 @@ Holdings = dict[str, dict[str, int]]
 _SPACE: Final = 1 << 8 * KEY_BYTES
 _SLICE_ENTRIES: Final = 500
 _SAMPLE_ENTRIES: Final = 20_000
+#: Pause between two counts.
+_COUNT_SECONDS: Final = 10.0
 _PAUSE_SECONDS: Final = 0.02
 
 
@@ -52,7 +54,6 @@ class Census:
     Args:
         states: partition -> state of the index; only active ones are counted.
         pods: the merged records of ``kv-pods``, now.
-        interval_seconds: pause between two counts.
         sample_entries: entries that are looked at in all partitions together.
 
     Attributes:
@@ -64,19 +65,17 @@ class Census:
         states: Callable[[], Mapping[int, PartitionState]],
         pods: Callable[[], list[records.PodRecord]],
         *,
-        interval_seconds: float = 10.0,
         sample_entries: int = _SAMPLE_ENTRIES,
     ) -> None:
         self.holdings: Holdings = {}
         self._states = states
         self._pods = pods
-        self._interval = interval_seconds
         self._sample = sample_entries
 
     async def run(self) -> None:
         """Count until cancelled."""
         while True:
-            await asyncio.sleep(self._interval)
+            await asyncio.sleep(_COUNT_SECONDS)
             with contextlib.suppress(GoneError):  # a partition went elsewhere meanwhile; the next count is without it
                 await self.take()
 

@@ -22,6 +22,7 @@ from kvatlas.streams.state.partition import PartitionState
 logger = logging.getLogger(__name__)
 
 _SLICE_ENTRIES: Final = 1_000
+_ENTRIES_PER_SECOND: Final = 20_000
 
 Forget = Mapping[int, int]
 
@@ -41,7 +42,6 @@ class Sweeper:
         validity: what holds now: pod ref -> which entries have not ended.
         sweep: finds what is dead in a slice of entries.
         interval_seconds: pause after a round over all partitions.
-        entries_per_second: bound of the rate.
         forget: pods that may be forgotten now: pod ref -> incarnation last seen.
         on_deleted: told of table keys that a sweep has removed.
     """
@@ -52,7 +52,6 @@ class Sweeper:
         validity: Callable[[], Validities],
         *,
         interval_seconds: float,
-        entries_per_second: int = 20_000,
         sweep: SweepItems = sweep_index,
         forget: Callable[[], Forget] = dict,
         on_deleted: Callable[[Sequence[bytes]], Awaitable[None]] | None = None,
@@ -61,7 +60,6 @@ class Sweeper:
         self._validity = validity
         self._sweep = sweep
         self._interval = interval_seconds
-        self._rate = entries_per_second
         self._forget = forget
         self._on_deleted = on_deleted
         self._swept: dict[int, tuple[Validities, Forget]] = {}
@@ -108,7 +106,7 @@ class Sweeper:
                 metrics.SWEEPS.labels(self._table.name).inc()
                 return dropped
             start = items[-1][0] + b"\x00"
-            await asyncio.sleep(_SLICE_ENTRIES / self._rate)
+            await asyncio.sleep(_SLICE_ENTRIES / _ENTRIES_PER_SECOND)
         return dropped
 
     async def _write(self, state: PartitionState, found: Swept) -> None:
