@@ -18,7 +18,6 @@ import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from types import TracebackType
 from typing import Any, Final, Literal, Self
 
 import zmq
@@ -195,9 +194,7 @@ class EnginePublisher:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _serve(self, router: zmq.Socket[bytes]) -> None:

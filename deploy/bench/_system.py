@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import random
 import re
-import socket
 import threading
 import time
 import urllib.request
@@ -29,6 +28,7 @@ from kvatlas.bridge.model.adapters.fields import encode_batch
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.runtime.settings import KafkaSettings, LogSettings
 from kvatlas.deploy.bench._figures import removed, stored
+from kvatlas.deploy.brokers.process import free_ports
 from kvatlas.deploy.processes.launcher import Launcher
 from kvatlas.scorer.client import ScorerClient
 from kvatlas.scorer.options import ScorerSettings
@@ -65,9 +65,7 @@ def running(
     kind: str, bootstrap: str, folder: Path, args: argparse.Namespace, flags: list[str]
 ) -> Iterator[tuple[str, str]]:
     """Run broker, bridge, worker and scorer; gives the scorer's address and that of the worker's metrics."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        metrics = f"127.0.0.1:{free.getsockname()[1]}"
+    metrics = f"127.0.0.1:{free_ports(1)[0]}"
     kafka = KafkaSettings(partitions=args.partitions, topic_prefix=f"bench-{os.getpid()}-{time.time_ns() % 10**9}-")
     if bootstrap:
         kafka = KafkaSettings(brokers=bootstrap, partitions=args.partitions, topic_prefix=kafka.topic_prefix)

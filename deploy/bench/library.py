@@ -25,6 +25,7 @@ from kvatlas.bridge.model.block_key import block_keys, pack_tokens, root_key
 from kvatlas.bridge.model.events import Kind, Tier
 from kvatlas.deploy.bench._figures import figure, removed, spread, stored
 from kvatlas.deploy.bench._mirror import mirror_rate
+from kvatlas.deploy.brokers.process import free_ports
 from kvatlas.scorer.library.backends.base import Backend
 from kvatlas.scorer.library.backends.memory import MemoryBackend
 from kvatlas.scorer.library.backends.redis import RedisBackend
@@ -202,9 +203,7 @@ def _server() -> Iterator[str]:
         raise KvatlasError(
             "redis-score-8192 and mirror need redis-server or valkey-server; `.ci/system-deps` installs it"
         )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    [port] = free_ports(1)
     with tempfile.TemporaryDirectory() as folder:
         command = [executable, "--port", str(port), "--bind", "127.0.0.1", "--dir", folder, "--save", ""]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # noqa: S603

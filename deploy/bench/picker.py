@@ -12,7 +12,6 @@ import asyncio
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.runtime.settings import KafkaSettings, LogSettings
 from kvatlas.deploy.bench._figures import figure
 from kvatlas.deploy.bench._http import FastPod, closed_loop, open_loop, post
+from kvatlas.deploy.brokers.process import free_ports
 from kvatlas.deploy.gateway.config import KINDS, GatewayOptions, document, plain
 from kvatlas.deploy.gateway.envoy import Envoy
 from kvatlas.deploy.gateway.tiny_tokenizer import text, write_tokenizer
@@ -48,7 +48,6 @@ from kvatlas.streams.options import WorkerSettings
 HELP: Final = "latency, throughput and CPU that the picker adds to Envoy alone"
 
 _MODEL: Final = "sim-model"
-_HEALTHY: Final = "cluster.picker.membership_healthy"
 _CASES: Final = ("open-100", "closed-8", "large", "stream", "shared")
 #: So soon every picker is to know what another has given out.
 _SHARED_SECONDS: Final = 0.05
@@ -141,7 +140,7 @@ class _Stand:
         return address
 
     def _healthy(self, name: str) -> bool:
-        return self._envoys[name].stats(_HEALTHY).get(_HEALTHY) == 1
+        return self._envoys[name].healthy_pickers == 1
 
     def _launch(self, tokenizer: TokenizerSettings) -> None:
         scorer = ScorerSettings(listen="127.0.0.1:0", outcome_delay_ms=0.0)
@@ -158,7 +157,7 @@ class _Stand:
         ]
         picker = PickerSettings(listen="127.0.0.1:0", endpoints=names, scrape_seconds=0.0, drain_seconds=0.0)
         within = self._args.within_worker
-        self._telemetry = _free_address()
+        self._telemetry = f"127.0.0.1:{free_ports(1)[0]}"
         sections["picker"] = msgspec.structs.replace(picker, telemetry_listen=self._telemetry if within else "")
         self._launcher = Launcher(sections, self._folder, use_embedded=True, picks=within)
         self._launcher.start(threading.Event())
@@ -170,7 +169,7 @@ class _Stand:
 
     def _start_picker(self) -> tuple[Child, str]:
         """Start a picker; returns it with the address of its metrics."""
-        telemetry = _free_address()
+        telemetry = f"127.0.0.1:{free_ports(1)[0]}"
         picker = msgspec.structs.replace(self._parts["picker"], telemetry_listen=telemetry)
         document_ = child.document("picker", {**self._parts, "picker": picker})
         started = Child("picker", document_, self._folder / "picker.log")
@@ -317,11 +316,6 @@ class _Stand:
         process = self._floor if name == "floor" else self._picker.process
         fields = Path(f"/proc/{process.pid}/stat").read_text(encoding="ascii").rpartition(") ")[2].split()
         return (int(fields[11]) + int(fields[12])) / _TICKS
-
-
-def _free_address() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 def _figures(rounds: Sequence[Sequence[float]], seconds: float) -> dict[str, float]:

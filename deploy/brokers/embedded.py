@@ -30,7 +30,6 @@ Faust needs `topic_allow_declare=False`. The brokers listen on random ports of t
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any, Final, Self
 
 from kvatlas.deploy.brokers.errors import BrokerSetupError, BrokerStartError, BrokerStateError
@@ -58,9 +57,7 @@ class EmbeddedBroker:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     @property

@@ -122,21 +122,17 @@ def parse_java_version(output: str) -> int | None:
     return int(match[2] or 0) if major == 1 else major
 
 
-def find_kafka(cache_dir: Path | None = None, environ: Mapping[str, str] | None = None) -> KafkaHome:
+def find_kafka() -> KafkaHome:
     """Check Java, resolve the jars where the cache lacks them, and say where all of it is.
-
-    Args:
-        cache_dir: folder for the jars; default as `default_cache_dir`.
-        environ: the process environment, for JAVA_HOME, PATH and the cache folder.
 
     Raises:
         BrokerSetupError: Java or Maven is missing, or Maven could not fetch the jars.
     """
-    env = os.environ if environ is None else environ
+    env = os.environ
     java = find_java(env)
     pom = resource("pom.xml")
     version = kafka_version(pom)
-    cache = (cache_dir or default_cache_dir(env)).expanduser().resolve()
+    cache = default_cache_dir(env).expanduser().resolve()
     jars = cache / f"kafka-{version}"
     digest = hashlib.sha256(pom.read_bytes()).hexdigest()
     if not _complete(jars, digest):

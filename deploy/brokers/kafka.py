@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from kvatlas.deploy.brokers.errors import BrokerSetupError, BrokerStartError, BrokerStateError
@@ -108,9 +107,7 @@ class KafkaNode:
         properties: Kafka properties that win over ours.
         security: TLS, SCRAM users and ACLs; None for a plain listener.
         start_timeout_seconds: how long a start may take.
-        cache_dir: where the jars are kept; default as `jars.default_cache_dir`.
         detached: the node outlives this process.
-        home: a Kafka that was found already; skips the look-up.
     """
 
     def __init__(
@@ -123,9 +120,7 @@ class KafkaNode:
         properties: Mapping[str, str] | None = None,
         security: Security | None = None,
         start_timeout_seconds: float = 180.0,
-        cache_dir: Path | None = None,
         detached: bool = False,
-        home: KafkaHome | None = None,
     ) -> None:
         self.ephemeral = data_dir is None
         self.data_dir = (data_dir or Path(tempfile.mkdtemp(prefix="kvatlas-kafka-"))).expanduser().resolve()
@@ -136,9 +131,8 @@ class KafkaNode:
         self._properties = dict(properties or {})
         self._security = security
         self._timeout_seconds = start_timeout_seconds
-        self._cache_dir = cache_dir
         self._detached = detached
-        self._home = home
+        self._home: KafkaHome | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._reaper: Reaper | None = None
         self._certificate: Path | None = None
@@ -147,9 +141,7 @@ class KafkaNode:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     @property
@@ -197,7 +189,7 @@ class KafkaNode:
         """
         if self.running or read_state(self.data_dir) is not None:
             raise BrokerStateError(f"a broker runs already with data in {self.data_dir}; stop it first")
-        home = self._home = self._home or find_kafka(self._cache_dir)
+        home = self._home = self._home or find_kafka()
         try:
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:

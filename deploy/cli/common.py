@@ -205,7 +205,7 @@ def token_ids(text: str) -> list[int]:
     return found
 
 
-def file_error(what: str, path: Path, error: OSError) -> SettingsError:
+def file_error(what: str, path: Path | str, error: OSError) -> SettingsError:
     """Return the error about a file that cannot be read or written, to raise from the one of the system."""
     return SettingsError(f"{what} {path}: {error.strerror or error}")
 

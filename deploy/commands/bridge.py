@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from kvatlas.bridge.runtime.logs import configure_logging
 from kvatlas.deploy.cli import common
 from kvatlas.deploy.processes import main
 
@@ -16,6 +15,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the bridge; prints ``ready bridge metrics=HOST:PORT`` once it is subscribed."""
-    sections = common.load_sections(args)
-    configure_logging(sections["log"], "bridge")
-    return main.run("bridge", sections)
+    return main.serve("bridge", args)

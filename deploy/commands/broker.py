@@ -5,16 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import socket
 import sys
-import threading
 from pathlib import Path
 from typing import Final
 
 from kvatlas.bridge.errors import SettingsError
 from kvatlas.deploy.brokers.kafka import KafkaNode, NodeState, read_state, stop_node
 from kvatlas.deploy.brokers.security import Security
+from kvatlas.deploy.cli import common
 
 DEFAULT_DATA_DIR: Final = Path(".kvatlas/kafka")
 _STATUS_NOT_RUNNING: Final = 3  # what service managers use for "not running"
@@ -133,9 +132,7 @@ def _check_port(host: str, port: int) -> None:
 
 def _foreground(node: KafkaNode, *, print_address: bool) -> int:
     """Run until SIGINT or SIGTERM, or until the broker ends by itself (exit code 1)."""
-    asked = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: asked.set())
+    asked = common.stop_event()
     try:
         node.start()
         _announce(node, print_address)
@@ -176,7 +173,7 @@ def _security(users_file: Path | None, super_users: tuple[str, ...]) -> Security
     try:
         lines = users_file.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise SettingsError(f"--users-file {users_file}: {os.strerror(error.errno or 0)}") from error
+        raise common.file_error("--users-file", users_file, error) from error
     users = {}
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):

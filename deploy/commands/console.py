@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import Final
 
-from kvatlas.bridge.runtime.logs import configure_logging
 from kvatlas.bridge.runtime.settings import add_flags
 from kvatlas.deploy.cli import common
 from kvatlas.deploy.processes import main
@@ -24,6 +23,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve the page until SIGTERM or Ctrl-C; prints ``ready console=URL`` once it listens."""
-    sections = common.load_sections(args)
-    configure_logging(sections["log"], "console")
-    return main.run("console", sections)
+    return main.serve("console", args)

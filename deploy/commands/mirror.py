@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import Final
 
-from kvatlas.bridge.runtime.logs import configure_logging
 from kvatlas.bridge.runtime.settings import add_flags
 from kvatlas.deploy.cli import common
 from kvatlas.deploy.processes import main
@@ -27,6 +26,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Mirror until SIGTERM or Ctrl-C; prints ``ready mirror=HOST:PORT/DB`` once it follows the log."""
-    sections = common.load_sections(args)
-    configure_logging(sections["log"], "mirror")
-    return main.run("mirror", sections)
+    return main.serve("mirror", args)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import Final
 
-from kvatlas.bridge.runtime.logs import configure_logging
 from kvatlas.deploy.cli import common
 from kvatlas.deploy.processes import main
 
@@ -20,6 +19,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C; prints ``ready picker=HOST:PORT metrics=HOST:PORT`` once a pod can be picked."""
-    sections = common.load_sections(args, defaults=DEFAULTS)
-    configure_logging(sections["log"], "picker")
-    return main.run("picker", sections)
+    return main.serve("picker", args, DEFAULTS)

@@ -13,6 +13,7 @@ import grpc
 from google.protobuf.json_format import MessageToDict
 
 from kvatlas.bridge.errors import SettingsError
+from kvatlas.deploy.cli.common import file_error
 from kvatlas.scorer.client import ScorerClient, channel_credentials, score_request
 from kvatlas.scorer.errors import ClientError, InputError
 from kvatlas.scorer.tokenization.requests import shape_of_body
@@ -97,7 +98,7 @@ def _read(path: Path | None, flag: str) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise SettingsError(f"{flag} {path}: {error.strerror}") from error
+        raise file_error(flag, path, error) from error
 
 
 def requests_of(args: argparse.Namespace) -> Iterator[tuple[str, pb.ScoreRequest]]:
@@ -112,7 +113,7 @@ def requests_of(args: argparse.Namespace) -> Iterator[tuple[str, pb.ScoreRequest
     try:
         lines = sys.stdin if args.input == "-" else Path(args.input).open(encoding="utf-8")  # noqa: SIM115 - closed below
     except OSError as error:
-        raise SettingsError(f"--input {args.input}: {error.strerror}") from error
+        raise file_error("--input", args.input, error) from error
     with lines:
         for number, line in enumerate(_decoded(lines, args.input), 1):
             if line.strip():

@@ -15,6 +15,7 @@ from typing import IO, Any, Final
 import yaml
 
 from kvatlas.bridge.errors import KvatlasError, SettingsError
+from kvatlas.deploy.brokers.process import tail
 
 _POLL_SECONDS: Final = 0.02
 _TAIL_LINES: Final = 15
@@ -179,19 +180,4 @@ class Envoy:
         self.admin = ""
 
     def _tail(self) -> str:
-        lines = self.log.read_text(errors="replace").splitlines()[-_TAIL_LINES:] if self.log.exists() else []
-        return f"its log {self.log} ends:\n" + "\n".join(lines)
-
-
-def validate(document: dict[str, Any], folder: Path, *, binary: str = "") -> str:
-    """Let Envoy check a configuration; returns what it objects to, empty when nothing."""
-    path = folder / "validate.yaml"
-    path.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
-    done = subprocess.run(  # noqa: S603 - the binary that was found
-        [find_envoy(binary), "-c", str(path), "--mode", "validate", "--log-level", "error"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    return "" if done.returncode == 0 else (done.stderr or done.stdout)[-4000:]
+        return f"its log {self.log} ends:\n{tail(self.log, _TAIL_LINES)}"

@@ -7,6 +7,7 @@ ignores its cancellation can hold that up.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import logging
@@ -20,6 +21,7 @@ from typing import Any, Final, NamedTuple
 
 from kvatlas.bridge.errors import KvatlasError
 from kvatlas.bridge.runtime.interpreter import tune_interpreter
+from kvatlas.bridge.runtime.logs import configure_logging
 from kvatlas.bridge.runtime.restarts import Restarts
 from kvatlas.deploy.cli import common
 from kvatlas.deploy.processes.parts import PARTS, Part, Service
@@ -99,6 +101,13 @@ def run(
         runner.run(_serve(_Start(parts[name], sections, prepared, restarts or Restarts(), orphaned), ending))
         ending.within(_LEAVE_SECONDS)
     return ending.code
+
+
+def serve(part: str, args: argparse.Namespace, defaults: Mapping[str, Mapping[str, Any]] | None = None) -> int:
+    """Run a part as a subcommand does, with the settings and the log that its flags describe; see :func:`run`."""
+    sections = common.load_sections(args, defaults=defaults)
+    configure_logging(sections["log"], args.command)
+    return run(part, sections)
 
 
 class _Start(NamedTuple):

@@ -21,6 +21,7 @@ from typing import IO, Any, Final
 
 from kvatlas.bridge.errors import KvatlasError, SettingsError
 from kvatlas.bridge.runtime.restarts import Restarts
+from kvatlas.deploy.brokers.process import tail
 from kvatlas.deploy.cli.entry import EXIT_USAGE
 from kvatlas.deploy.processes.main import STOP_SECONDS
 
@@ -140,8 +141,7 @@ class Child:
         if self.log_file is None:
             text += f": {self.why(code)}"
         else:
-            tail = "\n".join(self.log_file.read_text(errors="replace").splitlines()[-_LOG_LINES:])
-            text += f"; its log {self.log_file} ends:\n{tail}"
+            text += f"; its log {self.log_file} ends:\n{tail(self.log_file, _LOG_LINES)}"
         return LaunchRefusedError(text) if code == EXIT_USAGE else LaunchError(text)
 
     def terminate(self) -> None:

