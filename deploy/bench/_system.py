@@ -18,7 +18,7 @@ import threading
 import time
 import urllib.request
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -127,7 +127,10 @@ class _Pod:
         """Return the next message: 32 blocks stored and, once the cache is full, 32 removed."""
         last = self._held[-1][-1] if self._held else None
         first, second = self._hashes(), self._hashes()
-        events = [stored(first, self._tokens(), parent=last), stored(second, self._tokens())]
+        events: list[Mapping[str, Any]] = [
+            stored(first, self._tokens(), parent=last),
+            stored(second, self._tokens()),
+        ]
         self._held.append(first + second)
         if full:
             events.append(removed(self._held.popleft()))

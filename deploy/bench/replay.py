@@ -11,7 +11,7 @@ import argparse
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -120,7 +120,7 @@ async def _fill(kafka: KafkaSettings, partitions: int, count: int) -> None:
 
 def _payload(rng: random.Random, number: int, sequence: int) -> bytes:
     hashes = [(number << 8) + block for block in range(_BLOCKS)]
-    events = [stored(hashes, [rng.randrange(32_000) for _ in range(_BLOCKS * _BLOCK_TOKENS)])]
+    events: list[Mapping[str, Any]] = [stored(hashes, [rng.randrange(32_000) for _ in range(_BLOCKS * _BLOCK_TOKENS)])]
     if sequence % 4 == 3:
         old = ((number - _PODS) << 8) + _BLOCKS - 1
         events.append(removed([old]))
