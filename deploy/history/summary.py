@@ -14,47 +14,31 @@ import msgspec
 
 from kvatlas.bridge.errors import DECODE_ERRORS, WireError
 from kvatlas.bridge.model import records, topics
+from kvatlas.bridge.model.adapters.fields import (
+    ClearedArray,
+    ClearedMap,
+    HashValue,
+    RemovedArray,
+    RemovedFields,
+    RemovedMap,
+    StoredFields,
+    array_length,
+)
 from kvatlas.bridge.model.events import tier_of
 from kvatlas.deploy.history.log import Record
-
-HashValue = int | bytes
 
 _CONTROL: Final = topics.CONTENT_CONTROL.encode()
 _KEYS: Final = topics.CONTENT_KEYS.encode()
 _U64: Final = 0xFFFFFFFFFFFFFFFF
 
 
-class _Stored(msgspec.Struct, gc=False, frozen=True):
-    block_hashes: list[HashValue]
-    parent_block_hash: HashValue | None
-    token_ids: msgspec.Raw
-    block_size: int
-    lora_id: int | None = None
-    medium: str | None = None
+class _Stored(StoredFields, gc=False, frozen=True):
+    token_ids: msgspec.Raw  # type: ignore[assignment]
     lora_name: Any = None
-    extra_keys: msgspec.Raw = msgspec.Raw(b"\xc0")
-    group_idx: int | None = None
-    kv_cache_spec_kind: str | None = None
-    kv_cache_spec_sliding_window: int | None = None
-    locality: str | None = None
-
-
-class _Removed(msgspec.Struct, gc=False, frozen=True):
-    block_hashes: list[HashValue]
-    medium: str | None = None
-    group_idx: int | None = None
-    locality: str | None = None
+    extra_keys: msgspec.Raw = msgspec.Raw(b"\xc0")  # type: ignore[assignment]
 
 
 class _StoredArray(_Stored, gc=False, frozen=True, array_like=True, tag="BlockStored"):
-    pass
-
-
-class _RemovedArray(_Removed, gc=False, frozen=True, array_like=True, tag="BlockRemoved"):
-    pass
-
-
-class _ClearedArray(msgspec.Struct, gc=False, frozen=True, array_like=True, tag="AllBlocksCleared"):
     pass
 
 
@@ -62,29 +46,21 @@ class _StoredMap(_Stored, gc=False, frozen=True, tag="BlockStored"):
     pass
 
 
-class _RemovedMap(_Removed, gc=False, frozen=True, tag="BlockRemoved"):
-    pass
-
-
-class _ClearedMap(msgspec.Struct, gc=False, frozen=True, tag="AllBlocksCleared"):
-    pass
-
-
 class _MapBatch(msgspec.Struct, gc=False, frozen=True, array_like=True):
     ts: float
-    events: list[_StoredMap | _RemovedMap | _ClearedMap]
+    events: list[_StoredMap | RemovedMap | ClearedMap]
     data_parallel_rank: int | None = None
 
 
 class _BatchOfMaps(msgspec.Struct, gc=False, frozen=True):
     ts: float
-    events: list[_StoredMap | _RemovedMap | _ClearedMap]
+    events: list[_StoredMap | RemovedMap | ClearedMap]
     data_parallel_rank: int | None = None
 
 
 class _ArrayBatch(msgspec.Struct, gc=False, frozen=True, array_like=True):
     ts: float
-    events: list[_StoredArray | _RemovedArray | _ClearedArray]
+    events: list[_StoredArray | RemovedArray | ClearedArray]
     data_parallel_rank: int | None = None
 
 
@@ -221,7 +197,7 @@ def _line(event: Any) -> EventLine:
         return EventLine(
             STORED,
             blocks=len(keys),
-            tokens=array_length(event.token_ids),
+            tokens=array_length(bytes(event.token_ids)),
             block_size_tokens=event.block_size,
             tier=_tier_name(event.medium, event.locality),
             group=event.group_idx or 0,
@@ -230,7 +206,7 @@ def _line(event: Any) -> EventLine:
             last=_hex(keys[-1]) if keys else "",
             parent=_hex(event.parent_block_hash),
         )
-    if isinstance(event, _Removed):
+    if isinstance(event, RemovedFields):
         keys = event.block_hashes
         return EventLine(
             REMOVED,
@@ -271,17 +247,6 @@ def _control(control: records.Control) -> EventLine:
     return EventLine(CONTROL, detail=f"{control.type}{lost} {control.reason}".strip())
 
 
-def array_length(raw: msgspec.Raw) -> int:
-    """Return the number of elements of an encoded msgpack array, from its header alone; 0 for anything else."""
-    head = bytes(raw)  # the copy costs less than a view
-    first = head[0]
-    if first == 0xDC:
-        return head[1] << 8 | head[2]
-    if first & 0xF0 == 0x90:
-        return first & 0x0F
-    return int.from_bytes(head[1:5], "big") if first == 0xDD else 0
-
-
 def _hex(value: HashValue | None) -> str:
     if isinstance(value, int):
         return f"{value & _U64:016x}"
@@ -300,11 +265,11 @@ _TYPE_OF: Final[dict[type, str]] = {
     _StoredMap: STORED,
     _StoredArray: STORED,
     records.KeyedStored: STORED,
-    _RemovedMap: REMOVED,
-    _RemovedArray: REMOVED,
+    RemovedMap: REMOVED,
+    RemovedArray: REMOVED,
     records.KeyedRemoved: REMOVED,
-    _ClearedMap: CLEARED,
-    _ClearedArray: CLEARED,
+    ClearedMap: CLEARED,
+    ClearedArray: CLEARED,
     records.KeyedCleared: CLEARED,
     records.Control: CONTROL,
 }

@@ -73,14 +73,16 @@ def conversations(settings: SimPlan) -> Iterator[Request]:
             sessions[place] = opened()
 
 
-class _TraceLine(msgspec.Struct, frozen=True):
+class TraceLine(msgspec.Struct, frozen=True):
+    """One request of a trace file (Mooncake's format)."""
+
     timestamp: Annotated[float, msgspec.Meta(ge=0)]
     input_length: Annotated[int, msgspec.Meta(ge=1)]
     output_length: Annotated[int, msgspec.Meta(ge=0)]
     hash_ids: list[int]
 
 
-_trace_line: Final = msgspec.json.Decoder(_TraceLine)
+_trace_line: Final = msgspec.json.Decoder(TraceLine)
 
 
 def trace(settings: SimPlan) -> Iterator[Request]:

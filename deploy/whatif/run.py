@@ -10,20 +10,12 @@ from typing import Final
 import msgspec
 
 from kvatlas.bridge.errors import SettingsError
+from kvatlas.deploy.sim.traffic import TraceLine
 from kvatlas.deploy.whatif.fleet import Arrival, Pod
 from kvatlas.deploy.whatif.policies import SHARED, Options, make, parse
 
 #: Share of the fleet's prefill rate that the recorded load takes when no rate is given.
 _UTILISATION: Final = 0.9
-
-
-class TraceLine(msgspec.Struct, frozen=True):
-    """One request of a trace file (Mooncake's format)."""
-
-    timestamp: float
-    input_length: int
-    output_length: int
-    hash_ids: list[int]
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):

@@ -153,10 +153,10 @@ def count_events(payload: bytes) -> int:
     """
     if len(payload) < 11 or payload[1] != 0xCB or not 0x90 <= payload[0] <= 0x9F:
         return 0
-    return _array_length(payload[10:15])
+    return array_length(payload[10:15])
 
 
-def _array_length(head: bytes) -> int:
+def array_length(head: bytes) -> int:
     """Return the length of a msgpack array from its first five bytes; 0 for what is none."""
     if 0x90 <= head[0] <= 0x9F:
         return head[0] & 0x0F
@@ -178,7 +178,7 @@ def decode_batch(payload: bytes, limits: Limits, wire: Format) -> Batch:
     try:
         if len(payload) > _COUNT_FIRST_BYTES:  # a list of millions would be made before it could be counted
             envelope = (_envelope_map if as_map else _envelope_array).decode(payload)
-            _check_events(_array_length(bytes(memoryview(envelope.events)[:5])), limits)
+            _check_events(array_length(bytes(memoryview(envelope.events)[:5])), limits)
         fields = (_batch_map if as_map else _batch_array).decode(payload)
     except DECODE_ERRORS as error:
         raise WireError(f"not an event batch [ts, events, rank]: {error}") from error
