@@ -114,7 +114,8 @@ def test_the_commands_of_the_pickers_page_route_a_request(tmp_path):
     )
     assert code == 0, output[-6000:]
     # Of the last turn alone: on a busy machine an earlier one ends before the engine's word about it is known.
-    pod, last = re.findall(r"^x-sim-pod: (\S+)(.*?)(?=^x-sim-pod: |\Z)", output, re.M | re.S)[-1]
+    told, _, _logs = output.partition("\n--- ")
+    pod, last = re.findall(r"^x-sim-pod: (\S+)(.*?)(?=^x-sim-pod: |\Z)", told, re.M | re.S)[-1]
     assert re.findall(r'"cached_tokens": (\d+)', last) == ["192"], output[-6000:]
     assert re.findall(r"^the engine at ([^\n]*)", last, re.M) == [
         f"127.0.0.1:{serving[pod == 'pod-1']} answered 200, had 192 of 201 tokens cached (192 predicted: exact)"
