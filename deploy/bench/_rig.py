@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import multiprocessing
 import os
 import random
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -43,15 +44,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @contextlib.contextmanager
-def broker(args: argparse.Namespace) -> Iterator[tuple[str, Path]]:
-    """Give a broker's address and a folder that is removed at the end."""
-    with tempfile.TemporaryDirectory(prefix="kvatlas-bench-", dir=args.work_dir) as name:
+def broker(brokers: str, work_dir: Path | None = None) -> Iterator[tuple[str, Path]]:
+    """Give a broker's address, of one of its own where none is named, and a folder that is removed at the end."""
+    with tempfile.TemporaryDirectory(prefix="kvatlas-bench-", dir=work_dir) as name:
         folder = Path(name)
-        if args.brokers:
-            yield args.brokers, folder
+        if brokers:
+            yield brokers, folder
             return
         with KafkaNode(folder / "kafka") as node:
             yield node.bootstrap, folder
+
+
+@contextlib.contextmanager
+def beside(work: Callable[..., object], *given: object) -> Iterator[None]:
+    """Run a function in a process of its own, which ends with the block."""
+    process = multiprocessing.get_context("spawn").Process(target=work, args=given, daemon=True)
+    process.start()
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.join()
 
 
 async def fresh_topics(bootstrap: str, partitions: int, app: str = "kvatlas") -> KafkaSettings:

@@ -27,6 +27,7 @@ from kvatlas.bridge.errors import KvatlasError
 from kvatlas.bridge.model.adapters.fields import encode_batch
 from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.runtime.settings import KafkaSettings, LogSettings
+from kvatlas.deploy.bench import _rig
 from kvatlas.deploy.bench._figures import removed, stored
 from kvatlas.deploy.brokers.process import free_ports
 from kvatlas.deploy.processes.launcher import Launcher
@@ -209,13 +210,8 @@ def _publish(messages: int, orders: Any, answers: Any) -> None:
 def engines(messages: int) -> Iterator[Engines]:
     context = multiprocessing.get_context("spawn")
     orders, answers = context.Queue(), context.Queue()
-    process = context.Process(target=_publish, args=(messages, orders, answers), daemon=True)
-    process.start()
-    try:
+    with _rig.beside(_publish, messages, orders, answers):
         yield Engines(answers.get(timeout=120), orders, answers, messages)
-    finally:
-        process.terminate()
-        process.join()
 
 
 # --- freshness -------------------------------------------------------------------------------------------------------

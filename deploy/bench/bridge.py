@@ -11,10 +11,8 @@ import asyncio
 import contextlib
 import multiprocessing
 import random
-import tempfile
 import time
 from collections.abc import Coroutine, Iterator
-from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
@@ -29,9 +27,10 @@ from kvatlas.bridge.options import BridgeSettings
 from kvatlas.bridge.relay.service import BridgeService
 from kvatlas.bridge.runtime.interpreter import tune_interpreter
 from kvatlas.bridge.runtime.settings import KafkaSettings
+from kvatlas.deploy.bench import _rig
 from kvatlas.deploy.bench._figures import figure, stored
-from kvatlas.deploy.brokers.kafka import KafkaNode
 from kvatlas.deploy.brokers.topics import ensure_topics
+from kvatlas.deploy.processes.main import loop_factory
 
 HELP: Final = "messages a second through the bridge, and their delay"
 _EVENTS, _BLOCKS, _TOKENS = 4, 8, 16
@@ -55,11 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield one figure per case."""
-    with contextlib.ExitStack() as stack:
-        brokers = args.brokers
-        if not brokers:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kvatlas-bench-"))
-            brokers = stack.enter_context(KafkaNode(Path(folder))).bootstrap
+    with _rig.broker(args.brokers) as (brokers, _):
         cases = args.cases.split(",")
         if "throughput" in cases:
             baseline = _run(_baseline(args, brokers))
@@ -89,11 +84,8 @@ class _Found(NamedTuple):
 
 def _run(main: Coroutine[Any, Any, _T]) -> _T:
     """Run on the loop that ``kvatlas bridge`` runs on."""
-    try:
-        import uvloop  # noqa: PLC0415 - as the command does it
-    except ImportError:
-        return asyncio.run(main)
-    return uvloop.run(main)
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        return runner.run(main)
 
 
 def _payloads() -> list[bytes]:
@@ -132,13 +124,8 @@ def _publish(pods: int, messages: int, rate: float, addresses: Any, go: Any) -> 
 def _engines(pods: int, messages: int, rate: float) -> Iterator[tuple[list[str], Any]]:
     context = multiprocessing.get_context("spawn")
     addresses, go = context.Queue(), context.Event()
-    process = context.Process(target=_publish, args=(pods, messages, rate, addresses, go), daemon=True)
-    process.start()
-    try:
+    with _rig.beside(_publish, pods, messages, rate, addresses, go):
         yield addresses.get(timeout=60), go
-    finally:
-        process.terminate()
-        process.join()
 
 
 async def _topics(brokers: str) -> KafkaSettings:

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     # Made before the load begins: the engines' own work must not compete with what is measured.
     ahead = int(rate * (_SETTLE_SECONDS + probes * 0.08))
     with (
-        _rig.broker(args) as (bootstrap, folder),
+        _rig.broker(args.brokers, args.work_dir) as (bootstrap, folder),
         _system.engines(max(ahead, _system.PODS)) as engines,
         _system.probe() as probe,
         _system.running(

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield the figures."""
-    with _rig.broker(args) as (bootstrap, folder):
+    with _rig.broker(args.brokers, args.work_dir) as (bootstrap, folder):
         if args.case in ("all", "index"):
             stock, batched = 0.0, 0.0
             if not args.no_baseline:

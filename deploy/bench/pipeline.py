@@ -6,7 +6,6 @@ For the load see :mod:`kvatlas.deploy.bench._system`.
 from __future__ import annotations
 
 import argparse
-import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -31,19 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield the figures of each broker."""
     if args.on in ("both", "embedded"):
-        with contextlib.ExitStack() as stack:
-            folder = stack.enter_context(_folder(args))
+        # With an address given none is started.
+        with _rig.broker("-", args.work_dir) as (_, folder):
             yield from _measure("embedded", "", folder, args)
     if args.on in ("both", "real"):
-        with _rig.broker(args) as (bootstrap, folder):
+        with _rig.broker(args.brokers, args.work_dir) as (bootstrap, folder):
             yield from _measure("real", bootstrap, folder, args)
-
-
-@contextlib.contextmanager
-def _folder(args: argparse.Namespace) -> Iterator[Path]:
-    # The rig's broker with an address given starts none and only makes the folder.
-    with _rig.broker(argparse.Namespace(brokers="-", work_dir=args.work_dir)) as (_, folder):
-        yield folder
 
 
 def _measure(kind: str, bootstrap: str, folder: Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:

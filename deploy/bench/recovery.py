@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield the figures."""
-    with _rig.broker(args) as (bootstrap, folder):
+    with _rig.broker(args.brokers, args.work_dir) as (bootstrap, folder):
         state = folder / "state"
         kafka = asyncio.run(_fill(bootstrap, args))
         _killed_after_filling(kafka, state, int(_ENTRIES * args.scale))

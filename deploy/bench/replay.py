@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Fill a log, read it, rebuild from it."""
-    with _rig.broker(args) as (bootstrap, folder):
+    with _rig.broker(args.brokers, args.work_dir) as (bootstrap, folder):
         yield from asyncio.run(_measure(args, bootstrap, folder))
 
 

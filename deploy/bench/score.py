@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield the figures."""
     cases = args.case or _CASES
     blocks = max(int(args.blocks * args.scale), 20_000)
-    with _rig.broker(args) as (bootstrap, folder):
+    with _rig.broker(args.brokers, args.work_dir) as (bootstrap, folder):
         kafka = asyncio.run(_rig.fresh_topics(bootstrap, args.partitions))
         load = _rig.Load(_serving.PODS, args.partitions)
         with _serving.scoring("scoring-worker", kafka, folder) as address:
