@@ -67,7 +67,7 @@ lint: $(VENV)/.stamp-dev $(VENV)-torch/.stamp ## ruff, its formatter, and mypy -
 	$(MYPY)
 
 unit: $(VENV)/.stamp-dev ## tests without a broker
-	$(PYTEST) --ignore=tests/integration --ignore=tests/soak -m "$(HERE)" tests
+	$(PYTEST) -n 2 --ignore=tests/integration --ignore=tests/soak -m "$(HERE)" tests
 
 integration: $(VENV)/.stamp-dev kafka ## tests on the real Kafka
 	$(PYTEST) $(PARALLEL) --durations=40 -m "$(HERE)" tests/integration
