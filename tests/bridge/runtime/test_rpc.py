@@ -304,7 +304,7 @@ async def test_calls_without_a_message_end_in_time(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Each is told why; others are answered meanwhile and after."""
-    monkeypatch.setattr("kvatlas.bridge.runtime.rpc.MESSAGE_SECONDS", 0.3)
+    monkeypatch.setattr("kvatlas.bridge.runtime.rpc.MESSAGE_SECONDS", 5.0)
     async with _echo() as port, grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         silent: list[Any] = [channel.stream_unary(METHOD)() for _ in range(100)]
         say: Any = channel.unary_unary(METHOD)
@@ -413,7 +413,7 @@ async def test_what_a_refused_call_brought_is_not_kept() -> None:
 
 async def test_connections_that_say_nothing_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that never speaks HTTP/2 is closed; so many are open at a time."""
-    monkeypatch.setattr("kvatlas.bridge.runtime.rpc._HANDSHAKE_SECONDS", 0.5)
+    monkeypatch.setattr("kvatlas.bridge.runtime.rpc._HANDSHAKE_SECONDS", 3.0)
     monkeypatch.setattr("kvatlas.bridge.runtime.rpc._MOST_CONNECTIONS", 20)
     async with _echo() as port:
         links = [await asyncio.open_connection("127.0.0.1", port) for _ in range(60)]

@@ -164,7 +164,7 @@ async def test_large_messages_do_not_hold_up_others(name: str, served: Served) -
 
 async def test_half_headers_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Connections that never finish a header, or send nothing, end after a while."""
-    monkeypatch.setattr("kvatlas.scorer.api.http_runner.HEADER_SECONDS", 0.5)
+    monkeypatch.setattr("kvatlas.scorer.api.http_runner.HEADER_SECONDS", 3.0)
     async with _served() as served:
         links = []
         for number in range(50):
@@ -180,7 +180,7 @@ async def test_half_headers_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_half_bodies_are_refused_in_time_and_give_their_bytes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """A body whose end never comes is answered with 504; what it counted is free again."""
-    monkeypatch.setattr("kvatlas.scorer.api.bodies.BODY_SECONDS", 0.5)
+    monkeypatch.setattr("kvatlas.scorer.api.bodies.BODY_SECONDS", 3.0)
     async with _served(inflight=Inflight(4 * MIB), max_message_bytes=2 * MIB) as served:
         head = _post("score", b"x" * MIB)[: -MIB // 2]
         links = []
