@@ -31,9 +31,9 @@ _AGAIN_SECONDS: Final = 0.2
 _START_SECONDS: Final = 60.0
 #: How the cluster id of every embedded broker begins.
 EMBEDDED_CLUSTER: Final = "mockCluster"
-_WAIT_MS: Final = 100
+_WAIT_MS: Final = 500
 _EMBEDDED_WAIT_MS: Final = 20
-_waits: dict[str, int] = {}
+_embedded: dict[str, bool] = {}
 
 
 async def start_client(client: Any) -> None:
@@ -50,27 +50,30 @@ async def start_client(client: Any) -> None:
         raise KafkaConnectionError(f"the client did not start in {_START_SECONDS:g} s") from error
 
 
-async def fetch_wait_ms(kafka: KafkaSettings) -> int:
+async def fetch_wait_ms(kafka: KafkaSettings, most: int = _WAIT_MS) -> int:
     """Return how long a broker may hold a fetch that it has nothing for yet.
 
     A real one answers as soon as there is a record, so the wait costs no time and spares both sides empty answers; the
     embedded one answers a fetch over several partitions only when it is over.
 
+    Args:
+        kafka: how to reach the brokers.
+        most: of a reader that may leave records with its client for long: what a partition then waits for one fetch.
+
     Raises:
         KafkaError: Kafka cannot be reached.
     """
     if not is_loopback(kafka):  # where the embedded one always is
-        return _WAIT_MS
-    if kafka.brokers not in _waits:
+        return most
+    if kafka.brokers not in _embedded:
         admin = AIOKafkaAdminClient(**client_config(kafka, "kvatlas-look"))
         try:
             await start_client(admin)
             cluster = await admin.describe_cluster()
         finally:
             await admin.close()
-        embedded = str(cluster.get("cluster_id") or "").startswith(EMBEDDED_CLUSTER)
-        _waits[kafka.brokers] = _EMBEDDED_WAIT_MS if embedded else _WAIT_MS
-    return _waits[kafka.brokers]
+        _embedded[kafka.brokers] = str(cluster.get("cluster_id") or "").startswith(EMBEDDED_CLUSTER)
+    return _EMBEDDED_WAIT_MS if _embedded[kafka.brokers] else most
 
 
 async def connect(client: Any, kafka: KafkaSettings) -> None:

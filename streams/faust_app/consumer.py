@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 _WATCH_SECONDS: Final = 1.0
 _STUCK_SECONDS: Final = 5.0
+#: Streams that have enough leave records with the client, and their partitions out of the next fetch.
+_WAIT_MS: Final = 50
 #: An offset that no topic reaches.
 _BEHIND_ALL: Final = 1 << 62
 
@@ -89,7 +91,7 @@ class SourceConsumerThread(driver.AIOKafkaConsumerThread):
 
     async def on_start(self) -> None:
         """Start the consumer, and have each heartbeat that the group accepts renew the lease."""
-        self._wait_ms = await fetch_wait_ms(self.app.kafka)
+        self._wait_ms = await fetch_wait_ms(self.app.kafka, _WAIT_MS)
         await super().on_start()
         self.app.lease.renew_with_heartbeats(self._made)
         for task in (fetcher_task(self._made), metadata_task(self._made)):
