@@ -27,6 +27,19 @@ def exchange(host: str, port: int, data: bytes) -> int:
     return int(answer.split()[1]) if answer else 0
 
 
+async def half_heads(host: str, port: int, path: str, count: int) -> None:
+    """Open connections of which half send a part of a head, the others nothing; wait until all have been closed."""
+    links = []
+    for number in range(count):
+        reader, writer = await asyncio.open_connection(host, port)
+        if number % 2:
+            writer.write(f"POST {path} HTTP/1.1\r\nHost: localhost\r\nX-Slow: ".encode())
+        links.append((reader, writer))
+    for reader, writer in links:
+        assert await asyncio.wait_for(reader.read(), 90) == b""
+        writer.close()
+
+
 class Sent(list[Any]):
     """What came of the work of threads, and the threads."""
 

@@ -27,7 +27,7 @@ from kvatlas.scorer.gateway.options import PickerSettings
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.tokenization.pool import TokenizerPool
 from kvatlas.streams.resolve.resolver import ResolveOptions
-from tests.hostile_rig import MIB, Sent, check_waits, exchange, sending, waits_of
+from tests.hostile_rig import MIB, Sent, check_waits, exchange, half_heads, sending, waits_of
 from tests.scorer.rig import PARTITIONS, TOKENS, Index, Rig
 
 
@@ -156,15 +156,7 @@ async def test_half_heads_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Connections that never finish a header, or send nothing, end after a while."""
     monkeypatch.setattr("kvatlas.scorer.api.http_runner.HEADER_SECONDS", 3.0)
     async with _served() as served:
-        links = []
-        for number in range(20):
-            reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
-            if number % 2:
-                writer.write(b"POST /api/ask HTTP/1.1\r\nHost: localhost\r\nX-Slow: ")
-            links.append((reader, writer))
-        for reader, writer in links:
-            assert await asyncio.wait_for(reader.read(), 90) == b""
-            writer.close()
+        await half_heads("127.0.0.1", served.port, "/api/ask", 20)
 
 
 async def test_of_many_half_heads_the_oldest_end(monkeypatch: pytest.MonkeyPatch) -> None:

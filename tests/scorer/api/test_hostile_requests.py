@@ -25,7 +25,7 @@ from kvatlas.scorer.errors import ClientError
 from kvatlas.scorer.tokenization.options import TokenizerSettings
 from kvatlas.scorer.tokenization.pool import TokenizerPool
 from kvatlas.scorer.v1 import scorer_pb2 as pb
-from tests.hostile_rig import MIB, Sent, check_waits, exchange, sending, waits_of
+from tests.hostile_rig import MIB, Sent, check_waits, exchange, half_heads, sending, waits_of
 from tests.scorer.rig import PARTITIONS, TOKENS, Index, Rig
 
 FOLDER = Path(__file__).parents[2] / "data" / "tokenizer"
@@ -166,15 +166,7 @@ async def test_half_headers_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Connections that never finish a header, or send nothing, end after a while."""
     monkeypatch.setattr("kvatlas.scorer.api.http_runner.HEADER_SECONDS", 3.0)
     async with _served() as served:
-        links = []
-        for number in range(50):
-            reader, writer = await asyncio.open_connection(served.host, served.port)
-            if number % 2:
-                writer.write(b"POST /v1/score HTTP/1.1\r\nHost: x\r\nX-Slow: ")
-            links.append((reader, writer))
-        for reader, writer in links:
-            assert await asyncio.wait_for(reader.read(), 90) == b""
-            writer.close()
+        await half_heads(served.host, served.port, "/v1/score", 50)
         assert len((await _waits(served, Sent(), 3))[0]) == 3
 
 
