@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, TypeVar
 
 from aiokafka import AIOKafkaProducer, TopicPartition
@@ -30,7 +30,7 @@ _AGAIN_SECONDS: Final = 0.2
 #: Longer than any answer of a broker is waited for.
 _START_SECONDS: Final = 60.0
 #: How the cluster id of every embedded broker begins.
-EMBEDDED_CLUSTER: Final = "mockCluster"
+_EMBEDDED_CLUSTER: Final = "mockCluster"
 _WAIT_MS: Final = 500
 _EMBEDDED_WAIT_MS: Final = 20
 _embedded: dict[str, bool] = {}
@@ -48,6 +48,11 @@ async def start_client(client: Any) -> None:
             await client.start()
     except TimeoutError as error:
         raise KafkaConnectionError(f"the client did not start in {_START_SECONDS:g} s") from error
+
+
+def is_embedded(cluster: Mapping[str, Any]) -> bool:
+    """Whether a broker's answer about its cluster, or its metadata, is that of the embedded one."""
+    return str(cluster.get("cluster_id") or "").startswith(_EMBEDDED_CLUSTER)
 
 
 async def fetch_wait_ms(kafka: KafkaSettings, most: int = _WAIT_MS) -> int:
@@ -72,7 +77,7 @@ async def fetch_wait_ms(kafka: KafkaSettings, most: int = _WAIT_MS) -> int:
             cluster = await admin.describe_cluster()
         finally:
             await admin.close()
-        _embedded[kafka.brokers] = str(cluster.get("cluster_id") or "").startswith(EMBEDDED_CLUSTER)
+        _embedded[kafka.brokers] = is_embedded(cluster)
     return _EMBEDDED_WAIT_MS if _embedded[kafka.brokers] else most
 
 

@@ -29,7 +29,7 @@ from aiokafka.protocol.types import Array, Boolean, Bytes, Int16, Int32, Schema,
 
 from kvatlas.bridge.errors import RightsError, SettingsError
 from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.kafka.fetching import EMBEDDED_CLUSTER
+from kvatlas.bridge.kafka.fetching import is_embedded
 from kvatlas.bridge.model import topics
 from kvatlas.bridge.model.numbers import port_of
 from kvatlas.bridge.runtime.settings import KafkaSettings
@@ -247,7 +247,7 @@ def _refusal(kafka: KafkaSettings, address: str, error: BaseException) -> Settin
 async def _missing_topics(connection: AIOKafkaConnection, rights: list[Right]) -> list[Right] | None:
     """Return what is missing; None where the broker does not tell."""
     reply = (await connection.send(_MetadataRequest([right.name for right in rights]))).to_object()
-    if str(reply["cluster_id"] or "").startswith(EMBEDDED_CLUSTER):
+    if is_embedded(reply):
         return None
     told = {topic["topic"]: topic for topic in reply["topics"]}
     missing = []

@@ -19,7 +19,7 @@ from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 
 from kvatlas.bridge.errors import LogError
 from kvatlas.bridge.kafka.config import client_config
-from kvatlas.bridge.kafka.fetching import EMBEDDED_CLUSTER, patiently, start_client
+from kvatlas.bridge.kafka.fetching import is_embedded, patiently, start_client
 from kvatlas.bridge.model.topics import Topic
 from kvatlas.bridge.runtime.settings import KafkaSettings
 from kvatlas.deploy.brokers.errors import BrokerUnavailableError, TopicMismatchError, TopicPolicyError
@@ -82,7 +82,7 @@ async def ensure_topics(
 async def _settle(admin: AIOKafkaAdminClient, settings: KafkaSettings, wanted: Mapping[str, Topic]) -> dict[str, int]:
     """Make and compare once; what another try may mend is raised as Kafka's client tells it."""
     cluster = await admin.describe_cluster()
-    if str(cluster.get("cluster_id") or "").startswith(EMBEDDED_CLUSTER):
+    if is_embedded(cluster):
         return _compared(settings, await _partitions(admin, list(wanted)), wanted)
     existing = set(await admin.list_topics())
     missing = {name: topic for name, topic in wanted.items() if name not in existing}
@@ -189,7 +189,7 @@ async def read_configs(
     try:
         async with _admin(settings) as admin:
             cluster = await admin.describe_cluster()
-            if str(cluster.get("cluster_id") or "").startswith(EMBEDDED_CLUSTER):
+            if is_embedded(cluster):
                 return {}
             return await _configs(admin, topics, names)
     except KafkaError as error:
